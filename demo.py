@@ -7,6 +7,7 @@ answers offline: by rules, from pages of this project.
     python demo.py --crash-after-step 1 "What is the population of Tokyo vs New York?"
     python demo.py "What is the population of Tokyo vs New York?"      # continues where it stopped
     python demo.py --team "What is the population of Tokyo vs New York?"
+    python demo.py --ask "What is the population of Tokyo vs New York?"      # asks before it reads a page
 """
 
 from __future__ import annotations
@@ -130,11 +131,9 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     let_ctrl_c_cancel()
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
-    async with NexumForRun(args.nexum, owners=bool(args.fork)) as nexum:
-        from durable_autogen import (
-            Budget,
-            run_durable_stream,
-        )  # imported here: it is slow, and the worker starts meanwhile
+    async with NexumForRun(args.nexum, owners=bool(args.fork or args.ask)) as nexum:
+        # Imported here: it is slow, and the worker starts meanwhile.
+        from durable_autogen import Budget, Policy, run_durable_stream
 
         if nexum.is_published:
             if args.budget is not None:
@@ -166,6 +165,8 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
                     session_id=session_id,
                     nexum=nexum.address,
                     on_drift=args.on_drift,
+                    policies={"visit_webpage": Policy(approval="always")} if args.ask else None,
+                    approve=args.ask,
                     budget=None if args.budget is None else Budget(usd=args.budget),
                 )
             await conversation.show(items)

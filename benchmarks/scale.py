@@ -168,7 +168,7 @@ def fill(url: str, copies: int) -> None:
 
 
 async def make_database(url: str, folder: Path, executions: int) -> None:
-    """Record one call in an empty database; copy it until the database holds `executions` calls."""
+    """Record one call in an empty database. Then copy the call until the database holds `executions` calls."""
     async with (
         nexum_server(folder, url) as one,
         process([WORKER, "--work", one.address], cwd=folder),

@@ -84,7 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
-    arguments.required = False  # if SCRIPT is missing, Python 3.10 to 3.12 must not say that ARGUMENTS are missing, too
+    # If SCRIPT is missing, Python 3.10 to 3.12 would otherwise report that ARGUMENTS are missing, too.
+    arguments.required = False
     ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(

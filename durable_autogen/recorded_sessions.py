@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
@@ -30,10 +30,11 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.sent_events import send
 from nexum_engine import jsontext
+from nexum_engine.approvals import how_to_decide
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
 
@@ -51,6 +52,8 @@ class SessionInfo:
     begun_ms: int
     waits: tuple[Event, ...] = ()
     """The WAIT events of the waits that are not over. Their content is a `Waiting`. Empty for a finished session."""
+    questions: tuple[str, ...] = ()
+    """What the session waits for a person to decide, each with the command."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -72,10 +75,33 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
         if not page:
             break
         before = page[-1].execution_id
+    questions = await _questions(client)
     return [
-        await _info(client, session, run, completed.get(session), earliest[session].created_ms)
+        replace(
+            await _info(client, session, run, completed.get(session), earliest[session].created_ms),
+            questions=tuple(questions.get(session, ())),
+        )
         for session, run in latest.items()
     ]
+
+
+async def _questions(client: NexumClient) -> dict[str, list[str]]:
+    """Return what waits for a person's decision, by session."""
+    found: dict[str, list[str]] = {}
+    pending: list[tuple[PendingApproval | UnknownNode, str]] = [
+        (one, f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}")
+        for one in await client.pending_approvals(patience=SERVER_PATIENCE)
+    ]
+    unknown: list[tuple[PendingApproval | UnknownNode, str]] = [
+        (one, f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}")
+        for one in await client.unknown(patience=SERVER_PATIENCE)
+    ]
+    for one, text in (*pending, *unknown):
+        input = jsontext.parse(one.input_json or "{}", "the input")
+        if isinstance(input, dict) and isinstance(session := input.get("session"), str):
+            what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
+            found.setdefault(session, []).append(text.format(what))
+    return found
 
 
 async def _info(
@@ -273,7 +299,7 @@ async def _later_effects(
     if effects == "reuse" and without_result:
         raise InvalidRequest(
             f"a call of session {source} has no result to reuse: it is unknown whether its effect has happened. "
-            f"Resolve it first: nexum resolve {without_result[0].execution_id}"
+            f"Resolve it first: python -m nexum_engine resolve {without_result[0].execution_id}"
         )
     return later
 

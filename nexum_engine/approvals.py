@@ -115,7 +115,7 @@ async def decided(
                 if execution.status is ExecutionStatus.CANCELLED:
                     break  # the question was withdrawn: ask again
                 if execution.status.ended:
-                    return _decision(execution)
+                    return decision_of(execution)
                 if told != execution_id:
                     told = execution_id
                     on_waiting(execution_id)
@@ -155,7 +155,8 @@ def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bo
         return False
 
 
-def _decision(execution: Execution) -> Decision:
+def decision_of(execution: Execution) -> Decision:
+    """Return the decision of a question's execution, which is approved only if the execution is COMPLETED."""
     node = next(one for one in execution.nodes if one.node_id == NODE)
     if execution.status is not ExecutionStatus.COMPLETED:
         # A rejection is recorded as an attempt, with the person's name and reason. The end of the time is not.
@@ -176,5 +177,16 @@ def _decision(execution: Execution) -> Decision:
 
 def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
     """Return the commands that decide a question, for a line about the wait. `nexum` is the server's address."""
-    server = f" --nexum {nexum}" if nexum else ""
-    return f"nexum approve {execution_id}{server}, or: nexum reject {execution_id}{server} --reason TEXT"
+    server = server_option(nexum)
+    approve = f"python -m nexum_engine approve {execution_id}{server}"
+    return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"
+
+
+def server_option(nexum: str | None) -> str:
+    """Return the option that names a server in a printed command. `nexum` is the server's address.
+
+    If `nexum` is the path of a database, return "": without the option, the command finds the database in this folder,
+    even while no server has it open.
+    """
+    is_path = nexum is not None and ("/" in nexum or "\\" in nexum)
+    return f" --nexum {nexum}" if nexum and not is_path else ""

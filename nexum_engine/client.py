@@ -95,8 +95,10 @@ class Pruned:
     executions: int
     sessions: int
     kept: int
-    """How many old executions are kept: those that still run, and those whose session has another execution that runs,
-    or that has ended too recently."""
+    """How many old executions are kept.
+
+    An old execution is kept if it still runs, or if another execution of its session still runs or ended too recently.
+    """
     after: int | None
     """The value to pass to the next call of `prune`; None if this was the last part."""
     total_bytes: int
@@ -284,7 +286,7 @@ class NexumClient:
         return replace(found, nodes=tuple(nodes))
 
     async def _payload(self, execution_id: str, node_id: str, size: int, patience: float) -> str:
-        """Read an output, or the input if `node_id` is empty, in parts."""
+        """Read a node's output in parts. If `node_id` is empty, read the execution's input instead."""
         data = bytearray()
         while len(data) < size:
             request = pb.GetOutputRequest(execution_id=execution_id, node_id=node_id, offset=len(data))

@@ -151,7 +151,8 @@ class Heartbeat:
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
 
-        If neither heartbeat names a task that the server has handed to this worker, the server hands it out again.
+        If the server has handed a task to this worker, and neither heartbeat names that task, the server hands out the
+        task again.
         """
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)

@@ -48,7 +48,7 @@ def _structure(text: str) -> int:
 
 def check_size(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> None:
     """Raise TooLarge if `text` takes more than `max_bytes` of UTF-8."""
-    # Encode only long texts: a character takes at most four bytes, and a short text can't exceed the limit.
+    # Encode only long texts: a character takes at most four bytes, so a short text can't exceed the limit.
     if len(text) * 4 > max_bytes and (size := size_of(text)) > max_bytes:
         raise TooLarge(f"{what} is {size:,} bytes; the limit is {max_bytes:,} bytes")
 

@@ -194,7 +194,7 @@ class Worker:
         self._at_work: dict[tuple[str, str, int | None], _Work] = {}
         """The work in this process, by execution id, node id and item number."""
         self._handlers: dict[asyncio.Task[Any], str] = {}
-        """The running handlers, with the names of their tasks."""
+        """The running handlers, each with the name of its Nexum task for the log."""
         self._loop: tuple[asyncio.AbstractEventLoop, int] | None = None
         """The event loop and the id of its thread."""
         self._told_to_stop = asyncio.Event()
@@ -309,7 +309,7 @@ class Worker:
                     refusals = 0
                 except ServerUnavailable as unavailable:
                     # The lost answer may have contained a task. Send heartbeats now: they don't name that task, so the
-                    # server soon hands it out again.
+                    # server soon hands out the task again.
                     self._heartbeat.beat()
                     if isinstance(unavailable, ServerNotReady) and not self._is_refusal_logged:
                         self._is_refusal_logged = True

@@ -50,6 +50,12 @@ def build_parser(description: str, question: str) -> argparse.ArgumentParser:
         help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
         "a question is added as the user's next message",
     )
+    parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="ask before each visit_webpage: in this terminal, or decide with python -m nexum_engine approve, even "
+        "while the demo doesn't run",
+    )
     parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
     add_nexum_option(parser, embedded=True)
     return parser

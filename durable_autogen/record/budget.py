@@ -97,7 +97,7 @@ class Spent:
         for one in record.made:
             content = one.content if isinstance(one, Event) else None
             if isinstance(content, Revoked):
-                replaced.update(events[seq].address for seq in content.seqs if content.replaces(events[seq]))
+                replaced.update(events[seq].address for seq in content.seqs if content.is_another_program)
             elif not isinstance(content, GivenUp) or content.was_made:
                 spent.begun(one, scope_of(one.address, replaced[one.address]))
             if isinstance(one, Event):

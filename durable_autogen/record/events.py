@@ -156,16 +156,11 @@ class Revoked(_Frozen):
     why: str
     seqs: list[int]
     is_another_program: bool = False
-    """Whether the events are revoked because a changed program continues the session."""
+    """Whether the events are revoked because a changed program continues the session.
 
-    def replaces(self, revoked: Event) -> bool:
-        """Return whether a different call takes the place of the revoked event's call.
-
-        If an unchanged program continues after a failure, return False: the program makes the failed call again. The
-        call keeps its id, so that a service recognizes it: the failed attempt may have done its work. In all other
-        cases, return True.
-        """
-        return self.is_another_program or not isinstance(revoked.content, Raised)
+    If so, other calls take the place of the revoked calls, and get new ids. If not, the next run makes the same calls
+    again. They keep their ids, so that a service recognizes them: a failed or cancelled call may have done its work.
+    """
 
 
 class Mark(_Frozen):
@@ -374,8 +369,8 @@ class Call(Addressed):
 def scope_of(address: str, times_replaced: int) -> str:
     """Return the part of a call id that names the call at `address`.
 
-    If the call is made again after a crash or a failure, its name stays the same. If a different call has taken the
-    place of the recorded call, the different call gets a new name.
+    If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different call
+    has taken the place of the recorded call, the different call gets a new name.
     """
     return f"{address}/again/{times_replaced}" if times_replaced else address
 
@@ -526,7 +521,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
             for seq in event.content.seqs:
                 if (revoked := kept.pop(seq, None)) is not None:
                     found.times_revoked[revoked.address] += 1
-                    found.times_replaced[revoked.address] += event.content.replaces(revoked)
+                    found.times_replaced[revoked.address] += event.content.is_another_program
                     found.tried.add(revoked.address)
         kept[event.seq] = event
     found.events = list(kept.values())

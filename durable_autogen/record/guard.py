@@ -29,7 +29,7 @@ from durable_autogen.record.events import Call
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
-from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide
+from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide, server_option
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
@@ -320,12 +320,13 @@ class Guard:
                 if not told:
                     told = True
                     why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
-                    server = f" --nexum {self._nexum}" if self._nexum else ""
+                    server = server_option(self._nexum)
                     waiting.enter_context(
                         self._recorder.waiting_for_a_person(
                             guarded.call.address,
                             f"{guarded} may or may not have happened{f' ({why})' if why else ''}. Find out, then: "
-                            f"nexum resolve {execution_id}{server} --result JSON, or --not-done, or --failed REASON",
+                            f"python -m nexum_engine resolve {execution_id}{server} --result JSON, or --not-done, or "
+                            "--failed REASON",
                         )
                     )
 

@@ -2,7 +2,9 @@
 
 A session is idle when none of its code is ready to run. The program has then handled the last event. A session delivers
 its events one at a time, and each event only when the session is idle. So the program handles an event in a replay as
-it did in the recorded run. The wait neither depends on other sessions or other tasks of the event loop nor delays them.
+it did in the recorded run.
+
+Other sessions and other tasks of the event loop don't delay the wait, and the wait doesn't delay them.
 """
 
 from __future__ import annotations

@@ -430,7 +430,7 @@ class Journal:
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
         for event in revoked:
             self._times_revoked[event.address] += 1
-            self._times_replaced[event.address] += content.replaces(event)
+            self._times_replaced[event.address] += content.is_another_program
             self._tried.add(event.address)
             self.events.remove(event)
 

@@ -487,7 +487,10 @@ class Recorder:
         return self._questions[agent]
 
     def typed_before(self, call: Call) -> str | None:
-        """Return the recorded line for a question at the console, or None. Raises DriftError if the prompt differs."""
+        """Return the recorded answer to a question at the console; None if there is none.
+
+        Raises DriftError if the prompt differs.
+        """
         event = self._replay.typed(call.address)
         if event is None or not isinstance(event.content, Returned):
             return None

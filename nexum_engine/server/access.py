@@ -157,7 +157,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
 
 
 def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
-    """Wrap unary RPCs: each call first checks its token, which is that of its stream if it has one."""
+    """Wrap unary RPCs: each call first checks its token. A call on a stream has the stream's token."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:
@@ -224,5 +224,5 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._abort(context, error)
             yield  # makes this function a generator
 
-        # Use a handler for streams: it can refuse calls of every kind, and refuses them before it reads a request.
+        # Use a handler for streams: such a handler refuses calls of every kind, before it reads a request.
         return grpc.stream_stream_rpc_method_handler(refuse)

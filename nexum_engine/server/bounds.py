@@ -55,7 +55,7 @@ REQUEST_BUDGET = 192 * 1024 * 1024  # bytes of memory for all requests above SMA
 REQUEST_COPIES = 6
 """A request takes this many times its size in memory: as a message, as text, parsed, and as a parameter of SQL."""
 MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
-"""How much of the budget all waiting requests together may want.
+"""The bytes that all waiting requests together may ask for.
 
 There is a limit, because a waiting request is already in memory.
 """
@@ -88,7 +88,7 @@ Rpc = Callable[["Received", Any], Awaitable[Message]]
 class Budget:
     """A number of units that calls share. If too few units are free, calls wait in the order in which they came.
 
-    All waiting calls together may want up to `max_waiting` units.
+    All waiting calls together may ask for up to `max_waiting` units.
     """
 
     def __init__(self, total: int, max_waiting: int | None = None) -> None:
@@ -100,7 +100,7 @@ class Budget:
     async def take(self, units: int, patience: float | None = None) -> int:
         """Take `units`, or the whole budget if it is smaller. Return the number to pass to `give`.
 
-        Raises Overloaded if the waiting calls together want too many units, or if the units are not free within
+        Raises Overloaded if the waiting calls together ask for too many units, or if the units are not free within
         `patience` seconds.
         """
         units = min(units, self._total)
@@ -122,7 +122,7 @@ class Budget:
             else:
                 self._waiting.remove((units, turn))
                 self._wanted -= units
-                self.give(0)  # the next waiting call may want fewer units
+                self.give(0)  # the next waiting call may need fewer units
             raise
         return units
 

@@ -230,7 +230,7 @@ class Polls:
         self._answer_waiting(worker_id)
 
     def worker_beats(self, worker_id: str, came_ms: int) -> None:
-        """Note a heartbeat that came at `came_ms`. Call this once the leases of the tasks that it named are renewed."""
+        """Note a heartbeat that came at `came_ms`. Renew the leases of the heartbeat's tasks before this call."""
         was_silent = self._is_silent(worker_id)
         self._last_beat_ms[worker_id] = came_ms
         if was_silent:

@@ -75,8 +75,8 @@ class Store(ABC):
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
         """Submit a transition. It runs in one transaction, after the transitions submitted before it.
 
-        The awaitable returns the transition's result once the transaction is durable. It raises the transition's error,
-        or StoreUnavailable if it is unknown whether the transaction was stored.
+        When the transaction is durable, the awaitable returns the transition's result. It raises the transition's
+        error, or StoreUnavailable if it is unknown whether the transaction was stored.
         """
 
     @abstractmethod

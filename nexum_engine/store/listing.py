@@ -31,7 +31,7 @@ _CANDIDATES = 1000
 _RARE = 50_000
 """If a workflow or an attribute has fewer executions than this, its executions are the candidates.
 
-If it has more, a search from the newest execution on soon finds enough matches.
+If it has more, a search that begins at the newest execution finds enough matches soon.
 """
 _OUT_OF_ORDER_MS = 10_000
 """If several servers start executions, the executions are not always numbered in the order of their starts.

@@ -135,7 +135,7 @@ def news_of(outcomes: list[Any]) -> News | None:
 
 
 def send(connection: Connection, channel: str, server: int, now_ms: int, news: News) -> None:
-    """Send news to the servers that listen, once the transaction is committed."""
+    """Send news to the servers that listen. PostgreSQL delivers the news when the transaction is committed."""
     text = json.dumps([server, now_ms, news.ready, news.ended, news.due_ms])
     if len(text) > MAX_PAYLOAD:
         text = json.dumps([server, now_ms, [], [], None])

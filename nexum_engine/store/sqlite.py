@@ -250,7 +250,7 @@ class _Backup:
         self._stopped = True
 
     def copy_to(self, target: sqlite3.Connection) -> None:
-        """Copy the database. If a transaction of this connection changes a page meanwhile, SQLite copies it again."""
+        """Copy the database. If a transaction of this connection changes a page meanwhile, the page is copied again."""
         begun = time.monotonic()
         page_size = 0
 

@@ -117,8 +117,8 @@ def migrate(path: Path, connection: sqlite3.Connection) -> None:
             done,
             done + len(scripts),
         )
-    # A script may drop large tables. To save time, let SQLite neither check the references to each row nor overwrite
-    # the row, and let the cache hold the indexes in which the script looks up each row.
+    # A script may drop large tables. To save time, don't let SQLite check the references to each dropped row, and don't
+    # let it overwrite the row. Let the cache hold the indexes in which the script looks up each row.
     settings = {"foreign_keys": 0, "secure_delete": 0, "cache_size": -256_000}
     before = {name: connection.execute(f"PRAGMA {name}").fetchone()[0] for name in settings}
     for name, value in settings.items():

@@ -336,7 +336,7 @@ def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     if not flow.outputs_fit(db, execution_id, len(output_json)):
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
-    if row["unrecorded"] > 1:  # `unrecorded` still counts this node
+    if row["unrecorded"] > 1:  # this node is still included: above 1, other nodes are unrecorded, too
         flow.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES

@@ -16,7 +16,7 @@ from support.offline.reading import best_passage, choose_sentences, coverage
 
 QUOTES_EACH = 3  # quote at most this many sentences of one page
 PASSAGE_LENGTH = 300  # if no sentence of a page matches the query, quote at most this many characters of the page
-SUPPORTED = 0.5  # the share of a statement's content words that its quote must hold
+SUPPORTED = 0.5  # a quote supports a statement if it holds at least this share of the statement's content words
 
 
 class OfflineResearcher(OfflineModel):

@@ -104,7 +104,7 @@ class Drill:
         return False
 
     async def _follow(self, child: Child) -> Execution:
-        """Print each attempt once its end is recorded. Return when the execution or the worker has ended."""
+        """Print each attempt when its end is recorded. Return when the execution or the worker has ended."""
         loop = asyncio.get_running_loop()
         said_at = loop.time()
         ending = asyncio.ensure_future(child.process.wait())

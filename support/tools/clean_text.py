@@ -18,7 +18,7 @@ _FIXED_SPACE = re.compile("[\u00a0\u2007\u202f]")
 
 
 def cleaned(text: str) -> str:
-    """Return the text without invisible characters, with newlines for all line breaks and plain spaces."""
+    """Return the text without invisible characters. Line breaks become newlines, and fixed spaces plain spaces."""
     return _INVISIBLE.sub("", _FIXED_SPACE.sub(" ", _LINE_BREAK.sub("\n", text)))
 
 

@@ -225,7 +225,7 @@ def test_call_survives_kill_of_caller_between_effect_and_record(scene: Scene) ->
 
 @contextmanager
 def recorded_and_not_delivered(scene: Scene) -> Iterator[Process]:
-    """Stop the caller before it has its result; yield it once the result is recorded."""
+    """Stop the caller before it has its result. When the result is recorded, yield the caller."""
     caller = running_after_effect(scene)
     with frozen(caller):
         scene.gate.touch()

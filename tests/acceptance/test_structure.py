@@ -109,7 +109,7 @@ ENGINE = {
     "client": ("published", "connection", "channel", "wire", "security", "workflow", "jsontext", "records", "errors"),
     "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "security", "errors", "clock"),
     "approvals": ("client", "connection", "policy", "workflow", "jsontext", "records", "errors"),
-    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
+    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
     "maintenance": ("client", "store", "report", "options", "location", "errors"),
@@ -231,7 +231,7 @@ def test_library_imports_no_script_and_no_support() -> None:
 
 def test_support_imports_no_script_but_the_workflow_data() -> None:
     known = {target for name in MODULES if within(name, "support") for target in IMPORTS[name]}
-    assert known & SCRIPTS <= {"pipeline_workflow"}
+    assert known & SCRIPTS <= {"pipeline_workflow", "workflow"}
 
 
 def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import select
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +19,16 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from durable_agents import agent, answer, is_after_a_tool, run
-from harness import Process, Server, nexum_server, running
+from harness import Process, Server, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session
-from nexum_engine.approvals import NODE
+from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
+from nexum_engine.approvals import NODE, how_to_decide
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict
 from nexum_engine.policy import call_digest
+from nexum_engine.workflow import RetryPolicy
 
 PROGRAM = """
 import asyncio, sys
@@ -42,6 +49,7 @@ async def main():
 
 asyncio.run(main())
 """
+FAST = RetryPolicy(max_attempts=3, first_delay_seconds=0.01)
 POLICIES = '[charge]\napproval = "always"\n'
 
 
@@ -82,7 +90,7 @@ def nexum(folder: Path, *arguments: str) -> str:
 
 def asked_in(line: str) -> str:
     """Return the execution of the question that a line of a waiting run tells."""
-    found = re.search(r"nexum approve (\S+?)[, ]", line)
+    found = re.search(r"approve (\S+?)[, ]", line)
     assert found is not None, line
     return found.group(1)
 
@@ -115,6 +123,72 @@ def test_approval_given_while_every_process_is_dead_lets_the_call_run_once(folde
                     assert "waiting" not in resumed.output
     assert ledger(folder) == ["c-1 20000"]
     assert len(model.requests) == 2
+
+
+def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -> None:
+    with OpenAIServer(clerk_model({"cents": 20000})) as model:
+        for _ in range(2):  # a parked run parks again
+            with script(folder, model, "--park") as parked:
+                line = parked.wait_for(
+                    "session s is parked, run it again after the decision: waiting for"
+                )
+                assert parked.wait() == 75
+        with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
+            assert asked_in(line) in listing.wait_for("waits for a decision on charge")
+        nexum(folder, "approve", asked_in(line), "--args", '{"cents": 7}', "--by", "ann")
+        with script(folder, model, "--park") as resumed:
+            resumed.wait_for("ANSWER (ann changed the arguments to")
+            assert resumed.wait() == 0
+            assert resumed.lines[-2:-1] == ["charged c-1 7"]
+    assert ledger(folder) == ["c-1 7"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_person_at_the_terminal_is_asked(folder: Path) -> None:
+    import pty
+
+    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
+        terminal, its_end = pty.openpty()
+        command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", "--approve"]
+        process = subprocess.Popen(
+            [sys.executable, *command, "program.py", model.base_url],
+            cwd=folder,
+            env=environment(),
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+        )
+        os.close(its_end)
+        try:
+            shown = until(terminal, "a reason to reject it: ")
+            assert 'charge({"cents": 1, "customer": "c-1"}) of clerk' in shown
+            assert "reason: It is due." in shown
+            os.write(terminal, b"yes\n")
+            assert 'charge({"cents": 2' in until(terminal, "a reason to reject it: ")
+            os.write(terminal, b"one is enough\n")
+            assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait(10)
+            os.close(terminal)
+    assert ledger(folder) == ["c-1 1"]
+
+
+def until(terminal: int, text: str | None) -> str:
+    """Return what a terminal shows up to `text`; without `text`, up to the end of its programs."""
+    shown = ""
+    while text is None or text not in shown:
+        assert select.select([terminal], [], [], 30)[0], shown
+        try:
+            part = os.read(terminal, 65536).decode()
+        except OSError:  # Linux: no program has the terminal open any more
+            part = ""
+        if not part:
+            assert text is None, shown
+            break
+        shown += part
+    return shown
 
 
 # ---- Without processes -----------------------------------------------------------------------------------------------
@@ -341,11 +415,14 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
 
     with OpenAIServer(reply) as model:
         for _ in range(2):
-            with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*nexum approve exec-"):
+            with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*approve exec-"):
                 await run(server, build, park=True)
             assert len(model.requests) == 4  # first, clerk, and both replies of the notary
         async with NexumClient(server.address) as client:
             (question,) = await client.pending_approvals()
+            (info,) = await list_sessions(client)
+            execution, call = question.execution_id, 'charge({"cents":5,"customer":"c-1"})'
+            assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution)}",)
             await client.approve(question.execution_id, NODE)
         await run(server, build, park=True)
         assert len(model.requests) == 6
@@ -366,3 +443,25 @@ async def test_policies_of_unknown_tools_are_told_once(server: Server) -> None:
         policies = {"charge": Policy(), "chrage": Policy(), "model": Policy(), "clerk": Policy()}
         await run(server, shop.clerk(model), logs=lines, policies=policies)
     assert [line for line in lines if "polic" in line] == ["policies for unknown tools: chrage. Check the names"]
+
+
+async def test_call_without_policy_costs_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
+    send = Connection.call
+
+    async def counted(self: Connection, method: Any, request: Any, **more: Any) -> Any:
+        requests.append(type(request).__name__)
+        return await send(self, method, request, **more)
+
+    monkeypatch.setattr(Connection, "call", counted)
+    shop, policies = (
+        Shop(),
+        {"other": Policy(approval="always", effect="once"), "charge": Policy(timeout=9, retry=FAST)},
+    )
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        await run(server, shop.clerk(model), session="first")  # registers the workflows
+        for session, given in (("s1", None), ("s2", policies)):
+            requests.clear()
+            await run(server, shop.clerk(model), session=session, policies=given)
+            # The server is asked for earlier runs, and starts the run, the beginning, two replies and the tool call.
+            assert Counter(requests) == {"ListRequest": 1, "StartRequest": 5, "CompleteRequest": 2}

@@ -115,9 +115,9 @@ def ledger(folder: Path) -> list[str]:
 
 def resolve(folder: Path, line: str, *how: str) -> None:
     """Run the command that a line of a waiting run tells."""
-    found = re.search(r"nexum resolve (exec-\S+) --result JSON, or --not-done, or --failed REASON", line)
+    found = re.search(r"python (-m nexum_engine resolve \S+) --result JSON, or --not-done, or --failed REASON", line)
     assert found is not None, line
-    with running(["-m", "nexum_engine", "resolve", found[1], *how, "--by", "ann"], cwd=folder) as process:
+    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder) as process:
         assert process.wait() == 0, process.output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sys
 import threading
@@ -598,6 +599,51 @@ async def test_call_made_again_after_its_failure_keeps_its_id(server: Server) ->
         await program()
     assert await program() == "charged"
     assert await program() == "charged"
+    assert len(ids) == 2
+    assert ids[0] == ids[1] != ""
+
+
+async def test_cancelled_call_that_is_made_again_keeps_its_id(server: Server) -> None:
+    ids: list[str] = []
+    gave_up = asyncio.Event()
+
+    async def charge() -> str:
+        ids.append(call_id())
+        if len(ids) == 1:
+            await asyncio.Event().wait()  # the money may have moved
+        return "charged"
+
+    async def look() -> str:
+        return "seen"
+
+    async def fail() -> str:
+        if len(ids) == 1:
+            raise ConnectionError("this failure ends the run")
+        return "fine"
+
+    async def program() -> Any:
+        async with DurableSession("s", nexum=server.address) as session:
+
+            async def call(one: Callable[[], Awaitable[str]]) -> Any:
+                return await FunctionTool(one, "A tool.").run_json({}, CancellationToken())
+
+            async def pays() -> Any:
+                with session.agent("clerk"), contextlib.suppress(asyncio.TimeoutError):
+                    return await asyncio.wait_for(call(charge), 0.5)
+                gave_up.set()
+                return None
+
+            async def looks() -> Any:
+                with session.agent("scout"):
+                    await gave_up.wait()
+                    # The call of `look` records that `charge` was given up.
+                    return [await call(look), await call(fail)]
+
+            return await asyncio.gather(pays(), looks())
+
+    with pytest.raises(ConnectionError):
+        await program()
+    assert await program() == ["charged", ["seen", "fine"]]
     assert len(ids) == 2
     assert ids[0] == ids[1] != ""
 

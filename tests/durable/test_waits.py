@@ -69,7 +69,7 @@ async def until_recorded(client: NexumClient, session: str, kind: Kind, count: i
 async def cancelled_while_waiting(
     server: Server, client: NexumClient, name: str, program: Callable[[], Awaitable[Any]]
 ) -> None:
-    """Run a program in a session, and cancel it as Ctrl+C does, once it waits."""
+    """Run a program in a session. When the program waits, cancel it as Ctrl+C does."""
     running = asyncio.create_task(inside(server, program, name))
     await until_recorded(client, name, Kind.WAIT)
     running.cancel()

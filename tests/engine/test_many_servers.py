@@ -170,7 +170,7 @@ def test_result_is_seen_by_a_client_of_either_server(servers: list[Server]) -> N
 
 @pytest.mark.timeout(180)
 def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: list[Server], tmp_path: Path) -> None:
-    """Two servers with two workers each. One server, and a worker of the other one, are killed in the middle.
+    """Two servers with two workers each. During the calls, one server and a worker of the other are killed.
 
     LOAD_CALLS=500 makes more calls than the usual 200.
     """
@@ -186,22 +186,23 @@ def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: li
             call = json.dumps({"tool_name": name, "tool_args": args})
             return start(stub, call, "tool-call", TOOL_CALL.version_hash, idempotency_key=call_key(name, args))
 
-        def result_of(execution_id: str) -> str:
+        def make_call(number: int) -> tuple[str, str]:
+            execution_id = start_call(number)
             while (answer := record(stub, execution_id, wait_ms=20_000)).status == "RUNNING":
                 pass
             assert answer.status == "COMPLETED", answer
-            return str(json.loads(answer.nodes[0].output_json)["result"])
+            return execution_id, str(json.loads(answer.nodes[0].output_json)["result"])
 
-        ids = list(pool.map(start_call, range(calls)))
-        results = [pool.submit(result_of, one) for one in ids]
+        made = [pool.submit(make_call, number) for number in range(calls)]
         wait_until(lambda: len(effects(log)) >= calls // 4, "a quarter has run")
         servers[0].process.kill()
         workers[2].kill()
         assert len(effects(log)) < calls, "all calls had ended before the kill"
         acknowledged = Acknowledged()
-        acknowledged.results = {number: one.result(timeout=60) for number, one in enumerate(results)}
+        ids, results = zip(*(one.result(timeout=60) for one in made), strict=True)
+        acknowledged.results = dict(enumerate(results))
 
-        assert [start_call(number) for number in range(calls)] == ids
+        assert [start_call(number) for number in range(calls)] == list(ids)
         records = recorded(tmp_path, servers[1].address)
         assert_recorded_once(records, acknowledged, log, calls, {"LOST", "INTERRUPTED"})
         repeated = sum(len(one["nodes"][0]["attempts"]) - 1 for one in records)

@@ -78,7 +78,7 @@ async def test_second_start_by_same_owner_gets_the_same_task(store: Store) -> No
 
 
 async def test_owner_keeps_a_task_that_its_heartbeats_do_not_name(store: Store) -> None:
-    """If the answer to a start is lost, the owner doesn't know the task. It starts the key again, and gets the task."""
+    """If the answer to a start is lost, the owner lacks the task. A second start with the same key returns the task."""
     started = await own(store, "one")
     assert started.task is not None
     assert (await store.run(leases.renew, "one", (), LEASE_MS)).unnamed == set()

@@ -55,7 +55,7 @@ class Watch:
         return {name: (after[name] - before[name]) / calls for name in after}
 
     async def _when_idle(self) -> dict[str, int]:
-        """Return the counts of the other processes once they no longer change."""
+        """Wait until the counts of the other processes no longer change; return the counts."""
         give_up = time.monotonic() + PATIENCE
         before: dict[str, int] = {}
         while (now := self._read_others()) != before and time.monotonic() < give_up:

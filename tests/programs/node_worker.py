@@ -41,7 +41,7 @@ EVERY = (
 
 
 async def effect(task: TaskContext, result: Any) -> Any:
-    """Take some time, log the effect in the middle of it, and return the result."""
+    """Wait a little, log the effect, wait a little again, and return the result."""
     await asyncio.sleep(0.03)
     item = "-" if task.index is None else task.index
     words = [time.time_ns() // 1_000_000, task.attempt, task.execution_id, task.node_id, item, task.idempotency_key]

@@ -284,7 +284,7 @@ def test_port_of_another_program_is_an_early_one_line_error(tmp_path: Path, othe
 
 @contextmanager
 def on_the_default_port(other: Other) -> Iterator[None]:
-    """Start the server `other` on the default port once no embedded server of another test holds the port."""
+    """Wait until no embedded server of another test holds the default port. Then start the server `other` there."""
     with ExitStack() as stack:
 
         def is_started() -> bool:

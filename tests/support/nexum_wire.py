@@ -85,7 +85,7 @@ def until_polled(stub: NexumServiceStub, execution_id: str) -> None:
 
 
 def output(stub: NexumServiceStub, execution_id: str, node_id: str, length: int = 0) -> str:
-    """Read an output, or the input if `node_id` is empty, in parts."""
+    """Read a node's output in parts. If `node_id` is empty, read the execution's input instead."""
     data = b""
     while True:
         request = pb.GetOutputRequest(execution_id=execution_id, node_id=node_id, offset=len(data), length=length)

@@ -37,7 +37,7 @@ def is_tag(node: object, name: str) -> TypeGuard[Tag]:
 
 @dataclass
 class _Row:
-    """The cells of a row. A cell has its first column, the column after its last column, and its text."""
+    """The cells of a row. Each cell consists of its first column, the column after its last column, and its text."""
 
     section: str
     is_head: bool
