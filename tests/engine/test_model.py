@@ -38,7 +38,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import NexumError
 from nexum_engine.records import NodeStatus
 from nexum_engine.store import executions, leases, listing, open_store, reading, retry, tasks, waits
-from nexum_engine.store.db import Db
+from nexum_engine.store.db import Db, load_queries
 from nexum_engine.store.group_commit import GroupCommitStore, Kind
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.wire import nexum_pb2 as pb
@@ -183,6 +183,10 @@ class StoreEngine:
         return answer
 
     def close(self) -> None:
+        if isinstance(self._store, SqliteStore):
+            connection = self._store._database.connection
+            for query in load_queries("checks.sql").values():
+                assert [row["what"] for row in connection.execute(query)] == []
         self._loop.run_until_complete(self._store.close())
         self._loop.close()
 
