@@ -326,8 +326,9 @@ class BudgetCheck:
         if not decision.approved:
             if ahead[1:]:
                 return  # a person has decided otherwise since
+            stopped = f"{decision.by or 'a person'} stopped it{f': {decision.reason}' if decision.reason else ''}"
             raise BudgetExceeded(
-                f"session {session} has used {words} of its budget: {decision.reason}. To continue, raise the budget "
+                f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
                 f"({self._command} {options}), and run the session again"
             )
         try:

@@ -161,7 +161,9 @@ async def test_limit_of_a_tool_counts_its_calls_and_no_others(shared_server: Ser
 
     running = run.start(program)
     assert (await run.decide(None, reason="once is enough", by="ann")).reason == "1 of 1 calls of charge"
-    with pytest.raises(BudgetExceeded, match=r"used 1 of 1 calls of charge of its budget: .*once is enough"):
+    with pytest.raises(
+        BudgetExceeded, match=r"used 1 of 1 calls of charge of its budget, and ann stopped it: once is enough\."
+    ):
         await running
     assert run.happened == ["look", "charge 1", "look"]
     # The decision stays. Another decision continues the session.
