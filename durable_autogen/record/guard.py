@@ -126,10 +126,10 @@ class Guard:
 
     # ---- Policies ----------------------------------------------------------------------------------------------------
 
-    def of_tool(self, name: str, own: Policy | None) -> Policy | None:
-        """Return the policy of a tool: that of the session, else the tool's `own`."""
-        self._known.add(name)
-        return self._policies.get(name, own)
+    def of_tool(self, *names: str, own: Policy | None = None) -> Policy | None:
+        """Return the policy of a tool: that of the session for one of the tool's names, else the tool's `own`."""
+        self._known.update(names)
+        return next((self._policies[name] for name in names if name in self._policies), own)
 
     def of_model(self, name: Callable[[], str]) -> Policy | None:
         """Return the policy of a model client. `name` returns its model's name."""

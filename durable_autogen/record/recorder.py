@@ -585,6 +585,12 @@ class Recorder:
         self.journal.log.warning("%s", what)
         left = len(self._replay.ahead)
         self.journal.log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
+        if dropped := await self.journal.effects_after(after):
+            self.journal.log.warning(
+                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
+                "calls again: %s",
+                *(len(dropped), ", ".join(dropped)),
+            )
         await self.journal.revoke_after(after, what)
         self._replay.leave()
 
