@@ -129,9 +129,7 @@ def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -
     with OpenAIServer(clerk_model({"cents": 20000})) as model:
         for _ in range(2):  # a parked run parks again
             with script(folder, model, "--park") as parked:
-                line = parked.wait_for(
-                    "session s is parked, run it again after the decision: waiting for"
-                )
+                line = parked.wait_for("session s is parked, run it again after the decision: waiting for")
                 assert parked.wait() == 75
         with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
             assert asked_in(line) in listing.wait_for("waits for a decision on charge")
