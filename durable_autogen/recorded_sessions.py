@@ -30,6 +30,7 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.sent_events import send
 from nexum_engine import jsontext
+from nexum_engine.approvals import how_to_decide
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
@@ -88,18 +89,18 @@ async def _questions(client: NexumClient) -> dict[str, list[str]]:
     """Return what waits for a person's decision, by session."""
     found: dict[str, list[str]] = {}
     pending: list[tuple[PendingApproval | UnknownNode, str]] = [
-        (one, "waits for a decision on {}: nexum approve {}, or nexum reject {}")
+        (one, f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}")
         for one in await client.pending_approvals(patience=SERVER_PATIENCE)
     ]
     unknown: list[tuple[PendingApproval | UnknownNode, str]] = [
-        (one, "may or may not have called {}: nexum resolve {}")
+        (one, f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}")
         for one in await client.unknown(patience=SERVER_PATIENCE)
     ]
     for one, text in (*pending, *unknown):
         input = jsontext.parse(one.input_json or "{}", "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
             what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
-            found.setdefault(session, []).append(text.format(what, one.execution_id, one.execution_id))
+            found.setdefault(session, []).append(text.format(what))
     return found
 
 
@@ -290,7 +291,7 @@ async def _later_effects(
     ]
     without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
     if effects == "refuse" and later:
-        listed = ", ".join(f"{input.tool}({jsontext.dump(input.arguments, 'it')})" for input, _ in later)
+        listed = ", ".join(str(input) for input, _ in later)
         raise InvalidRequest(
             f"after call {count}, session {source} has made {len(later)} call(s) whose effect must happen only once: "
             f"{listed}. Reuse their results (--effects reuse), or make the calls again (--effects again)"

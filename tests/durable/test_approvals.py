@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import select
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +18,13 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
+from autogen_core import CancellationToken
 from durable_agents import agent, answer, is_after_a_tool, run
-from harness import Process, Server, nexum_server, running
+from harness import Process, Server, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
-from nexum_engine.approvals import NODE
+from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict
@@ -121,6 +126,70 @@ def test_approval_given_while_every_process_is_dead_lets_the_call_run_once(folde
     assert len(model.requests) == 2
 
 
+def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -> None:
+    with OpenAIServer(clerk_model({"cents": 20000})) as model:
+        for _ in range(2):  # a parked run parks again
+            with script(folder, model, "--park") as parked:
+                line = parked.wait_for("session s is parked, run it again after the decision: waiting for")
+                assert parked.wait() == 75
+        with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
+            assert asked_in(line) in listing.wait_for("waits for a decision on charge")
+        nexum(folder, "approve", asked_in(line), "--args", '{"cents": 7}', "--by", "ann")
+        with script(folder, model, "--park") as resumed:
+            resumed.wait_for("ANSWER (ann changed the arguments to")
+            assert resumed.wait() == 0
+            assert resumed.lines[-2:-1] == ["charged c-1 7"]
+    assert ledger(folder) == ["c-1 7"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_person_at_the_terminal_is_asked(folder: Path) -> None:
+    import pty
+
+    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
+        terminal, its_end = pty.openpty()
+        command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", "--approve"]
+        process = subprocess.Popen(
+            [sys.executable, *command, "program.py", model.base_url],
+            cwd=folder,
+            env=environment(),
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+        )
+        os.close(its_end)
+        try:
+            shown = until(terminal, "a reason to reject it: ")
+            assert 'charge({"cents": 1, "customer": "c-1"}) of clerk' in shown
+            assert "reason: It is due." in shown
+            os.write(terminal, b"yes\n")
+            assert 'charge({"cents": 2' in until(terminal, "a reason to reject it: ")
+            os.write(terminal, b"one is enough\n")
+            assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait(10)
+            os.close(terminal)
+    assert ledger(folder) == ["c-1 1"]
+
+
+def until(terminal: int, text: str | None) -> str:
+    """Return what a terminal shows up to `text`; without `text`, up to the end of its programs."""
+    shown = ""
+    while text is None or text not in shown:
+        assert select.select([terminal], [], [], 30)[0], shown
+        try:
+            part = os.read(terminal, 65536).decode()
+        except OSError:  # Linux: no program has the terminal open any more
+            part = ""
+        if not part:
+            assert text is None, shown
+            break
+        shown += part
+    return shown
+
+
 # ---- Without processes -----------------------------------------------------------------------------------------------
 
 
@@ -209,7 +278,7 @@ async def test_rejection_of_a_call_of_the_program_raises(server: Server) -> None
     shop = Shop(approval="always")
     async with Deciders(server, rejects), DurableSession("s", nexum=server.address):
         with pytest.raises(CallRejected, match=r"^ann rejected this call: too much$"):
-            await shop.tool.run_json({"cents": 5}, None)  # type: ignore[arg-type]
+            await shop.tool.run_json({"cents": 5}, CancellationToken())
     assert shop.charged == []
 
 
@@ -352,12 +421,56 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
             (question,) = await client.pending_approvals()
             (info,) = await list_sessions(client)
             execution, call = question.execution_id, 'charge({"cents":5,"customer":"c-1"})'
-            told = f"waits for a decision on {call}: nexum approve {execution}, or nexum reject {execution}"
-            assert info.questions == (told,)
+            assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution)}",)
             await client.approve(question.execution_id, NODE)
         await run(server, build, park=True)
         assert len(model.requests) == 6
     assert shop.charged == ["c-1 5"]
+
+
+async def test_run_parks_when_all_calls_of_a_reply_wait(server: Server) -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
+        with pytest.raises(Parked, match=r"\"cents\": 1.*; waiting for a decision on charge\({\"cents\": 2"):
+            await run(server, shop.clerk(model), park=True)
+        async with Deciders(server, approves):
+            await run(server, shop.clerk(model), park=True)
+    assert sorted(shop.charged) == ["c-1 1", "c-1 2"]
+
+
+async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server: Server) -> None:
+    shop = Shop(approval="always")
+    async with DurableSession("s", nexum=server.address), NexumClient(server.address) as client:
+        calling = asyncio.ensure_future(shop.tool.run_json({"cents": 5}, CancellationToken()))
+        while not await client.pending_approvals():  # noqa: ASYNC110 - the server can't tell
+            await asyncio.sleep(0.01)
+        calling.cancel()
+        await asyncio.wait({calling})
+    async with NexumClient(server.address) as client:
+        assert await client.pending_approvals() == []
+
+
+async def test_question_of_another_kind_under_the_key_is_no_permission(server: Server) -> None:
+    """Somebody who may start executions can't prepare a decision on other arguments under a call's key."""
+    shop = Shop(approval="always")
+    key = Approval.of("s", "", "charge", {"cents": 5, "customer": "c-1"}).key("/reply/0/tool/1")
+    other = Approval.of("s", "", "charge", {"cents": 1, "customer": "c-1"})
+    async with NexumClient(server.address) as client:
+        await client.register_workflow(approval_workflow())
+        started = await client.start_execution(approval_workflow(), other, idempotency_key=key)
+        await client.approve(started.execution_id, NODE)
+    with pytest.raises(Conflict, match="asks another question under the key"):
+        async with DurableSession("s", nexum=server.address):
+            await shop.tool.run_json({"cents": 5}, CancellationToken())
+    assert shop.charged == []
+
+
+async def test_error_of_the_approval_function_is_no_permission(server: Server) -> None:
+    shop = Shop(approval=lambda dollars, **_: dollars > 5)
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        result = await run(server, shop.clerk(model))
+    assert "missing 1 required positional argument: 'dollars'" in result.messages[-1].to_text()
+    assert shop.charged == []
 
 
 async def test_policy_of_the_session_replaces_the_tools_own(server: Server) -> None:
@@ -391,8 +504,8 @@ async def test_call_without_policy_costs_no_request(server: Server, monkeypatch:
     )
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         await run(server, shop.clerk(model), session="first")  # registers the workflows
-        for session, more in (("s1", {}), ("s2", {"policies": policies})):
+        for session, given in (("s1", None), ("s2", policies)):
             requests.clear()
-            await run(server, shop.clerk(model), session=session, **more)
+            await run(server, shop.clerk(model), session=session, policies=given)
             # The server is asked for earlier runs, and starts the run, the beginning, two replies and the tool call.
             assert Counter(requests) == {"ListRequest": 1, "StartRequest": 5, "CompleteRequest": 2}
