@@ -315,6 +315,16 @@ async def test_function_of_the_arguments_chooses_the_calls_to_approve(server: Se
     assert sorted(shop.charged) == ["c-1 10", "c-1 11"]
 
 
+async def test_told_call_can_not_deceive_its_reader(server: ServerThread) -> None:
+    shop, lines = Shop(approval="always", approval_timeout=0.1), list[str]()
+    customer = "c-1\u202e\x1b[2J" + "x" * 400
+    with OpenAIServer(clerk_model({"cents": 5, "customer": customer})) as model:
+        await run(server, shop.clerk(model), logs=lines)
+    (line,) = (line for line in lines if line.startswith("waiting"))
+    assert 'charge({"cents": 5, "customer": "c-1\\u202e\\u001b[2Jxx' in line
+    assert "xxx... (cut) of clerk: " in line
+
+
 async def test_wrong_arguments_are_never_asked_for_and_never_run(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": "many"})) as model:
