@@ -283,6 +283,8 @@ class Guard:
         self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
     ) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
+        if not await self._journal.may_begin_effect(task):
+            return _UNKNOWN
         try:
             value = await self._performed(guarded, task, attempt, form)
         except asyncio.CancelledError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from autogen_core import CancellationToken
 from autogen_core.tools import StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, Scripted, bench
-from harness import Process, logged, running
+from harness import Process, logged, nexum_server, running
 from server_thread import ServerThread, server_thread
 
 from durable_autogen import (
@@ -32,7 +34,7 @@ from nexum_engine.errors import InvalidRequest, UnknownEffect
 from nexum_engine.workflow import RetryPolicy
 
 PROGRAM = """
-import asyncio, logging, os, sys
+import asyncio, logging, os, signal, sys
 from autogen_core import CancellationToken
 from durable_autogen import DurableSession, NOT_DONE, Parked, call_id, durable_tool
 from durable_autogen.record.journal import Journal
@@ -61,6 +63,17 @@ def look_up(arguments, key):
     if "broken" in sys.argv:
         raise OSError("the shop is closed")
     return "receipt found" if key in entries() else NOT_DONE
+
+start = Journal.start_effect
+async def start_and_stop(journal, *args):
+    global die
+    started = await start(journal, *args)
+    if die == "suspended":
+        die = ""
+        print("AT suspended", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return started
+Journal.start_effect = start_and_stop
 
 write = Journal._write
 async def stop_and_write(journal, task, call, event):
@@ -184,6 +197,27 @@ def test_recorded_effect_is_found_if_the_run_dies_before_it_records_its_call(fol
         pass
     assert got(folder) == "receipt 1"
     assert len(ledger(folder)) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) -> None:
+    with nexum_server(folder, lease=1) as server:
+        env = {"DIE": "suspended", "NEXUM_ADDRESS": server.address}
+        with running(["program.py"], cwd=folder, env=env) as suspended:
+            suspended.wait_for("AT suspended")
+            asyncio.run(resolve_unknown(server.address, "receipt 7"))
+            suspended.popen.send_signal(signal.SIGCONT)
+            assert suspended.wait_for("GOT") == "GOT receipt 7"
+            assert suspended.wait() == 0
+    assert ledger(folder) == []
+
+
+async def resolve_unknown(address: str, result: str) -> None:
+    """Wait until the server counts an effect as unknown. Say that it has happened."""
+    async with NexumClient(address) as client:
+        while not (unknown := await client.unknown()):  # noqa: ASYNC110 - the server can't tell
+            await asyncio.sleep(0.05)
+        await client.resolve(unknown[0].execution_id, unknown[0].node_id, output=result)
 
 
 # ---- Without processes -----------------------------------------------------------------------------------------------
