@@ -6,7 +6,9 @@
     python -m nexum_engine cancel EXECUTION       cancel an execution
     python -m nexum_engine retry EXECUTION        continue a FAILED execution at its failed node
     python -m nexum_engine approvals              list the nodes that wait for a person's approval
-    python -m nexum_engine approve EXECUTION NODE complete a node that waits; reject fails it
+    python -m nexum_engine approve EXECUTION      complete a node that waits for approval; reject fails it
+    python -m nexum_engine unknown                list the nodes whose effect may or may not have happened
+    python -m nexum_engine resolve EXECUTION      say whether the effect of such a node has happened
     python -m nexum_engine send EXECUTION NAME    send an event to an execution
     python -m nexum_engine prune --older-than 30d delete executions that ended long ago
     python -m nexum_engine backup FILE            write a copy of the database to a file

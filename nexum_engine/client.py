@@ -50,6 +50,7 @@ from nexum_engine.records import (
     PendingApproval,
     SessionSummary,
     Task,
+    UnknownNode,
 )
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
@@ -59,6 +60,7 @@ _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers witho
 
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Started:
     """The execution, if it ended within `wait` seconds."""
     task: Task | None = None
     """The owner's task, if the caller named an owner and the execution has not ended."""
+    unknown: bool = False
+    """Whether the effect of the owner's node is unknown: the execution waits for a person, and there is no task."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,10 @@ class NexumClient:
         that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
         `attributes` are names and values by which `list_executions` finds the execution.
 
+        If the effect of an owned node is unknown, the execution waits for a person: the answer has no task, and
+        `unknown` is true. If the key's execution is FAILED or CANCELLED, a new one is started. But if it has a node
+        whose effect must happen only once, the answer is that execution.
+
         Without a key, the call is never retried. If only the answer was lost, a retry would start a second execution.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest. Raises Conflict while another owner holds the
         execution.
@@ -240,7 +248,7 @@ class NexumClient:
         ended = await self._whole(answer.ended, patience) if answer.HasField("ended") else None
         status = ExecutionStatus(answer.status or "RUNNING")
         task = _task(answer.task, [workflow.version_hash])
-        return Started(answer.execution_id, answer.existing, status, ended, task)
+        return Started(answer.execution_id, answer.existing, status, ended, task, answer.unknown)
 
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
@@ -419,19 +427,91 @@ class NexumClient:
         """Return the HUMAN_APPROVAL nodes that wait for a person, the longest waiting first."""
         answer = await self._call(lambda stub: stub.GetPendingApprovals, pb.EmptyRequest(), patience=patience)
         return [
-            PendingApproval(item.execution_id, item.node_id, item.workflow_id, published.milliseconds(item.started_at))
+            PendingApproval(
+                item.execution_id,
+                item.node_id,
+                item.workflow_id,
+                published.milliseconds(item.started_at),
+                item.input_json,
+            )
             for item in answer.items
         ]
 
-    async def approve(self, execution_id: str, node_id: str, *, approver: str = "", comment: str = "") -> None:
-        """Complete a HUMAN_APPROVAL node. Raises NotFound, or Conflict if the node does not wait for a decision."""
-        request = pb.ApproveRequest(execution_id=execution_id, node_id=node_id, approver=approver, comment=comment)
+    async def approve(
+        self, execution_id: str, node_id: str, *, approver: str = "", comment: str = "", answer: object = None
+    ) -> None:
+        """Complete a HUMAN_APPROVAL node. Raises NotFound, or Conflict if the node does not wait for a decision.
+
+        Unless it is None, the JSON value `answer` becomes the field `answer` of the node's output.
+        """
+        request = pb.ApproveRequest(
+            execution_id=execution_id,
+            node_id=node_id,
+            approver=approver,
+            comment=comment,
+            answer_json="" if answer is None else jsontext.dump(answer, "the answer"),
+        )
         await self._call(lambda stub: stub.ApproveTask, request)
 
     async def reject(self, execution_id: str, node_id: str, *, approver: str = "", reason: str = "") -> None:
         """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, or Conflict like `approve`."""
         request = pb.RejectRequest(execution_id=execution_id, node_id=node_id, approver=approver, reason=reason)
         await self._call(lambda stub: stub.RejectTask, request)
+
+    async def unknown(self, *, patience: float = 0.0) -> list[UnknownNode]:
+        """Return the EFFECT nodes that wait for a person because their effect is unknown, the longest waiting first."""
+        answer = await self._of_this_project(lambda stub: stub.GetUnknown, pb.EmptyRequest(), patience)
+        return [
+            UnknownNode(
+                execution_id=item.execution_id,
+                node_id=item.node_id,
+                workflow_id=item.workflow_id,
+                since_ms=item.since_ms,
+                error=item.error,
+                input_json=item.input_json,
+                attempt=item.attempt,
+                worker_id=item.worker_id,
+                started_ms=item.started_ms,
+            )
+            for item in answer.items
+        ]
+
+    async def resolve(
+        self,
+        execution_id: str,
+        node_id: str,
+        *,
+        resolved_by: str = "",
+        output: object = None,
+        not_done: bool = False,
+        failed: str = "",
+    ) -> None:
+        """Decide about a node whose effect is unknown.
+
+        With `not_done`, the effect has not happened, and the node is handed out again. With `failed`, the node and its
+        execution fail for this reason. Otherwise the effect has happened, and the node completes with the JSON value
+        `output`. Raises NotFound, or Conflict if the node does not wait for such a decision.
+        """
+        request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=resolved_by)
+        if (not_done and failed) or (output is not None and (not_done or failed)):
+            raise InvalidRequest("a node is resolved in one way: give only one of output, not_done and failed")
+        if not_done:
+            request.not_done = True
+        elif failed:
+            request.failed = failed
+        else:
+            request.output_json = jsontext.dump(output, "the result")
+        await self._of_this_project(lambda stub: stub.ResolveNode, request, 0.0)
+
+    async def _of_this_project(self, method: Method[Request, Answer], request: Request, patience: float) -> Answer:
+        """Make a call that a published server doesn't know. Raises ServerError for such a server."""
+        try:
+            return await self._call(method, request, patience=patience)
+        except NotANexumServer as error:
+            await self.ping()
+            raise ServerError(
+                f"the server on {self.address} is a published one, or an older one: it knows no unknown effects"
+            ) from error
 
     async def send_event(
         self,
@@ -542,9 +622,15 @@ class NexumClient:
         request = pb.CompleteRequest(task_id=task_id, output_json=output_json)
         await self._report(task_id, lambda stub: stub.CompleteTask, request, patience)
 
-    async def fail_task(self, task_id: str, error: str, *, final: bool, patience: float = 0.0) -> None:
-        """Report a task's failure. A `final` failure is not retried. Raises StaleTask."""
-        request = pb.FailRequest(task_id=task_id, error_message=error, final=final)
+    async def fail_task(
+        self, task_id: str, error: str, *, final: bool = False, unknown: bool = False, patience: float = 0.0
+    ) -> None:
+        """Report a task's failure. A `final` failure is not retried. Raises StaleTask.
+
+        With `unknown`, the effect of the EFFECT node may have happened: the node waits for a person.
+        """
+        # An older server doesn't know `unknown`: it must not hand the task out again.
+        request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
     async def _report(
@@ -582,6 +668,7 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
         map_index=answer.map_index,
         map_total=answer.map_total,
         map_item_json=answer.map_item_json,
+        must_reconcile=answer.must_reconcile,
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands about executions: ps, show, cancel, retry, approvals, approve, reject, send.
+"""The commands about executions: ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send.
 
 They ask a server. If no server is named, and no server answers, they open the database themselves.
 """
@@ -20,6 +20,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
+    Conflict,
     InvalidRequest,
     NotANexumServer,
     ServerError,
@@ -30,7 +31,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment
-from nexum_engine.records import Execution, ExecutionStatus, NodeType, PendingApproval
+from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, PendingApproval, UnknownNode
 from nexum_engine.screen import Screen
 from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, waits
 from nexum_engine.store.retry import retry_execution
@@ -121,17 +122,33 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="reject a node that waits for approval: the node and its execution fail",
         description="Reject a HUMAN_APPROVAL node: the node and its execution fail.",
     )
+    unknown = commands.add_parser(
+        "unknown",
+        help="list the nodes whose effect may or may not have happened",
+        description="List the nodes whose effect may or may not have happened. Each waits until a person resolves it.",
+    )
+    resolve = commands.add_parser(
+        "resolve",
+        help="say whether the effect of an UNKNOWN node has happened",
+        description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
+    )
     send = commands.add_parser(
         "send",
         help="send an event to an execution",
         description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
         "for the event yet, the event is kept.",
     )
-    for command in (show, cancel, retry, approve, reject, send):
+    for command in (show, cancel, retry, approve, reject, resolve, send):
         command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
-    for command in (approve, reject):
-        command.add_argument("node", metavar="NODE", help="the node's name, as approvals prints it")
-    for command in (cancel, approve, reject):
+    for command, lister in ((approve, "approvals"), (reject, "approvals"), (resolve, "unknown")):
+        command.add_argument(
+            "node",
+            nargs="?",
+            default="",
+            metavar="NODE",
+            help=f"the node's name, as {lister} prints it (needed only if several nodes of the execution wait)",
+        )
+    for command in (cancel, approve, reject, resolve):
         command.add_argument(
             "--by",
             default=_user(),
@@ -139,7 +156,21 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             help="who does it (default: %(default)s). A server with tokens records the name of the token instead",
         )
     approve.add_argument("--comment", default="", help="stored with the approval")
+    approve.add_argument(
+        "--args",
+        type=_json,
+        metavar="JSON",
+        help="an answer that is stored with the approval: for a tool call, the arguments to call the tool with instead",
+    )
     reject.add_argument("--reason", default="", help="stored as the error of the node and the execution")
+    decision = resolve.add_mutually_exclusive_group(required=True)
+    decision.add_argument(
+        "--result", type=_json, metavar="JSON", help="the effect has happened: the node completes with this result"
+    )
+    decision.add_argument(
+        "--not-done", action="store_true", help="the effect has not happened: the node is handed out again"
+    )
+    decision.add_argument("--failed", metavar="REASON", help="the node and its execution fail")
     send.add_argument("name", metavar="NAME", help="the event's name")
     send.add_argument(
         "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
@@ -149,8 +180,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument(
             "--json", action="store_true", help=f"print JSON; with {option}, print a line for each change"
         )
-    approvals.add_argument("--json", action="store_true", help="print JSON")
-    return [ps, show, cancel, retry, approvals, approve, reject, send]
+    for command in (approvals, unknown):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send]
 
 
 def _user() -> str:
@@ -164,7 +196,7 @@ def _user() -> str:
 def _json(text: str) -> Any:
     """Read a JSON value from the command line."""
     try:
-        return jsontext.parse(text, "the payload")
+        return jsontext.parse(text, "the value")
     except InvalidRequest as error:
         raise argparse.ArgumentTypeError(f"{error}; a text needs quotes: '\"text\"'") from error
 
@@ -232,9 +264,17 @@ class _Executions(Protocol):
 
     async def approvals(self) -> list[PendingApproval]: ...
 
-    async def approve(self, execution_id: str, node_id: str, *, approver: str, comment: str) -> None: ...
+    async def approve(
+        self, execution_id: str, node_id: str, *, approver: str, comment: str, answer: object
+    ) -> None: ...
 
     async def reject(self, execution_id: str, node_id: str, *, approver: str, reason: str) -> None: ...
+
+    async def unknown(self) -> list[UnknownNode]: ...
+
+    async def resolve(
+        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str
+    ) -> None: ...
 
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None: ...
 
@@ -244,6 +284,7 @@ class _OnServer:
         self._client = client
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
         self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
+        self.unknown, self.resolve = client.unknown, client.resolve
         self.send = client.send_event
 
     async def children(self, execution_id: str, before: str) -> list[Execution]:
@@ -289,11 +330,23 @@ class _InDatabase:
     async def approvals(self) -> list[PendingApproval]:
         return await self._store.run(waits.pending_approvals)
 
-    async def approve(self, execution_id: str, node_id: str, *, approver: str, comment: str) -> None:
-        await self._store.run(waits.approve, execution_id, node_id, approver, comment)
+    async def approve(self, execution_id: str, node_id: str, *, approver: str, comment: str, answer: object) -> None:
+        answer_json = "" if answer is None else jsontext.dump(answer, "the answer")
+        await self._store.run(waits.approve, execution_id, node_id, approver, comment, answer_json)
 
     async def reject(self, execution_id: str, node_id: str, *, approver: str, reason: str) -> None:
         await self._store.run(waits.reject, execution_id, node_id, approver, reason)
+
+    async def unknown(self) -> list[UnknownNode]:
+        return await self._store.run(waits.unknown_nodes)
+
+    async def resolve(
+        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str
+    ) -> None:
+        output_json = None if not_done or failed else jsontext.dump(output, "the result")
+        await self._store.run(
+            waits.resolve, execution_id, node_id, resolved_by, output_json=output_json, not_done=not_done, failed=failed
+        )
 
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None:
         payload_json = jsontext.dump(payload, "the payload")
@@ -319,21 +372,60 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         return report.as_json(execution) if args.json else report.details(execution, children)
     if args.command == "approvals":
         pending = await source.approvals()
-        return report.approvals_as_json(pending) if args.json else report.approvals(pending, SystemClock().now_ms())
+        return report.items_as_json(pending) if args.json else report.approvals(pending, SystemClock().now_ms())
+    if args.command == "unknown":
+        nodes = await source.unknown()
+        return report.items_as_json(nodes) if args.json else report.unknown(nodes, SystemClock().now_ms())
     if args.command == "cancel":
         await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"
     if args.command == "approve":
-        await source.approve(args.execution, args.node, approver=args.by, comment=args.comment)
-        return f"{args.node} of {args.execution} is approved"
+        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
+        await source.approve(args.execution, node, approver=args.by, comment=args.comment, answer=args.args)
+        return f"{node} of {args.execution} is approved"
     if args.command == "reject":
-        await source.reject(args.execution, args.node, approver=args.by, reason=args.reason)
-        return f"{args.node} of {args.execution} is rejected"
+        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
+        await source.reject(args.execution, node, approver=args.by, reason=args.reason)
+        return f"{node} of {args.execution} is rejected"
+    if args.command == "resolve":
+        return await _resolve(args, source)
     if args.command == "send":
         await source.send(args.execution, args.name, args.payload, idempotency_key=args.key)
         return f"sent {args.name} to {args.execution}"
     await source.retry(args.execution)
     return f"{args.execution} is RUNNING again"
+
+
+async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
+    if args.failed == "":
+        raise InvalidRequest("--failed needs a reason")
+    node = args.node or await _only_node(source, args.execution, report.waits_for_person, "a decision about its effect")
+    await source.resolve(
+        args.execution,
+        node,
+        resolved_by=args.by,
+        output=args.result,
+        not_done=args.not_done,
+        failed=args.failed or "",
+    )
+    if args.not_done:
+        return f"{node} of {args.execution} is handed out again"
+    return f"{node} of {args.execution} is {'FAILED' if args.failed else 'COMPLETED'}"
+
+
+def _is_undecided(node: Node) -> bool:
+    return node.status is NodeStatus.WAITING and node.node_type == NodeType.HUMAN_APPROVAL
+
+
+async def _only_node(source: _Executions, execution_id: str, waits: Callable[[Node], bool], decision: str) -> str:
+    """Return the name of the only node of an execution that waits for a decision. Raises Conflict, InvalidRequest."""
+    execution = await source.get(execution_id)
+    names = [node.node_id for node in execution.nodes if waits(node)]
+    if not names:
+        raise Conflict(f"no node of execution {execution_id} waits for {decision}: it is {execution.status.value}")
+    if len(names) > 1:
+        raise InvalidRequest(f"several nodes of execution {execution_id} wait: name one of {', '.join(names)}")
+    return names[0]
 
 
 async def _with_children(source: _Executions, execution_id: str) -> tuple[Execution, list[Execution]]:

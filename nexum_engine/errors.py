@@ -26,7 +26,8 @@
     |   |-- NoOwnedExecutions             the server can't record runs
     |   `-- ServerFault                   the server had an internal error, which is in its log
     |-- WaitTimeout (TimeoutError)        the caller stopped waiting, the execution continues
-    `-- FinalError                        raised by a worker's handler: a retry can't fix it
+    |-- FinalError                        raised by a worker's handler: a retry can't fix it
+    `-- UnknownEffect                     raised by a worker's handler: its effect may or may not have happened
 
 An error's message names the thing, the cause and the next step. It is written for a person or a model. It contains no
 internals, because the server sends the message to clients.
@@ -174,3 +175,10 @@ class WaitTimeout(NexumError, TimeoutError):
 
 class FinalError(NexumError):
     """A failure that a retry can't fix (bad arguments, a refused address). A handler raises it to end the node."""
+
+
+class UnknownEffect(NexumError):
+    """It is not known whether an effect has happened. A handler raises it, and the node then waits for a person.
+
+    Only an EFFECT node can wait like this. A node of another type fails, and is not retried.
+    """

@@ -101,6 +101,9 @@ class Owner:
     ) -> Started:
         """Start the execution of `idempotency_key` as its owner, take it over from a dead owner, or find its result.
 
+        If the effect of its node is unknown, the answer has `unknown` and no task: wait with `get_execution` until a
+        person has resolved the node, and start again.
+
         Raises Conflict, with the owner's name, while another owner holds the execution. Raises Conflict if another
         owner has taken over the task `holding`.
         """
@@ -154,7 +157,7 @@ class Owner:
             started = await start()
         if started.task is not None:
             self._heartbeat.hold(started.task.task_id)
-        elif not started.status.ended:
+        elif not started.status.ended and not started.unknown:
             # The server doesn't know the field `owner`, and has queued the node for workers. Cancel the execution.
             await self._client.cancel_execution(started.execution_id)
             raise NoOwnedExecutions(self._client.address)
@@ -170,10 +173,14 @@ class Owner:
         finally:
             self._heartbeat.release(task.task_id)
 
-    async def fail(self, task: Task, error: str, *, patience: float = PATIENCE) -> None:
-        """Record that `task` failed. The next start with its idempotency key starts a new execution."""
+    async def fail(self, task: Task, error: str, *, unknown: bool = False, patience: float = PATIENCE) -> None:
+        """Record that `task` failed. The next start with its idempotency key starts a new execution.
+
+        With `unknown`, the effect of the task may have happened. Its execution waits for a person, and the next start
+        finds it.
+        """
         try:
-            await self._client.fail_task(task.task_id, error, final=True, patience=patience)
+            await self._client.fail_task(task.task_id, error, final=True, unknown=unknown, patience=patience)
         finally:
             self._heartbeat.release(task.task_id)
 

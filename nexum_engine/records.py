@@ -65,6 +65,20 @@ class Outcome(str, Enum):
     """The attempt took longer than the time limit of its node. This counts as a failed attempt."""
     CANCELLED = "CANCELLED"
     """The execution ended while the attempt ran."""
+    UNKNOWN = "UNKNOWN"
+    """The effect may or may not have happened. The node waits for a person, and for a late report of its worker."""
+
+
+class Effect(str, Enum):
+    """What follows if an attempt at an EFFECT node, whose effect must happen only once, ends without a report."""
+
+    ONCE = "ONCE"
+    """The attempt is UNKNOWN, and the node waits for a person."""
+    RECONCILE = "RECONCILE"
+    """The node is handed out again, as MUST_RECONCILE."""
+    MUST_RECONCILE = "MUST_RECONCILE"
+    """As RECONCILE. An earlier attempt has ended without a report, so each attempt first looks whether the effect has
+    happened."""
 
 
 class NodeType(str, Enum):
@@ -116,7 +130,11 @@ class Compatibility(str, Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a node. It begins when a worker or owner gets the task."""
+    """One attempt at a node, which begins when a worker or owner gets the task, or one decision of a person.
+
+    Each attempt at a HUMAN_APPROVAL node is a decision, and so is the attempt that follows an UNKNOWN one. The
+    `worker_id` of a decision names the person.
+    """
 
     attempt: int
     worker_id: str
@@ -222,6 +240,8 @@ class Task:
     """The number of all items, in a task of type MAP_SUBTASK."""
     map_item_json: str = ""
     """The item, in a task of type MAP_SUBTASK."""
+    must_reconcile: bool = False
+    """Whether the worker must first look whether the effect has happened: an earlier attempt ended without a report."""
 
 
 @dataclass(frozen=True)
@@ -243,3 +263,24 @@ class PendingApproval:
     node_id: str
     workflow_id: str
     since_ms: int
+    input_json: str = ""
+    """The execution's input, if it is short."""
+
+
+@dataclass(frozen=True)
+class UnknownNode:
+    """An EFFECT node that waits for a person, because its effect may or may not have happened."""
+
+    execution_id: str
+    node_id: str
+    workflow_id: str
+    since_ms: int
+    """When the attempt ended."""
+    error: str
+    """Why the effect is unknown."""
+    input_json: str
+    """The execution's input, if it is short."""
+    attempt: int
+    worker_id: str
+    started_ms: int
+    """The number of the attempt, its worker, and when it began."""

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
-from nexum_engine.records import Attempt, Execution, ExecutionStatus, NodeStatus, PendingApproval
+from nexum_engine.records import (
+    Attempt,
+    Execution,
+    ExecutionStatus,
+    Node,
+    NodeStatus,
+    NodeType,
+    Outcome,
+    PendingApproval,
+    UnknownNode,
+)
 
 WIDTH = 80
 _EXCERPT_LINES = 4
@@ -61,7 +71,12 @@ def changes(execution: Execution) -> list[str]:
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
+        decisions = _decisions(node)
         for attempt in node.attempts:
+            if attempt in decisions:
+                lines.append(f"{name} decision {attempt.attempt}{_by(attempt)} {_moment(attempt.ended_ms or 0)}")
+                lines += _wrapped(attempt.error, "    ") if attempt.error else []
+                continue
             lines.append(f"{name} attempt {attempt.attempt} began {_moment(attempt.started_ms)}")
             if attempt.ended_ms is not None:
                 took = seconds(attempt.started_ms, attempt.ended_ms)
@@ -102,8 +117,10 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
         lines += ["", f"node {_cut(node.node_id, WIDTH - 33)}{kind} {node.status.value}"]
         if node.due_ms is not None:
             lines.append(f"  waits    until {_moment(node.due_ms)}, at the longest")
+        if waits_for_person(node):
+            lines.append("  waits    for a person: its effect is UNKNOWN (nexum resolve)")
         for attempt in node.attempts:
-            lines += _attempt(attempt)
+            lines += _attempt(attempt, is_decision=attempt in _decisions(node))
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):
             lines += _field("  note", node.error)
         if node.progress_json and not execution.status.ended:
@@ -133,28 +150,94 @@ def _children(started: Sequence[Execution]) -> list[str]:
 
 
 def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
-    """Return two lines for each node that waits for approval."""
+    """Return some lines for each node that waits for approval: what is asked, and for how long it has waited."""
     if not pending:
         return "nothing waits for approval"
     lines = []
     for one in pending:
-        # Don't cut the two ids: a person passes them to `approve` or `reject`.
-        lines.append(f"{printable(one.execution_id)} {printable(one.node_id)}")
-        since = age(now_ms - one.since_ms)
-        lines.append(f"    of {_cut(one.workflow_id, WIDTH - 30)}, began to wait {since}")
+        since = f"    of {_cut(one.workflow_id, WIDTH - 30)}, began to wait {age(now_ms - one.since_ms)}"
+        lines += [_ids(one), since, *_asked(one.input_json)]
     return "\n".join(lines)
 
 
-def approvals_as_json(pending: Sequence[PendingApproval]) -> str:
-    """Return the nodes that wait for approval as indented JSON."""
-    return json.dumps([asdict(one) for one in pending], indent=2, ensure_ascii=True)
+def unknown(nodes: Sequence[UnknownNode], now_ms: int) -> str:
+    """Return some lines for each node whose effect is unknown: what it should do, and what is known of the attempt."""
+    if not nodes:
+        return "no effect is unknown"
+    lines = []
+    for one in nodes:
+        lines += [
+            _ids(one),
+            f"    of {_cut(one.workflow_id, WIDTH - 35)}, UNKNOWN since {age(now_ms - one.since_ms)}",
+            *_asked(one.input_json),
+            f"    attempt    {one.attempt}, began {_moment(one.started_ms)}",
+            f"    worker     {_cut(one.worker_id, WIDTH - 20)}",
+            *_wrapped(one.error, " " * 15),
+        ]
+    return "\n".join(lines)
 
 
-def _attempt(attempt: Attempt) -> list[str]:
+def _ids(one: PendingApproval | UnknownNode) -> str:
+    # Don't cut the two ids: a person passes them to `approve`, `reject` or `resolve`.
+    return f"{printable(one.execution_id)} {printable(one.node_id)}"
+
+
+def _asked(input_json: str) -> list[str]:
+    """Return lines with the parts of an execution's input. The values are whole: a person decides about them."""
+    if input_json in ("", "{}", "null"):
+        return []
+    try:
+        value = json.loads(input_json)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        return _whole("input", input_json)
+    return [
+        line
+        for name, part in value.items()
+        if part not in ("", None)
+        for line in _whole(name, part if isinstance(part, str) else json.dumps(part, ensure_ascii=False))
+    ]
+
+
+def _whole(name: str, value: str) -> list[str]:
+    """Return a named value over as many lines as it needs. Escape what is not printable, and keep all spaces."""
+    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in value)
+    width = WIDTH - 16
+    parts = [text[start : start + width] for start in range(0, len(text), width)] or [""]
+    return [f"    {_cut(name, 10):<10} {parts[0]}", *(f"{' ' * 15}{part}" for part in parts[1:])]
+
+
+def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
+    """Return the nodes that wait for a person as indented JSON."""
+    return json.dumps([asdict(one) for one in items], indent=2, ensure_ascii=True)
+
+
+def waits_for_person(node: Node) -> bool:
+    """Return whether the node waits for a person because its effect is unknown."""
+    return node.status is NodeStatus.WAITING and bool(node.attempts) and node.attempts[-1].outcome is Outcome.UNKNOWN
+
+
+def _decisions(node: Node) -> list[Attempt]:
+    """Return the attempts that are decisions of a person."""
+    if node.node_type == NodeType.HUMAN_APPROVAL:
+        return list(node.attempts)
+    pairs = zip(node.attempts, node.attempts[1:], strict=False)
+    return [later for earlier, later in pairs if earlier.outcome is Outcome.UNKNOWN]
+
+
+def _by(decision: Attempt) -> str:
+    return f" by {_cut(decision.worker_id, WIDTH - 60)}" if decision.worker_id else ""
+
+
+def _attempt(attempt: Attempt, *, is_decision: bool) -> list[str]:
     took = seconds(attempt.started_ms, attempt.ended_ms) if attempt.ended_ms else "still running"
+    kind, who, moment = "attempt", "worker", f"{_moment(attempt.started_ms)}  {took}"
+    if is_decision:
+        kind, who, moment = "decided", "by", _moment(attempt.ended_ms or 0)
     lines = [
-        f"  attempt {attempt.attempt:<2} {attempt.outcome.value:<11} {_moment(attempt.started_ms)}  {took}",
-        f"             worker {_cut(attempt.worker_id, WIDTH - 20)}",
+        f"  {kind} {attempt.attempt:<2} {attempt.outcome.value:<11} {moment}",
+        *([f"             {who} {_cut(attempt.worker_id, WIDTH - 20)}"] if attempt.worker_id else []),
     ]
     if attempt.error:
         lines += _wrapped(attempt.error, " " * 13)

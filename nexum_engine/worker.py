@@ -35,6 +35,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
     StaleTask,
     TaskNotFound,
+    UnknownEffect,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import NodeType, Task
@@ -77,6 +78,12 @@ class TaskContext:
     """The number of the item, from 0. None if the task is not for an item of a MAP node."""
     total: int = 0
     """How many items the MAP node has."""
+    must_reconcile: bool = False
+    """Whether an earlier attempt ended without a report, and the node has `reconcile`.
+
+    The handler must first look whether the effect has happened: if so, it returns the result; if not, it does the work;
+    if it can't tell, it raises UnknownEffect.
+    """
     heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
     """Send the task's progress, a small JSON value. The command `show` prints it. The next attempt gets it, too.
 
@@ -86,7 +93,7 @@ class TaskContext:
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
 """A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
-is retried later, except after FinalError.
+is retried later, except after FinalError. After UnknownEffect, an EFFECT node waits for a person.
 
 The handler of a ROUTER node returns the name of the target. The handler of a SUBWORKFLOW node returns the input of the
 execution to start."""
@@ -118,6 +125,10 @@ class _Work:
         """The attempt at the node: the newest one, if this process has received several."""
         self.requested = requested
         """The monotonic time at which the worker began to ask for the task."""
+        self.once = False
+        """Whether the work has begun, and its effect must happen only once."""
+        self.acknowledged = False
+        """Whether the server has accepted or refused the report."""
 
 
 class Worker:
@@ -374,7 +385,10 @@ class Worker:
             return await self._run_task(work) if await self._may_begin(work) else None
         finally:
             del self._at_work[node]
-            self._heartbeat.release(work.task.task_id)
+            # If the report got no answer, go on naming a task whose effect must happen only once. If no heartbeat named
+            # the task, the server would take it for one that never began, and hand it out again.
+            if work.acknowledged or not work.once:
+                self._heartbeat.release(work.task.task_id)
 
     def _adopt(self, running: _Work, work: _Work) -> None:
         """Let the running work report as the new attempt, because the old attempt counts as lost on the server."""
@@ -409,12 +423,14 @@ class Worker:
         logger.info("started  %s", what)
         try:
             handler, node = self._work_of(task)
+            work.once = node.once
             output = await self._output(handler, context, node, task, name)
         except Exception as error:  # noqa: BLE001 - reported to the server
-            final = isinstance(error, (FinalError, InvalidRequest))
+            unknown = isinstance(error, UnknownEffect)
+            final = unknown or isinstance(error, (FinalError, InvalidRequest))
             reason = _reason(error)
-            report = partial(self._failure, reason=reason, final=final)
-            outcome = "failed, no retry" if final else "failed"
+            report = partial(self._failure, reason=reason, final=final, unknown=unknown)
+            outcome = "unknown" if unknown else "failed, no retry" if final else "failed"
             return await self._report(work, what, start, report, outcome, reason)
         return await self._report(work, what, start, partial(self._success, output=output), "finished")
 
@@ -455,7 +471,8 @@ class Worker:
             if node.timeout_seconds is not None:
                 await asyncio.wait({running}, timeout=node.timeout_seconds)
                 if not running.done():
-                    raise TimeoutError(f"the attempt took longer than its time limit of {node.timeout_seconds:g} s")
+                    error_type = UnknownEffect if node.once else TimeoutError
+                    raise error_type(f"the attempt took longer than its time limit of {node.timeout_seconds:g} s")
             result = await running
         except asyncio.CancelledError as error:
             if self._closing:
@@ -505,8 +522,10 @@ class Worker:
         observed = await self._client.get_execution(task.execution_id)
         return task.node_id in observed.execution.outputs()
 
-    async def _failure(self, task: Task, reason: str, *, final: bool) -> None:
-        fail = partial(self._client.fail_task, task.task_id, reason, final=final, patience=REPORT_PATIENCE)
+    async def _failure(self, task: Task, reason: str, *, final: bool, unknown: bool = False) -> None:
+        fail = partial(
+            self._client.fail_task, task.task_id, reason, final=final, unknown=unknown, patience=REPORT_PATIENCE
+        )
         await fail()
         if final and not self._streams:
             # Use up the task's retries: a published server doesn't know `final`.
@@ -526,7 +545,6 @@ class Worker:
     ) -> asyncio.Task[_Work | None] | None:
         """Report an attempt, and log its end in one line. Return the slot's next poll if it has begun."""
         task = work.task
-        acknowledged = False
 
         async def report_newest() -> None:
             while True:
@@ -536,29 +554,37 @@ class Worker:
                 except StaleTask:
                     if work.task is newest:
                         raise
+                except (ServerUnavailable, ServerFault) as error:
+                    if not work.once:
+                        raise
+                    # The result must not be lost: nobody could tell whether the effect has happened.
+                    logger.warning("the report of %s is not stored, retrying: %s", what, error)
+                    await asyncio.sleep(FAULT_DELAY)
 
         reporting = asyncio.create_task(self._answer(report_newest()))
         self._reports.add(reporting)
         reporting.add_done_callback(self._reports.discard)
+        is_stored = False
         # With `after_report`, or with a published server, the next poll begins only after the answer to the report.
         may_poll = self._streams and self._after_report is None and not self._told_to_stop.is_set()
         polling = self._begin_poll() if may_poll else None
         try:
             await asyncio.shield(reporting)
-            acknowledged = True
+            is_stored = work.acknowledged = True
         except (StaleTask, TaskNotFound, InvalidRequest) as error:
+            work.acknowledged = True
             reason = f"refused by the server: {error}"
         except NexumError as error:
-            reason = f"not reported, so the task will be run again: {error}"
+            reason = f"not reported{'' if work.once else ', so the task will be run again'}: {error}"
         except asyncio.CancelledError:
             if polling is not None:
                 polling.cancel()
             raise
         seconds = time.monotonic() - start
-        level = logging.INFO if outcome == "finished" and acknowledged else logging.WARNING
+        level = logging.INFO if outcome == "finished" and is_stored else logging.WARNING
         in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
         logger.log(level, "%-8s %s, %.2f s%s", outcome, what, seconds, f": {in_one_line}" if in_one_line else "")
-        if acknowledged and self._after_report is not None:
+        if is_stored and self._after_report is not None:
             self._after_report(task)
         return polling
 
@@ -602,5 +628,6 @@ def _context(task: Task, heartbeat: Callable[[Any], None]) -> TaskContext:
         item=json.loads(task.map_item_json or "null"),
         index=_index_of(task),
         total=task.map_total,
+        must_reconcile=task.must_reconcile,
         heartbeat=heartbeat,
     )

@@ -8,7 +8,7 @@
     )
 
 The IR has a published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...], ...}}}`. The
-fields `event`, `on_timeout`, `timeout_seconds` and `retry_policy` are additions of this project.
+fields `event`, `on_timeout`, `timeout_seconds`, `retry_policy`, `effect` and `reconcile` are additions of this project.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
@@ -72,6 +72,8 @@ class RetryPolicy(BaseModel):
 
 
 DEFAULT_RETRY_POLICY = RetryPolicy()
+ONE_ATTEMPT = RetryPolicy(max_attempts=1)
+"""The default of a node whose effect must happen only once: a reported failure doesn't prove that nothing happened."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ class NodeDefinition:
     on_timeout: str = ""
     """The node that runs only if the event of an EVENT node does not come in time."""
     timeout_seconds: float | None = None
-    """How long one attempt at a task may take, or how long an EVENT node waits."""
+    """How long one attempt at a task may take, or how long an EVENT or HUMAN_APPROVAL node waits."""
     retry: RetryPolicy = DEFAULT_RETRY_POLICY
+    once: bool = False
+    """Whether the effect of an EFFECT node must happen only once: an attempt that may have begun is not repeated."""
+    reconcile: bool = False
+    """With `once`: whether the node's handler can look if an earlier attempt's effect has happened."""
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -120,9 +126,18 @@ class NodeDefinition:
             fields["on_timeout"] = self.on_timeout
         if self.timeout_seconds is not None:
             fields["timeout_seconds"] = self.timeout_seconds
-        if self.retry != DEFAULT_RETRY_POLICY:
+        if self.retry != default_retry(self.once):
             fields["retry_policy"] = self.retry.model_dump()
+        if self.once:
+            fields["effect"] = "once"
+        if self.reconcile:
+            fields["reconcile"] = True
         return fields
+
+
+def default_retry(once: bool) -> RetryPolicy:
+    """Return the retry policy of a node that gives none."""
+    return ONE_ATTEMPT if once else DEFAULT_RETRY_POLICY
 
 
 @dataclass(frozen=True)
@@ -159,13 +174,32 @@ class WorkflowBuilder:
         *,
         depends_on: Sequence[str] | None = None,
         timeout_seconds: float | None = None,
-        retry: RetryPolicy = DEFAULT_RETRY_POLICY,
+        retry: RetryPolicy | None = None,
+        once: bool = False,
+        reconcile: bool = False,
     ) -> WorkflowBuilder:
         """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it.
 
-        An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when the node is retried.
+        An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when the node is retried
+        after a reported failure.
+
+        With `once`, an attempt that may have begun and ends without a report is not repeated. The node waits for a
+        person (`nexum unknown`). If the node has `reconcile`, its handler gets another attempt instead, in which
+        `task.must_reconcile` is true: the handler first looks whether the effect has happened. With `once`, a reported
+        failure is final, unless `retry` says otherwise.
         """
-        return self._add(node_id, NodeType.EFFECT, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
+        if reconcile and not once:
+            raise InvalidRequest(f"node {node_id!r} has reconcile without once: give both, or none")
+        return self._add(
+            node_id,
+            NodeType.EFFECT,
+            depends_on,
+            output,
+            timeout_seconds=timeout_seconds,
+            retry=retry or default_retry(once),
+            once=once,
+            reconcile=reconcile,
+        )
 
     def compute(
         self,
@@ -176,7 +210,7 @@ class WorkflowBuilder:
         timeout_seconds: float | None = None,
         retry: RetryPolicy = DEFAULT_RETRY_POLICY,
     ) -> WorkflowBuilder:
-        """Add a node that only computes. The arguments are those of `effect`."""
+        """Add a node that only computes. An attempt that takes longer than `timeout_seconds` counts as failed."""
         return self._add(node_id, NodeType.COMPUTE, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
 
     def router(
@@ -240,9 +274,14 @@ class WorkflowBuilder:
         """Add a node that completes after a delay. The server waits, and no worker is needed."""
         return self._add(node_id, NodeType.TIMER, depends_on, delay_seconds=delay_seconds)
 
-    def human_approval(self, node_id: str, *, depends_on: Sequence[str] | None = None) -> WorkflowBuilder:
-        """Add a node that a person approves or rejects. It has no handler."""
-        return self._add(node_id, NodeType.HUMAN_APPROVAL, depends_on)
+    def human_approval(
+        self, node_id: str, *, depends_on: Sequence[str] | None = None, timeout_seconds: float | None = None
+    ) -> WorkflowBuilder:
+        """Add a node that a person approves or rejects. It has no handler.
+
+        If nobody decides within `timeout_seconds`, the node and its execution fail.
+        """
+        return self._add(node_id, NodeType.HUMAN_APPROVAL, depends_on, timeout_seconds=timeout_seconds)
 
     def event(
         self,
@@ -337,7 +376,9 @@ class _NodeIr(BaseModel):
     event: str = ""
     on_timeout: str = ""
     timeout_seconds: Number | None = Field(None, gt=0, le=MAX_SECONDS)
-    retry_policy: RetryPolicy = DEFAULT_RETRY_POLICY
+    retry_policy: RetryPolicy | None = None
+    effect: Literal["idempotent", "once"] = "idempotent"
+    reconcile: bool = Field(False, strict=True)
 
 
 class _WorkflowIr(BaseModel):
@@ -404,7 +445,8 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
         check_id(node.event, f"the event of node {node_id!r}")
         if node.on_timeout and node.timeout_seconds is None:
             raise InvalidRequest(f"EVENT node {node_id!r} has on_timeout, but no timeout_seconds")
-    may_time_out = is_event or node_type.has_task
+    may_time_out = node_type is not NodeType.TIMER
+    once = node_type is NodeType.EFFECT and node.effect == "once"
     return NodeDefinition(
         node_id,
         node_type,
@@ -416,7 +458,9 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
         event=node.event if is_event else "",
         on_timeout=node.on_timeout if is_event else "",
         timeout_seconds=node.timeout_seconds if may_time_out else None,
-        retry=node.retry_policy,
+        retry=node.retry_policy or default_retry(once),
+        once=once,
+        reconcile=once and node.reconcile,
     )
 
 

@@ -20,7 +20,9 @@ from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file, s
 from nexum_engine.server.bounds import MAX_SHOWN_METHOD, Abort, Context, Received, Rpc
 
 USE, ADMINISTER = "use", "administer"
-ADMINISTRATION = frozenset({"ApproveTask", "RejectTask", "CancelExecution", "RetryExecution", "Prune", "Backup"})
+ADMINISTRATION = frozenset(
+    {"ApproveTask", "RejectTask", "ResolveNode", "CancelExecution", "RetryExecution", "Prune", "Backup"}
+)
 """The RPCs that need a token with the role `administer`. RetryExecution needs it, because it can undo a rejection."""
 OPEN_TO_ALL = frozenset({"/grpc.health.v1.Health/Check"})
 MIN_TOKEN_CHARACTERS = 32

@@ -66,7 +66,15 @@ ANSWER_TIMEOUT = 30.0  # seconds for a client to read a large answer
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["NexumService"]
 SERVICE_NAME = _SERVICE.full_name
-_WITH_PAYLOAD = {"RegisterWorkflow", "StartExecution", "CompleteTask", "FailTask", "SendEvent"}
+_WITH_PAYLOAD = {
+    "RegisterWorkflow",
+    "StartExecution",
+    "CompleteTask",
+    "FailTask",
+    "SendEvent",
+    "ApproveTask",
+    "ResolveNode",
+}
 
 _OVERLOADED = (
     "other calls use all the memory that the server may use for calls: retry, and end clients that don't read answers"

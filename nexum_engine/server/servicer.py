@@ -228,6 +228,7 @@ class NexumServicer(NexumServiceServicer):
             status=started.status.value,
             ended=None if ended is None else _execution_message(ended, has_poller=False),
             task=None if started.task is None else _task_message(started.task),
+            unknown=started.unknown,
         )
 
     def _started_owned(self, done: asyncio.Future[Started]) -> None:
@@ -277,7 +278,7 @@ class NexumServicer(NexumServiceServicer):
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
         await self._liveness.carry_out(
-            self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final)
+            self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown)
         )
         return pb.AckResponse(ok=True)
 
@@ -431,7 +432,9 @@ class NexumServicer(NexumServiceServicer):
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
         await self._liveness.carry_out(
-            self._store.run(waits.approve, request.execution_id, request.node_id, by, request.comment)
+            self._store.run(
+                waits.approve, request.execution_id, request.node_id, by, request.comment, request.answer_json
+            )
         )
         return pb.AckResponse(ok=True, message="Approved")
 
@@ -445,7 +448,7 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
-        await self._answers.reserve(context, waits.MAX_APPROVALS * VERSION_BYTES)
+        await self._answers.reserve(context, waits.MAX_WAITING * VERSION_BYTES + waits.MAX_SHOWN_INPUTS)
         return pb.PendingApprovalsResponse(
             items=[
                 pb.PendingApprovalItem(
@@ -453,10 +456,36 @@ class NexumServicer(NexumServiceServicer):
                     node_id=pending.node_id,
                     workflow_id=pending.workflow_id,
                     started_at=_time(pending.since_ms),
+                    input_json=pending.input_json,
                 )
                 for pending in await self._store.run(waits.pending_approvals)
             ]
         )
+
+    @_rpc
+    async def GetUnknown(self, request: pb.EmptyRequest, context: Context) -> pb.UnknownResponse:
+        size = waits.MAX_WAITING * (VERSION_BYTES + tasks.MAX_ERROR_CHARACTERS) + waits.MAX_SHOWN_INPUTS
+        await self._answers.reserve(context, size)
+        found = await self._store.run(waits.unknown_nodes)
+        return pb.UnknownResponse(items=[pb.UnknownItem(**asdict(one)) for one in found])
+
+    @_rpc
+    async def ResolveNode(self, request: pb.ResolveRequest, context: Context) -> pb.AckResponse:
+        decision = request.WhichOneof("decision")
+        if decision is None or (decision == "not_done" and not request.not_done):
+            raise InvalidRequest("the request has no decision: give output_json, not_done or failed")
+        await self._liveness.carry_out(
+            self._store.run(
+                waits.resolve,
+                request.execution_id,
+                request.node_id,
+                self._who(context, request.resolved_by),
+                output_json=request.output_json if decision == "output_json" else None,
+                not_done=request.not_done,
+                failed=request.failed,
+            )
+        )
+        return pb.AckResponse(ok=True)
 
     @_rpc
     async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
@@ -585,6 +614,7 @@ def _task_message(task: Task) -> pb.PollResponse:
         attempt=task.attempt,
         version_hash=task.version_hash,
         progress_json=task.progress_json,
+        must_reconcile=task.must_reconcile,
         is_map_subtask=task.node_type == NodeType.MAP_SUBTASK,
         map_index=task.map_index,
         map_total=task.map_total,

@@ -107,6 +107,7 @@ def start_execution(
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
+    A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once.
     An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
     COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. `full_at` is the limit of
     the queue if the queue is full, else None.
@@ -131,7 +132,7 @@ def start_execution(
                     "another input: use another key for another input"
                 )
             status = ExecutionStatus(latest["status"])
-            if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED):
+            if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED) or latest["has_once"]:
                 return Started(latest["execution_id"], status, existing=True)
     if full_at is not None:
         raise Overloaded(

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nexum_engine import jsontext, scheduling
-from nexum_engine.records import ExecutionStatus, Outcome
+from nexum_engine.records import Effect, ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import TIMEOUT_GRACE_MS
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
-from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail
+from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail, wait_for_person
 from nexum_engine.store.waits import end_waits
 from nexum_engine.workflow import DEFAULT_RETRY_POLICY
 
@@ -61,7 +61,7 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
     if (
         row is None
         or row["worker_id"] != worker_id
-        or row["outcome"] not in (Outcome.LOST, Outcome.EXPIRED, Outcome.INTERRUPTED)
+        or row["outcome"] not in (Outcome.LOST, Outcome.EXPIRED, Outcome.INTERRUPTED, Outcome.UNKNOWN)
         or row["attempt"] != row["newest_attempt"]
         or row["execution_status"] != ExecutionStatus.RUNNING
     ):
@@ -73,8 +73,9 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
     # Count losses, because a task that kills one worker after another must fail in the end. Don't count an INTERRUPTED
-    # attempt, because its task did not end it. Don't count the losses of an owned node: it is never handed to workers.
-    return 0 if outcome is Outcome.INTERRUPTED or row["owned"] else 1
+    # attempt, because its task did not end it. Don't count an UNKNOWN attempt: a person decides about its node. Don't
+    # count the losses of an owned node: it is never handed to workers.
+    return 0 if outcome in (Outcome.INTERRUPTED, Outcome.UNKNOWN) or row["owned"] else 1
 
 
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
@@ -88,7 +89,7 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
     for row in found():
         db.lock(row["execution"])
     for row in found():  # without those that another server has ended before this one had the locks
-        _lose(db, row, Outcome.LOST, reason, changes)
+        _hand_out_again(db, row, Outcome.LOST, reason, changes)
     return changes.freeze()
 
 
@@ -141,7 +142,10 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
     limit_ms = row["timeout_ms"]
     if limit_ms is not None and row["started_ms"] + limit_ms <= db.now_ms:
         reason = f"the attempt took longer than its time limit of {(limit_ms - TIMEOUT_GRACE_MS) / 1000:g} s"
-        retry_or_fail(db, row, AttemptEnd(Outcome.TIMED_OUT, reason, failed=1), False, changes)
+        if row["effect"] is None:
+            retry_or_fail(db, row, AttemptEnd(Outcome.TIMED_OUT, reason, failed=1), False, changes)
+        else:
+            _lose(db, row, Outcome.TIMED_OUT, reason, changes)
         return
     outcome = Outcome(row["lease_loss"])
     worker_id = row["worker_id"]
@@ -154,6 +158,20 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
 
 
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
+    """End an attempt that may have begun, and that has not been reported."""
+    if row["effect"] is None:
+        _hand_out_again(db, row, outcome, reason, changes)
+        return
+    losses = row["lost_attempts"] + _counted_losses(outcome, row)
+    if row["effect"] == Effect.ONCE or losses >= scheduling.MAX_LOST_ATTEMPTS:
+        wait_for_person(db, row, reason, None if outcome is Outcome.TIMED_OUT else outcome)
+        return
+    _hand_out_again(db, row, outcome, reason, changes)
+    db.run("must_reconcile", node=row["node"])
+
+
+def _hand_out_again(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
+    """End an attempt, and make its node a task again. Fail the node if too many attempts at it were lost."""
     end = AttemptEnd(outcome, reason, lost=_counted_losses(outcome, row))
     losses = row["lost_attempts"] + end.lost
     if losses >= scheduling.MAX_LOST_ATTEMPTS:

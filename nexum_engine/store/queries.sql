@@ -34,8 +34,13 @@ WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 SELECT number FROM former_ids WHERE id = :id;
 
 -- name: execution_of_key
--- The latest execution of an idempotency key.
-SELECT execution_id, status, input_json FROM executions
+-- The latest execution of an idempotency key. If it has no result, `has_once` says whether it has a node whose effect
+-- must happen only once.
+SELECT execution_id, status, input_json,
+       CASE WHEN status IN ('FAILED', 'CANCELLED') THEN EXISTS (
+           SELECT 1 FROM nodes WHERE node BETWEEN 1000 * sequence AND 1000 * sequence + 999 AND effect IS NOT NULL)
+       END AS has_once
+FROM executions
 WHERE workflow_id = :workflow_id AND idempotency_key = :idempotency_key ORDER BY sequence DESC LIMIT 1;
 
 -- name: add_execution
@@ -57,9 +62,9 @@ INSERT INTO attributes (execution, name, value) VALUES (:execution, :name, :valu
 -- name: add_node
 -- Add a node to a new execution.
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
-                   timeout_ms, retry)
+                   timeout_ms, retry, effect)
 VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms, :task_bytes, :owned,
-        :timeout_ms, :retry);
+        :timeout_ms, :retry, :effect);
 
 -- name: add_child
 -- Store an execution that a SUBWORKFLOW node started.
@@ -293,7 +298,7 @@ SELECT (SELECT coalesce(sum(length(CAST(error AS BLOB)) + 4 * length(worker_id) 
 -- Of a version's tasks that are small enough for the worker, the one that has been due the longest. A long input is
 -- left out.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
-       workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms,
+       workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms, effect,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
 FROM nodes JOIN executions ON sequence = execution
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes <= :max_bytes
@@ -318,7 +323,8 @@ ORDER BY due_ms, node LIMIT 1;
 -- name: owned_node
 -- The node of an owned execution, with its newest attempt.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, nodes.version_hash, nodes.status,
-       owned, workflow_id, idempotency_key, input_json, task_bytes, progress_json, timeout_ms, task_id, worker_id
+       owned, workflow_id, idempotency_key, input_json, task_bytes, progress_json, timeout_ms, task_id, worker_id,
+       outcome, effect
 FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
@@ -366,7 +372,7 @@ SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, atte
        attempts AS newest_attempt, nodes.outcome AS newest_outcome, attempt_error AS newest_error,
        streamed AS newest_streamed, nodes.worker_id AS newest_worker, failed_attempts, owned,
        execution_id, executions.status AS execution_status, workflow_id, nodes.version_hash, task_bytes, timeout_ms,
-       retry,
+       retry, effect,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
         AND others.status NOT IN ('COMPLETED', 'SKIPPED')) AS unrecorded,
        NOT EXISTS (SELECT 1 FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
@@ -381,12 +387,13 @@ WHERE nodes.node = :node AND (nodes.task_id = :task_id OR earlier.task_id = :tas
 SELECT output_json FROM nodes WHERE node = :node;
 
 -- name: record_output
--- Record a node's result, once, and the end of its newest attempt.
+-- Record a node's result, once, and the end of its newest attempt. The attempt may be UNKNOWN until now.
 UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '',
                  outcome = 'COMPLETED', attempt_error = '', ended_ms = :now,
                  completed = (SELECT count(*) FROM nodes AS others WHERE others.status = 'COMPLETED' AND
                               others.node BETWEEN 1000 * (:node / 1000) AND 1000 * (:node / 1000) + 999)
-WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
+WHERE node = :node AND attempts = :attempt
+  AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
 
 -- name: wait_for_children
 -- End a node's newest attempt. The node now waits for the executions that it started.
@@ -423,6 +430,47 @@ UPDATE nodes SET status = 'FAILED', error = :error, ended_ms = :now WHERE node =
 UPDATE nodes SET status = 'SKIPPED', outcome = 'EXPIRED', error = :error, ended_ms = :now
 WHERE node = :node AND status = 'WAITING';
 
+-- name: wait_for_person
+-- End a node's newest attempt, whose effect is unknown. The node now waits for a person. If the attempt ended because
+-- its lease ran out, lease_loss says how, and the attempt is resumed if its worker comes back.
+UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'UNKNOWN', attempt_error = :error,
+                 lease_loss = :lease_loss, ended_ms = :now
+WHERE node = :node AND attempts = :attempt
+  AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
+
+-- name: must_reconcile
+-- Let the next attempts at a node first look whether the effect has happened.
+UPDATE nodes SET effect = 'MUST_RECONCILE' WHERE node = :node;
+
+-- name: unknown_nodes
+-- The nodes whose effect is unknown, the longest waiting first.
+SELECT execution_id, node_id, workflow_id, nodes.ended_ms AS since_ms, attempt_error AS error, attempts AS attempt,
+       worker_id, started_ms,
+       CASE WHEN length(CAST(input_json AS BLOB)) <= :max_input THEN input_json ELSE '' END AS input_json
+FROM nodes JOIN executions ON sequence = execution
+WHERE nodes.status = 'WAITING' AND node_type = 'EFFECT' ORDER BY nodes.ended_ms, node LIMIT :limit;
+
+-- name: add_resolution
+-- Store a person's decision about a node whose effect is unknown, as the node's newest attempt.
+UPDATE nodes SET attempts = attempts + 1, task_id = :task_id, worker_id = :by, started_ms = :now, ended_ms = :now,
+                 outcome = :outcome, attempt_error = :error
+WHERE node = :node;
+
+-- name: hand_out_again
+-- Make a node, whose effect has not happened, a task again, with fresh counts.
+UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :now END,
+                 failed_attempts = 0, lost_attempts = 0,
+                 effect = CASE effect WHEN 'MUST_RECONCILE' THEN 'RECONCILE' ELSE effect END
+WHERE node = :node AND status = 'WAITING';
+
+-- name: add_decision
+-- Store a person's decision about a HUMAN_APPROVAL node as an attempt. All attempts at such a node are in this table:
+-- the node itself holds when it began to wait.
+INSERT INTO attempts (node, attempt, task_id, worker_id, started_ms, ended_ms, outcome, error)
+SELECT node, (SELECT count(*) + 1 FROM attempts AS earlier WHERE earlier.node = nodes.node), :task_id, :by, started_ms,
+       :now, :outcome, :error
+FROM nodes WHERE node = :node;
+
 -- name: node_at
 -- A node with its execution.
 SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
@@ -430,7 +478,8 @@ FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
 
 -- name: node_by_name
 -- A node with its execution, by the node's name.
-SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash
+SELECT node, node_id, node_type, nodes.status, outcome, owned, task_bytes, execution, execution_id, workflow_id,
+       nodes.version_hash
 FROM nodes JOIN executions ON sequence = execution
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id;
 
@@ -441,7 +490,8 @@ WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_type =
 
 -- name: pending_approvals
 -- The nodes that wait for a person, the longest waiting first.
-SELECT execution_id, node_id, workflow_id, started_ms
+SELECT execution_id, node_id, workflow_id, started_ms,
+       CASE WHEN length(CAST(input_json AS BLOB)) <= :max_input THEN input_json ELSE '' END AS input_json
 FROM nodes JOIN executions ON sequence = execution
 WHERE nodes.status = 'WAITING' AND node_type = 'HUMAN_APPROVAL' ORDER BY started_ms, node LIMIT :limit;
 
@@ -449,7 +499,7 @@ WHERE nodes.status = 'WAITING' AND node_type = 'HUMAN_APPROVAL' ORDER BY started
 -- The nodes that have waited as long as they may, the earliest first.
 SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash, due_ms
 FROM nodes JOIN executions ON sequence = execution
-WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT') AND due_ms <= :now
+WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT', 'HUMAN_APPROVAL') AND due_ms <= :now
 ORDER BY due_ms, node LIMIT :limit;
 
 -- name: due_wait
@@ -460,7 +510,8 @@ SELECT node FROM nodes WHERE node = :node AND status = 'WAITING' AND due_ms <= :
 -- When the next node will have waited as long as it may.
 SELECT min(due_ms) AS due
 FROM (SELECT min(due_ms) AS due_ms FROM nodes WHERE status = 'WAITING' AND node_type = 'TIMER'
-      UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'EVENT') AS kinds;
+      UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'EVENT'
+      UNION ALL SELECT min(due_ms) FROM nodes WHERE status = 'WAITING' AND node_type = 'HUMAN_APPROVAL') AS kinds;
 
 -- name: depth
 -- How deep an execution is nested: 1 if a client started it, 2 if a node of such an execution did, and so on.
@@ -540,14 +591,16 @@ UPDATE nodes SET status = 'READY', due_ms = :now, task_bytes = :task_bytes WHERE
 UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :due_ms END,
                  failed_attempts = failed_attempts + :failed, lost_attempts = lost_attempts + :lost,
                  outcome = :outcome, attempt_error = :attempt_error, ended_ms = :now
-WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
+WHERE node = :node AND attempts = :attempt
+  AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
 
 -- name: fail_node
 -- End a node and its newest attempt without a result.
 UPDATE nodes SET status = 'FAILED', error = :error,
                  failed_attempts = failed_attempts + :failed, lost_attempts = lost_attempts + :lost,
                  outcome = :outcome, attempt_error = :attempt_error, ended_ms = :now
-WHERE node = :node AND status IN ('RUNNING', 'READY') AND attempts = :attempt;
+WHERE node = :node AND attempts = :attempt
+  AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
 
 -- name: cancel_nodes
 -- End the unfinished nodes of an execution, and their running attempts.
@@ -576,11 +629,16 @@ WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND chil
 UPDATE executions SET status = 'RUNNING', error = '', ended_ms = NULL
 WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
 
--- name: reopen_parents
--- If a node without a result had started executions, let it wait for these executions again.
-UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = ''
+-- name: reopen_waiting
+-- Let nodes without a result wait again: for the executions that they had started or, if their effect is unknown, for a
+-- person. The effect of an attempt that ran when its execution ended is unknown, too.
+UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '',
+                 attempt_error = CASE outcome WHEN 'CANCELLED' THEN 'the execution ended during the attempt'
+                                              ELSE attempt_error END,
+                 outcome = CASE outcome WHEN 'CANCELLED' THEN 'UNKNOWN' ELSE outcome END
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED')
-  AND EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED'));
+  AND (outcome = 'UNKNOWN' OR (outcome = 'CANCELLED' AND effect = 'ONCE')
+       OR EXISTS (SELECT 1 FROM executions WHERE parent_node = node AND status IN ('FAILED', 'CANCELLED')));
 
 -- name: repeating_parent
 -- A PENDING node that would start its executions a second time.
@@ -602,7 +660,9 @@ RETURNING task_bytes;
 
 -- name: reopen_nodes
 -- Make the nodes without a result PENDING again, with fresh counts. Their attempts stay in the history.
-UPDATE nodes SET status = 'PENDING', due_ms = NULL, error = '', failed_attempts = 0, lost_attempts = 0
+UPDATE nodes SET status = 'PENDING', due_ms = NULL, error = '', failed_attempts = 0, lost_attempts = 0,
+                 effect = CASE WHEN effect = 'RECONCILE' AND outcome = 'CANCELLED' THEN 'MUST_RECONCILE'
+                               ELSE effect END
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED');
 
 -- name: end_execution
@@ -627,18 +687,20 @@ UPDATE nodes SET progress_json = :progress_json
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: resume_node
--- Give a node's newest attempt, whose lease ran out, a new lease: its worker is back.
+-- Give a node's newest attempt, whose lease ran out, a new lease: its worker is back. An attempt that is UNKNOWN because
+-- its worker said so has ended.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
                  attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE,
                  due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
                               THEN started_ms + timeout_ms ELSE :lease_expires_ms END
-WHERE node = :node AND status = 'READY' AND attempts = :attempt;
+WHERE node = :node AND attempts = :attempt
+  AND (status = 'READY' OR (status = 'WAITING' AND outcome = 'UNKNOWN' AND lease_loss IS NOT NULL));
 
 -- name: handed_out
 -- The tasks that a worker was handed, must have received by now, and has not reported. The columns are those of
 -- expired_lease. Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
-       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
+       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect
 FROM nodes
 WHERE queue = '' AND worker_id = :worker_id AND NOT owned AND started_ms + task_bytes / :bytes_per_ms <= :now;
 
@@ -671,7 +733,7 @@ SELECT node, execution FROM nodes WHERE queue = '' AND due_ms <= :now ORDER BY d
 -- name: expired_lease
 -- The attempt at a node, if its lease has run out.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
-       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry
+       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect
 FROM nodes WHERE node = :node AND status = 'RUNNING' AND due_ms <= :now;
 
 -- name: next_lease

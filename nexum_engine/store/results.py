@@ -36,6 +36,8 @@ class Started:
     """The owner's task, if an owner started the execution."""
     changed: Changed = Changed()
     """The effects of the start: the tasks with which the execution began, and the effects of an owner's output."""
+    unknown: bool = False
+    """Whether the effect of the owned node is unknown: the execution waits for a person, and there is no task."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _reopen(db: Db, execution: Row, changes: Changes) -> None:
         assert item is not None
         changes.ready.append(ReadyTask(version_hash, item["task_bytes"]))
         return
-    db.run("reopen_parents", execution=number)
+    db.run("reopen_waiting", execution=number)
     db.run("reopen_nodes", execution=number)
     repeating = db.one("repeating_parent", execution=number)
     if repeating is not None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound, TooLarge
-from nexum_engine.records import ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
+from nexum_engine.records import Effect, ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
 from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of, retry_of
@@ -75,13 +75,15 @@ def start_owned(
 ) -> Started:
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
-    No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. With `output_json`, the
+    No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. If the effect of the node
+    is unknown, the execution waits for a person, and `owner` gets no task. With `output_json`, the
     attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task. So if
     another process has taken over a session, the session's former owner can't record events any more. Raises the errors
     of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
-    - Conflict if another owner holds the execution, or if the execution was started for workers,
+    - Conflict if another owner holds the execution, if the execution was started for workers, or if `output_json` is
+      given although the effect of the execution's node is unknown,
     - StaleTask if `held_task_id` is lost, or if the execution has a result other than `output_json`.
     """
     check_id(owner, "owner")
@@ -105,6 +107,10 @@ def start_owned(
     node = db.one("owned_node", execution=number)
     if node is None or not node["owned"]:
         raise Conflict(f"execution {started.execution_id} was started for workers: it can't have an owner")
+    if node["status"] == NodeStatus.WAITING:
+        if output_json:
+            raise Conflict(f"{workflow_id} {idempotency_key!r} waits for a person (execution {started.execution_id})")
+        return replace(started, unknown=True)
     if node["status"] == NodeStatus.READY:
         task = _hand_out(db, node, owner, lease_ms, streamed)
     elif node["worker_id"] == owner:
@@ -156,6 +162,7 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
         input_bytes=node["task_bytes"],
         timeout_ms=node["timeout_ms"],
         progress_json=node["progress_json"] or "",
+        must_reconcile=node["effect"] == Effect.MUST_RECONCILE,
     )
     if node["node_type"] != NodeType.MAP_SUBTASK:
         return task
@@ -270,10 +277,12 @@ def _check_may_report(row: Row) -> None:
     if row["outcome"] == Outcome.TIMED_OUT:
         raise StaleTask(f"{what} reports too late: {row['error']}")
     if row["attempt"] != row["newest_attempt"]:
-        raise StaleTask(
-            f"{what} is over ({row['outcome']}): attempt {row['newest_attempt']} was handed out later, "
-            f"and only that attempt may report"
+        later = (
+            "a person has decided about it"
+            if row["outcome"] == Outcome.UNKNOWN
+            else f"attempt {row['newest_attempt']} was handed out later, and only that attempt may report"
         )
+        raise StaleTask(f"{what} is over ({row['outcome']}): {later}")
 
 
 def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
@@ -370,17 +379,27 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
     flow.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
-def fail_task(db: Db, task_id: str, error: str, final: bool) -> Changed:
+def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changed:
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
-    A second report with the same error changes nothing. Raises TaskNotFound for an unknown task, and StaleTask if the
-    attempt may not report.
+    If the effect of an EFFECT node is `unknown`, the node waits for a person instead. But if another attempt can find
+    out whether the effect has happened, the node is handed out again. An owner has to find out itself. A second report
+    with the same error changes nothing. Raises TaskNotFound for an unknown task, and StaleTask if the attempt may not
+    report.
     """
     row = _reported_attempt(db, task_id)
     error = _shortened(error) or "the worker gave no reason"
-    if row["outcome"] == Outcome.FAILED and row["error"] == error:
+    unknown = unknown and row["node_type"] == NodeType.EFFECT
+    if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN) and row["error"] == error:
         return Changed()
     _check_may_report(row)
+    if unknown:
+        if row["effect"] != Effect.RECONCILE or row["owned"]:
+            wait_for_person(db, row, error)
+            return Changed()
+        retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error))
+        db.run("must_reconcile", node=row["node"])
+        return Changed(ready=(ReadyTask(row["version_hash"], row["task_bytes"]),))
     # If the worker of a lost attempt still reports the failure, count the attempt as failed, and no longer as lost.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
@@ -445,6 +464,22 @@ def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) 
     )
     if failed:
         end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
+
+
+def wait_for_person(db: Db, row: Row, error: str, lease_loss: Outcome | None = None) -> None:
+    """End the attempt in `row`, whose effect is unknown. Its node waits for a person, unless it has already ended.
+
+    `lease_loss` says how the attempt's lease ran out. If the attempt's worker comes back, the attempt is resumed. It is
+    None if the attempt is over for another reason.
+    """
+    db.run(
+        "wait_for_person",
+        node=row["node"],
+        attempt=row["attempt"],
+        error=error,
+        lease_loss=None if lease_loss is None else lease_loss.value,
+        now=db.now_ms,
+    )
 
 
 def _shortened(error: str) -> str:

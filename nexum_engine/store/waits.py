@@ -1,4 +1,6 @@
-"""Transitions of nodes that wait for a time, a person or an event: approve, reject, send an event, end due waits.
+"""Transitions of nodes that wait for a time, a person or an event.
+
+They approve, reject, resolve an unknown effect, send an event, and end the waits that are due.
 
 Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
 function raises an error of `nexum_engine.errors`, and its changes are rolled back.
@@ -7,6 +9,7 @@ function raises an error of `nexum_engine.errors`, and its changes are rolled ba
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import groupby
 
 from nexum_engine import jsontext
@@ -17,39 +20,68 @@ from nexum_engine.errors import (
     NotFound,
     TooLarge,
 )
-from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, PendingApproval
+from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, Outcome, PendingApproval, UnknownNode
 from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of
+from nexum_engine.store.ids import new_task_id
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
-from nexum_engine.store.results import Changed, Changes
+from nexum_engine.store.results import Changed, Changes, ReadyTask
 from nexum_engine.workflow import check_id
 
 MAX_ENDED_WAITS = 200
 """How many waits one transaction ends. If more are due, the next transaction follows at once."""
-MAX_APPROVALS = 1000
-"""The largest number of pending approvals in one answer."""
+MAX_WAITING = 1000
+"""The largest number of nodes that wait for a person in one answer."""
+MAX_SHOWN_INPUT = 16 * 1024
+"""The largest input, in bytes, that is shown with a node that waits for a person."""
+MAX_SHOWN_INPUTS = 2 * 1024 * 1024
+"""The largest total size of the inputs in one answer."""
 MAX_COMMENT_CHARACTERS = 4000
+NOT_DONE = "the effect has not happened"
+"""The error of a decision after which a node is handed out again."""
 MAX_EVENTS = 1000
 """The largest number of events that one execution keeps."""
 
 
 def pending_approvals(db: Db) -> list[PendingApproval]:
-    """Return the nodes that wait for a person, the longest waiting first."""
+    """Return the nodes that wait for a person's approval, the longest waiting first."""
+    rows = db.all("pending_approvals", limit=MAX_WAITING, max_input=MAX_SHOWN_INPUT)
     return [
-        PendingApproval(row["execution_id"], row["node_id"], row["workflow_id"], row["started_ms"])
-        for row in db.all("pending_approvals", limit=MAX_APPROVALS)
+        PendingApproval(row["execution_id"], row["node_id"], row["workflow_id"], row["started_ms"], input_json)
+        for row, input_json in _with_inputs(rows)
     ]
 
 
-def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str) -> Changed:
-    """Complete a HUMAN_APPROVAL node.
+def unknown_nodes(db: Db) -> list[UnknownNode]:
+    """Return the nodes whose effect is unknown, the longest waiting first."""
+    rows = db.all("unknown_nodes", limit=MAX_WAITING, max_input=MAX_SHOWN_INPUT)
+    return [UnknownNode(**{**row, "input_json": input_json}) for row, input_json in _with_inputs(rows)]
 
-    Raises NotFound if there is no such node, and Conflict if it does not wait for a decision now.
+
+def _with_inputs(rows: list[Row]) -> Iterator[tuple[Row, str]]:
+    """Yield each row with its input. Leave out the inputs that would make the answer too large."""
+    left = MAX_SHOWN_INPUTS
+    for row in rows:
+        size = jsontext.size_of(row["input_json"])
+        is_shown = size <= left
+        left -= size if is_shown else 0
+        yield row, row["input_json"] if is_shown else ""
+
+
+def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str = "") -> Changed:
+    """Complete a HUMAN_APPROVAL node. With `answer_json`, the node's output has this value as `answer`.
+
+    Raises NotFound if there is no such node, Conflict if it does not wait for a decision now, InvalidRequest for an
+    answer that isn't JSON, and TooLarge.
     """
     node, changes = _undecided(db, execution_id, node_id, approver, comment), Changes()
     decision = {"approved": True, "approver": approver, "comment": comment, "decided_ms": db.now_ms}
+    if answer_json:
+        decision["answer"] = jsontext.parse(answer_json, "answer_json")
     output = jsontext.dump(decision, "the decision")
+    _check_fits(db, execution_id, output)
+    _note_decision(db, node, approver, Outcome.COMPLETED, "")
     flow.complete_waiting(db, node, output, changes)
     return changes.freeze()
 
@@ -58,22 +90,14 @@ def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) 
     """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound and Conflict, as `approve` does."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
+    _note_decision(db, node, approver, Outcome.FAILED, reason)
     flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
     return changes.freeze()
 
 
 def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: str) -> Row:
     """Return the node, if it waits for a person's decision."""
-    check_id(node_id, "node_id")
-    if approver:
-        check_id(approver, "approver")
-    if len(comment) > MAX_COMMENT_CHARACTERS:
-        raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
-    check_id(execution_id, "execution_id")
-    execution = find_execution(db, execution_id, lock=True)
-    node = db.one("node_by_name", execution=execution["sequence"], node_id=node_id)
-    if node is None:
-        raise NotFound(f"execution {execution_id} has no node {node_id!r}")
+    node, execution = _node_of(db, execution_id, node_id, approver, comment)
     what = f"node {node_id!r} of execution {execution_id}"
     if node["node_type"] != NodeType.HUMAN_APPROVAL:
         raise NotFound(f"{what} is of type {node['node_type']}: it does not wait for an approval")
@@ -83,6 +107,85 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
         raise Conflict(f"{what} can't be decided yet: it waits for other nodes")
     ended = "" if execution["status"] == ExecutionStatus.RUNNING else f", and its execution is {execution['status']}"
     raise Conflict(f"{what} can't be decided any more: it is {node['status']}{ended}")
+
+
+def _node_of(db: Db, execution_id: str, node_id: str, by: str, comment: str) -> tuple[Row, Row]:
+    """Check a person's decision, and return the node that it is about, and the node's execution."""
+    check_id(node_id, "node_id")
+    if by:
+        check_id(by, "the name of the person who decides")
+    if len(comment) > MAX_COMMENT_CHARACTERS:
+        raise TooLarge(f"the comment has {len(comment):,} characters; the limit is {MAX_COMMENT_CHARACTERS:,}")
+    check_id(execution_id, "execution_id")
+    execution = find_execution(db, execution_id, lock=True)
+    node = db.one("node_by_name", execution=execution["sequence"], node_id=node_id)
+    if node is None:
+        raise NotFound(f"execution {execution_id} has no node {node_id!r}")
+    return node, execution
+
+
+def _note_decision(db: Db, node: Row, by: str, outcome: Outcome, reason: str) -> None:
+    task_id = new_task_id(node["node"])
+    db.run(
+        "add_decision", node=node["node"], task_id=task_id, by=by, outcome=outcome.value, error=reason, now=db.now_ms
+    )
+
+
+def _check_fits(db: Db, execution_id: str, output_json: str) -> None:
+    if not flow.outputs_fit(db, execution_id, jsontext.size_of(output_json)):
+        raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {flow.MAX_OUTPUT_BYTES:,} bytes")
+
+
+def resolve(
+    db: Db,
+    execution_id: str,
+    node_id: str,
+    by: str,
+    *,
+    output_json: str | None = None,
+    not_done: bool = False,
+    failed: str = "",
+) -> Changed:
+    """Record a person's decision about a node whose effect is unknown.
+
+    With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
+    has not happened, and the node is handed out again. Otherwise the node and its execution fail, for the reason
+    `failed`. Raises NotFound if there is no such node, Conflict if its effect is not unknown now, InvalidRequest for a
+    result that isn't JSON, and TooLarge.
+    """
+    if output_json is not None:
+        jsontext.parse(output_json, "output_json")
+    node, _ = _node_of(db, execution_id, node_id, by, failed)
+    if node["status"] != NodeStatus.WAITING or node["outcome"] != Outcome.UNKNOWN:
+        raise Conflict(
+            f"node {node_id!r} of execution {execution_id} can't be resolved: it is {node['status']}, and waits for no "
+            "decision about an unknown effect"
+        )
+    changes, number = Changes(), node["node"]
+    if output_json is not None:
+        _check_fits(db, execution_id, output_json)
+        outcome, reason = Outcome.COMPLETED, ""
+    else:
+        outcome, reason = Outcome.FAILED, NOT_DONE if not_done else failed or "the effect has failed"
+    db.run("keep_attempt", node=number)
+    db.run(
+        "add_resolution",
+        node=number,
+        task_id=new_task_id(number),
+        by=by,
+        outcome=outcome.value,
+        error=reason,
+        now=db.now_ms,
+    )
+    if output_json is not None:
+        flow.complete_waiting(db, node, output_json, changes)
+    elif not_done:
+        db.run("hand_out_again", node=number, now=db.now_ms)
+        if not node["owned"]:
+            changes.ready.append(ReadyTask(node["version_hash"], node["task_bytes"]))
+    else:
+        flow.fail_waiting(db, node, reason, changes)
+    return changes.freeze()
 
 
 def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changed:
@@ -141,7 +244,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
 
 
 def end_waits(db: Db, changes: Changes) -> None:
-    """Complete the TIMER nodes that are due, and end the EVENT nodes whose event did not come in time."""
+    """Complete the TIMER nodes that are due, and end the nodes whose event or decision did not come in time."""
     due = db.all("due_waits", now=db.now_ms, limit=MAX_ENDED_WAITS)
     # If several waits of an execution end at the same time, advance the execution once: `advance` reads all its nodes.
     for _, together in groupby(due, key=lambda node: (node["due_ms"], node["execution"])):
@@ -165,7 +268,11 @@ def _end_wait(db: Db, node: Row, changes: Changes) -> bool:
     if definition.node_type is NodeType.TIMER:
         output = flow.timer_output(db, definition)
         return db.changes("complete_waiting", node=node["node"], output_json=output, now=db.now_ms) > 0
-    reason = f"no event {definition.event!r} came within {definition.timeout_seconds or math.inf:g} s"
+    within = f"within {definition.timeout_seconds or math.inf:g} s"
+    if definition.node_type is NodeType.HUMAN_APPROVAL:
+        flow.fail_waiting(db, node, f"not decided {within}", changes)
+        return False
+    reason = f"no event {definition.event!r} came {within}"
     if definition.on_timeout:
         return db.changes("time_out", node=node["node"], error=reason, now=db.now_ms) > 0
     flow.fail_waiting(db, node, reason, changes)

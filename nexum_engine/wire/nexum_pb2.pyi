@@ -146,18 +146,23 @@ class StartResponse(google.protobuf.message.Message):
     STATUS_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
     TASK_FIELD_NUMBER: builtins.int
+    UNKNOWN_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     existing: builtins.bool
     """Addition: true if the key already had this execution."""
     status: builtins.str
     """Addition: the execution's status when it was started or found."""
+    unknown: builtins.bool
+    """Addition: with `owner`: true if the effect of the execution's node is UNKNOWN. The execution is RUNNING, and waits
+    for a person (ResolveNode).
+    """
     @property
     def ended(self) -> global___GetExecutionResponse:
         """Addition: the execution, if it ended within wait_ms."""
 
     @property
     def task(self) -> global___PollResponse:
-        """Addition: the owner's task, unless the execution has ended."""
+        """Addition: the owner's task, unless the execution has ended, or `unknown` is true."""
 
     def __init__(
         self,
@@ -167,9 +172,10 @@ class StartResponse(google.protobuf.message.Message):
         status: builtins.str = ...,
         ended: global___GetExecutionResponse | None = ...,
         task: global___PollResponse | None = ...,
+        unknown: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ended", b"ended", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "status", b"status", "task", b"task"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "status", b"status", "task", b"task", "unknown", b"unknown"]) -> None: ...
 
 global___StartResponse = StartResponse
 
@@ -226,6 +232,7 @@ class PollResponse(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     VERSION_HASH_FIELD_NUMBER: builtins.int
     PROGRESS_JSON_FIELD_NUMBER: builtins.int
+    MUST_RECONCILE_FIELD_NUMBER: builtins.int
     has_task: builtins.bool
     task_id: builtins.str
     execution_id: builtins.str
@@ -246,6 +253,10 @@ class PollResponse(google.protobuf.message.Message):
     """Addition: the version that the task belongs to."""
     progress_json: builtins.str
     """Addition: the last progress that an earlier attempt at the node sent."""
+    must_reconcile: builtins.bool
+    """Addition: true if an earlier attempt at this node, which has a `reconcile` function, ended without a report. The
+    worker first looks whether the effect has happened, and runs the effect only if it has not.
+    """
     def __init__(
         self,
         *,
@@ -266,8 +277,9 @@ class PollResponse(google.protobuf.message.Message):
         attempt: builtins.int = ...,
         version_hash: builtins.str = ...,
         progress_json: builtins.str = ...,
+        must_reconcile: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "execution_id", b"execution_id", "has_task", b"has_task", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "is_map_subtask", b"is_map_subtask", "map_index", b"map_index", "map_item_json", b"map_item_json", "map_total", b"map_total", "node_id", b"node_id", "node_type", b"node_type", "progress_json", b"progress_json", "sub_execution_id", b"sub_execution_id", "sub_input_json", b"sub_input_json", "sub_workflow_id", b"sub_workflow_id", "task_id", b"task_id", "version_hash", b"version_hash"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "execution_id", b"execution_id", "has_task", b"has_task", "idempotency_key", b"idempotency_key", "input_json", b"input_json", "is_map_subtask", b"is_map_subtask", "map_index", b"map_index", "map_item_json", b"map_item_json", "map_total", b"map_total", "must_reconcile", b"must_reconcile", "node_id", b"node_id", "node_type", b"node_type", "progress_json", b"progress_json", "sub_execution_id", b"sub_execution_id", "sub_input_json", b"sub_input_json", "sub_workflow_id", b"sub_workflow_id", "task_id", b"task_id", "version_hash", b"version_hash"]) -> None: ...
 
 global___PollResponse = PollResponse
 
@@ -296,18 +308,24 @@ class FailRequest(google.protobuf.message.Message):
     TASK_ID_FIELD_NUMBER: builtins.int
     ERROR_MESSAGE_FIELD_NUMBER: builtins.int
     FINAL_FIELD_NUMBER: builtins.int
+    UNKNOWN_FIELD_NUMBER: builtins.int
     task_id: builtins.str
     error_message: builtins.str
     final: builtins.bool
     """Addition: true if a retry can't fix the failure: the node fails at once."""
+    unknown: builtins.bool
+    """Addition: true if the effect of an EFFECT node may have happened. The node then waits for a person (ResolveNode).
+    A client also sets `final`, so that a server that doesn't know this field does not run the effect again.
+    """
     def __init__(
         self,
         *,
         task_id: builtins.str = ...,
         error_message: builtins.str = ...,
         final: builtins.bool = ...,
+        unknown: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["error_message", b"error_message", "final", b"final", "task_id", b"task_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error_message", b"error_message", "final", b"final", "task_id", b"task_id", "unknown", b"unknown"]) -> None: ...
 
 global___FailRequest = FailRequest
 
@@ -620,10 +638,13 @@ class ApproveRequest(google.protobuf.message.Message):
     NODE_ID_FIELD_NUMBER: builtins.int
     APPROVER_FIELD_NUMBER: builtins.int
     COMMENT_FIELD_NUMBER: builtins.int
+    ANSWER_JSON_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     node_id: builtins.str
     approver: builtins.str
     comment: builtins.str
+    answer_json: builtins.str
+    """Addition: a JSON value. It becomes the field `answer` of the node's output."""
     def __init__(
         self,
         *,
@@ -631,8 +652,9 @@ class ApproveRequest(google.protobuf.message.Message):
         node_id: builtins.str = ...,
         approver: builtins.str = ...,
         comment: builtins.str = ...,
+        answer_json: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["approver", b"approver", "comment", b"comment", "execution_id", b"execution_id", "node_id", b"node_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["answer_json", b"answer_json", "approver", b"approver", "comment", b"comment", "execution_id", b"execution_id", "node_id", b"node_id"]) -> None: ...
 
 global___ApproveRequest = ApproveRequest
 
@@ -678,10 +700,13 @@ class PendingApprovalItem(google.protobuf.message.Message):
     NODE_ID_FIELD_NUMBER: builtins.int
     WORKFLOW_ID_FIELD_NUMBER: builtins.int
     STARTED_AT_FIELD_NUMBER: builtins.int
+    INPUT_JSON_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     node_id: builtins.str
     workflow_id: builtins.str
     started_at: builtins.str
+    input_json: builtins.str
+    """Addition: the execution's input, if it is short."""
     def __init__(
         self,
         *,
@@ -689,8 +714,9 @@ class PendingApprovalItem(google.protobuf.message.Message):
         node_id: builtins.str = ...,
         workflow_id: builtins.str = ...,
         started_at: builtins.str = ...,
+        input_json: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id", "node_id", b"node_id", "started_at", b"started_at", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["execution_id", b"execution_id", "input_json", b"input_json", "node_id", b"node_id", "started_at", b"started_at", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___PendingApprovalItem = PendingApprovalItem
 
@@ -874,6 +900,10 @@ global___NodeRecord = NodeRecord
 
 @typing.final
 class AttemptRecord(google.protobuf.message.Message):
+    """An attempt at a node, or a person's decision about it: each attempt at a HUMAN_APPROVAL node is a decision, and so is
+    the attempt that follows an UNKNOWN one. The worker_id of a decision names the person.
+    """
+
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     ATTEMPT_FIELD_NUMBER: builtins.int
@@ -888,7 +918,7 @@ class AttemptRecord(google.protobuf.message.Message):
     ended_ms: builtins.int
     """0 while the attempt runs."""
     outcome: builtins.str
-    """RUNNING, COMPLETED, FAILED, TIMED_OUT, LOST, EXPIRED, INTERRUPTED, CANCELLED."""
+    """RUNNING, COMPLETED, FAILED, TIMED_OUT, LOST, EXPIRED, INTERRUPTED, CANCELLED, UNKNOWN."""
     error: builtins.str
     def __init__(
         self,
@@ -1312,3 +1342,100 @@ class BackupProgress(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["copied_bytes", b"copied_bytes", "done", b"done", "total_bytes", b"total_bytes"]) -> None: ...
 
 global___BackupProgress = BackupProgress
+
+@typing.final
+class UnknownItem(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    WORKFLOW_ID_FIELD_NUMBER: builtins.int
+    SINCE_MS_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    INPUT_JSON_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    STARTED_MS_FIELD_NUMBER: builtins.int
+    execution_id: builtins.str
+    node_id: builtins.str
+    workflow_id: builtins.str
+    since_ms: builtins.int
+    """When the attempt ended, in milliseconds since 1970, UTC."""
+    error: builtins.str
+    """Why the effect is unknown."""
+    input_json: builtins.str
+    """The execution's input, if it is short."""
+    attempt: builtins.int
+    """The attempt's number and its worker, and when it began."""
+    worker_id: builtins.str
+    started_ms: builtins.int
+    def __init__(
+        self,
+        *,
+        execution_id: builtins.str = ...,
+        node_id: builtins.str = ...,
+        workflow_id: builtins.str = ...,
+        since_ms: builtins.int = ...,
+        error: builtins.str = ...,
+        input_json: builtins.str = ...,
+        attempt: builtins.int = ...,
+        worker_id: builtins.str = ...,
+        started_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "error", b"error", "execution_id", b"execution_id", "input_json", b"input_json", "node_id", b"node_id", "since_ms", b"since_ms", "started_ms", b"started_ms", "worker_id", b"worker_id", "workflow_id", b"workflow_id"]) -> None: ...
+
+global___UnknownItem = UnknownItem
+
+@typing.final
+class UnknownResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: builtins.int
+    @property
+    def items(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___UnknownItem]:
+        """The longest waiting first."""
+
+    def __init__(
+        self,
+        *,
+        items: collections.abc.Iterable[global___UnknownItem] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["items", b"items"]) -> None: ...
+
+global___UnknownResponse = UnknownResponse
+
+@typing.final
+class ResolveRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: builtins.int
+    NODE_ID_FIELD_NUMBER: builtins.int
+    RESOLVED_BY_FIELD_NUMBER: builtins.int
+    OUTPUT_JSON_FIELD_NUMBER: builtins.int
+    NOT_DONE_FIELD_NUMBER: builtins.int
+    FAILED_FIELD_NUMBER: builtins.int
+    execution_id: builtins.str
+    node_id: builtins.str
+    resolved_by: builtins.str
+    """Who decides. A server with tokens records the name of the call's token instead."""
+    output_json: builtins.str
+    """The effect has happened: the node completes with this result, a JSON value."""
+    not_done: builtins.bool
+    """The effect has not happened: the node is handed out again."""
+    failed: builtins.str
+    """The node and its execution fail, for this reason."""
+    def __init__(
+        self,
+        *,
+        execution_id: builtins.str = ...,
+        node_id: builtins.str = ...,
+        resolved_by: builtins.str = ...,
+        output_json: builtins.str = ...,
+        not_done: builtins.bool = ...,
+        failed: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["decision", b"decision", "failed", b"failed", "not_done", b"not_done", "output_json", b"output_json"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["decision", b"decision", "execution_id", b"execution_id", "failed", b"failed", "node_id", b"node_id", "not_done", b"not_done", "output_json", b"output_json", "resolved_by", b"resolved_by"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["decision", b"decision"]) -> typing.Literal["output_json", "not_done", "failed"] | None: ...
+
+global___ResolveRequest = ResolveRequest

@@ -139,6 +139,16 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.BackupRequest.SerializeToString,
                 response_deserializer=nexum__pb2.BackupProgress.FromString,
                 _registered_method=True)
+        self.GetUnknown = channel.unary_unary(
+                '/nexum.NexumService/GetUnknown',
+                request_serializer=nexum__pb2.EmptyRequest.SerializeToString,
+                response_deserializer=nexum__pb2.UnknownResponse.FromString,
+                _registered_method=True)
+        self.ResolveNode = channel.unary_unary(
+                '/nexum.NexumService/ResolveNode',
+                request_serializer=nexum__pb2.ResolveRequest.SerializeToString,
+                response_deserializer=nexum__pb2.AckResponse.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -281,6 +291,20 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUnknown(self, request, context):
+        """Addition: list the nodes whose effect is UNKNOWN: they wait for a person.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResolveNode(self, request, context):
+        """Addition: decide about a node whose effect is UNKNOWN.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -388,6 +412,16 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.Backup,
                     request_deserializer=nexum__pb2.BackupRequest.FromString,
                     response_serializer=nexum__pb2.BackupProgress.SerializeToString,
+            ),
+            'GetUnknown': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUnknown,
+                    request_deserializer=nexum__pb2.EmptyRequest.FromString,
+                    response_serializer=nexum__pb2.UnknownResponse.SerializeToString,
+            ),
+            'ResolveNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResolveNode,
+                    request_deserializer=nexum__pb2.ResolveRequest.FromString,
+                    response_serializer=nexum__pb2.AckResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -957,6 +991,60 @@ class NexumService(object):
             '/nexum.NexumService/Backup',
             nexum__pb2.BackupRequest.SerializeToString,
             nexum__pb2.BackupProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUnknown(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/GetUnknown',
+            nexum__pb2.EmptyRequest.SerializeToString,
+            nexum__pb2.UnknownResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResolveNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/ResolveNode',
+            nexum__pb2.ResolveRequest.SerializeToString,
+            nexum__pb2.AckResponse.FromString,
             options,
             channel_credentials,
             insecure,

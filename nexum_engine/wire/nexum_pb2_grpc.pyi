@@ -145,6 +145,18 @@ class NexumServiceStub:
     the progress until the copy is complete. If the call is cancelled, no file is left.
     """
 
+    GetUnknown: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.EmptyRequest,
+        nexum_pb2.UnknownResponse,
+    ]
+    """Addition: list the nodes whose effect is UNKNOWN: they wait for a person."""
+
+    ResolveNode: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.ResolveRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: decide about a node whose effect is UNKNOWN."""
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -263,6 +275,18 @@ class NexumServiceAsyncStub:
     """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets
     the progress until the copy is complete. If the call is cancelled, no file is left.
     """
+
+    GetUnknown: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.EmptyRequest,
+        nexum_pb2.UnknownResponse,
+    ]
+    """Addition: list the nodes whose effect is UNKNOWN: they wait for a person."""
+
+    ResolveNode: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.ResolveRequest,
+        nexum_pb2.AckResponse,
+    ]
+    """Addition: decide about a node whose effect is UNKNOWN."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -424,5 +448,21 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         """Addition: write a copy of the database to a file on the server's machine. The client sends one request, and gets
         the progress until the copy is complete. If the call is cancelled, no file is left.
         """
+
+    @abc.abstractmethod
+    def GetUnknown(
+        self,
+        request: nexum_pb2.EmptyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.UnknownResponse, collections.abc.Awaitable[nexum_pb2.UnknownResponse]]:
+        """Addition: list the nodes whose effect is UNKNOWN: they wait for a person."""
+
+    @abc.abstractmethod
+    def ResolveNode(
+        self,
+        request: nexum_pb2.ResolveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.AckResponse, collections.abc.Awaitable[nexum_pb2.AckResponse]]:
+        """Addition: decide about a node whose effect is UNKNOWN."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

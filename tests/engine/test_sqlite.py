@@ -481,6 +481,7 @@ ORPHAN: dict[str, object] = {
     "due_ms": None,
     "task_bytes": None,
     "owned": 0,
+    "effect": None,
     "timeout_ms": None,
     "retry": None,
 }
