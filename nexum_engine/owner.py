@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
+from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import (
     Conflict,
     NexumError,
@@ -147,13 +148,19 @@ class Owner:
                 owner=self.owner_id,
                 held_task_id="" if holding is None else holding.task_id,
                 output_json=output_json,
+                wait=wait,
                 patience=PATIENCE,
             )
 
+        # A limit may hold the node back. The server then answers as soon as it lets the node pass.
+        wait = MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0
         try:
             started = await start()
         except WorkflowNotFound:
             await self._client.register_workflow(workflow, patience=PATIENCE)
+            started = await start()
+        while started.retry_after:
+            await asyncio.sleep(started.retry_after)
             started = await start()
         if started.task is not None:
             self._heartbeat.hold(started.task.task_id)

@@ -164,7 +164,7 @@ def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> 
         return
     losses = row["lost_attempts"] + _counted_losses(outcome, row)
     if row["effect"] == Effect.ONCE or losses >= scheduling.MAX_LOST_ATTEMPTS:
-        wait_for_person(db, row, reason, None if outcome is Outcome.TIMED_OUT else outcome)
+        wait_for_person(db, row, reason, changes, None if outcome is Outcome.TIMED_OUT else outcome)
         return
     _hand_out_again(db, row, outcome, reason, changes)
     db.run("must_reconcile", node=row["node"])
@@ -178,5 +178,5 @@ def _hand_out_again(db: Db, row: Row, outcome: Outcome, reason: str, changes: Ch
         last = f"{losses} attempts were lost, the last because {reason}"
         fail_node(db, row, f"{last}; the task itself may kill its workers", end, changes)
     # If another loss in this transaction has ended the execution, `retry_node` returns False.
-    elif retry_node(db, row, db.now_ms, end) and not row["owned"]:
+    elif retry_node(db, row, db.now_ms, end, changes) and not row["owned"]:
         changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
