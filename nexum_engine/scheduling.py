@@ -20,14 +20,21 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
         {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
     # The attempt succeeds, fails, or is lost. After a success, a MAP or SUBWORKFLOW node waits for the executions that
-    # it started.
+    # it started. If its effect is unknown, an EFFECT node waits for a person.
     NodeStatus.RUNNING: frozenset(
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
     # The node's time has passed, the person has decided, the event has come or is late, or the executions that the node
-    # started have ended.
+    # started have ended. If the node's effect is unknown: a person has decided, its worker is back, or reports late.
     NodeStatus.WAITING: frozenset(
-        {NodeStatus.COMPLETED, NodeStatus.SKIPPED, NodeStatus.FAILED, NodeStatus.CANCELLED},
+        {
+            NodeStatus.READY,
+            NodeStatus.RUNNING,
+            NodeStatus.COMPLETED,
+            NodeStatus.SKIPPED,
+            NodeStatus.FAILED,
+            NodeStatus.CANCELLED,
+        },
     ),
     NodeStatus.COMPLETED: frozenset(),
     NodeStatus.SKIPPED: frozenset(),

@@ -95,8 +95,15 @@ SELECT 'node ' || node_id || ' of execution ' || execution_id || ' is ' || nodes
 FROM nodes JOIN executions ON sequence = node / 1000
 WHERE (nodes.status = 'RUNNING') <> (coalesce(outcome, '') = 'RUNNING')
    OR (nodes.status IN ('COMPLETED', 'WAITING') AND attempts > 0 AND node_type NOT IN ('TIMER', 'HUMAN_APPROVAL', 'EVENT')
-       AND outcome <> 'COMPLETED')
+       AND outcome <> CASE WHEN nodes.status = 'WAITING' AND node_type = 'EFFECT' THEN 'UNKNOWN' ELSE 'COMPLETED' END)
+   OR (outcome = 'UNKNOWN' AND nodes.status NOT IN ('WAITING', 'CANCELLED'))
    OR (attempts > 0) <> (task_id IS NOT NULL);
+
+-- name: effect
+SELECT 'node ' || node_id || ' of execution ' || execution_id || ', of type ' || node_type || ', has the wrong effect: '
+       || effect AS what
+FROM nodes JOIN executions ON sequence = node / 1000
+WHERE effect NOT IN ('ONCE', 'RECONCILE', 'MUST_RECONCILE') OR (effect IS NOT NULL AND node_type <> 'EFFECT');
 
 -- name: earlier_attempts
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has ' || attempts || ' attempts, but '
@@ -105,13 +112,14 @@ SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has ' || atte
 FROM nodes JOIN executions ON sequence = node / 1000
 WHERE (SELECT count(*) FROM attempts AS earlier WHERE earlier.node = nodes.node AND attempt BETWEEN 1 AND attempts - 1)
       <> max(attempts - 1, 0)
-   OR EXISTS (SELECT 1 FROM attempts AS earlier WHERE earlier.node = nodes.node AND attempt >= nodes.attempts);
+   OR (node_type <> 'HUMAN_APPROVAL'  -- all attempts at such a node are decisions, which are in the table of attempts
+       AND EXISTS (SELECT 1 FROM attempts AS earlier WHERE earlier.node = nodes.node AND attempt >= nodes.attempts));
 
 -- name: open_attempt
 SELECT 'attempt ' || attempt || ' at node ' || node_id || ' of execution ' || execution_id || ' is ' || attempts.outcome
        || ', but a later attempt was handed out' AS what
 FROM attempts JOIN nodes ON nodes.node = attempts.node JOIN executions ON sequence = nodes.node / 1000
-WHERE attempts.outcome IN ('RUNNING', 'COMPLETED');
+WHERE attempts.outcome IN ('RUNNING', 'COMPLETED') AND node_type <> 'HUMAN_APPROVAL';
 
 -- name: counts_of_attempts
 SELECT 'node ' || node_id || ' of execution ' || execution_id || ' counts ' || failed_attempts || ' failed and '

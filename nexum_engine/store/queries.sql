@@ -668,7 +668,7 @@ WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
 -- name: reopen_waiting
 -- Let nodes without a result wait again: for the executions that they had started or, if their effect is unknown, for a
 -- person. The effect of an attempt that ran when its execution ended is unknown, too.
-UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '',
+UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', failed_attempts = 0, lost_attempts = 0,
                  attempt_error = CASE outcome WHEN 'CANCELLED' THEN 'the execution ended during the attempt'
                                               ELSE attempt_error END,
                  outcome = CASE outcome WHEN 'CANCELLED' THEN 'UNKNOWN' ELSE outcome END

@@ -13,12 +13,14 @@ from processes import run_script
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused
-from nexum_engine.store import check_database, executions, open_store, tasks, waits
+from nexum_engine.store import check_database, executions, open_store, retry, tasks, waits
 from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite import SqliteStore
 
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 PARENT = '{"nodes": {"s": {"type": "SUBWORKFLOW", "subWorkflowId": "one"}}}'
+PAY = '{"nodes": {"pay": {"type": "EFFECT", "effect": "once"}}}'
+ASK = '{"nodes": {"boss": {"type": "HUMAN_APPROVAL"}}}'
 WAITS = '{"nodes": {"e": {"type": "EVENT", "event": "go"}, "t": {"type": "TIMER", "delay_seconds": 1000}}}'
 TWO_NODES = '{"nodes": {"a": {"type": "EFFECT"}, "b": {"type": "EFFECT", "dependencies": ["a"]}}}'
 
@@ -32,7 +34,7 @@ async def fill(path: Path) -> SqliteStore:
     await store.run(executions.register_workflow, "two", "v2", TWO_NODES)
 
     async def start(workflow_id: str, key: str) -> str:
-        version = {"one": "v1", "two": "v2", "parent": "v3", "waits": "v4"}[workflow_id]
+        version = {"one": "v1", "two": "v2", "parent": "v3", "waits": "v4", "pay": "v5", "ask": "v6"}[workflow_id]
         return (await store.run(executions.start_execution, workflow_id, version, "0", key)).execution_id
 
     async def take(*versions: str) -> str:
@@ -59,6 +61,14 @@ async def fill(path: Path) -> SqliteStore:
     await store.run(waits.send_event, waiting, "go", "0", "")
     await start("parent", "parent")  # 8, which starts 9
     await store.run(tasks.complete_task, await take("v3"), '{"subWorkflowId": "one", "childInput": 0}')
+    await store.run(executions.register_workflow, "pay", "v5", PAY)
+    await store.run(executions.register_workflow, "ask", "v6", ASK)
+    await start("pay", "unknown")  # 10
+    await store.run(tasks.fail_task, await take("v5"), "no answer", True, True)
+    asked = await start("ask", "asked")  # 11: rejected, asked again, and approved
+    await store.run(waits.reject, asked, "boss", "Ann", "no")
+    await store.run(retry.retry_execution, asked)
+    await store.run(waits.approve, asked, "boss", "Bob", "yes")
     return store
 
 
@@ -84,7 +94,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_sound_database_has_no_findings_and_is_not_changed(database: Path) -> None:
     before = contents(database.parent)
     checked = check_database(database)
-    assert (checked.executions, checked.findings) == (9, ())
+    assert (checked.executions, checked.findings) == (11, ())
     assert contents(database.parent) == before
 
 
@@ -152,9 +162,18 @@ DAMAGES = {
         "UPDATE nodes SET attempts = 1 WHERE node = 5000",
         "is READY, but its newest attempt is missing",
     ),
+    "newest attempt of an unknown effect": (
+        "UPDATE nodes SET outcome = 'COMPLETED' WHERE node = 10000",
+        "node pay of execution exec-10-",
+    ),
+    "unknown effect of a node that waits for no person": (
+        "UPDATE nodes SET outcome = 'UNKNOWN' WHERE node = 2000",
+        "is FAILED, but its newest attempt is UNKNOWN",
+    ),
+    "effect": ("UPDATE nodes SET effect = 'TWICE' WHERE node = 10000", "has the wrong effect: TWICE"),
     "earlier_attempts": ("DELETE FROM attempts", "has 2 attempts, but 0 earlier attempts are stored"),
     "earlier attempt that is too new": (
-        "UPDATE attempts SET attempt = 2",
+        "UPDATE attempts SET attempt = 2 WHERE node = 1000",
         "has 2 attempts, but 1 earlier attempts are stored",
     ),
     "open_attempt": ("UPDATE attempts SET outcome = 'RUNNING'", "RUNNING, but a later attempt was handed out"),
@@ -252,7 +271,7 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
     await store.close()
     before = contents(copies)
     assert len(before["nexum.db-wal"]) > 4096
-    assert check_database(copies / "nexum.db").executions == 9
+    assert check_database(copies / "nexum.db").executions == 11
     assert contents(copies) == before
 
     older = copies / "older.db"

@@ -1,4 +1,4 @@
-"""`nexum approvals`, `approve`, `reject` and `send`, and what `show` says of waiting nodes and started executions."""
+"""`nexum approvals`, `approve`, `reject`, `unknown`, `resolve` and `send`, and what `show` says of nodes that wait."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from harness import Server, nexum_server
 from nexum_wire import DEADLINE, complete, connected, poll, start, status
 from processes import run_script
 
+from nexum_engine.__main__ import main
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -28,9 +29,18 @@ def stub(server: Server) -> Iterator[NexumServiceStub]:
         yield connection
 
 
-def register(stub: NexumServiceStub) -> None:
-    request = pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json=json.dumps({"nodes": NODES}))
+def register(stub: NexumServiceStub, nodes: object = NODES) -> None:
+    request = pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json=json.dumps({"nodes": nodes}))
     stub.RegisterWorkflow(request, timeout=DEADLINE)
+
+
+def start_unknown(stub: NexumServiceStub, input_json: str = "{}") -> str:
+    """Start an execution whose only effect becomes unknown."""
+    register(stub, {"pay": {"type": "EFFECT", "effect": "once"}})
+    execution_id = start(stub, input_json)
+    request = pb.FailRequest(task_id=poll(stub).task_id, error_message="the bank did not answer", unknown=True)
+    stub.FailTask(request, timeout=DEADLINE)
+    return execution_id
 
 
 def nexum(folder: Path, *arguments: str, server: Server | None = None) -> tuple[int, str]:
@@ -66,6 +76,113 @@ def test_person_approves_and_sends_events_in_a_terminal(tmp_path: Path, server: 
     assert outputs == {"boss": {"approved": True, "approver": "Ann", "comment": "fine"}, "paid": {"cents": 5}}
 
 
+class Terminal:
+    """The command `nexum`, without a process of its own: a process takes half a second to begin."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *where: str) -> None:
+        self._capsys = capsys
+        self._where = where
+
+    def __call__(self, *arguments: str) -> tuple[int, str]:
+        code = main([*arguments, *self._where])
+        out, err = self._capsys.readouterr()
+        assert code or max(map(len, out.splitlines())) <= 80, out
+        return code, (out + err).rstrip()
+
+
+@pytest.fixture
+def terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(capsys, "--nexum", server.address)
+
+
+def test_approvals_show_the_whole_call_and_the_answer_is_stored(server: Server, terminal: Terminal) -> None:
+    call = {
+        "session": "order-7",
+        "tool": "charge",
+        "arguments": {"cents": 990, "note": f"two  spaces {'x' * 2000}\u202e"},
+        "reason": "",
+        "digest": "ab" * 32,
+    }
+    with connected(server.address) as stub:
+        register(stub, {"approval": {"type": "HUMAN_APPROVAL", "timeout_seconds": 3600}})
+        execution_id = start(stub, json.dumps(call))
+        code, output = terminal("approvals")
+        shown = "".join(line[15:] for line in output.splitlines()[4:] if line.startswith(("    arguments", " " * 15)))
+        assert shown == json.dumps(call["arguments"])  # whole, with its spaces, and with the control character escaped
+        assert "    tool       charge" in output.splitlines()
+        assert "reason" not in output
+        assert f"    digest     {'ab' * 32}" in output.splitlines()
+        answer = ("approve", execution_id, "--by", "Ann", "--args", '{"cents": 5}')
+        assert terminal(*answer) == (0, f"approval of {execution_id} is approved")
+        assert status(stub, execution_id)[1]["approval"]["answer"] == {"cents": 5}
+    code, output = terminal("show", execution_id)
+    assert code == 0
+    assert "  decided 1  COMPLETED" in output
+    assert "             by Ann" in output.splitlines()
+
+
+def test_rejection_stays_on_record_after_a_retry(server: Server, terminal: Terminal) -> None:
+    with connected(server.address) as stub:
+        register(stub, {"boss": {"type": "HUMAN_APPROVAL"}})
+        execution_id = start(stub)
+    rejected = ("reject", execution_id, "--by", "Bob", "--reason", "too much")
+    assert terminal(*rejected) == (0, f"boss of {execution_id} is rejected")
+    for _ in range(2):
+        lines = terminal("show", execution_id)[1].splitlines()
+        decision = next(number for number, line in enumerate(lines) if line.startswith("  decided 1  FAILED"))
+        assert lines[decision + 1 : decision + 3] == ["             by Bob", "             too much"]
+        terminal("retry", execution_id)
+    assert terminal("approve", execution_id, "--by", "Ann")[0] == 0
+    lines = terminal("show", execution_id)[1].splitlines()
+    assert [line[:20] for line in lines if line.startswith("  decided")] == [
+        "  decided 1  FAILED ",
+        "  decided 2  COMPLET",
+    ]
+
+
+@pytest.mark.parametrize("uses_server", [True, pytest.param(False, marks=pytest.mark.sqlite)])
+def test_person_resolves_an_unknown_effect(
+    tmp_path: Path, uses_server: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with nexum_server(tmp_path) as server, connected(server.address) as stub:
+        execution_id, other = start_unknown(stub, '{"tool": "charge"}'), start_unknown(stub)
+        if uses_server:
+            resolve(Terminal(capsys, "--nexum", server.address), execution_id, other)
+    if not uses_server:
+        resolve(Terminal(capsys, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"), execution_id, other)
+
+
+def resolve(terminal: Terminal, execution_id: str, other: str) -> None:
+    code, output = terminal("unknown")
+    lines = output.splitlines()
+    assert (code, lines[0], lines[2]) == (0, f"{execution_id} pay", "    tool       charge")
+    assert lines[5] == "               the bank did not answer"
+    code, output = terminal("unknown", "--json")
+    assert [(one["execution_id"], one["attempt"]) for one in json.loads(output)] == [(execution_id, 1), (other, 1)]
+    code, output = terminal("show", execution_id)
+    assert "  waits    for a person: its effect is UNKNOWN (nexum resolve)" in output.splitlines()
+    arguments = ("resolve", execution_id, "--result", '{"receipt": 7}', "--by", "Ann")
+    assert terminal(*arguments) == (0, f"pay of {execution_id} is COMPLETED")
+    code, output = terminal(*arguments)
+    assert (code, "waits for a decision about its effect: it is COMPLETED" in output) == (1, True)
+    code, output = terminal("show", execution_id)
+    assert "  decided 2  COMPLETED" in output
+    assert '  output   {"receipt":7}' in output.splitlines()
+    assert terminal("resolve", other, "--failed", "by hand", "--by", "Bob")[0] == 0
+    assert "error      pay: by hand" in terminal("show", other)[1].splitlines()
+    assert terminal("unknown") == (0, "no effect is unknown")
+
+
+def test_node_must_be_named_if_several_wait(server: Server, terminal: Terminal) -> None:
+    with connected(server.address) as stub:
+        register(stub, {"a": {"type": "HUMAN_APPROVAL"}, "b": {"type": "HUMAN_APPROVAL"}})
+        execution_id = start(stub)
+    code, output = terminal("approve", execution_id)
+    assert (code, output) == (1, f"error: several nodes of execution {execution_id} wait: name one of a, b")
+    assert terminal("approve", execution_id, "a")[0] == 0
+    assert terminal("approve", execution_id) == (0, f"b of {execution_id} is approved")
+
+
 @pytest.mark.sqlite
 def test_person_rejects_without_a_server(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
@@ -86,7 +203,11 @@ def test_person_rejects_without_a_server(tmp_path: Path) -> None:
         (["approve", "exec-unknown", "boss"], 1, "no execution 'exec-unknown'"),
         (["send", "exec-unknown", "e"], 1, "no execution 'exec-unknown'"),
         (["send", "exec-unknown", "e", "not json"], 2, "a text needs quotes"),
-        (["approve", "exec-unknown"], 2, "NODE"),
+        (["approve", "exec-unknown"], 1, "no execution 'exec-unknown'"),
+        (["resolve", "exec-unknown", "--not-done"], 1, "no execution 'exec-unknown'"),
+        (["resolve", "exec-unknown"], 2, "one of the arguments --result --not-done --failed is required"),
+        (["resolve", "exec-unknown", "a", "--result", "1", "--not-done"], 2, "not allowed with argument --result"),
+        (["resolve", "exec-unknown", "a", "--failed", ""], 1, "--failed needs a reason"),
         (["reject"], 2, "EXECUTION"),
     ],
 )

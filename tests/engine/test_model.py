@@ -38,7 +38,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import NexumError
 from nexum_engine.records import NodeStatus
 from nexum_engine.store import executions, leases, listing, open_store, reading, retry, tasks, waits
-from nexum_engine.store.db import Db
+from nexum_engine.store.db import Db, load_queries
 from nexum_engine.store.group_commit import GroupCommitStore, Kind
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.wire import nexum_pb2 as pb
@@ -56,7 +56,9 @@ TEXTS = ["{", "NaN", "[1", ""]
 WORKERS = {"w1": True, "w2": True, "w3": False}
 """The workers, and whether each has a stream of heartbeats."""
 MAX_RUNS = 40
-LEFT = ("READY", "RUNNING")
+LEFT = ("READY", "RUNNING", "WAITING")
+State = tuple[dict[str, Any], set[tuple[str, str]], set[tuple[str, str]]]
+"""Executions with their children, the nodes that wait for an approval, and those whose effect is unknown."""
 
 
 # ---- Workflows -----------------------------------------------------------------------------------------------------
@@ -88,6 +90,12 @@ def new_workflow(choose: Random, seconds: Sequence[float], policies: Sequence[Ma
                 node["timeout_seconds"] = choose.choice(seconds)
                 if later and choose.random() < 0.7:
                     node["on_timeout"] = choose.choice(later)
+        elif kind == "HUMAN_APPROVAL" and choose.random() < 0.3:
+            node["timeout_seconds"] = choose.choice(seconds)
+        elif kind == "EFFECT" and choose.random() < 0.5:
+            node["effect"] = "once"
+            if choose.random() < 0.5:
+                node["reconcile"] = True
         if kind not in SERVER_SIDE:
             if policy := choose.choice(policies):
                 node["retry_policy"] = policy
@@ -115,6 +123,7 @@ class HandedOut(Protocol):
     map_index: int
     map_total: int
     map_item_json: str
+    must_reconcile: bool
 
 
 class Engine(Protocol):
@@ -122,13 +131,14 @@ class Engine(Protocol):
     def start(self, workflow: str, version: str, input_json: str, key: str) -> tuple[str, bool, str]: ...
     def claim(self, worker: str, versions: tuple[str, ...]) -> HandedOut | None: ...
     def complete(self, task_id: str, output_json: str) -> None: ...
-    def fail(self, task_id: str, error: str, final: bool) -> None: ...
-    def approve(self, execution_id: str, node_id: str, approver: str, comment: str) -> None: ...
+    def fail(self, task_id: str, error: str, final: bool, unknown: bool) -> None: ...
+    def approve(self, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str) -> None: ...
     def reject(self, execution_id: str, node_id: str, approver: str, reason: str) -> None: ...
+    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str) -> None: ...
     def send(self, execution_id: str, name: str, payload_json: str, key: str) -> None: ...
     def cancel(self, execution_id: str) -> None: ...
     def retry(self, execution_id: str) -> None: ...
-    def state(self, roots: list[str]) -> tuple[dict[str, Any], set[tuple[str, str]]]: ...
+    def state(self, roots: list[str]) -> State: ...
     def restart(self) -> None: ...
 
 
@@ -173,6 +183,10 @@ class StoreEngine:
         return answer
 
     def close(self) -> None:
+        if isinstance(self._store, SqliteStore):
+            connection = self._store._database.connection
+            for query in load_queries("checks.sql").values():
+                assert [row["what"] for row in connection.execute(query)] == []
         self._loop.run_until_complete(self._store.close())
         self._loop.close()
 
@@ -195,14 +209,25 @@ class StoreEngine:
     def complete(self, task_id: str, output_json: str) -> None:
         self.run(tasks.complete_task, task_id, output_json)
 
-    def fail(self, task_id: str, error: str, final: bool) -> None:
-        self.run(tasks.fail_task, task_id, error, final)
+    def fail(self, task_id: str, error: str, final: bool, unknown: bool) -> None:
+        self.run(tasks.fail_task, task_id, error, final, unknown)
 
-    def approve(self, execution_id: str, node_id: str, approver: str, comment: str) -> None:
-        self.run(waits.approve, execution_id, node_id, approver, comment)
+    def approve(self, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str) -> None:
+        self.run(waits.approve, execution_id, node_id, approver, comment, answer_json)
 
     def reject(self, execution_id: str, node_id: str, approver: str, reason: str) -> None:
         self.run(waits.reject, execution_id, node_id, approver, reason)
+
+    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str) -> None:
+        self.run(
+            waits.resolve,
+            execution_id,
+            node_id,
+            by,
+            output_json=text if decision == "done" else None,
+            not_done=decision == "not done",
+            failed=text,
+        )
 
     def send(self, execution_id: str, name: str, payload_json: str, key: str) -> None:
         self.run(waits.send_event, execution_id, name, payload_json, key)
@@ -222,17 +247,18 @@ class StoreEngine:
             if swept.next_ms is None or swept.next_ms > until:
                 return
 
-    def state(self, roots: list[str]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
-        """Return executions with their children, and pending approvals. Check that all status changes are allowed."""
+    def state(self, roots: list[str]) -> State:
+        """Check that all status changes are allowed."""
 
-        def read(db: Db) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+        def read(db: Db) -> State:
             def one(execution_id: str) -> dict[str, Any]:
                 children = listing.list_executions(db, "", "", 1000, parent=execution_id)
                 execution = reading.get_execution(db, execution_id, True)
                 return {"execution": execution, "children": [one(child.execution_id) for child in reversed(children)]}
 
             pending = {(found.execution_id, found.node_id) for found in waits.pending_approvals(db)}
-            found = {root: one(root) for root in roots}, pending
+            unknown = {(found.execution_id, found.node_id) for found in waits.unknown_nodes(db)}
+            found = {root: one(root) for root in roots}, pending, unknown
             if not self._records_changes:
                 return found
             connection = db._connection  # type: ignore[attr-defined]
@@ -296,16 +322,29 @@ class ServerEngine:
     def complete(self, task_id: str, output_json: str) -> None:
         answered(self._stub.CompleteTask, pb.CompleteRequest(task_id=task_id, output_json=output_json))
 
-    def fail(self, task_id: str, error: str, final: bool) -> None:
-        answered(self._stub.FailTask, pb.FailRequest(task_id=task_id, error_message=error, final=final))
+    def fail(self, task_id: str, error: str, final: bool, unknown: bool) -> None:
+        request = pb.FailRequest(task_id=task_id, error_message=error, final=final, unknown=unknown)
+        answered(self._stub.FailTask, request)
 
-    def approve(self, execution_id: str, node_id: str, approver: str, comment: str) -> None:
-        request = pb.ApproveRequest(execution_id=execution_id, node_id=node_id, approver=approver, comment=comment)
+    def approve(self, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str) -> None:
+        request = pb.ApproveRequest(
+            execution_id=execution_id, node_id=node_id, approver=approver, comment=comment, answer_json=answer_json
+        )
         answered(self._stub.ApproveTask, request)
 
     def reject(self, execution_id: str, node_id: str, approver: str, reason: str) -> None:
         request = pb.RejectRequest(execution_id=execution_id, node_id=node_id, approver=approver, reason=reason)
         answered(self._stub.RejectTask, request)
+
+    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str) -> None:
+        request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=by)
+        if decision == "done":
+            request.output_json = text
+        elif decision == "not done":
+            request.not_done = True
+        else:
+            request.failed = text
+        answered(self._stub.ResolveNode, request)
 
     def send(self, execution_id: str, name: str, payload_json: str, key: str) -> None:
         request = pb.SendEventRequest(
@@ -319,11 +358,10 @@ class ServerEngine:
     def retry(self, execution_id: str) -> None:
         answered(self._stub.RetryExecution, pb.RetryRequest(execution_id=execution_id))
 
-    def _pending_approvals(self) -> set[tuple[str, str]]:
-        items = answered(self._stub.GetPendingApprovals, pb.EmptyRequest()).items
-        return {(one.execution_id, one.node_id) for one in items}
+    def _waiting(self, call: Callable[[Any], Any]) -> set[tuple[str, str]]:
+        return {(one.execution_id, one.node_id) for one in answered(call, pb.EmptyRequest()).items}
 
-    def state(self, roots: list[str]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    def state(self, roots: list[str]) -> State:
         def one(execution_id: str) -> dict[str, Any]:
             request = pb.GetExecutionRequest(execution_id=execution_id, with_attempts=True)
             execution = answered(self._stub.GetExecution, request)
@@ -334,7 +372,8 @@ class ServerEngine:
             request = pb.ListRequest(parent_execution_id=execution_id, limit=1000)
             return list(reversed(answered(self._stub.ListExecutions, request).executions))
 
-        return {root: one(root) for root in roots}, self._pending_approvals()
+        pending, unknown = self._waiting(self._stub.GetPendingApprovals), self._waiting(self._stub.GetUnknown)
+        return {root: one(root) for root in roots}, pending, unknown
 
 
 # ---- Both, side by side ----------------------------------------------------------------------------------------------
@@ -449,6 +488,7 @@ class BothEngines(RuleBasedStateMachine):
         assert attempt.number == task.attempt
         assert (task.node_type, task.version_hash) == (node.kind, node.run.version)
         assert same(self.model.task_input(node), json.loads(task.input_json))
+        assert task.must_reconcile == node.must_reconcile
         assert same(node.progress, json.loads(task.progress_json or "null"))
         if node.kind == "MAP_SUBTASK":
             assert node.run.parent is not None
@@ -518,6 +558,8 @@ class BothEngines(RuleBasedStateMachine):
             useful += [self.complete, self.fail_held]
         if self.model.pending_approvals():
             useful.append(self.approve)
+        if self.model.unknown_nodes():
+            useful.append(self.resolve)
         if len(self.model.runs) < MAX_RUNS:
             useful.append(self.start)
         return useful
@@ -532,8 +574,19 @@ class BothEngines(RuleBasedStateMachine):
     def approve(self) -> None:
         self.decide_about(*self.pick(sorted(self.model.pending_approvals()), "node"), True)
 
+    def resolve(self) -> None:
+        decision = self.pick(["done", "not done", "not done", "failed"], "decision")
+        self.resolve_node(*self.pick(sorted(self.model.unknown_nodes()), "node"), decision)
+
+    def resolve_node(self, run_id: str, name: str, decision: str) -> None:
+        text = self.pick(["1", "[]", "{"], "result") if decision == "done" else ""
+        self.both(
+            lambda: self.engine.resolve(run_id, name, "Cas", decision, text or "lost"),
+            lambda: self.model.resolve(run_id, name, "Cas", decision, text),
+        )
+
     def fail_held(self) -> None:
-        self.fail_task(self.pick(self.held(), "task"), "oh", final=False)
+        self.fail_task(self.pick(self.held(), "task"), "oh", final=False, unknown=self.choose.random() < 0.2)
 
     def held(self) -> list[str]:
         return [attempt.task_id for attempt in self.model.running()]
@@ -558,18 +611,27 @@ class BothEngines(RuleBasedStateMachine):
         self.complete_task(*self.pick(self.reports, "report"))
 
     @precondition(lambda self: self.model.attempts)
-    @rule(error=st.sampled_from(["oh", "no"]), final=st.sampled_from([False, False, False, True]))
-    def fail(self, error: str, final: bool) -> None:
-        self.fail_task(self.pick([*self.held(), *self.model.attempts], "task"), error, final)
+    @rule(
+        error=st.sampled_from(["oh", "no"]),
+        final=st.sampled_from([False, False, False, True]),
+        unknown=st.sampled_from([False, False, True]),
+    )
+    def fail(self, error: str, final: bool, unknown: bool) -> None:
+        self.fail_task(self.pick([*self.held(), *self.model.attempts], "task"), error, final, unknown)
 
-    def fail_task(self, task_id: str, error: str, final: bool) -> None:
-        self.both(lambda: self.engine.fail(task_id, error, final), lambda: self.model.fail(task_id, error, final))
+    def fail_task(self, task_id: str, error: str, final: bool, unknown: bool) -> None:
+        self.both(
+            lambda: self.engine.fail(task_id, error, final, unknown),
+            lambda: self.model.fail(task_id, error, final, unknown),
+        )
 
     @rule()
     def report_unknown_task(self) -> None:
         task_id = "task-1000-000000000000000000000000"
         self.both(lambda: self.engine.complete(task_id, "1"), lambda: self.model.complete(task_id, "1"))
-        self.both(lambda: self.engine.fail(task_id, "no", False), lambda: self.model.fail(task_id, "no", False))
+        self.both(
+            lambda: self.engine.fail(task_id, "no", False, True), lambda: self.model.fail(task_id, "no", False, True)
+        )
 
     # ---- What comes from outside
 
@@ -583,15 +645,22 @@ class BothEngines(RuleBasedStateMachine):
         run_id = self.pick([*(run.id for run in self.model.runs), "exec-unknown"], "execution")
         self.decide_about(run_id, self.pick(["n0", "n1", "n2", "n3"], "node"), approves)
 
+    @rule(decision=st.sampled_from(["done", "not done", "failed"]))
+    def resolve_anything(self, decision: str) -> None:
+        run_id = self.pick([*(run.id for run in self.model.runs), "exec-unknown"], "execution")
+        self.resolve_node(run_id, self.pick(["n0", "n1", "n2", "n3"], "node"), decision)
+
     def decide_about(self, run_id: str, name: str, approves: bool) -> None:
         if approves:
+            answer = self.pick(VALUES, "answer")
             self.both(
-                lambda: self.engine.approve(run_id, name, "Ann", "fine"),
-                lambda: self.model.approve(run_id, name, "Ann", "fine"),
+                lambda: self.engine.approve(run_id, name, "Ann", "fine", "" if answer is None else json.dumps(answer)),
+                lambda: self.model.approve(run_id, name, "Ann", "fine", answer),
             )
         else:
             self.both(
-                lambda: self.engine.reject(run_id, name, "Bob", "too much"), lambda: self.model.reject(run_id, name)
+                lambda: self.engine.reject(run_id, name, "Bob", "too much"),
+                lambda: self.model.reject(run_id, name, "Bob"),
             )
 
     @rule()
@@ -621,11 +690,12 @@ class BothEngines(RuleBasedStateMachine):
     def compare_all(self) -> None:
         """Compare all executions. Give each new execution of the model the id that the engine gave it."""
         roots = [run for run in self.model.runs if run.parent is None]
-        found, pending = self.engine.state([run.id for run in roots])
+        found, pending, unknown = self.engine.state([run.id for run in roots])
         for run in roots:
             self.compare(run, found[run.id])
         ids = {run.id for run in self.model.runs}
         assert {one for one in pending if one[0] in ids} == self.model.pending_approvals()
+        assert {one for one in unknown if one[0] in ids} == self.model.unknown_nodes()
 
     def compare(self, run: Run, found: Mapping[str, Any]) -> None:
         execution = found["execution"]
@@ -749,7 +819,7 @@ class WithStore(BothEngines):
         if old:
             attempt = self.pick(old, "attempt")
             self.engine.run(leases.lose, attempt.worker, frozenset([attempt.task_id]))
-            self.model.lose(attempt, "LOST")
+            self.model.lose(attempt, "LOST", may_have_begun=False)
 
     def compare_node(self, node: Node, found: Any) -> None:
         super().compare_node(node, found)

@@ -227,7 +227,7 @@ async def test_many_servers_create_the_tables_once(postgres_url: str) -> None:
     for store in stores:
         await store.close()
     with psycopg.connect(fresh) as connection:
-        assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(1,)]
+        assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(2,)]
 
 
 async def test_newer_schema_is_refused(postgres_url: str, store: PostgresStore) -> None:

@@ -67,6 +67,8 @@ class Attempt:
     outcome: str = "RUNNING"
     said: Any = None
     """What its worker reported."""
+    can_resume: bool = True
+    """Whether an UNKNOWN attempt continues if its worker comes back."""
 
     @property
     def is_newest(self) -> bool:
@@ -88,11 +90,24 @@ class Node:
     lease_loss: str = ""
     progress: Any = None
     timed_out: bool = False
+    must_reconcile: bool = False
     children: list[Run] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
         return str(self.spec["type"])
+
+    @property
+    def once(self) -> bool:
+        return self.spec.get("effect") == "once"
+
+    @property
+    def is_unknown(self) -> bool:
+        return self.status == "WAITING" and self.kind == "EFFECT"
+
+    @property
+    def policy(self) -> Mapping[str, Any]:
+        return self.spec.get("retry_policy") or ({"max_attempts": 1} if self.once else {})
 
     @property
     def needs(self) -> set[str]:
@@ -111,7 +126,7 @@ class Node:
         return self.spec.get("on_timeout") if self.timed_out else None
 
     def delay_ms(self) -> int | None:
-        policy = self.spec.get("retry_policy", {})
+        policy = self.policy
         if self.failed >= policy.get("max_attempts", 4):
             return None
         delay: float = policy.get("first_delay_seconds", 1.0) * policy.get("factor", 2.0) ** (self.failed - 1)
@@ -172,7 +187,8 @@ class Model:
             runs = [run for run in self.runs if (run.workflow, run.key) == (workflow, key)]
             if runs and not same(runs[-1].input, given):
                 raise IdempotencyConflict("another input")
-            if runs and runs[-1].status in ("RUNNING", "COMPLETED"):
+            runs_once = bool(runs) and any(node.once for node in runs[-1].nodes.values())
+            if runs and (runs[-1].status in ("RUNNING", "COMPLETED") or runs_once):
                 return runs[-1], True
         if version not in self.versions.get(workflow, ()):
             raise NotFound("no such version")
@@ -227,25 +243,56 @@ class Model:
             self._complete(node, output)
             self._advance(node.run)
 
-    def fail(self, task_id: str, error: str, final: bool) -> None:
+    def fail(self, task_id: str, error: str, final: bool, unknown: bool) -> None:
         attempt = self._attempt(task_id)
-        if attempt.outcome == "FAILED" and attempt.said == error:
+        node = attempt.node
+        if attempt.outcome in ("FAILED", "UNKNOWN") and attempt.said == error:
             return
         self._check_may_report(attempt)
+        if unknown and node.kind == "EFFECT":
+            attempt.said = error
+            if node.spec.get("reconcile") and not node.must_reconcile:
+                attempt.outcome, node.status, node.due, node.must_reconcile = "FAILED", "READY", self.now, True
+            else:
+                self._ask_person(attempt, can_resume=False)
+            return
         if attempt.outcome in ("LOST", "EXPIRED"):
             attempt.node.lost -= 1
         attempt.said = error
         self._count_failure(attempt, "FAILED", final)
 
-    def approve(self, run_id: str, name: str, approver: str, comment: str) -> None:
+    def approve(self, run_id: str, name: str, approver: str, comment: str, answer: object) -> None:
         node = self._decided(run_id, name)
         decided_ms = self.now if self.knows_time else Anything()
         decision = {"approved": True, "approver": approver, "comment": comment, "decided_ms": decided_ms}
-        self._complete(node, decision)
+        self._note_decision(node, approver, "COMPLETED")
+        self._complete(node, decision if answer is None else {**decision, "answer": answer})
         self._advance(node.run)
 
-    def reject(self, run_id: str, name: str) -> None:
-        self._fail(self._decided(run_id, name))
+    def reject(self, run_id: str, name: str, approver: str) -> None:
+        node = self._decided(run_id, name)
+        self._note_decision(node, approver, "FAILED")
+        self._fail(node)
+
+    def resolve(self, run_id: str, name: str, by: str, decision: str, text: str) -> None:
+        """Resolve a node as done, with a result, as "not done", or as "failed"."""
+        output = parsed(text) if decision == "done" else None
+        node = self.run(run_id).nodes.get(name)
+        if node is None:
+            raise NotFound("no such node")
+        if not node.is_unknown:
+            raise Conflict("not now")
+        self._note_decision(node, by, "COMPLETED" if decision == "done" else "FAILED")
+        if decision == "done":
+            self._complete(node, output)
+            self._advance(node.run)
+        elif decision == "not done":
+            node.status, node.due, node.failed, node.lost, node.must_reconcile = "READY", self.now, 0, 0, False
+        else:
+            self._fail(node)
+
+    def _note_decision(self, node: Node, by: str, outcome: str) -> None:
+        node.attempts.append(Attempt(node, len(node.attempts) + 1, by, "", self.now, True, outcome))
 
     def send(self, run_id: str, name: str, payload: object, key: str) -> None:
         run = self.run(run_id)
@@ -284,6 +331,9 @@ class Model:
     def pending_approvals(self) -> set[tuple[str, str]]:
         return {(n.run.id, n.name) for n in self.nodes() if n.status == "WAITING" and n.kind == "HUMAN_APPROVAL"}
 
+    def unknown_nodes(self) -> set[tuple[str, str]]:
+        return {(node.run.id, node.name) for node in self.nodes() if node.is_unknown}
+
     # ---- Leases and time -------------------------------------------------------------------------------------------
 
     def beat(self, worker: str, task_ids: Collection[str], progress: Mapping[str, object]) -> set[str]:
@@ -295,8 +345,10 @@ class Model:
                 lost.add(task_id)
                 continue
             node = attempt.node
-            if attempt.outcome in ("LOST", "EXPIRED", "INTERRUPTED") and node.run.status == "RUNNING":
-                node.lost -= attempt.outcome != "INTERRUPTED"
+            is_over = attempt.outcome in ("LOST", "EXPIRED", "INTERRUPTED")
+            is_over = is_over or (attempt.outcome == "UNKNOWN" and attempt.can_resume)
+            if is_over and node.run.status == "RUNNING":
+                node.lost -= attempt.outcome in ("LOST", "EXPIRED")
                 node.status, attempt.outcome = "RUNNING", "RUNNING"
             if attempt.outcome != "RUNNING":
                 lost.add(task_id)
@@ -323,7 +375,7 @@ class Model:
         # If the clock was set back, a task could wait for too long. Limit the wait to the longest pause before a retry.
         for node in self.nodes():
             is_late = node.status == "READY" and (node.due or 0) > self.now + LONGEST_DELAY_MS
-            if is_late and (not node.attempts or not node.spec.get("retry_policy")):
+            if is_late and (not node.attempts or not node.policy):
                 node.due = self.now + LONGEST_DELAY_MS if node.attempts else self.now
 
     def release(self, task_id: str) -> None:
@@ -331,8 +383,14 @@ class Model:
         if attempt.outcome == "RUNNING":
             attempt.outcome, attempt.node.status, attempt.node.due = "INTERRUPTED", "READY", self.now
 
-    def lose(self, attempt: Attempt, outcome: str) -> None:
+    def lose(self, attempt: Attempt, outcome: str, *, may_have_begun: bool) -> None:
         node = attempt.node
+        is_last = node.lost + (outcome != "INTERRUPTED") >= MAX_LOSSES
+        if may_have_begun and node.once:
+            if is_last or not node.spec.get("reconcile"):
+                self._ask_person(attempt, can_resume=outcome != "TIMED_OUT")
+                return
+            node.must_reconcile = True
         node.lost += outcome != "INTERRUPTED"
         attempt.outcome = outcome
         if node.lost >= MAX_LOSSES:
@@ -346,10 +404,11 @@ class Model:
             if attempt.outcome != "RUNNING":
                 continue  # meanwhile, the end of an execution has cancelled this attempt
             limit = attempt.node.limit_ms()
-            if limit is not None and attempt.started + limit <= self.now:
+            is_late = limit is not None and attempt.started + limit <= self.now
+            if is_late and not attempt.node.once:
                 self._count_failure(attempt, "TIMED_OUT", final=False)
             else:
-                self.lose(attempt, attempt.node.lease_loss)
+                self.lose(attempt, "TIMED_OUT" if is_late else attempt.node.lease_loss, may_have_begun=True)
         waiting = [n for n in self.nodes() if n.status == "WAITING" and n.due is not None and n.due <= self.now]
         waiting.sort(key=lambda one: one.due or 0)
         for (_, run), together in groupby(waiting, key=lambda one: (one.due, one.run)):
@@ -442,9 +501,10 @@ class Model:
             node.due = self.now + 1 + round(1000 * node.spec["delay_seconds"])  # + 1, because `now` is rounded down
             if not node.spec["delay_seconds"]:
                 self._complete(node, self._timer_output(node))
-        elif node.kind == "EVENT":
-            limit = node.spec.get("timeout_seconds")
-            node.due = None if limit is None else self.now + 1 + round(1000 * limit)
+            return
+        limit = node.spec.get("timeout_seconds")
+        node.due = None if limit is None else self.now + 1 + round(1000 * limit)
+        if node.kind == "EVENT":
             kept = [event for event in node.run.events if event[0] == node.spec["event"]]
             if kept:
                 node.run.events.remove(kept[0])
@@ -493,8 +553,16 @@ class Model:
         run.status, run.error = "RUNNING", ""
         without = {node: [child for child in node.children if child.status in FAILED] for node in run.nodes.values()}
         for node, children in without.items():
-            if node.status in FAILED:
-                node.status, node.due, node.failed, node.lost = "WAITING" if children else "PENDING", None, 0, 0
+            if node.status not in FAILED:
+                continue
+            last = node.attempts[-1] if node.attempts else None
+            was_cut_off = node.once and last is not None and last.outcome == "CANCELLED"
+            reconciles = bool(node.spec.get("reconcile"))
+            node.must_reconcile |= was_cut_off and reconciles
+            if last is not None and was_cut_off and not reconciles:
+                last.outcome = "UNKNOWN"
+            waits = children or (last is not None and last.outcome == "UNKNOWN")
+            node.status, node.due, node.failed, node.lost = "WAITING" if waits else "PENDING", None, 0, 0
         for child in sorted((child for some in without.values() for child in some), key=lambda child: child.number):
             self._reopen(child)
         self._advance(run)
@@ -508,6 +576,10 @@ class Model:
             self._fail(node)
         else:
             node.status, node.due = "READY", self.now + delay
+
+    def _ask_person(self, attempt: Attempt, *, can_resume: bool) -> None:
+        attempt.outcome, attempt.can_resume = "UNKNOWN", can_resume
+        attempt.node.status, attempt.node.due = "WAITING", None
 
     # ---- Refusals --------------------------------------------------------------------------------------------------
 
