@@ -12,6 +12,7 @@ a model key the agents answer offline.
     python crash_demo.py --all                          # every crash point, also within a step
     python crash_demo.py --graphflow                    # instead: interrupt a GraphFlow, and resume it
     python crash_demo.py --cyclic                       # the same for a GraphFlow with a loop
+    python crash_demo.py --effect                       # instead: kill workers between a charge and its record
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
+from submit_task import Session
 from support.console import (
     argument_text,
     complain,
@@ -51,6 +53,7 @@ from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
 from support.pipeline.page import page
 from support.pipeline.timeline import timeline
+from support.session_file import SessionFile
 
 QUERY = "Impact of Rust on systems programming"
 CRASH_AFTER = STEPS[:-1]  # without the last step, after which nothing is left to resume
@@ -85,6 +88,12 @@ def build_parser() -> argparse.ArgumentParser:
         "durable run",
     )
     where.add_argument("--cyclic", action="store_true", help="like --graphflow, with a GraphFlow that has a loop")
+    where.add_argument(
+        "--effect",
+        action="store_true",
+        help="instead of the pipeline, kill a worker between the effect of a tool that charges and its record, under "
+        "three policies",
+    )
     parser.add_argument("--query", default=QUERY, metavar="TEXT", help="the topic of the report (default: %(default)s)")
     parser.add_argument("--offline", action="store_true", help="run without a model key and without the web")
     add_nexum_option(parser, embedded=True)
@@ -162,6 +171,35 @@ def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | 
     return 1 if wrong else 0
 
 
+async def charge(nexum_address: str | None) -> int:
+    """Kill workers between a charge and its record. Return the exit code: 1 if a policy was not kept, else 0."""
+    from support.charges.drill import HEADING, Drill, new_name
+    from support.charges.tools import charges
+
+    let_ctrl_c_cancel()
+    name = new_name()
+    with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
+        async with (
+            NexumForRun(nexum_address, workers=(), owners=True) as nexum,
+            NexumClient(nexum.address) as client,
+            Session(name, client=client, workflow=charges(name)) as session,
+        ):
+            session.file = SessionFile(name, Path(folder))
+
+            async def call(tool_name: str) -> tuple[str, str]:
+                result = await session.call(tool_name, {"customer": "c-17", "cents": 990})
+                return result.text, result.execution_id
+
+            charged = await Drill(client, call, name, Path(folder)).run()
+    say(f"\n[demo] Read from the ledger, and the attempts from the server's records:\n{HEADING}")
+    for one in charged:
+        say(one.row)
+    wrong = [one.problem for one in charged if one.problem]
+    for problem in wrong:
+        complain(f"error: {problem}")
+    return 1 if wrong else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script from the command line. Return its exit code: 0 passed, 1 a check failed, 2 could not run."""
     parser = build_parser()
@@ -177,6 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         points = EVERY_POINT if args.all else [CrashPoint(args.crash_after or "validate")]
     say_after_ctrl_c("its server and workers were stopped")
     try:
+        if args.effect:
+            return asyncio.run(charge(args.nexum))
         model = choose_model(os.environ, offline=args.offline)
         say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
         if args.graphflow or args.cyclic:

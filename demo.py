@@ -7,6 +7,7 @@ answers offline: by rules, from pages of this project.
     python demo.py --crash-after-step 1 "What is the population of Tokyo vs New York?"
     python demo.py "What is the population of Tokyo vs New York?"      # continues where it stopped
     python demo.py --team "What is the population of Tokyo vs New York?"
+    python demo.py --ask "What is the population of Tokyo vs New York?"      # asks before it reads a page
 """
 
 from __future__ import annotations
@@ -130,10 +131,13 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     let_ctrl_c_cancel()
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
-    async with NexumForRun(args.nexum, owners=bool(args.fork)) as nexum:
-        from durable_autogen import run_durable_stream  # imported here: it is slow, and the worker starts meanwhile
+    async with NexumForRun(args.nexum, owners=bool(args.fork or args.ask)) as nexum:
+        # Imported here: it is slow, and the worker starts meanwhile.
+        from durable_autogen import Budget, Policy, run_durable_stream
 
         if nexum.is_published:
+            if args.budget is not None:
+                raise InvalidRequest("--budget counts recorded calls, and this server records no runs: leave it out")
             say_what_is_lost(
                 nexum.address,
                 "it records the tool calls, but not the run, and shows no attempts, times or reasons of failures. A "
@@ -156,7 +160,14 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
                 items = build().run_stream(task=question)
             else:
                 items = run_durable_stream(
-                    build, task=question, session_id=session_id, nexum=nexum.address, on_drift=args.on_drift
+                    build,
+                    task=question,
+                    session_id=session_id,
+                    nexum=nexum.address,
+                    on_drift=args.on_drift,
+                    policies={"visit_webpage": Policy(approval="always")} if args.ask else None,
+                    approve=args.ask,
+                    budget=None if args.budget is None else Budget(usd=args.budget),
                 )
             await conversation.show(items)
     executed, attached = calls.count[Origin.EXECUTED], calls.count[Origin.ATTACHED]

@@ -35,6 +35,7 @@ from nexum_engine.channel import close_what_is_unused
 from nexum_engine.client import NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
+    FinalError,
     InvalidRequest,
     NexumError,
     ServerNotReady,
@@ -43,12 +44,15 @@ from nexum_engine.errors import (
     WorkflowNotFound,
 )
 from nexum_engine.options import seconds
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
+from support import approvals
+from support.approvals import ApprovedCall
 from support.console import complain, let_ctrl_c_cancel, run_script, say, say_after_ctrl_c, say_what_is_logged
 from support.options import add_nexum_option
 from support.session_file import SessionFile
-from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
+from support.tools import NO_POLICY, TOOLS, Tool
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput, workflow_of
 
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
 FIRST_NOTICE = 1.0  # seconds after which a waiting call prints its first notice
@@ -99,11 +103,33 @@ class _Deadline:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
-        self._at = time.monotonic() + timeout
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Give the caller the whole timeout from now on: the time that a person takes doesn't count."""
+        self._at = time.monotonic() + self.timeout
 
     @property
     def left(self) -> float:
         return max(0.0, self._at - time.monotonic())
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call, and where it is executed."""
+
+    tool_name: str
+    tool_args: Mapping[str, Any]
+    scope: str
+    workflow: Workflow
+    tool: Tool | None
+    """The tool, if this program declares it. A tool that only the worker declares has no policy here."""
+    key: str
+    """The call's name within its session, in the session file."""
+
+    @property
+    def is_once(self) -> bool:
+        return self.tool is not None and self.tool.policy.is_once
 
 
 class Session:
@@ -149,29 +175,34 @@ class Session:
     ) -> ToolResult:
         """Run the tool, or find its recorded result. To run the tool again with equal arguments, give another `scope`.
 
+        If the tool's policy says so, first a person has to approve the call, however long that takes.
+
         Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or another refusal or
-        fault of the server. Raises WaitTimeout after `timeout` seconds. The execution then continues, and the next
-        equal call attaches to the execution. If the server doesn't know the execution when the time is up, raises
-        ExecutionNotFound instead.
+        fault of the server. Raises WaitTimeout after `timeout` seconds, not counting the time in which a person has to
+        decide. The execution then continues, and the next equal call attaches to the execution. If the server doesn't
+        know the execution when the time is up, raises ExecutionNotFound instead.
         """
         if math.isnan(timeout):
             raise InvalidRequest("timeout is not a number: give a number of seconds")
         key = call_key(tool_name, tool_args) + (f":{scope}" if scope else "")
+        tool = TOOLS.get(tool_name)
+        workflow = self._workflow if tool is None else workflow_of(tool_name, tool.policy, self._workflow)
+        call = _Call(tool_name, tool_args, scope, workflow, tool, key)
         deadline = _Deadline(timeout)
-        execution_id = await self.file.find(self._workflow.workflow_id, key)
+        execution_id = await self.file.find(workflow.workflow_id, key)
         while True:
             try:
                 if execution_id is not None:
-                    recorded = await self._recorded(execution_id, tool_name, deadline)
+                    recorded = await self._recorded(execution_id, call, deadline)
                     if recorded is not None:
                         return recorded
-                started, origin = await self._start(key, tool_name, tool_args, deadline)
+                started, origin = await self._start(call, deadline)
                 execution_id = started.execution_id
-                writing = asyncio.create_task(self.file.record(self._workflow.workflow_id, key, execution_id))
+                writing = asyncio.create_task(self.file.record(workflow.workflow_id, key, execution_id))
                 self._writing.add(writing)
                 writing.add_done_callback(self._writing.discard)
                 try:
-                    return await self._result_of(execution_id, tool_name, origin, deadline, started.ended)
+                    return await self._result_of(execution_id, call, origin, deadline, started.ended)
                 finally:
                     # Wait until the session file is written, unless the answer to StartExecution reported the
                     # execution's end. Only this project's server reports that end, and it also finds a call by its key.
@@ -200,54 +231,76 @@ class Session:
             self._tell(f"[Nexum] {why}: trying for {deadline.left:.0f} s more")
             patience = NOTICE_EVERY
 
-    async def _recorded(self, execution_id: str, tool_name: str, deadline: _Deadline) -> ToolResult | None:
-        """Return the result of an execution from the session file. Return None for a FAILED or CANCELLED execution."""
+    async def _recorded(self, execution_id: str, call: _Call, deadline: _Deadline) -> ToolResult | None:
+        """Return the result of an execution from the session file. Return None if the call has to be started again.
+
+        That is the case if the execution is FAILED or CANCELLED, unless the tool may run only once.
+        """
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
+        what = f"[Nexum] {_short(execution_id)} ({call.tool_name})"
         if status is ExecutionStatus.COMPLETED:
-            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) already COMPLETED (cached) ✓")
-            return ToolResult(_result(tool_name, observed.execution), Origin.CACHED, execution_id)
+            self._tell(f"{what} already COMPLETED (cached) ✓")
+            return ToolResult(_result(call, observed.execution), Origin.CACHED, execution_id)
         if status is ExecutionStatus.RUNNING:
-            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) already RUNNING, attached")
-            return await self._result_of(execution_id, tool_name, Origin.ATTACHED, deadline)
-        self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) was {status.value}: starting it again")
+            self._tell(f"{what} already RUNNING, attached")
+            return await self._result_of(execution_id, call, Origin.ATTACHED, deadline)
+        if call.is_once:
+            return await self._result_of(execution_id, call, Origin.CACHED, deadline, observed.execution)
+        self._tell(f"{what} was {status.value}: starting it again")
         return None
 
-    async def _start(
-        self, key: str, tool_name: str, tool_args: Mapping[str, Any], deadline: _Deadline
-    ) -> tuple[Started, Origin]:
-        task = ToolCallInput(tool_name=tool_name, tool_args=dict(tool_args))
+    async def _start(self, call: _Call, deadline: _Deadline) -> tuple[Started, Origin]:
+        task = ToolCallInput(tool_name=call.tool_name, tool_args=dict(call.tool_args))
+        key = f"{self.session_id}:{call.key}"
+        if call.tool is not None and call.tool.policy != NO_POLICY:
+            if await self._ask(deadline, self._client.server_info) is None:
+                raise InvalidRequest(
+                    f"{call.tool_name} has a policy ({call.tool.declaration}), and {self._client.address} is a "
+                    "published Nexum server, which doesn't keep policies: use this project's own server"
+                )
+            approved = await self._approved(call, call.tool)
+            deadline.begin_again()
+            if approved is not None:
+                task = ToolCallInput(
+                    tool_name=call.tool_name, tool_args=approved.arguments, approval=approved.execution_id
+                )
+                key = approved.key
         start = partial(
             self._client.start_execution,
-            self._workflow,
+            call.workflow,
             task,
-            idempotency_key=f"{self.session_id}:{key}",
+            idempotency_key=key,
             # Let the server wait briefly for the execution to end: a short call then needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
         try:
             started = await self._ask(deadline, start)
         except WorkflowNotFound:
-            await self._ask(deadline, partial(self._client.register_workflow, self._workflow))
+            await self._ask(deadline, partial(self._client.register_workflow, call.workflow))
             started = await self._ask(deadline, start)
         if not started.existing:
-            self._tell(f"[Nexum] Submitted {_short(started.execution_id)} ({tool_name})")
+            self._tell(f"[Nexum] Submitted {_short(started.execution_id)} ({call.tool_name})")
             return started, Origin.EXECUTED
-        if started.status is ExecutionStatus.COMPLETED:
+        if started.status.ended:  # COMPLETED, or without a result and of a tool that may run only once
             return started, Origin.CACHED
-        self._tell(f"[Nexum] {_short(started.execution_id)} ({tool_name}) already RUNNING, attached")
+        self._tell(f"[Nexum] {_short(started.execution_id)} ({call.tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
 
+    async def _approved(self, call: _Call, tool: Tool) -> ApprovedCall | None:
+        """Return the call as a person approved it. Return None if the call needs no approval."""
+        try:
+            return await approvals.ask(self._client, tool, call.tool_args, self.session_id, call.scope, tell=self._tell)
+        except FinalError as error:
+            raise ToolCallFailed(str(error)) from error
+
     async def _result_of(
-        self,
-        execution_id: str,
-        tool_name: str,
-        origin: Origin,
-        deadline: _Deadline,
-        ended: Execution | None = None,
+        self, execution_id: str, call: _Call, origin: Origin, deadline: _Deadline, ended: Execution | None = None
     ) -> ToolResult:
         """Return the execution's result. Wait until the execution has ended, unless `ended` is given."""
+        what = f"[Nexum] {_short(execution_id)} ({call.tool_name})"
         notice = FIRST_NOTICE
+        is_unknown = False
         while ended is None:
             observed = await self._ask(
                 deadline,
@@ -261,6 +314,14 @@ class Session:
             if observed.execution.status.ended:
                 ended = observed.execution
                 break
+            if (unknown := _unknown(observed.execution)) is not None:
+                if not is_unknown:  # print it only once: it may take days
+                    self._tell(f"{what} is UNKNOWN: {_how_to_resolve(execution_id, unknown)}")
+                is_unknown = True
+                notice = NOTICE_EVERY
+                deadline.begin_again()
+                continue
+            is_unknown = False
             if not deadline.left:
                 # A published Nexum server can lose a task, for instance if a client dies during StartExecution.
                 lost = (
@@ -268,60 +329,75 @@ class Session:
                     f"python -m nexum_engine cancel {execution_id}"
                 )
                 raise WaitTimeout(
-                    f"{tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
+                    f"{call.tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
                     f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
                 )
-            what_for = f"{self._what_for(observed)}{_last_failure(observed.execution)}"
-            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) waiting: {what_for}")
+            what_for = f"{_what_for(call.workflow, observed)}{_last_failure(observed.execution)}"
+            self._tell(f"{what} waiting: {what_for}")
             notice = NOTICE_EVERY
         if ended.status is ExecutionStatus.COMPLETED:
             done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
-            self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) {done} ✓")
-            return ToolResult(_result(tool_name, ended), origin, execution_id)
+            self._tell(f"{what} {done} ✓")
+            return ToolResult(_result(call, ended), origin, execution_id)
         reason = _reason(ended)
-        self._tell(f"[Nexum] {_short(execution_id)} ({tool_name}) {ended.status.value}: {reason}")
-        raise ToolCallFailed(f"{tool_name} failed: {reason}")
+        self._tell(f"{what} {ended.status.value}: {reason}")
+        raise ToolCallFailed(f"{call.tool_name} failed: {reason}")
 
-    def _what_for(self, observed: Observed) -> str:
-        nodes = observed.execution.nodes
-        notes = [node.error for node in nodes if node.status is NodeStatus.READY and node.error]
-        if notes:
-            return notes[0]
-        if observed.has_poller is False and not any(node.status is NodeStatus.RUNNING for node in nodes):
-            version = observed.execution.version_hash
-            if version != self._workflow.version_hash:
-                return (
-                    f"no worker polls for {self._workflow.workflow_id} in this execution's version "
-                    f"({version[:19]}...); start a worker with the code of that version, or cancel the execution: "
-                    f"python -m nexum_engine cancel {observed.execution.execution_id}"
-                )
+
+def _what_for(workflow: Workflow, observed: Observed) -> str:
+    nodes = observed.execution.nodes
+    notes = [node.error for node in nodes if node.status is NodeStatus.READY and node.error]
+    if notes:
+        return notes[0]
+    if observed.has_poller is False and not any(node.status is NodeStatus.RUNNING for node in nodes):
+        version = observed.execution.version_hash
+        if version != workflow.version_hash:
             return (
-                f"no worker polls for {self._workflow.workflow_id} (version {version[:19]}...); "
-                "start one with: python worker.py"
+                f"no worker polls for {workflow.workflow_id} in this execution's version "
+                f"({version[:19]}...); start a worker with the code of that version, or cancel the execution: "
+                f"python -m nexum_engine cancel {observed.execution.execution_id}"
             )
-        for node in nodes:
-            if node.status is NodeStatus.RUNNING:
-                # A node may have no attempts: a published Nexum server, unlike this project's, reports none.
-                which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
-                return f"{which} was handed to a worker"
-        if observed.has_poller is None:
-            return "the server doesn't show whether a worker polls; if none runs, start one with: python worker.py"
-        return "the task is queued, or the pause before its next attempt is not over"
+        return (
+            f"no worker polls for {workflow.workflow_id} (version {version[:19]}...); start one with: python worker.py"
+        )
+    for node in nodes:
+        if node.status is NodeStatus.RUNNING:
+            # A node may have no attempts: a published Nexum server, unlike this project's, reports none.
+            which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
+            return f"{which} was handed to a worker"
+    if observed.has_poller is None:
+        return "the server doesn't show whether a worker polls; if none runs, start one with: python worker.py"
+    return "the task is queued, or the pause before its next attempt is not over"
 
 
 def _short(execution_id: str) -> str:
     return f"{execution_id[:16]}..."
 
 
-def _result(tool_name: str, execution: Execution) -> str:
+def _unknown(execution: Execution) -> Attempt | None:
+    """Return the attempt of which nobody knows whether its effect happened, while the execution waits for a person."""
+    waiting = [node for node in execution.nodes if node.status is NodeStatus.WAITING and node.attempts]
+    return waiting[0].attempts[-1] if waiting and waiting[0].attempts[-1].outcome is Outcome.UNKNOWN else None
+
+
+def _how_to_resolve(execution_id: str, attempt: Attempt) -> str:
+    return (
+        f"attempt {attempt.attempt} by worker {attempt.worker_id} may have had its effect ({attempt.error}). Find out, "
+        f"then: python -m nexum_engine resolve {execution_id} --result JSON, or --not-done, or --failed REASON"
+    )
+
+
+def _result(call: _Call, execution: Execution) -> str:
     output = execution.outputs().get("tool_call")
     if output is None:
-        raise ToolCallFailed(f"{tool_name} has no output in execution {execution.execution_id}")
+        raise ToolCallFailed(f"{call.tool_name} has no output in execution {execution.execution_id}")
     try:
         return ToolCallOutput.model_validate_json(output).result
     except ValidationError as error:
+        if call.tool is not None and call.is_once:
+            return call.tool.as_text(json.loads(output))  # a person gave the result
         raise ToolCallFailed(
-            f"the output of {tool_name} in execution {execution.execution_id} does not match ToolCallOutput: "
+            f"the output of {call.tool_name} in execution {execution.execution_id} does not match ToolCallOutput: "
             f"{error.errors()[0]['msg']}"
         ) from error
 

@@ -4,6 +4,7 @@ Needs a Nexum server (`python -m nexum_engine`), and waits for one. Start as man
 
     python worker.py
     python worker.py --concurrency 8 --nexum localhost:50051
+    python worker.py --tools                                     # list the tools and their policies
 """
 
 from __future__ import annotations
@@ -21,22 +22,12 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.options import count
 from nexum_engine.signals import stop_event
-from nexum_engine.worker import Binding, Handler, TaskContext, Worker
-from support.console import complain, log_to, run_script
+from nexum_engine.worker import TaskContext, Worker
+from support.console import complain, log_to, run_script, say
 from support.options import add_nexum_option, add_until_stdin_closes_option
-from support.tools import ToolContext, Web, find_tool
-from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
-
-
-def tool_call_handler(web: Web) -> Handler:
-    """Return the handler of a `tool_call` node. It passes `web` to the tools that use the web."""
-
-    async def tool_call(task: TaskContext) -> ToolCallOutput:
-        call = ToolCallInput.model_validate(task.input)
-        context = ToolContext(idempotency_key=task.idempotency_key, attempt=task.attempt, web=web)
-        return ToolCallOutput(result=await find_tool(call.tool_name).run(call.tool_args, context))
-
-    return tool_call
+from support.tool_calls import bindings
+from support.tools import TOOLS
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL
 
 
 def describe(task: TaskContext) -> str:
@@ -55,8 +46,13 @@ async def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="tasks at the same time (default: %(default)s)",
     )
+    parser.add_argument("--tools", action="store_true", help="only list the tools and their policies")
     add_until_stdin_closes_option(parser)
     args = parser.parse_args(argv)
+    if args.tools:
+        for tool in TOOLS.values():
+            say(f"{tool.signature}\n    {tool.declaration}")
+        return 0
 
     from support.offline.web import OfflineWeb
     from support.tools.web.live import LiveWeb
@@ -66,10 +62,7 @@ async def main(argv: list[str] | None = None) -> int:
         async with NexumClient(args.nexum) as client:
             worker = Worker(
                 client,
-                [
-                    Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())}),
-                    Binding(OFFLINE_TOOL_CALL, {"tool_call": tool_call_handler(OfflineWeb())}),
-                ],
+                [*bindings(client, TOOL_CALL, LiveWeb()), *bindings(client, OFFLINE_TOOL_CALL, OfflineWeb())],
                 concurrency=args.concurrency,
                 describe=describe,
             )

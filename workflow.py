@@ -1,15 +1,16 @@
-"""Define the tool-call workflow, which has one EFFECT node.
+"""Define the tool-call workflow, which has one EFFECT node, and its variants for tools whose policy needs another node.
 
-`submit_task.py` starts executions of the workflow, and `worker.py` runs the node.
+`submit_task.py` starts executions of these workflows, and `worker.py` runs the node.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-from nexum_engine.workflow import workflow
+from nexum_engine.policy import Policy
+from nexum_engine.workflow import Workflow, workflow
 
 
 class ToolCallInput(BaseModel):
@@ -19,6 +20,15 @@ class ToolCallInput(BaseModel):
 
     tool_name: str
     tool_args: dict[str, Any]
+    approval: str = ""
+    """The execution in which a person approved the call; empty if the call needs no approval."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_approval(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        if not self.approval:
+            del fields["approval"]
+        return fields
 
 
 class ToolCallOutput(BaseModel):
@@ -33,3 +43,23 @@ TOOL_CALL = workflow("tool-call", input=ToolCallInput).effect("tool_call", ToolC
 
 # Keep offline tool calls in a separate workflow, so that a live run never gets an offline result.
 OFFLINE_TOOL_CALL = workflow("tool-call-offline", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()
+
+
+def workflow_of(tool_name: str, policy: Policy, shared: Workflow) -> Workflow:
+    """Return the workflow of a tool's calls: `shared`, unless the policy says how often the tool may run.
+
+    `shared` is TOOL_CALL or OFFLINE_TOOL_CALL.
+    """
+    if not policy.is_once and policy.retry is None:
+        return shared
+    return (
+        workflow(f"{shared.workflow_id}:{tool_name}", input=ToolCallInput)
+        .effect(
+            "tool_call",
+            ToolCallOutput,
+            retry=policy.retry,
+            once=policy.is_once,
+            reconcile=policy.reconcile is not None,
+        )
+        .build()
+    )

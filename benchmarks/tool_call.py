@@ -63,11 +63,11 @@ from nexum_engine.client import NexumClient  # noqa: E402
 from nexum_engine.embedded import EmbeddedNexum  # noqa: E402
 from nexum_engine.options import count  # noqa: E402
 from nexum_engine.owner import Owner  # noqa: E402
-from nexum_engine.worker import Binding, Worker  # noqa: E402
+from nexum_engine.worker import Worker  # noqa: E402
 from submit_task import Origin, Session  # noqa: E402
+from support.tool_calls import bindings  # noqa: E402
 from support.tools import tool  # noqa: E402
 from support.tools.web.live import LiveWeb  # noqa: E402
-from worker import tool_call_handler  # noqa: E402
 from workflow import TOOL_CALL, ToolCallInput, ToolCallOutput  # noqa: E402
 
 BLOCK = 10  # calls of one path, before the next path has its turn
@@ -90,8 +90,7 @@ async def no_op(argument: str) -> str:
 async def work(address: str) -> None:
     """Run the worker process."""
     async with NexumClient(address) as client:
-        handler = tool_call_handler(LiveWeb())
-        worker = Worker(client, [Binding(TOOL_CALL, {"tool_call": handler})], concurrency=IN_FLIGHT)
+        worker = Worker(client, bindings(client, TOOL_CALL, LiveWeb()), concurrency=IN_FLIGHT)
         print("ready", flush=True)
         await worker.run(asyncio.Event())
 

@@ -9,6 +9,9 @@ recorded is paid for or executed again. No server has to be started:
 
 In a session, `sleep` and `wait_for_event` wait for hours or days: the process may end meanwhile.
 
+A tool has a policy (`durable_tool`, `Policy`) if a person has to approve its calls, or if its effect must happen only
+once.
+
 `run_durable` and `run_durable_stream` run one agent or team in a session. `python -m durable_autogen run SCRIPT` makes
 an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log
 progress and warnings.
@@ -19,7 +22,18 @@ AutoGen's methods are recorded, and how.
 
 from __future__ import annotations
 
-from durable_autogen.errors import DriftError, NotDurable, RunCancelled, SessionBusy
+from durable_autogen.autogen.policies import durable_tool
+from durable_autogen.errors import (
+    BudgetExceeded,
+    CallFailed,
+    CallRejected,
+    DriftError,
+    NotDurable,
+    Parked,
+    RunCancelled,
+    SessionBusy,
+)
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import call_id
 from durable_autogen.recorded_sessions import (
     SessionInfo,
@@ -31,16 +45,25 @@ from durable_autogen.recorded_sessions import (
 )
 from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession, current_session
+from nexum_engine.policy import NOT_DONE, Policy
 
 __all__ = [
+    "NOT_DONE",
+    "Budget",
+    "BudgetExceeded",
+    "CallFailed",
+    "CallRejected",
     "DriftError",
     "DurableSession",
     "NotDurable",
+    "Parked",
+    "Policy",
     "RunCancelled",
     "SessionBusy",
     "SessionInfo",
     "call_id",
     "current_session",
+    "durable_tool",
     "fork_session",
     "fork_source",
     "list_sessions",

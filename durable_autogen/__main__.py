@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from durable_autogen.budget_command import add_limits
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.options import user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
 
@@ -58,6 +60,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to do if the script connects to something or starts a process outside a recorded call: report it "
         "(tell), or stop (default: %(default)s)",
     )
+    limits = run.add_argument_group(
+        "budget", "Limits over all runs of a session. At a limit, the session waits for `budget`."
+    )
+    add_limits(limits, "budget-")
+    run.add_argument(
+        "--policies",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file with the policies of tools, one table for each tool: approval, effect, retry, timeout",
+    )
+    run.add_argument(
+        "--approve",
+        action="store_true",
+        help="ask for approvals in this terminal, too, and not only with nexum approve",
+    )
+    run.add_argument(
+        "--park",
+        action="store_true",
+        help="end with exit code 75 if the script waits for a person; run the command again after the decision",
+    )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
@@ -84,6 +106,30 @@ def build_parser() -> argparse.ArgumentParser:
     fork.add_argument("source", metavar="SESSION@N")
     fork.add_argument("new", metavar="NEW")
     fork.add_argument("--message", metavar="TEXT", default="", help="a user message to add after these events")
+    budget = commands.add_parser(
+        "budget",
+        parents=[server],
+        help="raise the budget of a session, or stop the session",
+        description="Raise limits of SESSION's budget to new values, whether it waits for this now, later, or does not "
+        "run. Without a limit, say what the session has used.",
+    )
+    budget.add_argument("session", metavar="SESSION")
+    add_limits(budget)
+    budget.add_argument(
+        "--stop",
+        metavar="REASON",
+        nargs="?",
+        const="it was stopped",
+        help="don't raise the budget: the session's program ends with an error",
+    )
+    budget.add_argument("--by", metavar="NAME", default=user_name(), help="who decides (default: the user's name)")
+    fork.add_argument(
+        "--effects",
+        choices=("refuse", "reuse", "again"),
+        default="refuse",
+        help="what to do if SESSION has made calls after these events whose effect must happen only once: refuse to "
+        "fork, reuse the results if NEW makes equal calls, or make the calls again (default: %(default)s)",
+    )
     send = commands.add_parser(
         "send",
         parents=[server],
@@ -99,8 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 async def look(args: argparse.Namespace) -> str:
-    """Run the command `ls`, `show`, `fork` or `send`; return its output."""
-    from durable_autogen import session_report
+    """Run a command about recorded sessions; return its output."""
+    from durable_autogen import budget_command, session_report
     from durable_autogen.record.sent_events import send
     from durable_autogen.recorded_sessions import fork_session, fork_source, has_begun, list_sessions, show_session
     from nexum_engine import jsontext
@@ -121,13 +167,18 @@ async def look(args: argparse.Namespace) -> str:
             await send(client, args.session, args.name, payload, idempotency_key=args.key)
             unbegun = "" if await has_begun(client, args.session) else ", which has not begun: the event is kept for it"
             return f"sent event {args.name!r} to session {args.session}{unbegun}"
+        if args.command == "budget":
+            return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message)
+        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code. 2 means an error of durable_autogen or of the server."""
+    """Run the command line; return its exit code.
+
+    2 means an error of durable_autogen or of the server, and 75 a parked run.
+    """
     open_closed_streams()
     args = build_parser().parse_args(argv)
     try:
@@ -136,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_script(args)
         try:
             print_line(asyncio.run(look(args)), sys.stdout)
-        except KeyboardInterrupt:  # Ctrl-C in `ls`, `show`, `fork` or `send`
+        except KeyboardInterrupt:  # Ctrl-C in a command about recorded sessions
             return 130
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")

@@ -2,9 +2,13 @@
 
 NexumError
 |-- DriftError          the program differs from the recorded one
+|-- BudgetExceeded      a limit of the session's budget is reached, and a person stopped the session
 |-- SessionBusy         another process is running the session
 |-- NotDurable          a call can't be recorded where it is made
-`-- RunCancelled        the run was cancelled; what is recorded stays
+|-- RunCancelled        the run was cancelled; what is recorded stays
+|-- Parked              the run ended by itself, because it waits for a person's decision
+|-- CallRejected        a person rejected a tool call, or nobody approved it in time
+`-- CallFailed          a tool call whose effect must happen only once has failed, and is not made again
 """
 
 from __future__ import annotations
@@ -14,6 +18,10 @@ from nexum_engine.errors import Conflict, InvalidRequest, NexumError
 
 class DriftError(NexumError):
     """The program differs from the one that the session has recorded; the message says how."""
+
+
+class BudgetExceeded(NexumError):
+    """A limit of the session's budget is reached, and a person stopped the session; the message says which and why."""
 
 
 class SessionBusy(Conflict):
@@ -26,3 +34,15 @@ class NotDurable(InvalidRequest):
 
 class RunCancelled(NexumError):
     """The run was cancelled. The next run with the same session id resumes from what is recorded."""
+
+
+class Parked(NexumError):
+    """The run waits for a person's decision, and has ended meanwhile. The next run of the session continues."""
+
+
+class CallRejected(NexumError):
+    """A person rejected the tool call, or nobody approved it in time; the message has the reason."""
+
+
+class CallFailed(NexumError):
+    """An earlier attempt at a tool call has failed, and the call is not made again, because its effect is `once`."""

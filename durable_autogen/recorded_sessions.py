@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
+from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session
+from durable_autogen.record.effects import effects as recorded_effects
 from durable_autogen.record.events import (
     AGENT_RUN,
     PAGE,
@@ -15,6 +17,7 @@ from durable_autogen.record.events import (
     Begun,
     Event,
     Kind,
+    Record,
     Revoked,
     Said,
     Waiting,
@@ -26,10 +29,14 @@ from durable_autogen.record.events import (
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.sent_events import send
+from nexum_engine import jsontext
+from nexum_engine.approvals import how_to_decide
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
+
+OnEffects = Literal["refuse", "reuse", "again"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class SessionInfo:
     begun_ms: int
     waits: tuple[Event, ...] = ()
     """The WAIT events of the waits that are not over. Their content is a `Waiting`. Empty for a finished session."""
+    questions: tuple[str, ...] = ()
+    """What the session waits for a person to decide, each with the command."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -66,10 +75,33 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
         if not page:
             break
         before = page[-1].execution_id
+    questions = await _questions(client)
     return [
-        await _info(client, session, run, completed.get(session), earliest[session].created_ms)
+        replace(
+            await _info(client, session, run, completed.get(session), earliest[session].created_ms),
+            questions=tuple(questions.get(session, ())),
+        )
         for session, run in latest.items()
     ]
+
+
+async def _questions(client: NexumClient) -> dict[str, list[str]]:
+    """Return what waits for a person's decision, by session."""
+    found: dict[str, list[str]] = {}
+    pending: list[tuple[PendingApproval | UnknownNode, str]] = [
+        (one, f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}")
+        for one in await client.pending_approvals(patience=SERVER_PATIENCE)
+    ]
+    unknown: list[tuple[PendingApproval | UnknownNode, str]] = [
+        (one, f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}")
+        for one in await client.unknown(patience=SERVER_PATIENCE)
+    ]
+    for one, text in (*pending, *unknown):
+        input = jsontext.parse(one.input_json or "{}", "the input")
+        if isinstance(input, dict) and isinstance(session := input.get("session"), str):
+            what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
+            found.setdefault(session, []).append(text.format(what))
+    return found
 
 
 async def _info(
@@ -111,10 +143,11 @@ async def show_session(client: NexumClient, session: str) -> ShownSession:
     for info in await list_sessions(client):
         if info.session == session:
             return ShownSession(info, tuple((await read_record(client, session)).events))
-    raise _unknown(session)
+    raise unknown_session(session)
 
 
-def _unknown(session: str) -> InvalidRequest:
+def unknown_session(session: str) -> InvalidRequest:
+    """Return the error for a session that has recorded nothing."""
     return InvalidRequest(
         f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
     )
@@ -182,22 +215,28 @@ async def fork_session(
     session: str,
     message: str = "",
     *,
+    effects: OnEffects = "refuse",
     tell: Callable[[str], None] | None = None,
 ) -> list[Event]:
     """Begin `session` with the first `count` recorded calls of the session `source`; return the copied events.
 
     The copied events are accepted: a replay doesn't compare them with what the program asks for. `message` is a user
-    message to add after the copied events. `tell` is called with each line about progress. Without `tell`, the logger
+    message to add after the copied events. `effects` says what to do if the source has made calls after the copied
+    events whose effect must happen only once: "refuse" to fork, "reuse" their results if the fork makes equal calls, or
+    make such calls "again". `tell` is called with each line about progress. Without `tell`, the logger
     `durable_autogen` logs these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a
     wrong argument, and DriftError if `session` has other events on record.
     """
     check_session_id(session)
+    if effects not in get_args(OnEffects):
+        raise InvalidRequest(f"effects is {effects!r}: give one of {', '.join(get_args(OnEffects))}")
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
-    events = (await read_record(client, source)).events
+    record = await read_record(client, source)
+    events = record.events
     calls = [event for event in events if event.kind.is_call]
     if not events:
-        raise _unknown(source)
+        raise unknown_session(source)
     if not 0 <= count <= len(calls):
         raise InvalidRequest(
             f"session {source!r} has {len(calls)} recorded call(s): give 0 to {len(calls)}, not {count}"
@@ -208,6 +247,7 @@ async def fork_session(
         *begin,
         *(event for event in events if event.seq <= last and event.kind not in (Kind.BEGIN, Kind.REVOKE)),
     ]
+    later = await _later_effects(client, source, count, record, {event.address for event in kept}, effects)
     async with Journal(client, session, log_for(tell, _ignore)) as journal:
         copied = [event for event in journal.events if event.accepted]
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
@@ -230,8 +270,69 @@ async def fork_session(
                     f"session {session} has already continued without this message: give the new session another id"
                 )
             await journal.add_message(message)
+        if effects == "reuse" and not continued:
+            await _keep_results(client, journal, later)
         await journal.release()
     return kept
+
+
+async def _later_effects(
+    client: NexumClient, source: str, count: int, record: Record, copied: Set[str], effects: OnEffects
+) -> list[tuple[EffectInput, Execution]]:
+    """Return the effects of a session that happened, or may have happened, after the events that a fork copies.
+
+    Raises InvalidRequest if `effects` forbids them: "refuse" each of them, and "reuse" those without a result.
+    """
+    before = record.scopes(copied)
+    later = [
+        (input, execution)
+        for input, execution in await _unused(client, source, before)
+        if execution.status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED)
+    ]
+    without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
+    if effects == "refuse" and later:
+        listed = ", ".join(f"{input.tool}({jsontext.dump(input.arguments, 'it')})" for input, _ in later)
+        raise InvalidRequest(
+            f"after call {count}, session {source} has made {len(later)} call(s) whose effect must happen only once: "
+            f"{listed}. Reuse their results (--effects reuse), or make the calls again (--effects again)"
+        )
+    if effects == "reuse" and without_result:
+        raise InvalidRequest(
+            f"a call of session {source} has no result to reuse: it is unknown whether its effect has happened. "
+            f"Resolve it first: python -m nexum_engine resolve {without_result[0].execution_id}"
+        )
+    return later
+
+
+async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tuple[EffectInput, Execution]]:
+    """Return a session's effects without those of the calls `before`.
+
+    If the session is a fork that reuses results, its calls have taken some of them. Return each of these results once.
+    """
+    kept: dict[str, list[tuple[EffectInput, Execution]]] = {}
+    for input, execution in await recorded_effects(client, kept_for(source)):
+        kept.setdefault(input.asked_digest, []).append((input, execution))
+    later = []
+    own = await recorded_effects(client, of_session(source))
+    for is_later in (False, True):
+        for input, execution in own:
+            if (input.call not in before) is is_later:
+                took = kept.get(input.asked_digest, [])[:1]
+                del kept.get(input.asked_digest, [])[:1]
+                later += (took or [(input, execution)]) if is_later else []
+    return [*later, *(one for left in kept.values() for one in left)]
+
+
+async def _keep_results(client: NexumClient, journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
+    """Record results of another session's effects for the journal's session, which may reuse them."""
+    taken = {execution.idempotency_key for _, execution in await recorded_effects(client, kept_for(journal.session))}
+    numbers: Counter[str] = Counter()
+    for input, execution in later:
+        numbers[input.asked_digest] += 1
+        key = f"{kept_for(journal.session, input.asked_digest)}/{numbers[input.asked_digest]}"
+        if key not in taken:
+            output = jsontext.parse(execution.outputs()[EFFECT], "the result")
+            await journal.record_effect(TOOL_EFFECT, input, output, key)
 
 
 def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:

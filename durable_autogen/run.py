@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,11 +18,13 @@ from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind, representable
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
+from nexum_engine.policy import Policy
 
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
 
@@ -43,6 +45,10 @@ async def run_durable(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
+    budget: Budget | None = None,
+    policies: Mapping[str, Policy] | None = None,
+    park: bool = False,
+    approve: bool = False,
 ) -> TaskResult:
     """Run an agent or team in a session, or resume the session's run; return its result.
 
@@ -53,7 +59,7 @@ async def run_durable(
 
     `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
 
-    Raises RunCancelled, the errors of DurableSession, and the errors of the team's run.
+    Raises RunCancelled, Parked, the errors of DurableSession, and the errors of the team's run.
     """
     result: TaskResult | None = None
     async for item in run_durable_stream(
@@ -66,6 +72,10 @@ async def run_durable(
         cancellation_token=cancellation_token,
         output_task_messages=output_task_messages,
         tell=tell,
+        budget=budget,
+        policies=policies,
+        park=park,
+        approve=approve,
     ):
         if isinstance(item, TaskResult):
             result = item
@@ -84,9 +94,23 @@ async def run_durable_stream(
     cancellation_token: CancellationToken | None = None,
     output_task_messages: bool = True,
     tell: Callable[[str], None] | None = None,
+    budget: Budget | None = None,
+    policies: Mapping[str, Policy] | None = None,
+    park: bool = False,
+    approve: bool = False,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result."""
-    session = DurableSession(session_id, nexum=nexum, on_drift=on_drift, on_unrecorded=on_unrecorded, tell=tell)
+    session = DurableSession(
+        session_id,
+        nexum=nexum,
+        on_drift=on_drift,
+        on_unrecorded=on_unrecorded,
+        tell=tell,
+        budget=budget,
+        policies=policies,
+        park=park,
+        approve=approve,
+    )
     run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
     async for item in run.items():
         yield item

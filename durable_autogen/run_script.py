@@ -19,12 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
+from durable_autogen.budget_command import budget_of
+from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
 from nexum_engine.errors import NexumError
+from nexum_engine.policy import read_policies
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PARKED = 75
+"""The exit code of a run that waits for a person (EX_TEMPFAIL of sysexits.h: try again later)."""
 MAX_STEM = 40  # characters; a longer script name is cut in the session id
 
 
@@ -52,6 +57,8 @@ class _Sessions:
     def __init__(self, session: str, args: argparse.Namespace) -> None:
         self._session = session
         self._args = args
+        self._budget = budget_of(args, "budget-")
+        self._policies = read_policies(args.policies) if args.policies is not None else None
         self._process = os.getpid()
         self.count = 0
         """How many main coroutines the script has run."""
@@ -80,6 +87,10 @@ class _Sessions:
                 nexum=self._args.nexum,
                 on_drift=self._args.on_drift,
                 on_unrecorded=self._args.on_unrecorded,
+                budget=self._budget,
+                policies=self._policies,
+                park=self._args.park,
+                approve=self._args.approve,
             )
             async with session:
                 found = await main
@@ -162,6 +173,9 @@ def run_script(args: argparse.Namespace) -> int:
     with sessions.installed():
         try:
             _run_as_main(script.resolve())
+        except Parked as parked:
+            _log.warning("%s", parked)
+            return PARKED
         except NexumError as error:
             complain(f"error: {error}")
             return 2

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
 from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import current
 from durable_autogen.record.recorder import OnDrift
 from durable_autogen.record.session import OnUnrecorded, Session
+from nexum_engine.policy import Policy
 
 
 class DurableSession(Session):
@@ -33,8 +35,20 @@ class DurableSession(Session):
     database itself. `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs
     these lines.
 
+    `budget` limits what the session may spend over all of its runs. At a limit, the session waits for a person, who
+    raises the limit or stops the session, with `python -m durable_autogen budget SESSION`. The process may end
+    meanwhile.
+
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
-    for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable and the server's errors.
+    for a wrong argument. Calls inside it, and leaving it, raise DriftError, BudgetExceeded, NotDurable and
+    the server's errors.
+    `policies` are the policies of tools, by name: which calls a person approves, which effects happen only once. They
+    apply to every tool of that name, also to the tools of workbenches and MCP servers. The policy "model", or one with
+    a model's name, limits and retries the calls of model clients. With `park`, a run that waits for a person ends with
+    Parked instead. With `approve`, it asks at the terminal, if there is one.
+
+    Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
+    for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable, Parked and the server's errors.
     """
 
     def __init__(
@@ -45,6 +59,10 @@ class DurableSession(Session):
         on_drift: OnDrift = "stop",
         on_unrecorded: OnUnrecorded = "tell",
         tell: Callable[[str], None] | None = None,
+        budget: Budget | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        park: bool = False,
+        approve: bool = False,
     ) -> None:
         super().__init__(
             session_id,
@@ -52,6 +70,10 @@ class DurableSession(Session):
             on_drift=on_drift,
             on_unrecorded=on_unrecorded,
             tell=tell,
+            budget=budget,
+            policies=policies,
+            park=park,
+            approve=approve,
             compare=differences,
         )
 

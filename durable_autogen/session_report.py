@@ -47,6 +47,8 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
     yield f"    {printable(', '.join(one.models)) or 'no model has answered yet'}"
     for wait in one.waits:
         yield f"    {wait.agent or 'the program'} {_words(wait)} (began {age(round(now * 1000) - wait.recorded_ms)})"
+    for question in one.questions:
+        yield f"    {printable(question)}"
 
 
 def details(shown: ShownSession, now: float) -> str:
@@ -87,6 +89,7 @@ def _session(one: SessionInfo) -> dict[str, Any]:
             }
             for wait in one.waits
         ],
+        "questions": list(one.questions),
     }
 
 

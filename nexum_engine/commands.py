@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import getpass
 import os
 import sys
 from collections.abc import Awaitable, Callable
@@ -30,7 +29,7 @@ from nexum_engine.errors import (
     StoreRefused,
 )
 from nexum_engine.location import default_database_url
-from nexum_engine.options import attribute, count, moment
+from nexum_engine.options import attribute, count, moment, user_name
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, PendingApproval, UnknownNode
 from nexum_engine.screen import Screen
 from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, waits
@@ -151,7 +150,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for command in (cancel, approve, reject, resolve):
         command.add_argument(
             "--by",
-            default=_user(),
+            default=user_name(),
             metavar="NAME",
             help="who does it (default: %(default)s). A server with tokens records the name of the token instead",
         )
@@ -183,14 +182,6 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     for command in (approvals, unknown):
         command.add_argument("--json", action="store_true", help="print JSON")
     return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send]
-
-
-def _user() -> str:
-    """Return the name of the user, or an empty text if the system doesn't know it."""
-    try:
-        return getpass.getuser()
-    except (ImportError, KeyError, OSError):
-        return ""
 
 
 def _json(text: str) -> Any:

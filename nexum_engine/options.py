@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import getpass
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -11,6 +12,14 @@ from datetime import datetime
 MAX_SECONDS = 1_000_000
 MAX_DAYS = 36_500
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def user_name() -> str:
+    """Return the name of the user, or an empty text if the system doesn't know it."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):
+        return ""
 
 
 def seconds(lowest: float = 0.0) -> Callable[[str], float]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ class RetryPolicy(BaseModel):
     factor: float = Field(2.0, ge=1, le=100)
     """How many times longer each delay is than the one before."""
     max_delay_seconds: float = Field(MAX_SECONDS, ge=0, le=MAX_SECONDS)
+    jitter: float = Field(0, ge=0, le=1)
+    """The share of each delay that is random: with 0.5, a delay is shortened by up to a half."""
 
     def delay_ms(self, failed_attempts: int) -> int | None:
         """Return the wait before the next attempt, in ms. Return None after the last attempt."""
@@ -70,7 +73,7 @@ class RetryPolicy(BaseModel):
             delay = self.first_delay_seconds * self.factor ** (failed_attempts - 1)
         except OverflowError:
             delay = self.max_delay_seconds
-        return round(min(delay, self.max_delay_seconds) * 1000)
+        return round(min(delay, self.max_delay_seconds) * (1 - self.jitter * random.random()) * 1000)
 
 
 DEFAULT_RETRY_POLICY = RetryPolicy()
@@ -177,7 +180,8 @@ class NodeDefinition:
         if self.timeout_seconds is not None:
             fields["timeout_seconds"] = self.timeout_seconds
         if self.retry != default_retry(self.once):
-            fields["retry_policy"] = self.retry.model_dump()
+            # Leave out a jitter of 0: servers without this field refuse it.
+            fields["retry_policy"] = self.retry.model_dump(exclude=None if self.retry.jitter else {"jitter"})
         if self.once:
             fields["effect"] = "once"
         if self.reconcile:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 
 from nexum_engine.options import count
 from support.options import add_nexum_option
+
+MAX_DOLLARS = 1_000_000
 
 
 def build_parser(description: str, question: str) -> argparse.ArgumentParser:
@@ -34,6 +37,12 @@ def build_parser(description: str, question: str) -> argparse.ArgumentParser:
         default="stop",
         help="if the session has recorded another question, model or program: stop (the default), or continue live",
     )
+    parser.add_argument(
+        "--budget",
+        type=_dollars,
+        metavar="USD",
+        help="what the models may cost; at the limit, the session waits (python -m durable_autogen budget)",
+    )
     parser.add_argument("--sessions", action="store_true", help="list the sessions (python -m durable_autogen ls)")
     parser.add_argument(
         "--fork",
@@ -41,6 +50,19 @@ def build_parser(description: str, question: str) -> argparse.ArgumentParser:
         help="begin --session-id with the first N calls of SESSION (python -m durable_autogen show SESSION); "
         "a question is added as the user's next message",
     )
+    parser.add_argument(
+        "--ask",
+        action="store_true",
+        help="ask before each visit_webpage: in this terminal, or decide with python -m nexum_engine approve, even "
+        "while the demo doesn't run",
+    )
     parser.add_argument("--offline", action="store_true", help="answer without a model key and without the web")
     add_nexum_option(parser, embedded=True)
     return parser
+
+
+def _dollars(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= (dollars := float(text)) <= MAX_DOLLARS:  # not true for "nan"
+            return dollars
+    raise argparse.ArgumentTypeError(f"{text!r} is not an amount of US dollars, such as 2.00")

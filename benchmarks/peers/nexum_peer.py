@@ -167,10 +167,10 @@ class NexumWorker(Peer):
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:
         """Run the worker of worker.py with the tool of the comparison."""
         from nexum_engine.client import NexumClient
-        from nexum_engine.worker import Binding, Worker
+        from nexum_engine.worker import Worker
+        from support.tool_calls import bindings
         from support.tools import tool as declare
         from support.tools.web.live import LiveWeb
-        from worker import tool_call_handler
         from workflow import TOOL_CALL
 
         @declare(time_limit=86_400)
@@ -179,9 +179,7 @@ class NexumWorker(Peer):
             return tool(argument)
 
         async with NexumClient(settings["address"]) as client:
-            worker = Worker(
-                client, [Binding(TOOL_CALL, {"tool_call": tool_call_handler(LiveWeb())})], concurrency=IN_FLIGHT
-            )
+            worker = Worker(client, bindings(client, TOOL_CALL, LiveWeb()), concurrency=IN_FLIGHT)
             ready()
             await worker.run(asyncio.Event())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,18 @@ from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeBlock, CodeResult
 from autogen_core.memory import MemoryQueryResult
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
-from autogen_core.tools import BaseTool, StaticWorkbench, ToolResult, ToolSchema, Workbench
+from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema, Workbench
 from pydantic import PydanticUserError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
+from durable_autogen.autogen.policies import (
+    ToolForm,
+    checked_arguments,
+    own_policy,
+    raised_in_call,
+    static_tool,
+    with_note,
+)
 from durable_autogen.autogen.session_state import AgentState, SessionState
 from durable_autogen.autogen.values import (
     failed_result,
@@ -29,11 +38,15 @@ from durable_autogen.autogen.values import (
     written_reply,
     written_value,
 )
+from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
 from durable_autogen.record.failures import in_a_task, ordinary
+from durable_autogen.record.guard import Guard, GuardedCall, ToolError
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
+from nexum_engine.policy import Policy, call_digest
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
@@ -74,6 +87,12 @@ class ToolCall:
     arguments: Mapping[str, Any]
     token: CancellationToken | None
     call_id: str | None
+    source: BaseTool[Any, Any] | Workbench
+    """The tool, or the workbench that has it."""
+
+
+Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
+"""A function that calls the original method. It gets edited arguments, or None for the program's own."""
 
 
 class Calls:
@@ -83,6 +102,7 @@ class Calls:
         self._place = place
         self._session_state = session_state
         self._recorder: Recorder = place.session.recorder
+        self._guard: Guard = place.session.guard
         self._agent = place.agent
         self._agent_state: AgentState = session_state.agent(place.agent)
         self._task = asyncio.current_task()
@@ -99,8 +119,14 @@ class Calls:
         """Return the recorded reply, or ask the model and record its reply."""
         messages, call = self._reply_call(client, messages, options)
 
+        policy = self._guard.of_model(lambda: self._agent_state.conversation.model)
+
         async def perform() -> Performed:
-            written, result = written_reply(await ask(messages))
+            if policy is None:
+                replied = await ask(messages)
+            else:
+                replied = await self._guard.attempts(str(call), policy, lambda: ask(messages))
+            written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
         answer = await self._answer(call, perform, options.get("cancellation_token"))
@@ -125,7 +151,9 @@ class Calls:
             while held:
                 stream.items.put_nowait(held.pop())
 
-        async def perform() -> Performed:
+        policy = self._guard.of_model(lambda: self._agent_state.conversation.model)
+
+        async def attempt() -> CreateResult:
             result: CreateResult | None = None
             releasing: asyncio.TimerHandle | None = None
             try:
@@ -149,6 +177,14 @@ class Calls:
                     releasing.cancel()
             if result is None:
                 raise RuntimeError("the model's stream ended without a result")
+            return result
+
+        async def perform() -> Performed:
+            if policy is None:
+                result = await attempt()
+            else:
+                # Don't retry once the agent has got a piece: it would get the beginning twice.
+                result = await self._guard.attempts(str(call), policy, attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             streamed = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
@@ -191,6 +227,7 @@ class Calls:
     ) -> tuple[Sequence[LLMMessage], Call]:
         position = self._agent_state.next("reply")
         messages = self._session_state.added.inserted_into(self._agent, position, messages)
+        self._guard.offers(lambda: (_name(tool) for tool in options.get("tools") or ()))
         choice = options.get("tool_choice", "auto")
         request, whole = self._agent_state.conversation.request(
             position,
@@ -220,7 +257,7 @@ class Calls:
 
     async def workbench_tool(
         self,
-        run: Callable[[], Awaitable[ToolResult]],
+        run: Run,
         made: ToolCall,
         stream: _Stream | None = None,
     ) -> ToolResult:
@@ -238,13 +275,15 @@ class Calls:
         result: ToolResult = self._value(answer, ToolResult)
         return result
 
-    def workbench_tool_stream(self, run: Callable[[], AsyncIterator[Any]], made: ToolCall) -> AsyncGenerator[Any, None]:
+    def workbench_tool_stream(
+        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], made: ToolCall
+    ) -> AsyncGenerator[Any, None]:
         """Yield the items of a workbench's streaming tool, then the tool's result. Record the items and the result."""
         stream = _Stream()
 
-        async def last() -> ToolResult:
+        async def last(edited: Mapping[str, Any] | None) -> ToolResult:
             result: ToolResult | None = None
-            async for item in run():
+            async for item in run(edited):
                 if isinstance(item, ToolResult):
                     result = item
                 else:
@@ -258,7 +297,7 @@ class Calls:
     async def tool(
         self,
         tool: BaseTool[Any, Any],
-        run: Callable[[], Awaitable[Any]],
+        run: Run,
         made: ToolCall,
         stream: _Stream | None = None,
     ) -> Any:
@@ -267,14 +306,17 @@ class Calls:
         return self._value(answer, tool.return_type())
 
     def tool_stream(
-        self, tool: BaseTool[Any, Any], run: Callable[[], AsyncIterator[Any]], made: ToolCall
+        self,
+        tool: BaseTool[Any, Any],
+        run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]],
+        made: ToolCall,
     ) -> AsyncGenerator[Any, None]:
         """Yield the items of a directly called streaming tool, then its value. Record the items and the value."""
         stream = _Stream()
 
-        async def last() -> Any:
+        async def last(edited: Mapping[str, Any] | None) -> Any:
             previous: Any = _END
-            async for item in run():
+            async for item in run(edited):
                 if previous is not _END:
                     self._streams(stream, previous)
                 previous = item
@@ -286,7 +328,7 @@ class Calls:
 
     async def _tool(
         self,
-        run: Callable[[], Awaitable[Any]],
+        run: Run,
         made: ToolCall,
         declared: Any,
         stream: _Stream | None,
@@ -295,21 +337,32 @@ class Calls:
         position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         is_result = declared is ToolResult
+        policy = self._guard.of_tool(name, own_policy(made.source, name))
+        streamed = [] if stream is None else stream.produced
+
+        async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
+            # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
+            # caller were cancelled.
+            running = started_at(current.get(), ordinary(run(edited), name))
+            try:
+                return await in_a_task(running, name)
+            except Exception as error:
+                if running.cancelled() and token is not None and token.is_cancelled():
+                    raise asyncio.CancelledError from error
+                raise
 
         async def perform() -> Performed:
             journal = self._recorder.journal
             recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
-            streamed = [] if stream is None else stream.produced
-            # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
-            # caller were cancelled.
-            running = started_at(current.get(), ordinary(run(), name))
             try:
-                value = await in_a_task(running, name)
+                if policy is None:
+                    value = await attempt()
+                else:
+                    value = await self._under_policy(policy, call, made, declared, attempt, streamed)
                 return Performed(value, self._checked(name, value, declared, streamed))
             except Exception as error:
-                if running.cancelled() and token is not None and token.is_cancelled():
-                    raise asyncio.CancelledError from error
-                if not (is_result and self._place.must_not_raise):
+                is_refused = isinstance(error, (CallRejected, CallFailed))
+                if not is_result or not (self._place.must_not_raise or is_refused):
                     raise
                 # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
@@ -330,6 +383,61 @@ class Calls:
         if answer.replayed:
             self._recorder.journal.log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
         return answer
+
+    async def _under_policy(
+        self,
+        policy: Policy,
+        call: Call,
+        made: ToolCall,
+        declared: Any,
+        attempt: Callable[[Mapping[str, Any] | None], Awaitable[Any]],
+        streamed: Sequence[Any],
+    ) -> Any:
+        """Make a tool call under its policy; return its result."""
+        name, guard = made.name, self._guard
+        form = ToolForm(made.source, name, declared, lambda value: self._checked(name, value, declared, []).value)
+        arguments = await checked_arguments(made.source, name, made.arguments)
+        reason = self._agent_state.reason_for(call.position)
+        guarded = GuardedCall(call, name, policy, arguments, call_digest(name, arguments), reason)
+        if policy.is_once:
+            is_kept, value = await guard.kept_result(guarded, form)
+            if is_kept:
+                return value
+        edited, note = None, ""
+        if policy.needs_approval(arguments):
+            answer, by = await guard.approved(guarded)
+            if answer is not None:
+                edited, note = await self._edited(made, answer, by or "the person who approved this call")
+                guarded = guarded.edited(edited)
+
+        async def once() -> Any:
+            raised: list[Exception] = []
+            raised_in_call.set(raised)
+            value = await attempt(edited)
+            if isinstance(value, ToolResult) and value.is_error:
+                raise ToolError(value.to_text(), value) from (raised[-1] if raised else None)
+            return value
+
+        try:
+            if policy.is_once:
+                value = await guard.once(guarded, once, form)
+            else:
+                value = await guard.attempts(name, policy, once, lambda: not streamed)
+        except ToolError as error:
+            value = error.value
+        return with_note(value, note)
+
+    async def _edited(self, made: ToolCall, answer: Any, by: str) -> tuple[Mapping[str, Any], str]:
+        """Return the arguments that a person has edited, validated like the model's, and a line for the model."""
+        try:
+            if not isinstance(answer, dict):
+                raise InvalidRequest("they must be a JSON object")
+            edited = await checked_arguments(made.source, made.name, answer)
+        except ValueError as error:
+            raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {error}") from error
+        shown = json.dumps(edited, ensure_ascii=False)
+        self._recorder.journal.log.warning("%s: %s changed the arguments to %s", made.name, by, shown)
+        return edited, f"({by} changed the arguments to {shown})"
 
     def _streams(self, stream: _Stream, item: Any) -> None:
         # Set a message's lasting id and time before the message is recorded or passed on.
@@ -357,6 +465,11 @@ class Calls:
         except ValueError as error:
             raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
         return content
+
+    def check_no_policy(self, name: str) -> None:
+        """Raise InvalidRequest if an agent or a team that is used as a tool has a policy."""
+        if self._guard.of_tool(name, None) is not None:
+            raise InvalidRequest(f"{name} is an agent or team as a tool: give the policies to the tools inside it")
 
     def agent_as_tool(self, made: ToolCall) -> Place:
         """Return the place for an agent or team that a reply calls as a tool.
@@ -512,7 +625,8 @@ def is_recorded_inside(tool: object) -> bool:
 
 def has_agent_as_tool(workbench: Workbench, name: str) -> bool:
     """Return whether the workbench's tool of this name is an agent or a team."""
-    if not isinstance(workbench, StaticWorkbench):
-        return False
-    original = workbench._override_name_to_original.get(name, name)
-    return any(tool.name == original and is_recorded_inside(tool) for tool in workbench._tools)
+    return is_recorded_inside(static_tool(workbench, name))
+
+
+def _name(tool: Tool | ToolSchema) -> str:
+    return tool.name if isinstance(tool, Tool) else tool["name"]

@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
+from durable_autogen.autogen.policies import noted
 from durable_autogen.autogen.session_state import SessionState, total
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
@@ -61,9 +62,11 @@ class _Given:
         """Return the argument at position `number` or with the name `name`, however the caller passed it."""
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
-    def with_first(self, name: str, value: Any) -> _Given:
-        """Return the arguments with the first one replaced."""
-        return _Given((value, *self.args[1:]), self.kwargs) if self.args else _Given((), {**self.kwargs, name: value})
+    def replaced(self, number: int, name: str, value: Any) -> _Given:
+        """Return the arguments with another one at position `number`, or with the name `name`."""
+        if number < len(self.args):
+            return _Given((*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
+        return _Given(self.args, {**self.kwargs, name: value})
 
 
 Recording = Callable[[Calls, Any, Original, _Given], Any]
@@ -105,7 +108,7 @@ def _reply(stream: bool) -> Recording:
         messages = given(0, "messages")
 
         def ask(whole: Any) -> Any:
-            asked = given if whole is messages else given.with_first("messages", whole)
+            asked = given if whole is messages else given.replaced(0, "messages", whole)
             return original(*asked.args, **asked.kwargs)
 
         return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, given.kwargs)
@@ -116,14 +119,23 @@ def _reply(stream: bool) -> Recording:
 def _workbench_tool(stream: bool) -> Recording:
     def recording(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
         made = ToolCall(
-            given(0, "name"), given(1, "arguments") or {}, given(2, "cancellation_token"), given(3, "call_id")
+            given(0, "name"),
+            given(1, "arguments") or {},
+            given(2, "cancellation_token"),
+            given(3, "call_id"),
+            workbench,
         )
         if has_agent_as_tool(workbench, made.name):
+            calls.check_no_policy(made.name)
             inside = original(*given.args, **given.kwargs)
             place = calls.agent_as_tool(made)
             return steps_at(place, inside) if stream else inside
-        record = calls.workbench_tool_stream if stream else calls.workbench_tool
-        return record(lambda: original(*given.args, **given.kwargs), made)
+
+        def run(edited: Mapping[str, Any] | None) -> Any:
+            asked = given if edited is None else given.replaced(1, "arguments", edited)
+            return original(*asked.args, **asked.kwargs)
+
+        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, made)
 
     return recording
 
@@ -131,14 +143,21 @@ def _workbench_tool(stream: bool) -> Recording:
 def _tool(stream: bool) -> Recording:
     def recording(calls: Calls, tool: Any, original: Original, given: _Given) -> Any:
         if is_recorded_inside(tool):
+            calls.check_no_policy(tool.name)
             return original(*given.args, **given.kwargs)
         # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
         args = given(0, "args")
-        if isinstance(args, BaseModel):
-            args = args.model_dump(mode="json")
-        made = ToolCall(tool.name, args or {}, given(1, "cancellation_token"), given(2, "call_id"))
-        record = calls.tool_stream if stream else calls.tool
-        return record(tool, lambda: original(*given.args, **given.kwargs), made)
+        arguments = args.model_dump(mode="json") if isinstance(args, BaseModel) else args or {}
+        made = ToolCall(tool.name, arguments, given(1, "cancellation_token"), given(2, "call_id"), tool)
+
+        def run(edited: Mapping[str, Any] | None) -> Any:
+            if edited is None:
+                return original(*given.args, **given.kwargs)
+            value = tool.args_type().model_validate(edited) if isinstance(args, BaseModel) else edited
+            asked = given.replaced(0, "args", value)
+            return original(*asked.args, **asked.kwargs)
+
+        return (calls.tool_stream if stream else calls.tool)(tool, run, made)
 
     return recording
 
@@ -174,10 +193,18 @@ def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any
 async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     place = current.get()
     if place is not None and place.in_call:
-        # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a task
-        # would end the event loop.
-        return await ordinary(original(*args, **kwargs), self.name)
+        with noted():
+            # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a
+            # task would end the event loop.
+            return await ordinary(original(*args, **kwargs), self.name)
     return await _recorded(_tool(stream=False))(self, original, *args, **kwargs)
+
+
+async def _tool_stream_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async with closing(_streamed(_tool(stream=True))(self, original, *args, **kwargs)) as items:
+        with noted():
+            async for item in items:
+                yield item
 
 
 async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -316,7 +343,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         BaseTool,
         {
             **dict.fromkeys(("run_json", "run"), _tool_itself),
-            **dict.fromkeys(("run_json_stream", "run_stream"), _streamed(_tool(stream=True))),
+            **dict.fromkeys(("run_json_stream", "run_stream"), _tool_stream_itself),
         },
     ),
     (UserProxyAgent, {"_get_input": _recorded(_input)}),

@@ -45,6 +45,11 @@ class Conversation:
         self._tools: list[Tool | ToolSchema] = []
         self._settings: tuple[ChatCompletionClient, str, dict[str, Any]] | None = None
 
+    @property
+    def model(self) -> str:
+        """The name of the model that got the last request."""
+        return "" if self._settings is None else self._settings[1]
+
     def request(
         self,
         position: str,

@@ -31,6 +31,7 @@ class AgentState:
         self._counts: Counter[str] = Counter()
         self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
         self._last = 0
+        self._thought = ""
         self._unasked = 0
 
     def next(self, what: str) -> str:
@@ -46,6 +47,7 @@ class AgentState:
         # Put the newest reply's tool calls first, in the order of the reply.
         self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
         self._last, self._unasked = int(position.rpartition("/")[2]), len(calls)
+        self._thought = result.thought or ""
         self.replayed = replayed
 
     def position_of_call(self, call_id: str | None, name: str) -> str:
@@ -58,6 +60,10 @@ class AgentState:
         # Count an extra call that no reply requested: a custom agent may call tools on its own.
         self._unasked += 1
         return f"reply/{self._last}/tool/{self._unasked}"
+
+    def reason_for(self, position: str) -> str:
+        """Return what the model said beside the tool call at this position; empty if it said nothing."""
+        return self._thought if position.startswith(f"reply/{self._last}/") else ""
 
 
 class Names:

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -128,6 +128,8 @@ class GivenUp(_Frozen):
 
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
+    was_made: bool = True
+    """Whether the call was made. False if it was given up before, or if another event already records that call."""
 
 
 class Begun(_Frozen):
@@ -259,6 +261,8 @@ class EventInput(Addressed, _Frozen):
     agent: str
     position: str
     kind: Kind
+    tool: str = ""
+    """The tool's name; empty for other calls."""
 
 
 class Summary(_Frozen):
@@ -281,22 +285,22 @@ class Summary(_Frozen):
             number=event.seq,
             question=question[:MAX_QUESTION],
             calls=self.calls + event.kind.is_call,
-            tokens=self.tokens + tokens_of(event),
+            tokens=self.tokens + sum(usage_of(event)),
         )
 
     def minus(self, event: Event) -> Summary:
         """Return the summary without `event`, which no longer counts."""
         return self.model_copy(
-            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - tokens_of(event)}
+            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - sum(usage_of(event))}
         )
 
 
-def tokens_of(event: Event) -> int:
-    """Return how many prompt and completion tokens a model's reply took; 0 for other events."""
+def usage_of(event: Event) -> tuple[int, int]:
+    """Return how many prompt and completion tokens a model's reply took; zeros for other events."""
     match event.content:
         case Returned(value={"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}}):
-            return prompt + completion
-    return 0
+            return prompt, completion
+    return 0, 0
 
 
 class Event(Addressed, _Frozen):
@@ -329,6 +333,11 @@ class Event(Addressed, _Frozen):
     """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 
     @property
+    def tool(self) -> str:
+        """The tool's name; empty for other calls."""
+        return str(self.request.get("tool", ""))
+
+    @property
     def is_setback(self) -> bool:
         """Whether the event is a failure or a broken reply.
 
@@ -350,6 +359,20 @@ class Call(Addressed):
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
     """The call's name in errors; empty for the default name."""
+
+    @property
+    def tool(self) -> str:
+        """The tool's name; empty for other calls."""
+        return str(self.request.get("tool", ""))
+
+
+def scope_of(address: str, times_replaced: int) -> str:
+    """Return the part of a call id that names the call at `address`.
+
+    If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different call
+    has taken the place of the recorded call, the different call gets a new name.
+    """
+    return f"{address}/again/{times_replaced}" if times_replaced else address
 
 
 def end_of_wait(position: str) -> str:
@@ -439,6 +462,8 @@ class Record:
 
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
+    made: list[Event | EventInput] = field(default_factory=list)
+    """Everything that was begun, in that order: an event, also a revoked one, or the input of one without a result."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
     tried: set[str] = field(default_factory=set)
@@ -454,10 +479,13 @@ class Record:
     last_begun_ms: int = 0
     """The time at which the last call without a recorded result began, by the server's clock."""
 
+    def scopes(self, addresses: Set[str]) -> set[str]:
+        """Return the part of the call id that names the recorded call, for each of these addresses."""
+        return {scope_of(address, self.times_replaced[address]) for address in addresses}
+
 
 async def read_record(client: NexumClient, session: str) -> Record:
     """Return everything that a session has recorded."""
-    recorded: list[Event] = []
     found = Record()
     before = ""
     while True:
@@ -471,20 +499,23 @@ async def read_record(client: NexumClient, session: str) -> Record:
         )
         for execution in page:
             if execution.status is ExecutionStatus.COMPLETED:
-                recorded.append(Event.model_validate_json(execution.outputs()["event"]))
-                found.ended_ms[recorded[-1].seq] = execution.ended_ms or 0
-                found.tried.update(recorded[-1].under_way)
+                event = Event.model_validate_json(execution.outputs()["event"])
+                found.made.append(event)
+                found.ended_ms[event.seq] = execution.ended_ms or 0
+                found.tried.update(event.under_way)
                 continue
             found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
             input = EventInput.model_validate_json(execution.input_json)
+            found.made.append(input)
             found.tried.add(input.address)
             if execution.status is ExecutionStatus.RUNNING:
                 found.begun.append(input)
         if not page:
             break
         before = page[-1].execution_id
+    found.made.reverse()  # the server lists the newest first
     kept: dict[int, Event] = {}
-    for event in sorted(recorded, key=lambda one: one.seq):
+    for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
         found.last_seq = event.seq
         if isinstance(event.content, Revoked):
             for seq in event.content.seqs:

@@ -9,7 +9,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
 from durable_autogen.record.events import (
@@ -21,6 +23,7 @@ from durable_autogen.record.events import (
     Event,
     EventInput,
     Kind,
+    Record,
     Revoked,
     RunInput,
     RunSummary,
@@ -29,6 +32,7 @@ from durable_autogen.record.events import (
     end_of,
     read_record,
     representable,
+    scope_of,
 )
 from durable_autogen.record.log import LOG
 from nexum_engine.client import NexumClient, Started
@@ -36,7 +40,7 @@ from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTa
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.records import Execution, ExecutionStatus, Task
-from nexum_engine.workflow import MAX_ID_LENGTH
+from nexum_engine.workflow import MAX_ID_LENGTH, Workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
@@ -55,9 +59,11 @@ class Journal:
         self.log = log
         self.events: list[Event] = []
         """The events without revoked ones, in order."""
+        self.past = Record()
+        """The session's record when this process opened it."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
-        self._client = client
+        self.client = client
         self._owner = Owner(
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
         )
@@ -148,7 +154,7 @@ class Journal:
 
     async def _runs(self, status: str = "") -> Execution | None:
         """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
-        found = await self._client.list_executions(
+        found = await self.client.list_executions(
             workflow_id=AGENT_RUN.workflow_id,
             status=status,
             key_prefix=f"{self.session}/",
@@ -161,7 +167,7 @@ class Journal:
     async def _read_and_take_over(self) -> None:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
-            record = await read_record(self._client, self.session)
+            record = await read_record(self.client, self.session)
             self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
             self._tried = record.tried
             for input in record.begun:
@@ -170,6 +176,7 @@ class Journal:
                     break  # the event was recorded in the meantime: read the record again
                 self._inherited[self._key(input)] = started.task
             else:
+                self.past = record
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
@@ -235,7 +242,7 @@ class Journal:
         if self._run is None:
             return False
         try:
-            await self._client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
+            await self.client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
             return False
         except ExecutionNotFound:
             self.log.warning(
@@ -244,7 +251,7 @@ class Journal:
         self._open.clear()
         self._inherited.clear()
         self._run, _ = await self._take_session(await self._runs())
-        if (await read_record(self._client, self.session)).events:
+        if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
                 f"the server was replaced, and the new server has recorded other events in session {self.session}. "
                 "Use another session"
@@ -254,6 +261,43 @@ class Journal:
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
         return True
 
+    # ---- Effects -----------------------------------------------------------------------------------------------------
+
+    async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started:
+        """Begin the execution of an effect of this run, or take it over, or find its result.
+
+        Raises SessionBusy if another process owns the run.
+        """
+
+        async def start() -> Started:
+            return await self._owner.start(workflow, input, idempotency_key=key, holding=self._run)
+
+        return await self._under_this_run(start)
+
+    async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
+        """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
+
+        async def record() -> None:
+            await self._owner.record(workflow, input, output, idempotency_key=key, holding=self._run)
+
+        await self._under_this_run(record)
+
+    async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
+        """Record the result of an effect. Raises SessionBusy if another process has taken it over."""
+        try:
+            with contextlib.suppress(TaskNotFound):  # the server's database was replaced
+                await self._owner.complete(task, output)
+        except StaleTask as stale:
+            raise self._busy(f"another process has taken over its effect ({stale})") from stale
+
+    async def fail_effect(self, task: Task, error: str, *, unknown: bool = False) -> None:
+        """Record that an effect failed, or that it is unknown whether it happened."""
+        try:
+            with contextlib.suppress(TaskNotFound):
+                await self._owner.fail(task, error, unknown=unknown)
+        except StaleTask as stale:
+            raise self._busy(f"another process has taken over its effect ({stale})") from stale
+
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:
@@ -261,36 +305,41 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the call at `address`.
-
-        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
-        call has taken the place of the recorded call, the different call gets a new name.
-        """
-        again = self._times_replaced[address]
-        return f"{address}/again/{again}" if again else address
+        """Return the part of a call id that names the call at `address` (see `scope_of` in events.py)."""
+        return scope_of(address, self._times_replaced[address])
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
         return sum(start < seq for start in self._other_programs)
 
-    async def before(self, call: Call) -> Task | None:
+    async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
         """Record the beginning of a call if the next run has to know of it; return the call's task, else None.
 
-        Raises SessionBusy if another process owns the session.
+        With `is_counted`, it always has to: each attempt at the call counts, also one that leaves no result. Raises
+        SessionBusy if another process owns the session.
         """
         # After a failure or a broken reply, record the beginning to show that the run continued. If another process may
         # have taken over the session, record it, too: if one has, the server refuses, before the call costs money.
-        if call.kind.acts or (self.events and self.events[-1].is_setback) or not self._owner.is_holding:
-            return await self.begin(call)
+        is_setback = bool(self.events) and self.events[-1].is_setback
+        if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
+            return await self.begin(call, anew=is_counted)
         self._unrecorded.append(call.address)
         return None
 
-    async def begin(self, call: Call) -> Task:
-        """Record the beginning of a call; return the call's task."""
+    async def begin(self, call: Call, *, anew: bool = False) -> Task:
+        """Record the beginning of a call; return the call's task.
+
+        If an earlier run began the call, its execution is continued. With `anew`, it ends as failed, and another one
+        begins.
+        """
         input = self._input(call)
         key = self._key(input)
-        if key in self._inherited:
-            return self._inherited.pop(key)
+        if (inherited := self._inherited.pop(key, None)) is not None:
+            if not anew:
+                return inherited
+            await self._close(
+                inherited, "the run that made this call died, and the call was made again", OWNER_PATIENCE
+            )
         starting = asyncio.create_task(self._start(input))
         self._starting.add(starting)
         starting.add_done_callback(self._starting.discard)
@@ -346,7 +395,9 @@ class Journal:
         return event
 
     def _input(self, call: Call) -> EventInput:
-        return EventInput(session=self.session, agent=call.agent, position=call.position, kind=call.kind)
+        return EventInput(
+            session=self.session, agent=call.agent, position=call.position, kind=call.kind, tool=call.tool
+        )
 
     def _append(self, event: Event) -> None:
         self.events.append(event)
@@ -423,10 +474,13 @@ class Journal:
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for task in list(self._open.values()):
-            # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
-            with contextlib.suppress(StaleTask, TaskNotFound):
-                await self._owner.fail(task, reason, patience=patience)
-            del self._open[task.task_id]
+            await self._close(task, reason, patience)
+
+    async def _close(self, task: Task, reason: str, patience: float) -> None:
+        # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
+        with contextlib.suppress(StaleTask, TaskNotFound):
+            await self._owner.fail(task, reason, patience=patience)
+        del self._open[task.task_id]
 
 
 def _run_number(latest: Execution | None) -> int:

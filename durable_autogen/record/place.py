@@ -43,6 +43,10 @@ class OpenSession(Protocol):
     def recorder(self) -> Any:
         """The run's Recorder. The type is Any, because recorder.py imports this module."""
 
+    @property
+    def guard(self) -> Any:
+        """The run's Guard. The type is Any for the same reason."""
+
     def left_the_record(self, agent: str, what: str) -> None: ...
 
 

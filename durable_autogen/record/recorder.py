@@ -11,11 +11,14 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
-from durable_autogen.errors import DriftError
+from durable_autogen.errors import DriftError, Parked
+from durable_autogen.record.budget import BudgetCheck
 from durable_autogen.record.events import (
     Asked,
     Begun,
@@ -78,6 +81,8 @@ class _LiveCall:
     streamed: Callable[[], list[Any]]
     caller: Caller
     task: Task | None = None
+    was_made: bool = False
+    """Whether the call was made. False again if it was recorded, and this event was revoked."""
     given_up: bool = False
     continued: bool = False
     """Whether another call has shown that the run continued after this call was given up (see `continues`)."""
@@ -91,10 +96,19 @@ class Recorder:
     """The recorder of one run: it replays events and records new ones."""
 
     def __init__(
-        self, journal: Journal, session: OpenSession, *, on_drift: OnDrift = "stop", compare: Compare = same_request
+        self,
+        journal: Journal,
+        session: OpenSession,
+        *,
+        on_drift: OnDrift = "stop",
+        compare: Compare = same_request,
+        budget: BudgetCheck | None = None,
+        park: bool = False,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
+        self._budget = budget
+        self._waiting_since = self._waited = 0.0
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
@@ -117,6 +131,10 @@ class Recorder:
         """The lines typed at the console that are not recorded yet."""
         self._given_up: list[_LiveCall] = []
         self._record_lock = asyncio.Lock()
+        self._park = park
+        self._questions_to_people: dict[str, str] = {}
+        """What each call that waits for a person's decision waits for, by the call's address."""
+        self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
         self._replay = Replay(
             journal,
@@ -133,7 +151,7 @@ class Recorder:
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(NexumError("the run is over"))
-        running = [self._replaying, *self._calls]
+        running = [self._replaying, *self._calls, *([] if self._parking is None else [self._parking])]
         for one in running:
             one.cancel()
         await asyncio.gather(*running, return_exceptions=True)
@@ -175,9 +193,13 @@ class Recorder:
 
     @property
     def active_now_ms(self) -> int:
-        """The session's active time until now: the total length of its runs, without the pauses between them."""
+        """The session's active time until now: the total length of its runs, without the waits for a person."""
         since = self._replay.over_since
-        return self._replay.active_ms + (0 if since is None else round((time.monotonic() - since) * 1000))
+        if since is None:
+            return self._replay.active_ms
+        now = time.monotonic()
+        waited = self._waited + (now - self._waiting_since if self._questions_to_people else 0)
+        return self._replay.active_ms + round((now - since - waited) * 1000)
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
@@ -350,12 +372,18 @@ class Recorder:
             content: Content = Returned()
             value, error = None, None
             if perform is not None:
-                live.task = await self.journal.before(call)
+                if self._budget is not None:
+                    await self._wait_for_budget(self._budget, call)
+                live.was_made = True
+                is_counted = self._budget is not None and call.kind is Kind.REPLY
+                live.task = await self.journal.before(call, is_counted=is_counted)
                 value, content, error = await self._performed(call, perform, live)
             async with self._record_lock:
                 self._check_not_failed()
                 await self._record_apart()
                 event = await self._record(live, content)
+                if self._budget is not None:
+                    self._budget.recorded(event)
                 await self._idle()
                 self._delivered(event)
                 if error is not None:
@@ -381,6 +409,12 @@ class Recorder:
             if not live.answer.done():
                 live.answer.set_result(error)
 
+    async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
+        """Return when the budget has room for a call, and count the call. Raises BudgetExceeded."""
+        while exceeded := budget.exceeded(call, self.active_now_ms):
+            await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
+        budget.begun(call)
+
     async def _performed(
         self, call: Call, perform: Callable[[], Awaitable[Performed]], live: _LiveCall
     ) -> tuple[Any, Content, Exception | None]:
@@ -404,8 +438,48 @@ class Recorder:
             except NexumError as error:
                 self.stop(error)
                 return
-            live.task = None
+            live.task, live.was_made = None, False
         self._given_up.append(live)
+
+    # ---- People ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def waiting_for_a_person(self, address: str, what: str) -> Iterator[None]:
+        """Log that the call at `address` waits for a person's decision, for the length of a `with`.
+
+        `what` says what it waits for and how to decide. If the run parks, it ends with Parked as soon as none of its
+        other calls is being made. The time of the wait is left out of the session's active time.
+        """
+        if what not in self._questions_to_people.values():  # several calls may wait for one decision
+            self.journal.log.warning("%s", what)
+        if not self._questions_to_people:
+            self._waiting_since = time.monotonic()
+        self._questions_to_people[address] = what
+        if self._park and self._parking is None:
+            self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
+        try:
+            yield
+        finally:
+            del self._questions_to_people[address]
+            if not self._questions_to_people:
+                self._waited += time.monotonic() - self._waiting_since
+
+    async def _park_when_all_wait(self) -> None:
+        while self._questions_to_people:
+            # Let the other branches work on: they may have a tool under way, and their replies are paid for.
+            await self._idle()
+            at_work = [
+                running
+                for running, live in self._calls.items()
+                if live.call.address not in self._questions_to_people and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
+            ]
+            if at_work:
+                await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED)
+            elif self._questions_to_people:
+                waits = "; ".join(self._questions_to_people.values())
+                self.stop(Parked(f"session {self.journal.session} is parked, run it again after the decision: {waits}"))
+                return
+        self._parking = None
 
     def next_question(self, agent: str) -> int:
         """Count a question that an agent asks at the console; return its number."""
@@ -456,7 +530,7 @@ class Recorder:
         while self._given_up:
             live = self._given_up[0]
             try:
-                event = await self._record(live, GivenUp(streamed=live.streamed()))
+                event = await self._record(live, GivenUp(streamed=live.streamed(), was_made=live.was_made))
                 self.setbacks.add(event, None, live.caller, continued=live.continued)
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.

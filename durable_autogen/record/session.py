@@ -11,18 +11,23 @@ from typing import Any, Literal, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
+from durable_autogen.record.budget import Budget, BudgetCheck
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.events import check_session_id
+from durable_autogen.record.guard import Guard
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Place, at, current, recording_place
+from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.replay import Compare, same_request
+from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
 
@@ -38,6 +43,10 @@ class Session:
         on_drift: OnDrift,
         on_unrecorded: OnUnrecorded,
         tell: Callable[[str], None] | None,
+        budget: Budget | None,
+        policies: Mapping[str, Policy] | None,
+        park: bool,
+        approve: bool,
         compare: Compare = same_request,
     ) -> None:
         for name, value, choices in (
@@ -55,18 +64,25 @@ class Session:
         self.log = log_for(tell, self._could_not_tell)
         self._on_drift: OnDrift = on_drift
         self._on_unrecorded: OnUnrecorded = on_unrecorded
+        self._policies = dict(policies or {})
+        self._park = park
+        self._approve = approve
         self._compare = compare
+        self._budget = budget
+        if budget is not None and budget.usd is not None:
+            check_prices()
         self._stack = AsyncExitStack()
         self._recorder: Recorder | None = None
         self._waits: Waits
+        self._guard: Guard | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: dict[str, int] = {}
         """How often each connection or process was started outside a recorded call."""
 
-    def _send_command(self) -> str:
-        """Return the beginning of the command that sends an event to this session."""
+    def _command(self, name: str) -> str:
+        """Return the beginning of a command that works on this session, such as the command `send`."""
         server = f" --nexum {self._address}" if self._address else ""
-        return f"python -m durable_autogen send{server} {self.session_id}"
+        return f"python -m durable_autogen {name}{server} {self.session_id}"
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
@@ -87,6 +103,13 @@ class Session:
         if self._recorder is None:
             raise RuntimeError("the session is not open: use it inside `async with`")
         return self._recorder
+
+    @property
+    def guard(self) -> Guard:
+        """The policies of the run. Raises RuntimeError outside `async with`."""
+        if self._guard is None:
+            raise RuntimeError("the session is not open: use it inside `async with`")
+        return self._guard
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -163,8 +186,15 @@ class Session:
             stack.enter_context(recorded_console())
             stack.enter_context(self.entry_points())
             stack.enter_context(at(Place(self)))
-            self._recorder = Recorder(journal, self, on_drift=self._on_drift, compare=self._compare)
-            self._waits = Waits(client, self._recorder, self._send_command())
+            budget = None
+            if self._budget is not None:
+                budget = BudgetCheck(self._budget, client, journal, self._command("budget"))
+            self._recorder = Recorder(
+                journal, self, on_drift=self._on_drift, compare=self._compare, park=self._park, budget=budget
+            )
+            ask = Terminal().ask if self._approve and Terminal.is_there() else None
+            self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
+            self._waits = Waits(client, self._recorder, self._command("send"))
             stack.push_async_callback(self._close)
             self._stack = stack.pop_all()
         return self
@@ -192,6 +222,7 @@ class Session:
                 raise failure from error  # `error` may be a team's own error, which holds only the failure's text
             await recorder.end(self.stop_reason)
             await self._waits.end()
+            self.guard.end()
 
     async def _close(self) -> None:
         self.is_over = True

@@ -22,12 +22,13 @@ from typing import Annotated
 from pydantic import Field
 
 from nexum_engine.errors import FinalError
-from support.tools.declare import REGISTRY, Tool, ToolContext, ToolTimeout, find_tool, tool
+from support.tools.declare import NO_POLICY, REGISTRY, Tool, ToolContext, ToolTimeout, find_tool, tool
 from support.tools.web import Page, SearchHit, Web, WebError
 from support.tools.web.converter import Converters
 from support.tools.web.url import checked_url
 
 __all__ = [
+    "NO_POLICY",
     "TOOLS",
     "Page",
     "SearchHit",

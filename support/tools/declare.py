@@ -1,4 +1,4 @@
-"""Declare tools. A tool has a function, a model of the function's arguments, and a time limit."""
+"""Declare tools. A tool has a function, a model of the function's arguments, a time limit and a policy."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from nexum_engine.errors import FinalError
+from nexum_engine.errors import FinalError, UnknownEffect
+from nexum_engine.policy import NOT_DONE, Policy, Reconcile
+from nexum_engine.workflow import RetryPolicy
 from support.tools.arguments import validate_leniently
 from support.tools.clean_text import shortened
 from support.tools.contain import StillRunning, run_contained
 from support.tools.web import Web
 
 DEFAULT_TIME_LIMIT = 60.0  # seconds
+NO_POLICY = Policy()
 
 
 class ToolTimeout(TimeoutError):
@@ -50,9 +53,12 @@ class Tool:
     function: Callable[..., object]
     signature: str
     context_parameter: str | None
+    policy: Policy
 
     @classmethod
-    def from_function(cls, function: Callable[..., object], *, time_limit: float = DEFAULT_TIME_LIMIT) -> Tool:
+    def from_function(
+        cls, function: Callable[..., object], *, time_limit: float = DEFAULT_TIME_LIMIT, policy: Policy = NO_POLICY
+    ) -> Tool:
         """Make a tool from a function. Raises TypeError or ValueError if no model could call the function."""
         name = function.__name__
         description = inspect.getdoc(function)
@@ -90,38 +96,82 @@ class Tool:
             function=function,
             signature=f"{name}({', '.join(shown)})",
             context_parameter=context_parameter,
+            policy=policy,
         )
+
+    @property
+    def declaration(self) -> str:
+        """The time limit and the policy, as the tool's declaration gives them."""
+        given = {"time_limit": f"{self.time_limit:g}", **self.policy.described()}
+        return ", ".join(f"{name}={value}" for name, value in given.items())
 
     def validate(self, arguments: object) -> dict[str, Any]:
         """Return the checked arguments of a call. Raises FinalError with one message that the model can act on."""
+        checked = self._checked(arguments)
+        return {name: getattr(checked, name) for name in self.arguments.model_fields}
+
+    def complete(self, arguments: object) -> dict[str, Any]:
+        """Return the checked arguments as JSON values, with the defaults filled in. Raises what `validate` raises."""
+        return self._checked(arguments).model_dump(mode="json")
+
+    def _checked(self, arguments: object) -> BaseModel:
         try:
             if not isinstance(arguments, Mapping):
                 raise TypeError("the arguments must be a JSON object")
             # Validate as JSON: in JSON, strict mode accepts a list for a tuple, but never a text for an int.
             text = json.dumps(dict(arguments), allow_nan=False, ensure_ascii=False).encode()
-            checked = validate_leniently(self.arguments, text)
+            return validate_leniently(self.arguments, text)
         except ValidationError as invalid:
             causes = "; ".join(_cause(error) for error in invalid.errors(include_url=False))
             raise self._wrong(causes) from None
         except (TypeError, ValueError, RecursionError) as error:
             raise self._wrong(f"{error} (given: {shortened(arguments)})") from None
-        return {name: getattr(checked, name) for name in self.arguments.model_fields}
 
     def _wrong(self, causes: str) -> FinalError:
         return FinalError(f"{self.name} was called with wrong arguments: {causes}. Call it as {self.signature}")
 
-    async def run(self, arguments: object, context: ToolContext) -> str:
-        """Check the arguments, run the function within the time limit, and return its result as text."""
+    async def run(self, arguments: object, context: ToolContext, *, must_reconcile: bool = False) -> str:
+        """Check the arguments, run the function within the time limit, and return its result as text.
+
+        With `must_reconcile`, first ask the policy's `reconcile` for the result of an attempt that was lost. Raises
+        UnknownEffect if nobody can tell whether a "once" tool has had its effect.
+        """
         keywords = self.validate(arguments)
+        if must_reconcile:
+            found = await self._reconciled(arguments, context.idempotency_key)
+            if found is not NOT_DONE:
+                return self.as_text(found)
         if self.context_parameter is not None:
             keywords[self.context_parameter] = context
         try:
             result = await run_contained(partial(self.function, **keywords), self.name, self.time_limit)
         except StillRunning:
-            raise ToolTimeout(self.name, self.time_limit) from None
-        return self._as_text(result)
+            return await self._late_result(arguments, context.idempotency_key)
+        except self.policy.final as error:
+            raise FinalError(f"{type(error).__name__}: {error}") from error
+        return self.as_text(result)
 
-    def _as_text(self, result: object) -> str:
+    async def _late_result(self, arguments: object, idempotency_key: str) -> str:
+        """Return the result of an attempt that ran out of time, if `reconcile` finds it. Otherwise raise an error."""
+        late = ToolTimeout(self.name, self.time_limit)
+        if not self.policy.is_once:
+            raise late
+        found = NOT_DONE if self.policy.reconcile is None else await self._reconciled(arguments, idempotency_key)
+        if found is NOT_DONE:  # that proves nothing: the function is still running
+            raise UnknownEffect(f"{late}, and may still have its effect")
+        return self.as_text(found)
+
+    async def _reconciled(self, arguments: object, idempotency_key: str) -> object:
+        reconcile = partial(self.policy.reconciled, self.complete(arguments), idempotency_key)
+        try:
+            return await run_contained(reconcile, f"reconcile of {self.name}", self.time_limit)
+        except StillRunning:
+            raise UnknownEffect(f"reconcile of {self.name} took longer than {self.time_limit:g} s") from None
+        except Exception as error:
+            raise UnknownEffect(f"reconcile of {self.name} failed: {type(error).__name__}: {error}") from error
+
+    def as_text(self, result: object) -> str:
+        """Return a result as the model reads it: a text as it is, and any other value as JSON."""
         if not isinstance(result, str):
             try:
                 result = json.dumps(result, ensure_ascii=False, allow_nan=False)
@@ -135,11 +185,31 @@ class Tool:
 REGISTRY: dict[str, Tool] = {}
 
 
-def tool(*, time_limit: float = DEFAULT_TIME_LIMIT) -> Callable[[Callable[..., object]], Tool]:
-    """Return a decorator that declares a function as a tool."""
+def tool(
+    *,
+    time_limit: float = DEFAULT_TIME_LIMIT,
+    approval: Literal["always"] | Callable[..., bool] | None = None,
+    approval_timeout: float | None = None,
+    effect: Literal["idempotent", "once"] = "idempotent",
+    reconcile: Reconcile | None = None,
+    retry: RetryPolicy | None = None,
+    final: tuple[type[Exception], ...] = (),
+) -> Callable[[Callable[..., object]], Tool]:
+    """Return a decorator that declares a function as a tool. `Policy` describes the arguments after `time_limit`."""
 
     def declare(function: Callable[..., object]) -> Tool:
-        declared = Tool.from_function(function, time_limit=time_limit)
+        try:
+            policy = Policy(
+                approval=approval,
+                approval_timeout=approval_timeout,
+                effect=effect,
+                reconcile=reconcile,
+                retry=retry,
+                final=final,
+            )
+        except ValidationError as invalid:
+            raise ValueError(f"tool {function.__name__}: {invalid.errors()[0]['msg']}") from None
+        declared = Tool.from_function(function, time_limit=time_limit, policy=policy)
         if declared.name in REGISTRY:
             raise ValueError(f"two tools are named {declared.name}: rename one of them")
         REGISTRY[declared.name] = declared

@@ -139,7 +139,7 @@ def build_team():
 
 @pytest.mark.every_python
 def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path) -> None:
-    one_line, with_result, branches, _ = programs(DURABLE_RUNS)
+    one_line, with_result, branches = programs(DURABLE_RUNS)[:3]
     (tmp_path / "program.py").write_text(
         f"{MODEL}\nfrom autogen_core.models import UserMessage\n{TEAM}\n"
         "async def main():\n"
@@ -182,6 +182,28 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
         assert run.wait() == code, run.output
         assert ("SAID receipt for c-17" in run.output) == (code == 0)
     assert (tmp_path / "charged").read_text() == "c-17"
+
+
+def test_program_of_durable_runs_waits_at_its_budget(server: Server, tmp_path: Path) -> None:
+    (program,) = (one for one in programs(DURABLE_RUNS) if "Budget(" in one)
+    charge = "('charge', '{\"customer\": \"c-17\"}')"
+    team = TEAM.replace(
+        'model(("charge", \'{"customer": "c-17"}\'))', f"model({charge}, {charge}), max_tool_iterations=2"
+    )
+    assert team != TEAM
+    (tmp_path / "program.py").write_text(
+        f"{MODEL}\n{team}\nasync def main():\n{textwrap.indent(program, '    ')}\nasyncio.run(main())\n"
+    )
+    raised, stopped, reported, _ = (one for one in durable_commands() if "budget" in " ".join(one))
+    with running(["program.py"], cwd=tmp_path, env=libraries(server)) as waiting:
+        waiting.wait_for("has used 1 of 1 calls of charge of its budget")
+        for command, printed in ((reported, "2 model call(s), 1 call(s) of charge"), (raised, "raised the budget")):
+            with running(["-m", "durable_autogen", *command], cwd=tmp_path, env=libraries(server)) as process:
+                assert process.wait() == 0, process.output
+            assert printed in process.output
+        assert waiting.wait() == 0, waiting.output
+    assert (tmp_path / "charged").read_text() == "c-17" * 2
+    assert stopped[2] == "--stop"
 
 
 def test_waiting_program_of_durable_runs_continues_after_kill(server: Server, tmp_path: Path) -> None:

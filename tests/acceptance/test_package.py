@@ -135,7 +135,7 @@ def test_metadata_names_version_license_and_python(built: Built) -> None:
     metadata = metadata_of(built.wheel)
     assert (metadata["Name"], metadata["Version"]) == ("nexum-durable-autogen", VERSION)
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("MIT", ">=3.10")
-    assert metadata.get_all("Provides-Extra") == ["dev", "postgres", "uvloop"]
+    assert metadata.get_all("Provides-Extra") == ["dev", "postgres", "prices", "uvloop"]
     assert metadata.get_all("Project-URL") is None
 
 
@@ -183,7 +183,9 @@ def test_package_requires_what_its_libraries_import_and_nothing_else(built: Buil
                 imported.add(str(node.module).partition(".")[0])
     others = imported - {*sys.stdlib_module_names, *LIBRARIES}
     needed = {CALLED_OTHERWISE.get(name, name.replace("_", "-")) for name in others}
-    optional = {Requirement(text).name for extra in ("postgres", "uvloop") for text in packaged(built.wheel, extra)}
+    optional = {
+        Requirement(text).name for extra in ("postgres", "prices", "uvloop") for text in packaged(built.wheel, extra)
+    }
     assert needed - optional == {Requirement(text).name for text in packaged(built.wheel, "")}
 
 

@@ -83,6 +83,7 @@ ENGINE = {
     "records": (),
     "jsontext": ("errors",),
     "workflow": ("jsontext", "records", "errors"),
+    "policy": ("workflow", "jsontext", "errors"),
     "scheduling": ("workflow", "records"),
     "report": ("records",),
     "location": ("errors",),
@@ -107,6 +108,7 @@ ENGINE = {
     "connection": ("channel", "wire", "security", "location", "errors"),
     "client": ("published", "connection", "channel", "wire", "security", "workflow", "jsontext", "records", "errors"),
     "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "security", "errors", "clock"),
+    "approvals": ("client", "connection", "policy", "workflow", "jsontext", "records", "errors"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
@@ -187,6 +189,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
                 "nexum_engine.store.postgresql_servers",
             },
         ),
+        ("genai_prices", {"durable_autogen.record.prices"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
         ("grpclib", {"nexum_engine.wire.forked"}),
         ("ddgs", {"support.tools.web.search"}),
@@ -228,7 +231,7 @@ def test_library_imports_no_script_and_no_support() -> None:
 
 def test_support_imports_no_script_but_the_workflow_data() -> None:
     known = {target for name in MODULES if within(name, "support") for target in IMPORTS[name]}
-    assert known & SCRIPTS <= {"pipeline_workflow"}
+    assert known & SCRIPTS <= {"pipeline_workflow", "workflow"}
 
 
 def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:

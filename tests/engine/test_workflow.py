@@ -296,5 +296,8 @@ def test_default_retry_delays_are_1_2_and_4_seconds() -> None:
 
 
 def test_retry_delay_grows_up_to_its_maximum() -> None:
+    jittered = {RetryPolicy(first_delay_seconds=10, jitter=0.5).delay_ms(1) for _ in range(100)}
+    assert len(jittered) > 1
+    assert all(delay is not None and 5000 <= delay <= 10_000 for delay in jittered)
     retry = RetryPolicy(max_attempts=1000, first_delay_seconds=0.5, factor=10, max_delay_seconds=60)
     assert [retry.delay_ms(n) for n in (1, 2, 3, 4, 999, 1000)] == [500, 5000, 50_000, 60_000, 60_000, None]

@@ -18,8 +18,9 @@ import worker
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import FinalError
 from nexum_engine.signals import stop_event
-from nexum_engine.worker import Binding, Worker
+from nexum_engine.worker import Worker
 from support.offline.web import OfflineWeb
+from support.tool_calls import bindings
 from support.tools import ToolContext, tool
 from workflow import TOOL_CALL
 
@@ -117,10 +118,8 @@ async def main(address: str) -> None:
     """Run a worker of the live workflow with the offline pages, so that no test needs the web."""
     stop = stop_event()
     async with NexumClient(address) as client:
-        handler = worker.tool_call_handler(OfflineWeb())
-        await Worker(client, [Binding(TOOL_CALL, {"tool_call": handler})], concurrency=4, describe=worker.describe).run(
-            stop
-        )
+        served = bindings(client, TOOL_CALL, OfflineWeb())
+        await Worker(client, served, concurrency=4, describe=worker.describe).run(stop)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""Policies of AutoGen's tools: `durable_tool`, and what a policy needs to know of a tool."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from autogen_agentchat.tools import AgentTool, TeamTool
+from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, TextResultContent, ToolResult, Workbench
+from pydantic import TypeAdapter, ValidationError
+
+from durable_autogen.autogen.values import value_again
+from nexum_engine.errors import InvalidRequest
+from nexum_engine.policy import Policy
+
+raised_in_call: ContextVar[list[Exception] | None] = ContextVar("durable_raised", default=None)
+"""The exceptions that tools have raised in the present call. AutoGen's workbenches turn exceptions into texts."""
+
+_own: WeakKeyDictionary[BaseTool[Any, Any], Policy] = WeakKeyDictionary()
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Note an exception that a tool raises inside a call under a policy."""
+    try:
+        yield
+    except Exception as error:
+        raised = raised_in_call.get()
+        if raised is not None:
+            raised.append(error)
+        raise
+
+
+def durable_tool(tool: Callable[..., Any] | BaseTool[Any, Any], **policy: Any) -> BaseTool[Any, Any]:
+    """Return a tool that carries a policy: a new FunctionTool for a function, or the given tool.
+
+        charge = durable_tool(charge, approval=lambda cents, **_: cents > 10_000, effect="once")
+
+    The arguments are the fields of Policy. In a durable run, the policy applies to each call of the tool. Outside of
+    one, the tool works as without a policy. A policy that the session has for the tool's name applies instead.
+
+    Raises InvalidRequest for a wrong policy, and for an agent or team as a tool.
+    """
+    try:
+        checked = Policy(**policy)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"] if str(part).isidentifier()) or "policy"
+        raise InvalidRequest(f"durable_tool: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+    if not isinstance(tool, BaseTool):
+        tool = FunctionTool(tool, description=inspect.getdoc(tool) or "")
+    if isinstance(tool, (AgentTool, TeamTool)):
+        raise InvalidRequest(f"{tool.name} is an agent or team as a tool: give the policies to the tools inside it")
+    _own[tool] = checked
+    return tool
+
+
+def static_tool(workbench: Workbench, name: str) -> BaseTool[Any, Any] | None:
+    """Return the tool object of this name, if the workbench is a StaticWorkbench."""
+    if not isinstance(workbench, StaticWorkbench):
+        return None
+    original = workbench._override_name_to_original.get(name, name)
+    return next((tool for tool in workbench._tools if tool.name == original), None)
+
+
+def own_policy(source: BaseTool[Any, Any] | Workbench, name: str) -> Policy | None:
+    """Return the policy that a tool, or a workbench's tool, got from `durable_tool`."""
+    if not _own:
+        return None
+    tool = source if isinstance(source, BaseTool) else static_tool(source, name)
+    return None if tool is None else _own.get(tool)
+
+
+async def checked_arguments(
+    source: BaseTool[Any, Any] | Workbench, name: str, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a call's validated arguments as JSON, with the defaults filled in.
+
+    Raises ValidationError for wrong arguments. A workbench with tools of its own, such as an MCP server, checks the
+    arguments itself.
+    """
+    tool = source if isinstance(source, BaseTool) else static_tool(source, name)
+    if tool is not None:
+        found: dict[str, Any] = tool.args_type().model_validate(arguments).model_dump(mode="json")
+        return found
+    assert isinstance(source, Workbench)
+    schema = next((one for one in await source.list_tools() if one["name"] == name), None)
+    properties: Mapping[str, Any] = {} if schema is None else schema.get("parameters", {}).get("properties", {})
+    defaults = {one: field["default"] for one, field in properties.items() if "default" in field}
+    return {**defaults, **arguments}
+
+
+class ToolForm:
+    """The form in which a tool's results are recorded. `write` writes a result as JSON."""
+
+    def __init__(
+        self, source: BaseTool[Any, Any] | Workbench, name: str, declared: Any, write: Callable[[Any], Any]
+    ) -> None:
+        self._tool = source if isinstance(source, BaseTool) else static_tool(source, name)
+        self._name = name
+        self._declared = declared
+        self.write = write
+
+    def read(self, written: Any) -> Any:
+        """Return the result that `write` wrote."""
+        return value_again(written, self._declared)
+
+    def of_answer(self, answer: Any) -> Any:
+        """Return the result for an answer of `reconcile` or of a person: a value of the tool's type, or any JSON."""
+        if self._declared is not ToolResult:
+            try:
+                return TypeAdapter(self._declared).validate_python(answer)
+            except Exception:  # noqa: BLE001 - pydantic doesn't know the type, or the value doesn't match
+                return answer
+        if isinstance(answer, ToolResult):
+            return answer
+        if isinstance(answer, str):
+            text = answer
+        elif self._tool is None or isinstance(answer, (dict, list)):
+            text = json.dumps(answer, ensure_ascii=False, default=str)
+        else:
+            text = self._tool.return_value_as_string(answer)
+        return ToolResult(name=self._name, result=[TextResultContent(content=text)])
+
+
+def with_note(value: Any, note: str) -> Any:
+    """Return a workbench's result with a line for the model before it. Other values have no place for a line."""
+    if not note or not isinstance(value, ToolResult):
+        return value
+    return value.model_copy(update={"result": [TextResultContent(content=note), *value.result]})

@@ -1,0 +1,341 @@
+"""Budgets: limits of a session that count over all of its runs, and the question to a person when one is reached.
+
+What a session has spent is counted from its record. So a crash, a re-run and a fork don't reset it, and a replayed call
+counts once. A budget is checked before each live call. If one of its limits is reached, the session asks a person, as
+it does for the approval of a tool call (nexum_engine/approvals.py). The questions of a session are numbered.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from durable_autogen.errors import BudgetExceeded
+from durable_autogen.record.events import (
+    PAGE,
+    SERVER_PATIENCE,
+    Call,
+    Event,
+    EventInput,
+    GivenUp,
+    Kind,
+    Record,
+    Returned,
+    Revoked,
+    scope_of,
+    usage_of,
+)
+from durable_autogen.record.journal import Journal
+from durable_autogen.record.prices import price_of
+from nexum_engine.approvals import NODE, PATIENCE, ask, decided
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import Conflict
+from nexum_engine.records import Execution
+from nexum_engine.workflow import workflow
+
+NEARLY = 0.8
+"""The part of a limit at which the session logs a warning."""
+
+
+class Budget(BaseModel):
+    """Limits of a session, counted over all of its runs. A limit that is None doesn't apply.
+
+    Budget(usd=2.0, model_calls=50, tool_calls={"charge": 1})
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    usd: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """What the replies of models may cost, in US dollars. This needs the package `genai-prices`."""
+    tokens: int | None = Field(None, ge=0)
+    """The number of prompt and completion tokens."""
+    model_calls: int | None = Field(None, ge=0)
+    """The number of calls to models, including those that failed or that a crash cut off."""
+    tool_calls: Mapping[str, Annotated[int, Field(ge=0)]] = {}
+    """The number of calls of each tool, by the tool's name. A call that is made again after a crash counts once."""
+    seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """How long programs may run the session. The pauses between them don't count, nor does a wait for a person."""
+
+    def raised_by(self, other: Budget) -> Budget:
+        """Return the budget with each of its limits that is lower in it than in `other` raised to that of `other`."""
+        found: dict[str, Any] = {
+            "tool_calls": {name: max(n, other.tool_calls.get(name, 0)) for name, n in self.tool_calls.items()}
+        }
+        for name in ("usd", "tokens", "model_calls", "seconds"):
+            mine, others = getattr(self, name), getattr(other, name)
+            found[name] = None if mine is None else max(mine, others or 0)
+        return Budget(**found)
+
+
+# ---- What is spent ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Spent:
+    """What a session has spent, over all of its runs."""
+
+    model_calls: int = 0
+    tokens: int = 0
+    usd: float = 0.0
+    tool_calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """The calls of each tool, by the part of their id that names the call."""
+    unpriced: set[str] = field(default_factory=set)
+    """The models without a known price."""
+    _models: dict[str, str] = field(default_factory=dict)
+    """The model of each request, by the request's address."""
+
+    @classmethod
+    def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
+        """Return what the runs of a record have spent. Without `is_in_usd`, leave out what it cost."""
+        spent, replaced = cls(), Counter[str]()
+        events = {one.seq: one for one in record.made if isinstance(one, Event)}
+        for one in record.made:
+            content = one.content if isinstance(one, Event) else None
+            if isinstance(content, Revoked):
+                replaced.update(events[seq].address for seq in content.seqs if content.is_another_program)
+            elif not isinstance(content, GivenUp) or content.was_made:
+                spent.begun(one, scope_of(one.address, replaced[one.address]))
+            if isinstance(one, Event):
+                spent.recorded(one, is_in_usd=is_in_usd)
+        return spent
+
+    def begun(self, call: Call | Event | EventInput, scope: str) -> None:
+        """Count a call. `scope` is the part of the call's id that names the call."""
+        if call.kind is Kind.REPLY:
+            self.model_calls += 1
+        elif call.kind is Kind.TOOL:
+            self.tool_calls[call.tool].add(scope)
+
+    def recorded(self, event: Event, *, is_in_usd: bool) -> None:
+        """Add the tokens of a model's reply and, with `is_in_usd`, what they cost."""
+        if event.kind is not Kind.REPLY:
+            return
+        # A request names its model only if the agent's previous request had another one.
+        before = self._models.get(f"{event.agent}/{event.request.get('base')}", "")
+        model = self._models[event.address] = str(event.request.get("model") or before)
+        if isinstance(event.content, Returned) and event.content.value.get("cached"):
+            return  # the client took the reply from its own cache
+        prompt, completion = usage_of(event)
+        self.tokens += prompt + completion
+        if is_in_usd and prompt + completion:
+            price = price_of(model, prompt, completion, event.recorded_ms)
+            if price is None:
+                self.unpriced.add(model)
+            self.usd += price or 0
+
+
+@dataclass(frozen=True)
+class Use:
+    """How much of one limit is used."""
+
+    used: float
+    limit: float
+    unit: str
+    option: str
+    """The option of the command `budget` that raises the limit."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left."""
+        return self.used >= self.limit
+
+    @property
+    def is_nearly_over(self) -> bool:
+        """Whether little is left, but something."""
+        return NEARLY * self.limit <= self.used < self.limit
+
+    @property
+    def raised(self) -> str:
+        """The option that doubles the limit."""
+        return f"{self.option}{number_in_words(2 * self.limit or 1).replace(',', '')}"
+
+    def __str__(self) -> str:
+        if self.unit == "$":
+            return f"${number_in_words(self.used)} of ${number_in_words(self.limit)}"
+        return f"{number_in_words(self.used)} of {number_in_words(self.limit)} {self.unit}"
+
+
+def number_in_words(value: float) -> str:
+    """Return a number with at most four decimals."""
+    return f"{value:,.4f}".rstrip("0").rstrip(".")
+
+
+def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, active_ms: int) -> Iterator[Use]:
+    """Yield how much is used of each limit that counts this call. `active_ms` is how long the session has run."""
+    if call.kind is Kind.REPLY:
+        if budget.model_calls is not None:
+            yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
+        if budget.tokens is not None:
+            yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
+        if budget.usd is not None:
+            yield Use(spent.usd, budget.usd, "$", "--usd ")
+    if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
+        made = spent.tool_calls[call.tool]
+        if scope not in made:  # otherwise a crash cut this call off: it is made again, and counts once
+            yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
+    if call.kind.is_call and budget.seconds is not None:
+        yield Use(active_ms // 1000, budget.seconds, "seconds", "--seconds ")
+
+
+# ---- Questions to a person -------------------------------------------------------------------------------------------
+
+
+class BudgetQuestion(BaseModel):
+    """The question whether a session may spend more than its budget."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    number: int
+    reason: str = ""
+    """Which limits are reached. Empty if a person raised the budget before."""
+
+    @property
+    def key(self) -> str:
+        """The idempotency key of the question."""
+        return f"{_prefix(self.session)}{self.number:06d}"
+
+
+BUDGET_QUESTION = workflow("budget", input=BudgetQuestion).human_approval(NODE).build()
+
+
+def _prefix(session: str) -> str:
+    return f"{session}:budget/"
+
+
+async def questions_of(
+    client: NexumClient, session: str, *, patience: float = SERVER_PATIENCE
+) -> list[tuple[BudgetQuestion, Execution]]:
+    """Return the newest questions of a session, by their numbers, with their executions."""
+    found: dict[int, tuple[BudgetQuestion, Execution]] = {}
+    for execution in await client.list_executions(
+        workflow_id=BUDGET_QUESTION.workflow_id,
+        key_prefix=_prefix(session),
+        limit=PAGE,
+        with_nodes=True,
+        patience=patience,
+    ):
+        question = BudgetQuestion.model_validate_json(execution.input_json)
+        found.setdefault(question.number, (question, execution))  # a question that was cancelled may be asked again
+    return [found[number] for number in sorted(found)]
+
+
+async def decide(client: NexumClient, session: str, raised: Budget | None, *, by: str = "", reason: str = "") -> None:
+    """Decide the question that the session waits for, or else the one that it will ask next.
+
+    `raised` holds the new limits. Without it, the session stops at the limit, and its error says the `reason`.
+    """
+    while True:
+        questions = await questions_of(client, session)
+        waiting = [question for question, execution in questions if not execution.status.ended]
+        number = questions[-1][0].number + 1 if questions else 1
+        question = waiting[0] if waiting else BudgetQuestion(session=session, number=number)
+        try:
+            execution_id = await ask(client, BUDGET_QUESTION, question, question.key)
+            if raised is None:
+                await client.reject(execution_id, NODE, approver=by, reason=reason)
+            else:
+                answer = raised.model_dump(mode="json", exclude_defaults=True)
+                await client.approve(execution_id, NODE, approver=by, comment=reason, answer=answer)
+        except Conflict:
+            continue  # the question was decided or asked in the meantime: look again
+        return
+
+
+class BudgetCheck:
+    """The check of one run: it counts the run's calls, and asks a person when a limit is reached.
+
+    `command` is the command that decides the question, up to its options.
+    """
+
+    def __init__(self, budget: Budget, client: NexumClient, journal: Journal, command: str) -> None:
+        self._budget = budget
+        self._client = client
+        self._journal = journal
+        self._command = command
+        self._is_in_usd = budget.usd is not None
+        self._spent = Spent.of(journal.past, is_in_usd=self._is_in_usd)
+        self._decided = 0
+        """The number of the last question whose decision this run has applied."""
+        self._warned: set[str] = set()
+
+    def exceeded(self, call: Call, active_ms: int) -> list[Use]:
+        """Return the limits that leave nothing for this call. `active_ms` is how long the session has run so far."""
+        uses = list(uses_of(self._budget, self._spent, call, self._scope(call), active_ms))
+        for use in uses:
+            if use.is_nearly_over and use.option not in self._warned:
+                self._warned.add(use.option)
+                self._journal.log.warning("session %s has used %s of its budget", self._journal.session, use)
+        return [use for use in uses if use.is_over]
+
+    def _scope(self, call: Call) -> str:
+        return self._journal.scope_of(call.address)
+
+    def begun(self, call: Call) -> None:
+        """Count a call that is about to be made."""
+        self._spent.begun(call, self._scope(call))
+
+    def recorded(self, event: Event) -> None:
+        """Count what a call took, now that its outcome is recorded."""
+        known = set(self._spent.unpriced)
+        self._spent.recorded(event, is_in_usd=self._is_in_usd)
+        for model in self._spent.unpriced - known:
+            self._tell_unpriced(model)
+
+    def _tell_unpriced(self, model: str) -> None:
+        self._journal.log.warning(
+            "no price is known for the model %r: the budget counts its tokens, but not what they cost", model
+        )
+
+    async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
+        """Apply the next decision about the budget; ask for it and wait if there is none yet.
+
+        `waiting` is entered for the length of the wait, with the line that says how to decide. A decision may be too
+        low, or may have been made long ago: check the limits again afterwards. Raises BudgetExceeded if a person has
+        stopped the session.
+        """
+        session, words = self._journal.session, ", ".join(map(str, exceeded))
+        ahead = [
+            question
+            for question, _ in await questions_of(self._client, session, patience=PATIENCE)
+            if question.number > self._decided
+        ]
+        question = ahead[0] if ahead else BudgetQuestion(session=session, number=self._decided + 1, reason=words)
+        options = " ".join(use.raised for use in exceeded)
+
+        line = (
+            f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
+            f"{self._command} {options}; or stop the session: {self._command} --stop"
+        )
+        with ExitStack() as stack:
+
+            def on_waiting(_: str) -> None:
+                stack.close()
+                stack.enter_context(waiting(line))
+
+            try:
+                decision = await decided(self._client, BUDGET_QUESTION, question, question.key, on_waiting=on_waiting)
+            except Conflict:
+                return  # another call, or a person, has begun another question of this number: read it
+        self._decided = max(self._decided, question.number)
+        if not decision.approved:
+            if ahead[1:]:
+                return  # a person has decided otherwise since
+            raise BudgetExceeded(
+                f"session {session} has used {words} of its budget: {decision.reason}. To continue, raise the budget "
+                f"({self._command} {options}), and run the session again"
+            )
+        try:
+            raised = Budget.model_validate(decision.answer or {})
+        except ValidationError as error:
+            self._journal.log.warning(
+                "the decision %s about the budget holds no limits that can be read: %s", decision.execution_id, error
+            )
+            return
+        self._budget = self._budget.raised_by(raised)
+        self._warned.clear()

@@ -1,0 +1,72 @@
+"""Effects that must happen only once, as the server records them.
+
+Each is an owned execution of the workflow `tool-effect`. Its key names the session, the call, and the digest of the
+tool and its arguments. If the run dies while the tool runs, the server knows that the effect may have happened, and
+doesn't hand it out again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from durable_autogen.record.events import PAGE
+from nexum_engine.approvals import PATIENCE, key_of
+from nexum_engine.client import NexumClient
+from nexum_engine.records import Execution
+from nexum_engine.workflow import workflow
+
+
+class EffectInput(BaseModel):
+    """The input of an effect's execution: the call that makes it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    agent: str
+    tool: str
+    arguments: dict[str, Any]
+    """The arguments that the tool runs with, with the defaults filled in."""
+    call: str
+    """The part of the call's id that names the call in its session."""
+    digest: str
+    """The digest of the tool and `arguments`."""
+    asked_digest: str
+    """The digest of the tool and the arguments that the model gave. A person may have edited them."""
+
+    @property
+    def key(self) -> str:
+        """The idempotency key of the effect's execution."""
+        return key_of(self.session, EFFECT, self.call, self.digest)
+
+
+EFFECT = "effect"
+"""The name of the only node of an effect's execution."""
+TOOL_EFFECT = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True).build()
+TOOL_EFFECT_RECONCILED = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True, reconcile=True).build()
+
+
+def of_session(session: str) -> str:
+    """Return the beginning of the keys of a session's effects."""
+    return f"{session}:{EFFECT}/"
+
+
+def kept_for(session: str, asked_digest: str = "") -> str:
+    """Return the beginning of the keys of the results that a fork got from the session that it was forked from."""
+    return f"{session}:reuse/{asked_digest}"
+
+
+async def effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
+    """Return the effects whose keys begin with `key_prefix`, oldest first."""
+    found: list[Execution] = []
+    while page := await client.list_executions(
+        workflow_id=TOOL_EFFECT.workflow_id,
+        key_prefix=key_prefix,
+        before=found[-1].execution_id if found else "",
+        limit=PAGE,
+        with_nodes=True,
+        patience=PATIENCE,
+    ):
+        found += page
+    return [(EffectInput.model_validate_json(one.input_json), one) for one in reversed(found)]

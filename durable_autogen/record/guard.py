@@ -1,0 +1,441 @@
+"""Calls under a policy: approvals, effects that must happen only once, retries and time limits.
+
+A call without a policy makes no request to the server for any of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from typing import Any, Protocol, TypeVar
+
+from durable_autogen.errors import CallFailed, CallRejected
+from durable_autogen.record.effects import (
+    EFFECT,
+    TOOL_EFFECT,
+    TOOL_EFFECT_RECONCILED,
+    EffectInput,
+    effects,
+    kept_for,
+    of_session,
+)
+from durable_autogen.record.events import Call
+from durable_autogen.record.place import call_id
+from durable_autogen.record.recorder import Recorder
+from nexum_engine import jsontext
+from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide, server_option
+from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
+from nexum_engine.options import user_name
+from nexum_engine.policy import NOT_DONE, Policy, call_digest
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
+
+T = TypeVar("T")
+
+MODEL = "model"
+"""The name of the policy of all model clients that have no policy under their model's name."""
+MAX_SHOWN = 300  # characters of a call's arguments in a line about it
+RESOLVE_INTERVAL = 1.0  # seconds; the server answers at once only if an execution ends, and --not-done doesn't end it
+CANCEL_PATIENCE = 1.0  # seconds for an attempt to end after its time limit
+
+_UNKNOWN: Any = object()
+
+Ask = Callable[[str], Awaitable[tuple[bool, str] | None]]
+"""A function that asks a person at once. It gets a text about the call, and returns whether the person approves it, and
+a comment or reason. It returns None if the person doesn't decide."""
+
+
+class ToolError(Exception):
+    """An error that a tool returned as its result. `value` is that result, and `__cause__` the exception, if known."""
+
+    def __init__(self, text: str, value: Any) -> None:
+        super().__init__(text)
+        self.value = value
+
+
+class TookTooLong(TimeoutError):
+    """An attempt took longer than the time limit of its policy."""
+
+
+@dataclass(frozen=True)
+class GuardedCall:
+    """A call under a policy."""
+
+    call: Call
+    tool: str
+    policy: Policy
+    arguments: Mapping[str, Any]
+    """The validated arguments, as JSON, with the defaults filled in."""
+    asked_digest: str
+    """The digest of the tool and of the arguments that the model gave."""
+    reason: str = ""
+    """Why the model calls the tool, if it said so."""
+
+    def __str__(self) -> str:
+        text = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        return f"{self.tool}({shown}) of {self.call.agent or 'the program'}"
+
+    def edited(self, arguments: Mapping[str, Any]) -> GuardedCall:
+        """Return the call with arguments that a person has edited."""
+        return replace(self, arguments=arguments)
+
+
+class ResultForm(Protocol):
+    """How a tool's results are recorded."""
+
+    def write(self, value: Any) -> Any:
+        """Return a result as JSON. Raises ValueError if it can't be recorded."""
+
+    def read(self, written: Any) -> Any:
+        """Return the result that `write` wrote."""
+
+    def of_answer(self, answer: Any) -> Any:
+        """Return the result for an answer of `reconcile` or of a person."""
+
+
+class Guard:
+    """The policies of one run, and the calls under them. `nexum` is the server's address, if the program named one."""
+
+    def __init__(
+        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None = None, ask: Ask | None = None
+    ) -> None:
+        self._recorder = recorder
+        self._journal = recorder.journal
+        self._client = recorder.journal.client
+        self._log = recorder.journal.log
+        model = policies.get(MODEL, Policy())
+        if model.approval is not None or model.is_once:
+            raise InvalidRequest(
+                "a model's policy has only retry, final and timeout: approval and effect are for tools"
+            )
+        self._policies = policies
+        self._nexum = nexum
+        self._ask = ask
+        self._known: set[str] = set()
+        """The names of the tools and models that the run has seen."""
+        self._keeps_results: bool | None = None
+        """Whether the session was forked together with the results of later effects. None if that isn't known yet."""
+        self._taking = asyncio.Lock()
+
+    # ---- Policies ----------------------------------------------------------------------------------------------------
+
+    def of_tool(self, name: str, own: Policy | None) -> Policy | None:
+        """Return the policy of a tool: that of the session, else the tool's `own`."""
+        self._known.add(name)
+        return self._policies.get(name, own)
+
+    def of_model(self, name: Callable[[], str]) -> Policy | None:
+        """Return the policy of a model client. `name` returns its model's name."""
+        if not self._policies:
+            return None
+        self._known.add(name())
+        return self._policies.get(name(), self._policies.get(MODEL))
+
+    def offers(self, tools: Callable[[], Iterable[str]]) -> None:
+        """Note the names of the tools that an agent offers to its model."""
+        if self._policies:
+            self._known.update(tools())
+
+    def end(self) -> None:
+        """After a run without an error, log the policies that belong to no tool and no model of the run."""
+        unknown = sorted(self._policies.keys() - self._known - {MODEL})
+        if unknown:
+            self._log.warning("policies for unknown tools: %s. Check the names", ", ".join(unknown))
+
+    # ---- Retries and time limits -------------------------------------------------------------------------------------
+
+    async def attempts(
+        self,
+        name: str,
+        policy: Policy,
+        attempt: Callable[[], Awaitable[T]],
+        may_retry: Callable[[], bool] = lambda: True,
+    ) -> T:
+        """Make a call, and retry it by its policy. An attempt ends with TookTooLong at the policy's time limit."""
+        number = 0
+        while True:
+            number += 1
+            try:
+                return await _within(policy.timeout, name, attempt)
+            except Exception as error:
+                cause = _cause(error)
+                is_final = isinstance(cause, (FinalError, *policy.final)) or (policy.is_once and _is_unknown(cause))
+                delay_ms = None
+                if policy.retry is not None and not is_final and may_retry():
+                    delay_ms = policy.retry.delay_ms(number)
+                if delay_ms is None:
+                    raise
+                delay = max(delay_ms / 1000, retry_after(cause))
+                self._log.warning("%s failed (attempt %d), retrying in %.3g s: %s", name, number, delay, cause)
+                await asyncio.sleep(delay)
+
+    # ---- Approvals ---------------------------------------------------------------------------------------------------
+
+    async def approved(self, guarded: GuardedCall) -> tuple[Any, str]:
+        """Wait until a person has approved a call; return the edited arguments, or None, and who approved.
+
+        Raises CallRejected.
+        """
+        call, waiting = guarded.call, ExitStack()
+        question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
+
+        def wait(execution_id: str) -> None:
+            waiting.close()
+            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._nexum)}"
+            waiting.enter_context(self._recorder.waiting_for_a_person(call.address, line))
+            if self._ask is not None:
+                asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
+                waiting.callback(asking.cancel)
+
+        with waiting, self._servers_errors():
+            decision = await decided(
+                self._client,
+                approval_workflow(guarded.policy.approval_timeout),
+                question,
+                question.key(self._journal.scope_of(call.address)),
+                on_waiting=wait,
+            )
+        if not decision.approved:
+            self._log.warning("%s: %s", guarded, decision.refusal)
+            raise CallRejected(decision.refusal)
+        self._log.info("%s: approved%s", guarded, f" by {decision.by}" if decision.by else "")
+        return decision.answer, decision.by
+
+    async def _ask_at_once(self, ask: Ask, execution_id: str, guarded: GuardedCall) -> None:
+        """Ask the person at the terminal. Another person may decide first."""
+        reason = f"\n    reason: {guarded.reason}" if guarded.reason else ""
+        answer = await ask(f"{guarded}{reason}")
+        if answer is None:
+            return
+        approves, comment = answer
+        with contextlib.suppress(Conflict), self._servers_errors():
+            if approves:
+                await self._client.approve(execution_id, NODE, approver=user_name(), comment=comment)
+            else:
+                await self._client.reject(execution_id, NODE, approver=user_name(), reason=comment)
+
+    # ---- Effects -----------------------------------------------------------------------------------------------------
+
+    async def once(self, guarded: GuardedCall, attempt: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
+        """Make a call whose effect must happen only once, or find its result; return its result.
+
+        If an earlier attempt may have had its effect, the policy's `reconcile` decides whether the call is made, or
+        else a person. Raises CallFailed if an earlier attempt has failed.
+        """
+        input = self._input(guarded)
+        kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
+        while True:
+            with self._servers_errors():
+                started = await self._journal.start_effect(kind, input, input.key)
+            if started.task is None:
+                ended = started.ended or await self._resolved(guarded, started.execution_id)
+                if ended is not None:
+                    return _result(ended, guarded, form)
+            elif (value := await self._attempted(guarded, started.task, attempt, form)) is not _UNKNOWN:
+                return value
+
+    def _input(self, guarded: GuardedCall) -> EffectInput:
+        return EffectInput(
+            session=self._journal.session,
+            agent=guarded.call.agent,
+            tool=guarded.tool,
+            arguments=dict(guarded.arguments),
+            call=self._journal.scope_of(guarded.call.address),
+            digest=call_digest(guarded.tool, guarded.arguments),
+            asked_digest=guarded.asked_digest,
+        )
+
+    async def _attempted(
+        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
+    ) -> Any:
+        """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
+        try:
+            value = await self._performed(guarded, task, attempt, form)
+        except asyncio.CancelledError:
+            if not self._recorder.failed.done():  # else the run ends, and the server notices
+                given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
+                await asyncio.shield(asyncio.ensure_future(given_up))
+            raise
+        except Exception as error:
+            cause = _cause(error)
+            with self._servers_errors():
+                await self._journal.fail_effect(task, str(cause) or type(cause).__name__, unknown=_is_unknown(cause))
+            if _is_unknown(cause):
+                return _UNKNOWN
+            raise
+        with self._servers_errors():
+            try:
+                output = {"result": form.write(value)}
+            except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
+                await self._journal.fail_effect(task, str(error), unknown=True)
+                return _UNKNOWN
+            await self._journal.complete_effect(task, output)
+        return value
+
+    async def _performed(
+        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
+    ) -> Any:
+        policy = guarded.policy
+        if task.must_reconcile and (value := await self._reconciled(guarded, form)) is not NOT_DONE:
+            return value
+        try:
+            return await self.attempts(guarded.tool, policy, attempt)
+        except Exception as error:
+            if policy.reconcile is None or not _is_unknown(_cause(error)):
+                raise
+            value = await self._reconciled(guarded, form)
+            if value is NOT_DONE:
+                raise  # that proves nothing yet: the attempt may still be at work
+            return value
+
+    async def _reconciled(self, guarded: GuardedCall, form: ResultForm) -> Any:
+        """Return the result of an effect that has happened, or NOT_DONE. Raises UnknownEffect."""
+        try:
+            answer = await guarded.policy.reconciled(guarded.arguments, call_id())
+        except Exception as error:
+            raise UnknownEffect(f"reconcile can't tell: {type(error).__name__}: {error}") from error
+        done = "it has not happened" if answer is NOT_DONE else "it has happened"
+        self._log.warning("%s was under way when a run died; reconcile says: %s", guarded, done)
+        return NOT_DONE if answer is NOT_DONE else form.of_answer(answer)
+
+    async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
+        """Wait until a person has said what happened. Return None if nothing happened, so that the call is made."""
+        with ExitStack() as waiting, self._servers_errors():
+            told = False
+            while True:
+                observed = await self._client.get_execution(
+                    execution_id, wait=RESOLVE_INTERVAL if told else 0.0, with_attempts=True, patience=PATIENCE
+                )
+                execution = observed.execution
+                if execution.status.ended:
+                    return execution
+                if execution.nodes[0].status is not NodeStatus.WAITING:
+                    return None
+                if not told:
+                    told = True
+                    why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
+                    server = server_option(self._nexum)
+                    waiting.enter_context(
+                        self._recorder.waiting_for_a_person(
+                            guarded.call.address,
+                            f"{guarded} may or may not have happened{f' ({why})' if why else ''}. Find out, then: "
+                            f"python -m nexum_engine resolve {execution_id}{server} --result JSON, or --not-done, or "
+                            "--failed REASON",
+                        )
+                    )
+
+    # ---- Forks -------------------------------------------------------------------------------------------------------
+
+    async def kept_result(self, guarded: GuardedCall, form: ResultForm) -> tuple[bool, Any]:
+        """Return whether the session was forked with the result of an equal call, and that result.
+
+        Each result is used for one call only, in the order in which the calls were made.
+        """
+        client, session = self._client, self._journal.session
+        with self._servers_errors():
+            async with self._taking:
+                if self._keeps_results is None:
+                    self._keeps_results = bool(
+                        await client.list_executions(
+                            workflow_id=TOOL_EFFECT.workflow_id,
+                            key_prefix=kept_for(session),
+                            limit=1,
+                            patience=PATIENCE,
+                        )
+                    )
+                if not self._keeps_results:
+                    return False, None
+                own = self._input(guarded)
+                before = await effects(client, of_session(session))
+                kept = await effects(client, f"{kept_for(session, own.asked_digest)}/")
+                for input, execution in before:
+                    if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
+                        return True, _result(execution, guarded, form)
+                taken = len({input.call for input, _ in before if input.asked_digest == own.asked_digest})
+                if taken >= len(kept):
+                    return False, None
+                input, execution = kept[taken]
+                output = jsontext.parse(execution.outputs()[EFFECT], "the result")
+                input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
+                await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
+        self._log.info("%s: result of the session that this one was forked from ✓", guarded)
+        return True, _result(execution, guarded, form)
+
+    @contextmanager
+    def _servers_errors(self) -> Iterator[None]:
+        """End the run with an error of the server. It is no error of the tool, so the model must not get it."""
+        try:
+            yield
+        except NexumError as error:
+            self._recorder.stop(error)
+            raise
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the exception behind an error result of a tool."""
+    return error.__cause__ if isinstance(error, ToolError) and error.__cause__ is not None else error
+
+
+def _is_unknown(cause: BaseException) -> bool:
+    """Return whether an error leaves open whether the effect has happened."""
+    return isinstance(cause, (UnknownEffect, TookTooLong))
+
+
+def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
+    if ended.status is not ExecutionStatus.COMPLETED:
+        raise _failed(ended, guarded)
+    output = jsontext.parse(ended.outputs()[EFFECT], "the result")
+    # A tool's own result has this form. Any other value is what a person gave to `nexum resolve`.
+    if isinstance(output, dict) and output.keys() == {"result"}:
+        return form.read(output["result"])
+    return form.of_answer(output)
+
+
+def _failed(ended: Execution, guarded: GuardedCall) -> CallFailed:
+    error = next((node.error for node in ended.nodes if node.error), ended.error)
+    return CallFailed(f"{guarded.tool} has failed, and is not called again, because its effect is once: {error}")
+
+
+async def _within(timeout: float | None, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Make an attempt. Raises TookTooLong if it takes longer than `timeout` seconds."""
+    if timeout is None:
+        return await attempt()
+    running = asyncio.ensure_future(attempt())
+    try:
+        await asyncio.wait({running}, timeout=timeout)
+        if running.done():
+            return await running
+        running.cancel()
+        await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
+        raise TookTooLong(f"{name} took longer than its time limit of {timeout:g} s")
+    finally:
+        if not running.done():
+            running.cancel()
+            await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
+        if running.done() and not running.cancelled():
+            running.exception()  # mark the exception as retrieved: asyncio would log it
+
+
+def retry_after(error: BaseException) -> float:
+    """Return how many seconds a service asks to wait before a retry: an attribute `retry_after`, or a header."""
+    asked = getattr(error, "retry_after", None)
+    if isinstance(asked, (int, float)):
+        return max(0.0, float(asked))
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    if headers is None:
+        return 0.0
+    with contextlib.suppress(TypeError, ValueError):
+        if (milliseconds := headers.get("retry-after-ms")) is not None:
+            return max(0.0, float(milliseconds) / 1000)
+    text = headers.get("retry-after")
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, float(text))
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0

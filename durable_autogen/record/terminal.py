@@ -1,0 +1,66 @@
+"""Questions to the person at the terminal: may this tool call be made?"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+
+from nexum_engine.report import printable
+
+PROMPT = "approve it? yes, no, or a reason to reject it: "
+
+
+class Terminal:
+    """The terminal of this process. It asks one question at a time."""
+
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
+        self._reading: asyncio.Future[str] | None = None
+        """The line that a thread reads. If its question was decided elsewhere, it answers the next question."""
+
+    @staticmethod
+    def is_there() -> bool:
+        """Return whether a person can be asked here."""
+        return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stderr))
+
+    async def ask(self, question: str) -> tuple[bool, str] | None:
+        """Ask the person; return whether the call may be made, and a reason. Return None at the end of the input."""
+        async with self._one_at_a_time:
+            shown = "\n".join(printable(line) for line in question.splitlines())
+            print(f"[Nexum] {shown}", file=sys.stderr)
+            while True:
+                print(f"[Nexum] {PROMPT}", end="", file=sys.stderr, flush=True)
+                line = await self._line()
+                said = line.strip()
+                if not line:
+                    return None
+                if said.lower() in ("y", "yes"):
+                    return True, ""
+                if said:
+                    return False, "" if said.lower() in ("n", "no") else said
+
+    async def _line(self) -> str:
+        if self._reading is None:
+            self._reading = asyncio.get_running_loop().create_future()
+            # Use a daemon thread: nothing can stop a read from a terminal, and it must not keep the process alive.
+            threading.Thread(target=_read, args=(self._reading, asyncio.get_running_loop()), daemon=True).start()
+        line = await asyncio.shield(self._reading)
+        self._reading = None
+        return line
+
+
+def _read(line: asyncio.Future[str], loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        # Don't read with sys.stdin: its lock would block the end of the process.
+        text = os.read(sys.stdin.fileno(), 65536).decode(sys.stdin.encoding or "utf-8", "replace")
+    except OSError:
+        text = ""
+
+    def set_line() -> None:
+        if not line.done():
+            line.set_result(text)
+
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(set_line)

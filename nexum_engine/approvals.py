@@ -1,0 +1,192 @@
+"""Questions to a person that outlive every process: each is an execution with one HUMAN_APPROVAL node.
+
+    question = Approval(session="order-4711", agent="clerk", tool="charge", arguments={"cents": 990}, ...)
+    decision = await decided(client, approval_workflow(), question, question.key("reply/1/charge"), on_waiting=...)
+
+A person decides with `nexum approve ID` or `nexum reject ID`, now or while no program runs. The execution's key names
+the session, the call and the digest of the tool and its arguments. So a decision counts for that one call only: for no
+other call, no other arguments and no fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nexum_engine import jsontext
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import MAX_SERVER_WAIT
+from nexum_engine.errors import Conflict, ExecutionNotFound, WorkflowNotFound
+from nexum_engine.policy import call_digest
+from nexum_engine.records import Execution, ExecutionStatus, Outcome
+from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
+
+NODE = "approval"
+"""The name of the HUMAN_APPROVAL node of each question."""
+PATIENCE = 300.0  # seconds to wait for a server that does not answer
+
+
+class Approval(BaseModel):
+    """The question whether a tool may run with these arguments: what the person who decides gets to see."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    agent: str
+    tool: str
+    arguments: dict[str, Any]
+    """The validated arguments, with the defaults filled in."""
+    reason: str = ""
+    """Why the model calls the tool, if it said so."""
+    digest: str
+    """The SHA-256 of the tool and the arguments."""
+
+    @classmethod
+    def of(cls, session: str, agent: str, tool: str, arguments: Mapping[str, Any], reason: str = "") -> Approval:
+        """Return the question, with the digest of tool and arguments."""
+        digest = call_digest(tool, arguments)
+        return cls(session=session, agent=agent, tool=tool, arguments=dict(arguments), reason=reason, digest=digest)
+
+    def key(self, scope: str) -> str:
+        """Return the idempotency key of the question. `scope` names the call within its session."""
+        return key_of(self.session, "approval", scope, self.digest)
+
+
+def key_of(session: str, purpose: str, scope: str, digest: str) -> str:
+    """Return the idempotency key of an execution that belongs to one call of a session."""
+    key = f"{session}:{purpose}/{scope}/{digest}"
+    if len(key) <= MAX_ID_LENGTH and key.isprintable():
+        return key
+    return f"{session}:{purpose}/{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def approval_workflow(timeout: float | None = None) -> Workflow:
+    """Return the workflow of a question about a tool call. After `timeout` seconds it counts as rejected."""
+    return workflow("tool-approval", input=Approval).human_approval(NODE, timeout_seconds=timeout).build()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A person's decision, or the end of the time for it."""
+
+    approved: bool
+    execution_id: str
+    by: str = ""
+    """Who decided. Empty if nobody said."""
+    reason: str = ""
+    """The comment of the approval, or why the question was not approved."""
+    answer: Any = None
+    """The JSON value that came with the approval: edited arguments. None if there is none."""
+
+    @property
+    def refusal(self) -> str:
+        """Why the call may not be made, for the model."""
+        if not self.by:
+            return f"this call was not approved: {self.reason}"
+        return f"{self.by} rejected this call{f': {self.reason}' if self.reason else ''}"
+
+
+async def decided(
+    client: NexumClient,
+    asked: Workflow,
+    question: BaseModel,
+    key: str,
+    *,
+    on_waiting: Callable[[str], object],
+) -> Decision:
+    """Ask the question, unless it was asked before; return the decision, however long it takes.
+
+    `asked` is the workflow of the question: one HUMAN_APPROVAL node, named `approval`. If nobody has decided yet,
+    `on_waiting` is called with the execution's id, and may raise an error to stop waiting. A decision that was made
+    while nothing waited for it counts. Raises Conflict if the key belongs to another question, and the server's errors.
+    """
+    told = ""
+    while True:
+        execution_id = await ask(client, asked, question, key)
+        try:
+            while True:
+                wait = MAX_SERVER_WAIT if told == execution_id else 0.0
+                observed = await client.get_execution(execution_id, wait=wait, with_attempts=True, patience=PATIENCE)
+                execution = observed.execution
+                if execution.status is ExecutionStatus.CANCELLED:
+                    break  # the question was withdrawn: ask again
+                if execution.status.ended:
+                    return decision_of(execution)
+                if told != execution_id:
+                    told = execution_id
+                    on_waiting(execution_id)
+        except ExecutionNotFound:
+            continue  # the server's database was replaced: ask there
+
+
+async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:
+    """Return the id of the question's execution. Start the execution, unless the question was asked before."""
+    # Look first: a rejected question is a FAILED execution, and starting its key would ask again.
+    found = [
+        one
+        for one in await client.list_executions(
+            workflow_id=asked.workflow_id, key_prefix=key, limit=1, with_nodes=True, patience=PATIENCE
+        )
+        if one.idempotency_key == key and one.status is not ExecutionStatus.CANCELLED
+    ]
+    if found:
+        if not _is_same(type(question), found[0].input_json, question):
+            raise Conflict(f"execution {found[0].execution_id} asks another question under the key {key!r}")
+        return found[0].execution_id
+
+    async def start() -> str:
+        return (await client.start_execution(asked, question, idempotency_key=key, patience=PATIENCE)).execution_id
+
+    try:
+        return await start()
+    except WorkflowNotFound:
+        await client.register_workflow(asked, patience=PATIENCE)
+        return await start()
+
+
+def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bool:
+    try:
+        return model.model_validate_json(input_json) == question
+    except ValidationError:
+        return False
+
+
+def decision_of(execution: Execution) -> Decision:
+    """Return the decision of a question's execution, which is approved only if the execution is COMPLETED."""
+    node = next(one for one in execution.nodes if one.node_id == NODE)
+    if execution.status is not ExecutionStatus.COMPLETED:
+        # A rejection is recorded as an attempt, with the person's name and reason. The end of the time is not.
+        rejected = next((one for one in reversed(node.attempts) if one.outcome is Outcome.FAILED), None)
+        if rejected is None:
+            return Decision(False, execution.execution_id, reason=node.error or execution.error)
+        reason = rejected.error.removeprefix("rejected").removeprefix(": ")
+        return Decision(False, execution.execution_id, by=rejected.worker_id, reason=reason)
+    output = jsontext.parse(node.output_json or "{}", "the decision")
+    return Decision(
+        bool(output.get("approved")),
+        execution.execution_id,
+        by=str(output.get("approver", "")),
+        reason=str(output.get("comment", "")),
+        answer=output.get("answer"),
+    )
+
+
+def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
+    """Return the commands that decide a question, for a line about the wait. `nexum` is the server's address."""
+    server = server_option(nexum)
+    approve = f"python -m nexum_engine approve {execution_id}{server}"
+    return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"
+
+
+def server_option(nexum: str | None) -> str:
+    """Return the option that names a server in a printed command. `nexum` is the server's address.
+
+    If `nexum` is the path of a database, return "": without the option, the command finds the database in this folder,
+    even while no server has it open.
+    """
+    is_path = nexum is not None and ("/" in nexum or "\\" in nexum)
+    return f" --nexum {nexum}" if nexum and not is_path else ""

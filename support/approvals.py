@@ -1,0 +1,114 @@
+"""Ask a person before a tool call, and let the worker check that the person approved this very call.
+
+The call's execution gets the key of the question that the person answered. So one approval allows one execution.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, decision_of, how_to_decide
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import ExecutionNotFound, FinalError
+from nexum_engine.records import NodeType
+from nexum_engine.worker import TaskContext
+from support.tools.declare import Tool
+
+
+class Rejected(FinalError):
+    """A person rejected the call, or nobody decided in time."""
+
+
+@dataclass(frozen=True)
+class ApprovedCall:
+    """A call that a person approved: its arguments, which the person may have edited, and the key of its execution."""
+
+    arguments: dict[str, Any]
+    execution_id: str
+    """The execution in which the person decided."""
+    key: str
+
+
+def needs_approval(tool: Tool, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a person has to approve the call. Raises FinalError if the policy's function fails."""
+    try:
+        return tool.policy.needs_approval(arguments)
+    except Exception as error:
+        raise FinalError(f"the approval function of {tool.name} failed: {type(error).__name__}: {error}") from error
+
+
+async def ask(
+    client: NexumClient,
+    tool: Tool,
+    arguments: Mapping[str, Any],
+    session_id: str,
+    scope: str,
+    tell: Callable[[str], None],
+) -> ApprovedCall | None:
+    """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
+
+    Raises Rejected, and FinalError for wrong arguments.
+    """
+    complete = tool.complete(arguments)
+    if not needs_approval(tool, complete):
+        return None
+    question = Approval.of(session_id, "", tool.name, complete)
+    key = question.key(scope)
+
+    def say_waiting(execution_id: str) -> None:
+        shown = json.dumps(complete, ensure_ascii=False)
+        tell(f"[Nexum] {tool.name} {shown} waits for a person: {how_to_decide(execution_id)}")
+
+    decision = await decided(
+        client, approval_workflow(tool.policy.approval_timeout), question, key, on_waiting=say_waiting
+    )
+    if not decision.approved:
+        raise Rejected(decision.refusal)
+    approved = complete if decision.answer is None else tool.complete(decision.answer)
+    return ApprovedCall(approved, decision.execution_id, key)
+
+
+async def check(
+    client: NexumClient, tool: Tool, arguments: Mapping[str, Any], approval: str, workflow_id: str, task: TaskContext
+) -> str:
+    """Raise FinalError unless the call needs no approval, or a person approved it with these arguments.
+
+    `approval` is the id of the execution in which a person approved the call, or empty. Return a line for the model if
+    the person edited the arguments, else "".
+    """
+    if not approval and tool.policy.approval is None:
+        return ""
+    complete = tool.complete(arguments)
+    if not approval:
+        if needs_approval(tool, complete):
+            raise _refused(tool, "nobody was asked")
+        return ""
+    try:
+        execution = (await client.get_execution(approval, patience=PATIENCE)).execution
+        question = Approval.model_validate_json(execution.input_json)
+    except (ExecutionNotFound, ValidationError):
+        raise _refused(tool, f"execution {approval} asks no such question") from None
+    if [(node.node_id, node.node_type) for node in execution.nodes] != [(NODE, NodeType.HUMAN_APPROVAL)]:
+        raise _refused(tool, f"execution {approval} asks no person")
+    if f"{workflow_id}:{execution.idempotency_key}:{task.node_id}" != task.idempotency_key:
+        raise _refused(tool, f"the decision of execution {approval} is for another call")
+    decision = decision_of(execution)
+    if not decision.approved:
+        raise _refused(tool, f"execution {approval} is {execution.status.value}")
+    asked = Approval.of(question.session, question.agent, tool.name, question.arguments, question.reason)
+    approved = question.arguments if decision.answer is None else tool.complete(decision.answer)
+    if question != asked or complete != approved:
+        raise _refused(tool, f"execution {approval} is about another tool or other arguments")
+    if approved == question.arguments:
+        return ""
+    by = decision.by or "the person who approved this call"
+    return f"({by} changed the arguments to {json.dumps(approved, ensure_ascii=False)})\n"
+
+
+def _refused(tool: Tool, why: str) -> FinalError:
+    return FinalError(f"{tool.name} did not run: a person has to approve it, and {why}; call it through submit_task.py")

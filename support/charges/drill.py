@@ -1,0 +1,154 @@
+"""Kill a worker between the effect of a tool and its record, under three policies, and count the charges.
+
+Every number is read from the ledger, and the attempts are read from the server's record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shlex
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import NexumError
+from nexum_engine.records import Execution
+from support.charges.ledger import Ledger, Request
+from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, charges
+from support.console import say
+from support.launcher import ROOT, Child, start_child
+from support.tools import Tool
+
+LOOK_INTERVAL = 0.1  # seconds between two looks for an unknown effect
+PERSON = "crash_demo"
+
+Call = Callable[[str], Awaitable[tuple[str, str]]]
+"""A function that calls the tool of this name, and returns the tool's text and the execution's id."""
+
+
+class EffectDrillFailed(NexumError):
+    """A worker didn't die or work as planned."""
+
+
+@dataclass(frozen=True)
+class Charged:
+    """One tool's call after its end: the requests in the ledger, and the recorded execution."""
+
+    tool: Tool
+    text: str
+    requests: tuple[Request, ...]
+    execution: Execution
+
+    @property
+    def attempts(self) -> str:
+        """The outcomes of the recorded attempts, with the name of the person behind a decision."""
+        (node,) = self.execution.nodes
+        return ", ".join(
+            f"{one.outcome.value} ({one.worker_id})" if one.worker_id == PERSON else one.outcome.value
+            for one in node.attempts
+        )
+
+    @property
+    def row(self) -> str:
+        """One line of the table."""
+        keys = len({one.reference for one in self.requests})
+        paid = sum(one.cents for one in self.requests if one.is_booked) / 100
+        policy = self.tool.policy.described() or {"effect": self.tool.policy.effect}
+        shown = ", ".join(f"{name}={value}" for name, value in policy.items())
+        return f"{self.tool.name:<16} {shown:<36} {len(self.requests):>8} {keys:>5} {paid:>6.2f}  {self.attempts}"
+
+    @property
+    def problem(self) -> str:
+        """What differs from the policy's promise, or ""."""
+        expected = 1 if self.tool.policy.is_once else 2
+        booked = sum(one.is_booked for one in self.requests)
+        if len(self.requests) == expected and booked == 1:
+            return ""
+        return f"{self.tool.name}: the ledger has {len(self.requests)} request(s), of which {booked} are booked"
+
+
+HEADING = f"{'tool':<16} {'policy':<36} {'requests':>8} {'keys':>5} {'paid':>6}  attempts"
+
+
+class Drill:
+    """Calls of the three charging tools. Each call's first worker dies between its charge and its report."""
+
+    def __init__(self, client: NexumClient, call: Call, name: str, folder: Path) -> None:
+        self._client = client
+        self._call = call
+        self._name = name
+        self._ledger = Ledger(folder / "ledger.jsonl")
+
+    async def run(self) -> list[Charged]:
+        """Make the calls, one after the other."""
+        return [await self._charge(tool) for tool in (charge_by_key, charge_and_find, charge_once)]
+
+    async def _charge(self, tool: Tool) -> Charged:
+        say(f"\n[demo] {tool.name}({tool.declaration})")
+        before = len(self._ledger.requests())
+        calling = asyncio.ensure_future(self._call(tool.name))
+        workers: list[Child] = []
+        try:
+            workers.append(await self._start_worker(crash=True))
+            await self._until_it_dies(workers[0], before)
+            workers.append(await self._start_worker(crash=False))
+            if tool is charge_once:
+                await self._resolve(calling)
+            text, execution_id = await calling
+        finally:
+            calling.cancel()
+            await asyncio.gather(*(one.end() for one in workers))
+        found = await self._client.get_execution(execution_id, with_attempts=True)
+        return Charged(tool, text, tuple(self._ledger.requests()[before:]), found.execution)
+
+    async def _start_worker(self, *, crash: bool) -> Child:
+        child = await start_child(
+            ["-m", "support.charges.worker", "--drill", self._name, "--nexum", self._client.address],
+            env={LEDGER: str(self._ledger.path), CRASH: "1" if crash else ""},
+        )
+        fate = ", to be killed between its charge and the report" if crash else ""
+        say(f"[demo] worker started (pid {child.process.pid}){fate}")
+        return child
+
+    async def _until_it_dies(self, worker: Child, before: int) -> None:
+        code = await worker.process.wait()
+        charged = self._ledger.requests()[before:]
+        if len(charged) != 1:
+            raise EffectDrillFailed(f"the worker ended (exit {code}) after {len(charged)} charges instead of one")
+        say(f"[demo] worker is dead: exit {code}. The ledger has its charge of {charged[0].cents / 100:.2f}")
+
+    async def _resolve(self, calling: asyncio.Future[tuple[str, str]]) -> None:
+        """Do what a person does about an unknown effect: list it, look it up in the ledger, and give the result."""
+        workflow_id = f"{charges(self._name).workflow_id}:{charge_once.name}"
+        while not (unknown := [one for one in await self._client.unknown() if one.workflow_id == workflow_id]):
+            await asyncio.wait({calling}, timeout=LOOK_INTERVAL)
+            if calling.done():
+                return
+        execution_id = unknown[0].execution_id
+        await self._command("unknown")
+        receipt = f"receipt {len(self._ledger.requests())}"
+        await self._command("resolve", execution_id, "--result", json.dumps(receipt), "--by", PERSON)
+
+    async def _command(self, *arguments: str) -> None:
+        """Run a command as a person would, and print it with its output."""
+        say(f"$ python -m nexum_engine {shlex.join(arguments)}")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "nexum_engine", *arguments, "--nexum", self._client.address),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        output, _ = await process.communicate()
+        say(output.decode("utf-8", "replace").rstrip())
+        if process.returncode != 0:
+            raise EffectDrillFailed(f"nexum {arguments[0]} ended with exit code {process.returncode}")
+
+
+def new_name() -> str:
+    """Return the name of a drill that no other drill has."""
+    return secrets.token_hex(4)

@@ -1,0 +1,465 @@
+"""Approvals of tool calls: they outlive every process, and belong to one call."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
+from durable_agents import agent, answer, is_after_a_tool, run
+from harness import Process, Server, environment, nexum_server, running
+from openai_server import OpenAIServer, Reply
+
+from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
+from nexum_engine.approvals import NODE, how_to_decide
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import Connection
+from nexum_engine.errors import Conflict
+from nexum_engine.policy import call_digest
+from nexum_engine.workflow import RetryPolicy
+
+PROGRAM = """
+import asyncio, sys
+from autogen_agentchat.agents import AssistantAgent
+from support.models.live import LiveModel
+
+def charge(cents: int, customer: str = "c-1") -> str:
+    "Charge a customer."
+    with open("ledger", "a") as ledger:
+        ledger.write(f"{customer} {cents}\\n")
+    return f"charged {customer} {cents}"
+
+async def main():
+    model = LiveModel(vendor="test", model="m", base_url=sys.argv[1], api_key="k")
+    clerk = AssistantAgent("clerk", model, tools=[charge], max_tool_iterations=5)
+    result = await clerk.run(task="Charge 20000.")
+    print("ANSWER", result.messages[-1].to_text())
+
+asyncio.run(main())
+"""
+FAST = RetryPolicy(max_attempts=3, first_delay_seconds=0.01)
+POLICIES = '[charge]\napproval = "always"\n'
+
+
+def clerk_model(*calls: dict[str, Any]) -> Callable[[dict[str, Any]], Reply]:
+    """Return the replies of a model: at first these calls of `charge`, then the tool results as text."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if is_after_a_tool(body):
+            return Reply(" | ".join(one["content"] for one in body["messages"] if one["role"] == "tool"))
+        return Reply("It is due.", [("charge", one) for one in calls])
+
+    return reply
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "policies.toml").write_text(POLICIES)
+    return tmp_path
+
+
+@contextmanager
+def script(folder: Path, model: OpenAIServer, *options: str, address: str = "") -> Iterator[Process]:
+    """Run the program under `durable_autogen run`."""
+    server = ("--nexum", address) if address else ()
+    command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", *server, *options]
+    with running([*command, "program.py", model.base_url], cwd=folder) as process:
+        yield process
+    assert "Traceback" not in process.output, process.output
+
+
+def nexum(folder: Path, *arguments: str) -> str:
+    """Run a command of the engine in the folder; return its output."""
+    with running(["-m", "nexum_engine", *arguments], cwd=folder) as process:
+        assert process.wait() == 0, process.output
+    return process.output
+
+
+def asked_in(line: str) -> str:
+    """Return the execution of the question that a line of a waiting run tells."""
+    found = re.search(r"approve (\S+?)[, ]", line)
+    assert found is not None, line
+    return found.group(1)
+
+
+def ledger(folder: Path) -> list[str]:
+    path = folder / "ledger"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_approval_given_while_every_process_is_dead_lets_the_call_run_once(folder: Path) -> None:
+    url = f"sqlite:///{folder / 'nexum.db'}"
+    with OpenAIServer(clerk_model({"cents": 20000})) as model:
+        with nexum_server(folder, database_url=url) as server, script(folder, model, address=server.address) as killed:
+            line = killed.wait_for("waiting for a decision")
+            assert 'charge({"cents": 20000, "customer": "c-1"}) of clerk' in line  # with the default filled in
+            assert f"--nexum {server.address}" in line
+            killed.kill()
+            server.process.kill()
+        execution = asked_in(line)
+        shown = nexum(folder, "approvals", "--database-url", url)
+        for part in (execution, "charge", "20000", "c-1", "clerk", "It is due."):
+            assert part in shown
+        nexum(folder, "approve", execution, "--by", "ann", "--database-url", url)
+        assert ledger(folder) == []
+        with nexum_server(folder, database_url=url) as server:
+            for _ in range(2):
+                with script(folder, model, address=server.address) as resumed:
+                    assert resumed.wait_for("ANSWER") == "ANSWER charged c-1 20000"
+                    assert resumed.wait() == 0
+                    assert "waiting" not in resumed.output
+    assert ledger(folder) == ["c-1 20000"]
+    assert len(model.requests) == 2
+
+
+def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -> None:
+    with OpenAIServer(clerk_model({"cents": 20000})) as model:
+        for _ in range(2):  # a parked run parks again
+            with script(folder, model, "--park") as parked:
+                line = parked.wait_for("session s is parked, run it again after the decision: waiting for")
+                assert parked.wait() == 75
+        with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
+            assert asked_in(line) in listing.wait_for("waits for a decision on charge")
+        nexum(folder, "approve", asked_in(line), "--args", '{"cents": 7}', "--by", "ann")
+        with script(folder, model, "--park") as resumed:
+            resumed.wait_for("ANSWER (ann changed the arguments to")
+            assert resumed.wait() == 0
+            assert resumed.lines[-2:-1] == ["charged c-1 7"]
+    assert ledger(folder) == ["c-1 7"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_person_at_the_terminal_is_asked(folder: Path) -> None:
+    import pty
+
+    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
+        terminal, its_end = pty.openpty()
+        command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", "--approve"]
+        process = subprocess.Popen(
+            [sys.executable, *command, "program.py", model.base_url],
+            cwd=folder,
+            env=environment(),
+            stdin=its_end,
+            stdout=its_end,
+            stderr=its_end,
+        )
+        os.close(its_end)
+        try:
+            shown = until(terminal, "a reason to reject it: ")
+            assert 'charge({"cents": 1, "customer": "c-1"}) of clerk' in shown
+            assert "reason: It is due." in shown
+            os.write(terminal, b"yes\n")
+            assert 'charge({"cents": 2' in until(terminal, "a reason to reject it: ")
+            os.write(terminal, b"one is enough\n")
+            assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+            process.wait(10)
+            os.close(terminal)
+    assert ledger(folder) == ["c-1 1"]
+
+
+def until(terminal: int, text: str | None) -> str:
+    """Return what a terminal shows up to `text`; without `text`, up to the end of its programs."""
+    shown = ""
+    while text is None or text not in shown:
+        assert select.select([terminal], [], [], 30)[0], shown
+        try:
+            part = os.read(terminal, 65536).decode()
+        except OSError:  # Linux: no program has the terminal open any more
+            part = ""
+        if not part:
+            assert text is None, shown
+            break
+        shown += part
+    return shown
+
+
+# ---- Without processes -----------------------------------------------------------------------------------------------
+
+
+class Shop:
+    """A tool that charges, and what it charged."""
+
+    def __init__(self, **policy: Any) -> None:
+        self.charged: list[str] = []
+        self.tool = durable_tool(self.charge, **policy)
+
+    def charge(self, cents: int, customer: str = "c-1") -> str:
+        """Charge a customer."""
+        self.charged.append(f"{customer} {cents}")
+        return f"charged {customer} {cents}"
+
+    def clerk(self, model: OpenAIServer, name: str = "clerk") -> Callable[[], AssistantAgent]:
+        return lambda: agent(model, name, [self.tool])
+
+
+class Deciders:
+    """People who decide each pending question with `decide`, as soon as it is asked."""
+
+    def __init__(self, server: Server, decide: Callable[[NexumClient, str, dict[str, Any]], Any]) -> None:
+        self.server = server
+        self.decide = decide
+        self.asked: list[dict[str, Any]] = []
+
+    async def __aenter__(self) -> Deciders:
+        self.working = asyncio.create_task(self.work())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.working.cancel()
+        await asyncio.gather(self.working, return_exceptions=True)
+
+    async def work(self) -> None:
+        async with NexumClient(self.server.address) as client:
+            seen: set[str] = set()
+            while True:
+                for one in await client.pending_approvals():
+                    if one.execution_id not in seen:
+                        seen.add(one.execution_id)
+                        question = json.loads(one.input_json)
+                        self.asked.append(question)
+                        await self.decide(client, one.execution_id, question)
+                await asyncio.sleep(0.01)
+
+
+async def approves(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+    await client.approve(execution, NODE, approver="ann")
+
+
+async def rejects(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+    await client.reject(execution, NODE, approver="ann", reason="too much")
+
+
+async def test_question_shows_the_call_and_its_digest(server: Server) -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, approves) as people:
+            assert (await run(server, shop.clerk(model))).messages[-1].to_text() == "charged c-1 5"
+    arguments = {"cents": 5, "customer": "c-1"}
+    assert people.asked == [
+        {
+            "session": "s",
+            "agent": "clerk",
+            "tool": "charge",
+            "arguments": arguments,
+            "reason": "It is due.",
+            "digest": call_digest("charge", arguments),
+        }
+    ]
+
+
+async def test_model_reads_the_reason_of_a_rejection_and_the_run_continues(server: Server) -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, rejects) as people:
+            for _ in range(2):
+                result = await run(server, shop.clerk(model))
+                assert result.messages[-1].to_text() == "ann rejected this call: too much"
+    assert (shop.charged, len(people.asked), len(model.requests)) == ([], 1, 2)
+
+
+async def test_rejection_of_a_call_of_the_program_raises(server: Server) -> None:
+    shop = Shop(approval="always")
+    async with Deciders(server, rejects), DurableSession("s", nexum=server.address):
+        with pytest.raises(CallRejected, match=r"^ann rejected this call: too much$"):
+            await shop.tool.run_json({"cents": 5}, None)  # type: ignore[arg-type]
+    assert shop.charged == []
+
+
+async def test_function_of_the_arguments_chooses_the_calls_to_approve(server: Server) -> None:
+    shop = Shop(approval=lambda cents, **_: cents > 10)
+    with OpenAIServer(clerk_model({"cents": 10}, {"cents": 11})) as model:
+        async with Deciders(server, approves) as people:
+            await run(server, shop.clerk(model))
+    assert [one["arguments"]["cents"] for one in people.asked] == [11]
+    assert sorted(shop.charged) == ["c-1 10", "c-1 11"]
+
+
+async def test_wrong_arguments_are_never_asked_for_and_never_run(server: Server) -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": "many"})) as model:
+        result = await run(server, shop.clerk(model))
+    assert "valid integer" in result.messages[-1].to_text()
+    assert shop.charged == []
+
+
+async def test_call_runs_with_edited_arguments_and_the_model_is_told(server: Server) -> None:
+    async def edits(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+        await client.approve(execution, NODE, approver="ann", answer={"cents": 3})
+
+    shop = Shop(approval="always", effect="once")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, edits):
+            for _ in range(2):
+                result = await run(server, shop.clerk(model))
+                said = '(ann changed the arguments to {"cents": 3, "customer": "c-1"})\ncharged c-1 3'
+                assert result.messages[-1].to_text() == said
+    assert shop.charged == ["c-1 3"]
+
+
+@pytest.mark.parametrize("arguments", [{"cents": "many"}, {}, "5", [5]])
+async def test_wrong_edited_arguments_are_never_run(server: Server, arguments: Any) -> None:
+    async def edits(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+        await client.approve(execution, NODE, approver="ann", answer=arguments)
+
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, edits):
+            result = await run(server, shop.clerk(model))
+    assert result.messages[-1].to_text().startswith("ann changed the arguments, but they don't fit charge: ")
+    assert shop.charged == []
+
+
+async def test_several_calls_of_one_reply_are_decided_one_by_one(server: Server) -> None:
+    questions: list[tuple[str, int]] = []
+
+    async def decides(client: NexumClient, execution: str, question: dict[str, Any]) -> None:
+        questions.append((execution, question["arguments"]["cents"]))
+        if len(questions) == 3:
+            for one, cents in reversed(questions):
+                if cents == 2:
+                    await client.reject(one, NODE, approver="ann", reason="not two")
+                else:
+                    await client.approve(one, NODE, approver="ann")
+
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2}, {"cents": 3})) as model:
+        async with Deciders(server, decides):
+            result = await run(server, shop.clerk(model))
+    said = "charged c-1 1 | ann rejected this call: not two | charged c-1 3"
+    assert result.messages[-1].to_text() == said
+    assert sorted(shop.charged) == ["c-1 1", "c-1 3"]
+
+
+async def test_decision_counts_for_one_call_of_one_session_only(server: Server) -> None:
+    """Equal calls ask again: in the same reply, in another session and in a fork."""
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5}, {"cents": 5})) as model:
+        async with Deciders(server, approves) as people:
+            await run(server, shop.clerk(model))
+            assert len(people.asked) == 2
+            await run(server, shop.clerk(model), session="other")
+            assert len(people.asked) == 4
+            async with NexumClient(server.address) as client:
+                await fork_session(client, "s", 1, "fork")
+            await run(server, shop.clerk(model), session="fork")
+            assert [one["session"] for one in people.asked] == ["s", "s", "other", "other", "fork", "fork"]
+
+
+async def test_question_that_nobody_decides_in_time_is_rejected(server: Server) -> None:
+    shop = Shop(approval="always", approval_timeout=0.3)
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        result = await run(server, shop.clerk(model))
+    assert result.messages[-1].to_text() == "this call was not approved: not decided within 0.3 s"
+    assert shop.charged == []
+
+
+async def test_first_of_two_deciders_wins(server: Server) -> None:
+    refused = asyncio.Event()
+
+    async def both(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+        await client.reject(execution, NODE, approver="ann", reason="no")
+        with pytest.raises(Conflict, match="can't be decided any more"):
+            await client.approve(execution, NODE, approver="bob")
+        refused.set()
+
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, both):
+            result = await run(server, shop.clerk(model))
+            await refused.wait()
+    assert result.messages[-1].to_text() == "ann rejected this call: no"
+    assert shop.charged == []
+
+
+async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Server) -> None:
+    shop = Shop(approval="always")
+
+    def note() -> str:
+        """Note."""
+        return "noted"
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if is_after_a_tool(body) or not body.get("tools"):
+            return answer("end")
+        name = body["tools"][0]["function"]["name"]
+        return Reply(calls=[(name, {"cents": 5} if name == "charge" else {})])
+
+    def build() -> GraphFlow:
+        graph = DiGraphBuilder()
+        first, last = agent(model, "first"), agent(model, "last")
+        clerk, notary = agent(model, "clerk", [shop.tool]), agent(model, "notary", [note])
+        for one in (first, clerk, notary, last):
+            graph.add_node(one)
+        for one in (clerk, notary):
+            graph.add_edge(first, one)
+            graph.add_edge(one, last)
+        return GraphFlow([first, clerk, notary, last], graph.build())
+
+    with OpenAIServer(reply) as model:
+        for _ in range(2):
+            with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*approve exec-"):
+                await run(server, build, park=True)
+            assert len(model.requests) == 4  # first, clerk, and both replies of the notary
+        async with NexumClient(server.address) as client:
+            (question,) = await client.pending_approvals()
+            (info,) = await list_sessions(client)
+            execution, call = question.execution_id, 'charge({"cents":5,"customer":"c-1"})'
+            assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution)}",)
+            await client.approve(question.execution_id, NODE)
+        await run(server, build, park=True)
+        assert len(model.requests) == 6
+    assert shop.charged == ["c-1 5"]
+
+
+async def test_policy_of_the_session_replaces_the_tools_own(server: Server) -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        result = await run(server, shop.clerk(model), policies={"charge": Policy()})
+        assert result.messages[-1].to_text() == "charged c-1 5"
+
+
+async def test_policies_of_unknown_tools_are_told_once(server: Server) -> None:
+    lines: list[str] = []
+    shop = Shop()
+    with OpenAIServer([Reply("nothing to do")]) as model:
+        policies = {"charge": Policy(), "chrage": Policy(), "model": Policy(), "clerk": Policy()}
+        await run(server, shop.clerk(model), logs=lines, policies=policies)
+    assert [line for line in lines if "polic" in line] == ["policies for unknown tools: chrage. Check the names"]
+
+
+async def test_call_without_policy_costs_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[str] = []
+    send = Connection.call
+
+    async def counted(self: Connection, method: Any, request: Any, **more: Any) -> Any:
+        requests.append(type(request).__name__)
+        return await send(self, method, request, **more)
+
+    monkeypatch.setattr(Connection, "call", counted)
+    shop, policies = (
+        Shop(),
+        {"other": Policy(approval="always", effect="once"), "charge": Policy(timeout=9, retry=FAST)},
+    )
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        await run(server, shop.clerk(model), session="first")  # registers the workflows
+        for session, given in (("s1", None), ("s2", policies)):
+            requests.clear()
+            await run(server, shop.clerk(model), session=session, policies=given)
+            # The server is asked for earlier runs, and starts the run, the beginning, two replies and the tool call.
+            assert Counter(requests) == {"ListRequest": 1, "StartRequest": 5, "CompleteRequest": 2}

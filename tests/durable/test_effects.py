@@ -1,0 +1,448 @@
+"""Effects that happen only once: kills, reconciliation, people who find out, retries, time limits and forks."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_core import CancellationToken
+from autogen_core.tools import ToolResult
+from durable_agents import QUESTION, Scripted, bench
+from harness import Process, Server, logged, running
+
+from durable_autogen import (
+    NOT_DONE,
+    CallFailed,
+    DurableSession,
+    Parked,
+    Policy,
+    call_id,
+    durable_tool,
+    fork_session,
+)
+from durable_autogen.record.guard import TookTooLong, retry_after
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest, UnknownEffect
+from nexum_engine.workflow import RetryPolicy
+
+PROGRAM = """
+import asyncio, logging, os, sys
+from autogen_core import CancellationToken
+from durable_autogen import DurableSession, NOT_DONE, Parked, call_id, durable_tool
+from durable_autogen.record.journal import Journal
+
+logging.basicConfig(format="%(message)s")
+die = os.environ.get("DIE", "")
+
+def entries():
+    return open("ledger").read().split() if os.path.exists("ledger") else []
+
+async def stop_here(place):
+    if die == place:
+        print("AT", place, flush=True)
+        await asyncio.Event().wait()
+
+async def charge(cents: int) -> str:
+    "Charge."
+    await stop_here("before")
+    with open("ledger", "a") as ledger:
+        ledger.write(call_id() + "\\n")
+    await stop_here("after")
+    return f"receipt {len(entries())}"
+
+def look_up(arguments, key):
+    assert arguments == {"cents": 990}
+    if "broken" in sys.argv:
+        raise OSError("the shop is closed")
+    return "receipt found" if key in entries() else NOT_DONE
+
+write = Journal._write
+async def stop_and_write(journal, task, call, event):
+    if call.kind.value == "tool":
+        await stop_here("recorded")
+    return await write(journal, task, call, event)
+Journal._write = stop_and_write
+
+async def main():
+    more = {"reconcile": look_up} if "reconcile" in sys.argv else {}
+    tool = durable_tool(charge, effect="once", **more)
+    async with DurableSession("s", park="park" in sys.argv):
+        print("GOT", await tool.run_json({"cents": 990}, CancellationToken()))
+
+try:
+    asyncio.run(main())
+except Parked as parked:
+    print("PARKED", parked)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the program. The test's own process works in it, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return tmp_path
+
+
+@contextmanager
+def program(folder: Path, *arguments: str, die: str = "") -> Iterator[Process]:
+    """Run the program. If it shall `die` somewhere, kill it there."""
+    with running(["program.py", *arguments], cwd=folder, env={"DIE": die}) as process:
+        if die:
+            process.wait_for(f"AT {die}")
+            process.kill()
+        yield process
+
+
+def got(folder: Path, *arguments: str) -> str:
+    """Run the program to its end; return what it got."""
+    with program(folder, *arguments) as process:
+        line = process.wait_for("GOT")
+        assert process.wait() == 0
+    return line.removeprefix("GOT ")
+
+
+def ledger(folder: Path) -> list[str]:
+    path = folder / "ledger"
+    return path.read_text().split() if path.exists() else []
+
+
+def resolve(folder: Path, line: str, *how: str) -> None:
+    """Run the command that a line of a waiting run tells."""
+    found = re.search(r"python (-m nexum_engine resolve \S+) --result JSON, or --not-done, or --failed REASON", line)
+    assert found is not None, line
+    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder) as process:
+        assert process.wait() == 0, process.output
+
+
+@pytest.mark.parametrize(
+    ("how", "result", "effects"),
+    [
+        (("--result", '"receipt 7"'), "receipt 7", 1),
+        (("--not-done",), "receipt 2", 2),  # the person was wrong: only so does an effect happen twice
+    ],
+)
+def test_effect_of_killed_run_is_unknown_until_a_person_resolves_it(
+    folder: Path, how: tuple[str, ...], result: str, effects: int
+) -> None:
+    with program(folder, die="after"):
+        pass
+    with program(folder) as waiting:
+        line = waiting.wait_for("may or may not have happened")
+        assert 'charge({"cents": 990}) of the program may' in line
+        assert len(ledger(folder)) == 1
+        resolve(folder, line, *how)
+        assert waiting.wait_for("GOT") == f"GOT {result}"
+        assert waiting.wait() == 0
+    assert len(ledger(folder)) == effects
+    assert set(ledger(folder)) == {"s//reply/0/tool/1"}
+
+
+def test_effect_resolved_as_failed_while_nothing_runs_is_not_made_again(folder: Path) -> None:
+    with program(folder, die="after"):
+        pass
+    with program(folder, "park") as parked:
+        line = parked.wait_for("PARKED")
+        assert parked.wait() == 0
+    resolve(folder, line, "--failed", "the bank said no")
+    with program(folder) as failing:
+        failing.wait_for("CallFailed: charge has failed, and is not called again, because its effect is once: ")
+        assert failing.lines[-1].endswith("the bank said no")
+        assert failing.wait() == 1
+    assert len(ledger(folder)) == 1
+
+
+@pytest.mark.parametrize(("die", "result"), [("after", "receipt found"), ("before", "receipt 1")])
+def test_reconcile_decides_whether_the_call_is_made_again(folder: Path, die: str, result: str) -> None:
+    with program(folder, "reconcile", die=die):
+        pass
+    assert got(folder, "reconcile") == result
+    assert len(ledger(folder)) == 1
+
+
+def test_person_decides_if_reconcile_raises(folder: Path) -> None:
+    with program(folder, "reconcile", die="after"):
+        pass
+    with program(folder, "reconcile", "broken") as waiting:
+        line = waiting.wait_for("may or may not have happened")
+        assert "reconcile can't tell: OSError: the shop is closed" in line
+        resolve(folder, line, "--result", '"receipt 7"')
+        assert waiting.wait_for("GOT") == "GOT receipt 7"
+        assert waiting.wait() == 0
+    assert len(ledger(folder)) == 1
+
+
+def test_recorded_effect_is_found_if_the_run_dies_before_it_records_its_call(folder: Path) -> None:
+    with program(folder, die="recorded"):
+        pass
+    assert got(folder) == "receipt 1"
+    assert len(ledger(folder)) == 1
+
+
+# ---- Without processes -----------------------------------------------------------------------------------------------
+
+
+class Target:
+    """The world outside: a tool that acts on it, and how often it did."""
+
+    def __init__(self, *errors: BaseException, **policy: Any) -> None:
+        self.errors = list(errors)
+        self.done: list[str] = []
+        self.tool = durable_tool(self.charge, **policy)
+
+    async def charge(self, cents: int = 990) -> str:
+        """Charge."""
+        self.done.append(call_id())
+        if self.errors:
+            raise self.errors.pop(0)
+        return f"receipt {len(self.done)}"
+
+    async def call(self, cents: int = 990) -> Any:
+        return await self.tool.run_json({"cents": cents}, CancellationToken())
+
+    async def result(self, cents: int = 990) -> ToolResult:
+        return await bench([self.tool]).call_tool("charge", {"cents": cents})
+
+
+FAST = RetryPolicy(max_attempts=3, first_delay_seconds=0.01)
+
+
+class Refused(Exception):
+    """A failure that a retry can't fix."""
+
+
+async def test_once_tool_that_raises_is_not_called_again(server: Server) -> None:
+    target = Target(OSError("no answer"), effect="once")
+    for error, text in (
+        (OSError, "^no answer$"),
+        (CallFailed, "is not called again, because its effect is once: no answer"),
+    ):
+        with pytest.raises(error, match=text):
+            async with DurableSession("s", nexum=server.address):
+                await target.call()
+    assert len(target.done) == 1
+
+
+async def test_error_result_of_once_tool_is_recorded_as_result(server: Server) -> None:
+    target = Target(OSError("no answer"), effect="once")
+    for _ in range(2):
+        async with DurableSession("s", nexum=server.address):
+            result = await target.result()
+            assert (result.is_error, result.to_text()) == (True, "no answer")
+    assert len(target.done) == 1
+
+
+@pytest.mark.parametrize("effect", ["once", "idempotent"])
+async def test_failed_attempts_are_retried_with_one_call_id(server: Server, effect: str) -> None:
+    target = Target(OSError("1"), OSError("2"), effect=effect, retry=FAST)
+    lines: list[str] = []
+    with logged(lines):
+        async with DurableSession("s", nexum=server.address):
+            assert (await target.result()).to_text() == "receipt 3"
+    assert len(set(target.done)) == 1
+    assert [line for line in lines if "retrying" in line] == [
+        "charge failed (attempt 1), retrying in 0.01 s: 1",
+        "charge failed (attempt 2), retrying in 0.02 s: 2",
+    ]
+
+
+async def test_final_errors_are_not_retried(server: Server) -> None:
+    target = Target(OSError("1"), Refused("no"), retry=FAST, final=(Refused,))
+    async with DurableSession("s", nexum=server.address):
+        assert (await target.result()).to_text() == "no"
+    assert len(target.done) == 2
+
+
+async def test_last_error_is_the_result_after_all_attempts(server: Server) -> None:
+    target = Target(*(OSError(str(n)) for n in range(1, 9)), retry=FAST)
+    async with DurableSession("s", nexum=server.address):
+        assert (await target.result()).to_text() == "3"
+        with pytest.raises(OSError, match=r"^6$"):
+            await target.call()
+
+
+class Slow:
+    """A tool whose first attempt takes too long."""
+
+    def __init__(self, **policy: Any) -> None:
+        self.attempts = 0
+        self.tool = durable_tool(self.look, timeout=0.2, **policy)
+
+    async def look(self) -> str:
+        """Look."""
+        self.attempts += 1
+        if self.attempts == 1:
+            await asyncio.Event().wait()
+        return "seen"
+
+
+async def test_attempt_ends_at_its_time_limit_and_is_retried(server: Server) -> None:
+    slow = Slow(retry=FAST)
+    async with DurableSession("s", nexum=server.address):
+        assert await slow.tool.run_json({}, CancellationToken()) == "seen"
+    slow = Slow()
+    async with DurableSession("s2", nexum=server.address):
+        with pytest.raises(TookTooLong, match=r"^look took longer than its time limit of 0.2 s$"):
+            await slow.tool.run_json({}, CancellationToken())
+
+
+async def test_time_limit_leaves_a_once_effect_unknown(server: Server) -> None:
+    slow = Slow(effect="once", retry=FAST)
+    with pytest.raises(Parked, match=r"may or may not have happened .*time limit of 0.2 s"):
+        async with DurableSession("s", nexum=server.address, park=True):
+            await slow.tool.run_json({}, CancellationToken())
+    assert slow.attempts == 1
+
+
+async def test_tool_may_say_that_its_effect_is_unknown(server: Server) -> None:
+    for session, reconcile, text in (
+        ("s1", None, r"may or may not have happened \(the line broke\)"),
+        ("s2", lambda arguments, key: NOT_DONE, r"may or may not have happened \(the line broke\)"),
+    ):
+        target = Target(UnknownEffect("the line broke"), effect="once", reconcile=reconcile)
+        with pytest.raises(Parked, match=text):
+            async with DurableSession(session, nexum=server.address, park=True):
+                await target.result()
+        assert len(target.done) == 1
+    target = Target(UnknownEffect("the line broke"), effect="once", reconcile=lambda arguments, key: "receipt found")
+    async with DurableSession("s3", nexum=server.address, park=True):
+        assert (await target.result()).to_text() == "receipt found"
+
+
+async def test_once_call_that_the_program_gives_up_is_unknown(server: Server) -> None:
+    begun = asyncio.Event()
+
+    async def charge() -> str:
+        """Charge."""
+        begun.set()
+        await asyncio.Event().wait()
+        return "never"
+
+    tool = durable_tool(charge, effect="once")
+    async with DurableSession("s", nexum=server.address):
+        calling = asyncio.ensure_future(tool.run_json({}, CancellationToken()))
+        await begun.wait()
+        calling.cancel()
+        await asyncio.wait({calling})
+    async with NexumClient(server.address) as client:
+        (unknown,) = await client.unknown()
+    assert unknown.error == "the program gave the call up"
+
+
+class Busy(Exception):
+    """A model's server is busy."""
+
+    retry_after = 0.2
+
+
+async def test_model_calls_are_retried_and_limited_by_their_policy(server: Server) -> None:
+    happened: list[str] = []
+
+    async def hangs() -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    async def fails() -> str:
+        raise Busy("wait")
+
+    model = Scripted(happened, fails, hangs, "hello", name="m")
+    lines: list[str] = []
+    with logged(lines):
+        policies = {"model": Policy(timeout=0.001), "Scripted": Policy(timeout=0.2, retry=FAST)}
+        async with DurableSession("s", nexum=server.address, policies=policies):
+            assert (await model.create(QUESTION)).content == "hello"
+    assert [line for line in lines if "retrying" in line] == [
+        "reply 1 of the program failed (attempt 1), retrying in 0.2 s: wait",
+        "reply 1 of the program failed (attempt 2), retrying in 0.02 s: reply 1 of the program took longer than its "
+        "time limit of 0.2 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7),
+        ({"retry-after-ms": "700", "retry-after": "7"}, 0.7),
+        ({"retry-after": "soon"}, 0),
+        ({"retry-after": "-7"}, 0),
+        ({}, 0),
+    ],
+)
+def test_retry_after_of_a_response_is_read(headers: dict[str, str], seconds: float) -> None:
+    class Response:
+        pass
+
+    error, response = Exception(), Response()
+    response.headers = headers  # type: ignore[attr-defined]
+    error.response = response  # type: ignore[attr-defined]
+    assert retry_after(error) == seconds
+
+
+@pytest.mark.parametrize("policy", [{"approval": "always"}, {"effect": "once"}])
+async def test_model_can_not_have_the_policy_of_a_tool(server: Server, policy: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="a model's policy has only retry, final and timeout"):
+        async with DurableSession("s", nexum=server.address, policies={"model": Policy(**policy)}):
+            pass
+
+
+# ---- Forks -----------------------------------------------------------------------------------------------------------
+
+
+async def two_charges(server: Server, session: str, target: Target) -> list[str]:
+    async with DurableSession(session, nexum=server.address):
+        return [await target.call(), await target.call(), await target.call(1)]
+
+
+async def test_fork_before_an_effect_is_refused_by_default(server: Server) -> None:
+    target = Target(effect="once")
+    await two_charges(server, "s", target)
+    async with NexumClient(server.address) as client:
+        await fork_session(client, "s", 3, "all")
+        with pytest.raises(InvalidRequest, match=r"after call 1, session s has made 2 call.*charge\(.*990.*, cha"):
+            await fork_session(client, "s", 1, "f")
+
+
+async def test_fork_reuses_the_results_of_equal_calls_once(server: Server) -> None:
+    target = Target(effect="once")
+    await two_charges(server, "s", target)
+    async with NexumClient(server.address) as client:
+        for _ in range(2):  # the same fork again
+            await fork_session(client, "s", 0, "f", effects="reuse")
+        for _ in range(2):
+            async with DurableSession("f", nexum=server.address):
+                found = [await target.call(1), await target.call(), await target.call(), await target.call()]
+            assert found == ["receipt 3", "receipt 1", "receipt 2", "receipt 4"]
+        # A fork of the fork gets the results that the fork has reused, and those that it hasn't.
+        await fork_session(client, "f", 1, "g", effects="reuse")
+        async with DurableSession("g", nexum=server.address):
+            found = [await target.call(1)] + [await target.call() for _ in range(4)]
+        assert found == ["receipt 3", "receipt 1", "receipt 2", "receipt 4", "receipt 5"]
+
+
+async def test_fork_makes_the_calls_again_on_request(server: Server) -> None:
+    target = Target(effect="once")
+    await two_charges(server, "s", target)
+    async with NexumClient(server.address) as client:
+        await fork_session(client, "s", 0, "f", effects="again")
+    assert await two_charges(server, "f", target) == ["receipt 4", "receipt 5", "receipt 6"]
+
+
+async def one_charge(server: Server, target: Target) -> None:
+    async with DurableSession("s", nexum=server.address, park=True):
+        await Scripted([]).create(QUESTION)
+        await target.call()
+
+
+async def test_fork_can_not_reuse_an_unknown_effect(server: Server) -> None:
+    target = Target(UnknownEffect("the line broke"), effect="once")
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    async with NexumClient(server.address) as client:
+        with pytest.raises(InvalidRequest, match="it is unknown whether its effect has happened"):
+            await fork_session(client, "s", 0, "f", effects="reuse")

@@ -1,0 +1,114 @@
+"""Tools in workers that may run only once: what happens if a worker dies between the effect and its record."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from harness import Server, published_server
+from policies import asked_in, decide, paid, policy_caller, policy_worker, results
+from processes import call_of, recorded, wait_until
+
+from nexum_engine.client import NexumClient
+from support.tools import TOOLS
+from workflow import TOOL_CALL, ToolCallInput
+
+
+def test_lost_effect_is_looked_up_or_waits_for_a_person(tmp_path: Path, server: Server) -> None:
+    log, gate, begun = tmp_path / "log", tmp_path / "gate", tmp_path / "begun"
+
+    def call(number: int) -> dict[str, Any]:
+        return {"log": str(log), "gate": str(gate), "number": number}
+
+    given: dict[int, dict[str, Any]] = {
+        1: {"output": "receipt 17"},
+        2: {"output": {"at": 17}},
+        3: {"failed": "no such card"},
+        4: {"not_done": True},
+    }
+    calls = [("pay_once", call(number)) for number in given] + [
+        ("pay_and_find", call(5)),
+        ("find_before_paying", {**call(6), "begun": str(begun)}),
+        ("pay_and_find", call(-7)),
+    ]
+    numbers = [*given, 5, 6, -7]
+    with policy_caller(tmp_path, server.address, *calls) as caller:
+        with policy_worker(tmp_path, server.address) as worker:
+            wait_until(lambda: len(paid(log)) == 6 and len(paid(begun)) == 1, "all effects but one")
+            worker.kill()
+        gate.touch()
+        with policy_worker(tmp_path, server.address):
+            unknown = [caller.wait_for("is UNKNOWN") for _ in range(len(given) + 1)]
+            inputs = {one["execution_id"]: call_of(one)[1]["number"] for one in recorded(tmp_path, server.address)}
+            for line in unknown:
+                how = given.get(inputs[asked_in(line)], {"output": "receipt 18"})
+                decide(server.address, "resolve", asked_in(line), "tool_call", resolved_by="ann", **how)
+            first = results(caller)
+            for file in tmp_path.glob(".session-*.json"):
+                file.unlink()
+            with policy_caller(tmp_path, server.address, *calls) as again:
+                assert results(again) == first
+    lost = [line for line in unknown if inputs[asked_in(line)] > 0]
+    (looked_up,) = (line for line in unknown if inputs[asked_in(line)] < 0)
+    assert all("is UNKNOWN: attempt 1 by worker" in line for line in lost)
+    assert "reconcile of pay_and_find failed: ConnectionError: the log is down" in looked_up
+    assert dict(zip(numbers, first, strict=True)) == {
+        1: "receipt 17",
+        2: '{"at": 17}',
+        3: "ERROR pay_once failed: no such card",
+        4: "receipt for 4",
+        5: "found 5",
+        6: "receipt for 6",
+        -7: "receipt 18",
+    }
+    # Only the call that a person allowed to run again has a second effect.
+    assert Counter(one["number"] for one in paid(log)) == {1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 1, -7: 1}
+    assert len(paid(begun)) == 2
+
+
+async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, server: Server) -> None:
+    tools = {"pay_and_fail": 1, "fail_twice": 2, "refuse": 1, "pay_slowly": 1}
+    calls = [(tool, {"log": str(tmp_path / tool)}) for tool in tools]
+    with policy_worker(tmp_path, server.address):
+        with policy_caller(tmp_path, server.address, *calls) as caller:
+            late = caller.wait_for("is UNKNOWN")
+            await asyncio.to_thread(
+                decide, server.address, "resolve", asked_in(late), "tool_call", output="it happened"
+            )
+            failed, retried, refused, resolved = results(caller)
+        with policy_caller(tmp_path, server.address, *calls[:1]) as again:
+            assert results(again) == [failed]
+        async with NexumClient(server.address) as client:
+            call = ToolCallInput(tool_name="pay_and_fail", tool_args={"log": str(tmp_path / "pay_and_fail")})
+            started = await client.start_execution(TOOL_CALL, call)
+            elsewhere = (await client.get_execution(started.execution_id, wait=20)).execution
+    assert failed.startswith("ERROR pay_and_fail failed: ConnectionError: no answer")
+    assert retried.startswith("ERROR fail_twice failed: ConnectionError: no answer")
+    assert refused.startswith("ERROR refuse failed: PermissionError: not yours")
+    assert "pay_slowly ran longer than its time limit of 0.2 s, and may still have its effect" in late
+    assert resolved == "it happened"
+    assert (
+        "the policy of pay_and_fail needs a call of workflow tool-call:pay_and_fail, and this is one of tool-call"
+        in (elsewhere.error)
+    )
+    assert {tool: len(paid(tmp_path / tool)) for tool in tools} == tools
+
+
+def test_tool_with_a_policy_is_refused_on_a_published_server(tmp_path: Path) -> None:
+    with published_server(tmp_path) as address:
+        call = ("pay_once", {"log": "log", "gate": "gate", "number": 1})
+        with policy_caller(tmp_path, address, call) as caller:
+            (text,) = results(caller)
+    assert text.startswith("ERROR pay_once has a policy (time_limit=3600, effect=once), and")
+
+
+def test_call_without_a_policy_is_stored_as_before() -> None:
+    assert {name: tool.declaration for name, tool in TOOLS.items() if name in ("web_search", "visit_webpage")} == {
+        "web_search": "time_limit=60",
+        "visit_webpage": "time_limit=90",
+    }
+    assert TOOL_CALL.version_hash == "sha256:ecbc4427ccf7ee7a638c61d9aab61186792c674bce73f6242e9760d7beccb79c"
+    call = ToolCallInput(tool_name="web_search", tool_args={"query": "Tokyo"})
+    assert call.model_dump_json() == '{"tool_name":"web_search","tool_args":{"query":"Tokyo"}}'

@@ -1,0 +1,64 @@
+"""Helpers for tests of tools with policies, which run as processes of tests/programs/policy_tools.py."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from harness import ROOT, Process, running
+
+from nexum_engine.client import NexumClient
+
+PROGRAM = str(ROOT / "tests" / "programs" / "policy_tools.py")
+
+ToolCall: TypeAlias = tuple[str, dict[str, Any]]
+"""A tool's name and the arguments of a call."""
+
+
+@contextmanager
+def policy_worker(folder: Path, address: str) -> Iterator[Process]:
+    """Run a worker of the tools with policies that is connected to the server."""
+    with running([PROGRAM, "work", address], cwd=folder) as process:
+        process.wait_for("connected to")
+        yield process
+
+
+@contextmanager
+def policy_caller(folder: Path, address: str, *calls: ToolCall, session: str = "s") -> Iterator[Process]:
+    """Run a program that makes these calls at the same time."""
+    with running([PROGRAM, "call", address, session, *map(json.dumps, calls)], cwd=folder) as process:
+        yield process
+
+
+def results(caller: Process) -> list[str]:
+    """Wait for the end of a caller; return the result or the error of each of its calls, in their order."""
+    assert caller.wait() == 0, caller.output
+    said = [json.loads(line) for line in caller.lines if line.startswith("{")]
+    return [one.get("result") or f"ERROR {one['error']}" for one in sorted(said, key=lambda one: one["call"])]
+
+
+def decide(address: str, method: str, execution_id: str, node: str, **arguments: Any) -> None:
+    """Call a method of the client for a node that waits for a person: approve, reject or resolve."""
+
+    async def call() -> None:
+        async with NexumClient(address) as client:
+            await getattr(client, method)(execution_id, node, **arguments)
+
+    asyncio.run(call())
+
+
+def asked_in(line: str) -> str:
+    """Return the id of the execution that waits for a person, from the line about it."""
+    match = re.search(r"(?:approve|resolve) (exec-[0-9]+-[0-9a-f]+)", line)
+    assert match, line
+    return match[1]
+
+
+def paid(log: Path) -> list[dict[str, Any]]:
+    """Return the effects in a tool's log."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
