@@ -176,7 +176,8 @@ async def test_rate_lets_a_burst_pass_and_then_one_task_per_interval(store: Stor
     built = limited("3/10s")
     await start(store, built, 9)
     assert len(await take_all(store, built)) == 3
-    begin, passed = clock.now_ms(), []
+    begin = clock.now_ms()
+    passed: list[int] = []
     while len(passed) < 5:
         ((_, opens_ms),) = (await claim(store, built)).opening
         clock.advance((opens_ms - clock.now_ms() - 1) / 1000)
