@@ -23,6 +23,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, RoleRefused, ServerUnavailable, TokenRefused
 from nexum_engine.location import address_file
+from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.server import bounds
 from nexum_engine.server.access import Tokens
@@ -65,6 +66,7 @@ async def test_token_that_may_use_may_not_administer(secured: Secured, monkeypat
         for method, call in {
             "ApproveTask": client.approve(execution_id, "boss"),
             "RejectTask": client.reject(execution_id, "boss"),
+            "ResolveNode": client.resolve(execution_id, "boss", not_done=True),
             "CancelExecution": client.cancel_execution(execution_id),
             "RetryExecution": client.retry_execution(execution_id),
             "Prune": client.prune(0.0),
@@ -162,6 +164,23 @@ async def test_decisions_and_cancels_record_the_holder_of_the_token_and_the_time
         await client.reject(rejected, "boss", approver="somebody else", reason="too much")
         await client.cancel_execution(cancelled, by="somebody else")
         ends = [(await client.get_execution(one)).execution for one in (approved, rejected, cancelled)]
+        # The decision stays on record when the execution is retried, and so does the decision about an unknown effect.
+        await client.retry_execution(rejected)
+        async with Owner(client) as owner:
+            unknown = await owner.start(ONE, {}, idempotency_key="unknown")
+            assert unknown.task is not None
+            await owner.fail(unknown.task, "no answer", unknown=True)
+        await client.resolve(unknown.execution_id, "a", resolved_by="somebody else", output=7)
+        decided = [
+            (await client.get_execution(one, with_attempts=True)).execution.nodes[0].attempts[-1]
+            for one in (approved, rejected, unknown.execution_id)
+        ]
+    assert [(one.worker_id, one.outcome.value, one.error) for one in decided] == [
+        ("ann", "COMPLETED", ""),
+        ("ann", "FAILED", "too much"),
+        ("ann", "COMPLETED", ""),
+    ]
+    assert decided[1].ended_ms == ends[1].ended_ms
     decision = json.loads(ends[0].outputs()["boss"])
     assert decision["approver"] == "ann"
     assert before_ms - 1 <= decision["decided_ms"] == ends[0].ended_ms
