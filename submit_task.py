@@ -31,6 +31,7 @@ from weakref import WeakValueDictionary, ref
 
 from pydantic import TypeAdapter, ValidationError
 
+from nexum_engine.approvals import server_option
 from nexum_engine.channel import close_what_is_unused
 from nexum_engine.client import NexumClient, Observed, Started
 from nexum_engine.errors import (
@@ -154,6 +155,8 @@ class Session:
         self._tell = tell
         self._client = client or NexumClient(nexum)
         self._owns_client = client is None
+        self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.address)
+        """The server in printed commands. None for the server of this folder's database."""
         self._workflow = workflow
         self._writing: set[asyncio.Task[None]] = set()
         """The tasks that are writing entries to the session file."""
@@ -290,7 +293,9 @@ class Session:
     async def _approved(self, call: _Call, tool: Tool) -> ApprovedCall | None:
         """Return the call as a person approved it. Return None if the call needs no approval."""
         try:
-            return await approvals.ask(self._client, tool, call.tool_args, self.session_id, call.scope, tell=self._tell)
+            return await approvals.ask(
+                self._client, tool, call.tool_args, self.session_id, call.scope, self._named_server, self._tell
+            )
         except FinalError as error:
             raise ToolCallFailed(str(error)) from error
 
@@ -316,7 +321,7 @@ class Session:
                 break
             if (unknown := _unknown(observed.execution)) is not None:
                 if not is_unknown:  # print it only once: it may take days
-                    self._tell(f"{what} is UNKNOWN: {_how_to_resolve(execution_id, unknown)}")
+                    self._tell(f"{what} is UNKNOWN: {self._how_to_resolve(execution_id, unknown)}")
                 is_unknown = True
                 notice = NOTICE_EVERY
                 deadline.begin_again()
@@ -342,6 +347,13 @@ class Session:
         reason = _reason(ended)
         self._tell(f"{what} {ended.status.value}: {reason}")
         raise ToolCallFailed(f"{call.tool_name} failed: {reason}")
+
+    def _how_to_resolve(self, execution_id: str, attempt: Attempt) -> str:
+        command = f"python -m nexum_engine resolve {execution_id}{server_option(self._named_server)}"
+        return (
+            f"attempt {attempt.attempt} by worker {attempt.worker_id} may have had its effect ({attempt.error}). Find "
+            f"out, then: {command} --result JSON, or --not-done, or --failed REASON"
+        )
 
 
 def _what_for(workflow: Workflow, observed: Observed) -> str:
@@ -378,13 +390,6 @@ def _unknown(execution: Execution) -> Attempt | None:
     """Return the attempt of which nobody knows whether its effect happened, while the execution waits for a person."""
     waiting = [node for node in execution.nodes if node.status is NodeStatus.WAITING and node.attempts]
     return waiting[0].attempts[-1] if waiting and waiting[0].attempts[-1].outcome is Outcome.UNKNOWN else None
-
-
-def _how_to_resolve(execution_id: str, attempt: Attempt) -> str:
-    return (
-        f"attempt {attempt.attempt} by worker {attempt.worker_id} may have had its effect ({attempt.error}). Find out, "
-        f"then: python -m nexum_engine resolve {execution_id} --result JSON, or --not-done, or --failed REASON"
-    )
 
 
 def _result(call: _Call, execution: Execution) -> str:

@@ -291,7 +291,7 @@ async def _later_effects(
     ]
     without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
     if effects == "refuse" and later:
-        listed = ", ".join(f"{input.tool}({jsontext.dump(input.arguments, 'it')})" for input, _ in later)
+        listed = ", ".join(str(input) for input, _ in later)
         raise InvalidRequest(
             f"after call {count}, session {source} has made {len(later)} call(s) whose effect must happen only once: "
             f"{listed}. Reuse their results (--effects reuse), or make the calls again (--effects again)"

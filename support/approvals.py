@@ -48,11 +48,13 @@ async def ask(
     arguments: Mapping[str, Any],
     session_id: str,
     scope: str,
+    nexum: str | None,
     tell: Callable[[str], None],
 ) -> ApprovedCall | None:
     """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
 
-    Raises Rejected, and FinalError for wrong arguments.
+    `tell` is called with a line about the wait, which names the server `nexum`. Raises Rejected, and
+    FinalError for wrong arguments.
     """
     complete = tool.complete(arguments)
     if not needs_approval(tool, complete):
@@ -62,7 +64,7 @@ async def ask(
 
     def say_waiting(execution_id: str) -> None:
         shown = json.dumps(complete, ensure_ascii=False)
-        tell(f"[Nexum] {tool.name} {shown} waits for a person: {how_to_decide(execution_id)}")
+        tell(f"[Nexum] {tool.name} {shown} waits for a person: {how_to_decide(execution_id, nexum)}")
 
     decision = await decided(
         client, approval_workflow(tool.policy.approval_timeout), question, key, on_waiting=say_waiting

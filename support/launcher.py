@@ -27,6 +27,16 @@ def kill_this_process() -> NoReturn:
     raise SystemError("unreachable: this process was killed")
 
 
+def death_in_words(code: int | None) -> str:
+    """Return how a child process ended, from its exit code: "killed by SIGKILL" or "exit 1"."""
+    if code is not None and code < 0:
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+    return f"exit {code}"
+
+
 class NexumForRun(EmbeddedNexum):
     """An EmbeddedNexum that starts this project's worker scripts."""
 
@@ -46,4 +56,4 @@ def say_what_is_lost(address: str, losses: str) -> None:
     published.logger.setLevel(logging.ERROR)
 
 
-__all__ = ["ROOT", "Child", "NexumForRun", "kill_this_process", "say_what_is_lost", "start_child"]
+__all__ = ["ROOT", "Child", "NexumForRun", "death_in_words", "kill_this_process", "say_what_is_lost", "start_child"]

@@ -20,10 +20,12 @@ from pydantic import PydanticUserError
 from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
 from durable_autogen.autogen.policies import (
     ToolForm,
+    UnderPolicy,
     checked_arguments,
+    names_of,
     own_policy,
-    raised_in_call,
     static_tool,
+    under_policy,
     with_note,
 )
 from durable_autogen.autogen.session_state import AgentState, SessionState
@@ -337,7 +339,7 @@ class Calls:
         position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         is_result = declared is ToolResult
-        policy = self._guard.of_tool(name, own_policy(made.source, name))
+        policy = self._guard.of_tool(*names_of(made.source, name), own=own_policy(made.source, name))
         streamed = [] if stream is None else stream.produced
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
@@ -411,11 +413,11 @@ class Calls:
                 guarded = guarded.edited(edited)
 
         async def once() -> Any:
-            raised: list[Exception] = []
-            raised_in_call.set(raised)
+            under = UnderPolicy(frozenset(names_of(made.source, name)))
+            under_policy.set(under)
             value = await attempt(edited)
             if isinstance(value, ToolResult) and value.is_error:
-                raise ToolError(value.to_text(), value) from (raised[-1] if raised else None)
+                raise ToolError(value.to_text(), value) from (under.raised[-1] if under.raised else None)
             return value
 
         try:
@@ -468,7 +470,7 @@ class Calls:
 
     def check_no_policy(self, name: str) -> None:
         """Raise InvalidRequest if an agent or a team that is used as a tool has a policy."""
-        if self._guard.of_tool(name, None) is not None:
+        if self._guard.of_tool(name) is not None:
             raise InvalidRequest(f"{name} is an agent or team as a tool: give the policies to the tools inside it")
 
     def agent_as_tool(self, made: ToolCall) -> Place:

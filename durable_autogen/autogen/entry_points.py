@@ -30,7 +30,7 @@ from pydantic import BaseModel
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
-from durable_autogen.autogen.policies import noted
+from durable_autogen.autogen.policies import inside_a_call
 from durable_autogen.autogen.session_state import SessionState, total
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
@@ -193,7 +193,7 @@ def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any
 async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     place = current.get()
     if place is not None and place.in_call:
-        with noted():
+        with inside_a_call(self, place):
             # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a
             # task would end the event loop.
             return await ordinary(original(*args, **kwargs), self.name)
@@ -201,8 +201,14 @@ async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any)
 
 
 async def _tool_stream_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-    async with closing(_streamed(_tool(stream=True))(self, original, *args, **kwargs)) as items:
-        with noted():
+    place = current.get()
+    if place is None or not place.in_call:
+        async with closing(_streamed(_tool(stream=True))(self, original, *args, **kwargs)) as items:
+            async for item in items:
+                yield item
+        return
+    async with closing(original(*args, **kwargs)) as items:
+        with inside_a_call(self, place):
             async for item in items:
                 yield item
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,24 +16,47 @@ from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, TextResu
 from pydantic import TypeAdapter, ValidationError
 
 from durable_autogen.autogen.values import value_again
+from durable_autogen.errors import NotDurable
+from durable_autogen.record.place import Place
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.policy import Policy
 
-raised_in_call: ContextVar[list[Exception] | None] = ContextVar("durable_raised", default=None)
-"""The exceptions that tools have raised in the present call. AutoGen's workbenches turn exceptions into texts."""
+
+@dataclass
+class UnderPolicy:
+    """A call under a policy that is being made: the names of its tool, and the exceptions that the tool has raised.
+
+    AutoGen's workbenches turn exceptions into texts, and may show a tool under another name.
+    """
+
+    names: frozenset[str]
+    raised: list[Exception] = field(default_factory=list)
+
+
+under_policy: ContextVar[UnderPolicy | None] = ContextVar("durable_policy", default=None)
 
 _own: WeakKeyDictionary[BaseTool[Any, Any], Policy] = WeakKeyDictionary()
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Note an exception that a tool raises inside a call under a policy."""
+def inside_a_call(tool: BaseTool[Any, Any], place: Place | None) -> Iterator[None]:
+    """Run a tool inside a recorded call, for the length of a `with`: note its exception for the call's policy.
+
+    Raises NotDurable if the tool has a policy, and the recorded call is one of another tool. Nobody would be asked.
+    """
+    call = under_policy.get()
+    if place is not None and (call is None or tool.name not in call.names):
+        policy = place.session.guard.of_tool(tool.name, own=own_policy(tool, tool.name))
+        if policy is not None and (policy.approval is not None or policy.is_once):
+            raise NotDurable(
+                f"{tool.name} has a policy, so it can't be called inside another tool: let the program or an agent "
+                "call it"
+            )
     try:
         yield
     except Exception as error:
-        raised = raised_in_call.get()
-        if raised is not None:
-            raised.append(error)
+        if call is not None:
+            call.raised.append(error)
         raise
 
 
@@ -66,6 +90,12 @@ def static_tool(workbench: Workbench, name: str) -> BaseTool[Any, Any] | None:
         return None
     original = workbench._override_name_to_original.get(name, name)
     return next((tool for tool in workbench._tools if tool.name == original), None)
+
+
+def names_of(source: BaseTool[Any, Any] | Workbench, name: str) -> tuple[str, ...]:
+    """Return the names of a tool: the one under which it is called, and its own."""
+    tool = static_tool(source, name) if isinstance(source, Workbench) else source
+    return (name,) if tool is None or tool.name == name else (name, tool.name)
 
 
 def own_policy(source: BaseTool[Any, Any] | Workbench, name: str) -> Policy | None:

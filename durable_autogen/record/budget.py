@@ -8,8 +8,8 @@ it does for the approval of a tool call (nexum_engine/approvals.py). The questio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.prices import price_of
 from nexum_engine.approvals import NODE, PATIENCE, ask, decided
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict
+from nexum_engine.errors import Conflict, NexumError
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
 
@@ -152,7 +152,7 @@ class Use:
     @property
     def raised(self) -> str:
         """The option that doubles the limit."""
-        return f"{self.option}{number_in_words(2 * self.limit or 1).replace(',', '')}"
+        return f"{self.option}{2 * self.limit or 1}"
 
     def __str__(self) -> str:
         if self.unit == "$":
@@ -262,7 +262,9 @@ class BudgetCheck:
         self._spent = Spent.of(journal.past, is_in_usd=self._is_in_usd)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
+        self._has_asked = False
         self._warned: set[str] = set()
+        self._tell_unpriced(self._spent.unpriced)
 
     def exceeded(self, call: Call, active_ms: int) -> list[Use]:
         """Return the limits that leave nothing for this call. `active_ms` is how long the session has run so far."""
@@ -284,13 +286,13 @@ class BudgetCheck:
         """Count what a call took, now that its outcome is recorded."""
         known = set(self._spent.unpriced)
         self._spent.recorded(event, is_in_usd=self._is_in_usd)
-        for model in self._spent.unpriced - known:
-            self._tell_unpriced(model)
+        self._tell_unpriced(self._spent.unpriced - known)
 
-    def _tell_unpriced(self, model: str) -> None:
-        self._journal.log.warning(
-            "no price is known for the model %r: the budget counts its tokens, but not what they cost", model
-        )
+    def _tell_unpriced(self, models: Iterable[str]) -> None:
+        for model in models:
+            self._journal.log.warning(
+                "no price is known for the model %r: the budget counts its tokens, but not what they cost", model
+            )
 
     async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
         """Apply the next decision about the budget; ask for it and wait if there is none yet.
@@ -307,7 +309,6 @@ class BudgetCheck:
         ]
         question = ahead[0] if ahead else BudgetQuestion(session=session, number=self._decided + 1, reason=words)
         options = " ".join(use.raised for use in exceeded)
-
         line = (
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
@@ -315,6 +316,7 @@ class BudgetCheck:
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:
+                self._has_asked = True
                 stack.close()
                 stack.enter_context(waiting(line))
 
@@ -326,8 +328,9 @@ class BudgetCheck:
         if not decision.approved:
             if ahead[1:]:
                 return  # a person has decided otherwise since
+            stopped = f"{decision.by or 'a person'} stopped it{f': {decision.reason}' if decision.reason else ''}"
             raise BudgetExceeded(
-                f"session {session} has used {words} of its budget: {decision.reason}. To continue, raise the budget "
+                f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
                 f"({self._command} {options}), and run the session again"
             )
         try:
@@ -339,3 +342,15 @@ class BudgetCheck:
             return
         self._budget = self._budget.raised_by(raised)
         self._warned.clear()
+
+    async def end(self) -> None:
+        """After a run without an error, withdraw a question whose call the program has given up.
+
+        The server never prunes a session with a running execution.
+        """
+        if not self._has_asked:
+            return
+        with suppress(NexumError):  # if no server answers, the question stays
+            for _, execution in await questions_of(self._client, self._journal.session):
+                if not execution.status.ended:
+                    await self._client.cancel_execution(execution.execution_id, by=f"session {self._journal.session}")

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from durable_autogen.record.events import PAGE
+from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
 from nexum_engine.records import Execution
@@ -34,6 +35,9 @@ class EffectInput(BaseModel):
     """The digest of the tool and `arguments`."""
     asked_digest: str
     """The digest of the tool and the arguments that the model gave. A person may have edited them."""
+
+    def __str__(self) -> str:
+        return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"
 
     @property
     def key(self) -> str:

@@ -25,7 +25,7 @@ from durable_autogen.record.effects import (
     kept_for,
     of_session,
 )
-from durable_autogen.record.events import Call
+from durable_autogen.record.events import PAGE, SERVER_PATIENCE, Call
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
@@ -122,13 +122,14 @@ class Guard:
         self._keeps_results: bool | None = None
         """Whether the session was forked together with the results of later effects. None if that isn't known yet."""
         self._taking = asyncio.Lock()
+        self._has_asked = False
 
     # ---- Policies ----------------------------------------------------------------------------------------------------
 
-    def of_tool(self, name: str, own: Policy | None) -> Policy | None:
-        """Return the policy of a tool: that of the session, else the tool's `own`."""
-        self._known.add(name)
-        return self._policies.get(name, own)
+    def of_tool(self, *names: str, own: Policy | None = None) -> Policy | None:
+        """Return the policy of a tool: that of the session for one of the tool's names, else the tool's `own`."""
+        self._known.update(names)
+        return next((self._policies[name] for name in names if name in self._policies), own)
 
     def of_model(self, name: Callable[[], str]) -> Policy | None:
         """Return the policy of a model client. `name` returns its model's name."""
@@ -142,8 +143,14 @@ class Guard:
         if self._policies:
             self._known.update(tools())
 
-    def end(self) -> None:
-        """After a run without an error, log the policies that belong to no tool and no model of the run."""
+    async def end(self) -> None:
+        """After a run without an error, withdraw the questions that no call waits for any more.
+
+        Log the policies that belong to no tool and no model of the run.
+        """
+        if self._has_asked:
+            with contextlib.suppress(NexumError):  # if no server answers, the next run without an error does it
+                await self._withdraw()
         unknown = sorted(self._policies.keys() - self._known - {MODEL})
         if unknown:
             self._log.warning("policies for unknown tools: %s. Check the names", ", ".join(unknown))
@@ -193,6 +200,7 @@ class Guard:
                 asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                 waiting.callback(asking.cancel)
 
+        self._has_asked = True
         with waiting, self._servers_errors():
             decision = await decided(
                 self._client,
@@ -207,6 +215,18 @@ class Guard:
         self._log.info("%s: approved%s", guarded, f" by {decision.by}" if decision.by else "")
         return decision.answer, decision.by
 
+    async def _withdraw(self) -> None:
+        """Cancel the questions that nobody has decided. The server never prunes a session with a running execution."""
+        for execution in await self._client.list_executions(
+            workflow_id=approval_workflow().workflow_id,
+            status=ExecutionStatus.RUNNING.value,
+            key_prefix=f"{self._journal.session}:{NODE}/",
+            limit=PAGE,
+            patience=SERVER_PATIENCE,
+        ):
+            with contextlib.suppress(Conflict):  # it was decided in the meantime
+                await self._client.cancel_execution(execution.execution_id, by=f"session {self._journal.session}")
+
     async def _ask_at_once(self, ask: Ask, execution_id: str, guarded: GuardedCall) -> None:
         """Ask the person at the terminal. Another person may decide first."""
         reason = f"\n    reason: {guarded.reason}" if guarded.reason else ""
@@ -214,11 +234,13 @@ class Guard:
         if answer is None:
             return
         approves, comment = answer
-        with contextlib.suppress(Conflict), self._servers_errors():
+        try:
             if approves:
                 await self._client.approve(execution_id, NODE, approver=user_name(), comment=comment)
             else:
                 await self._client.reject(execution_id, NODE, approver=user_name(), reason=comment)
+        except NexumError as error:  # somebody else was faster, or the server's token doesn't allow it
+            self._log.warning("your decision on %s was not recorded: %s", guarded, error)
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
 
@@ -260,7 +282,8 @@ class Guard:
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # else the run ends, and the server notices
                 given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
-                await asyncio.shield(asyncio.ensure_future(given_up))
+                with self._servers_errors():
+                    await asyncio.shield(asyncio.ensure_future(given_up))
             raise
         except Exception as error:
             cause = _cause(error)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
+from durable_autogen.record.effects import effects, of_session
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -281,6 +282,14 @@ class Journal:
             await self._owner.record(workflow, input, output, idempotency_key=key, holding=self._run)
 
         await self._under_this_run(record)
+
+    async def effects_after(self, seq: int) -> list[str]:
+        """Return the calls after event number `seq` whose effect must happen only once, as text."""
+        later = {self.scope_of(event.address) for event in self.events if event.seq > seq and event.kind is Kind.TOOL}
+        if not later:
+            return []
+        found = await effects(self.client, of_session(self.session))
+        return [str(input) for input, _ in found if input.call in later]
 
     async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
         """Record the result of an effect. Raises SessionBusy if another process has taken it over."""

@@ -134,6 +134,8 @@ class Recorder:
         self._park = park
         self._questions_to_people: dict[str, str] = {}
         """What each call that waits for a person's decision waits for, by the call's address."""
+        self._another_waits = asyncio.Event()
+        """Set when a further call waits for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
         self._replay = Replay(
@@ -242,6 +244,8 @@ class Recorder:
         await self.journal.end(
             stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
         )
+        if self._budget is not None:
+            await self._budget.end()
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
@@ -455,6 +459,7 @@ class Recorder:
         if not self._questions_to_people:
             self._waiting_since = time.monotonic()
         self._questions_to_people[address] = what
+        self._another_waits.set()
         if self._park and self._parking is None:
             self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
         try:
@@ -466,17 +471,20 @@ class Recorder:
 
     async def _park_when_all_wait(self) -> None:
         while self._questions_to_people:
-            # Let the other branches work on: they may have a tool under way, and their replies are paid for.
+            self._another_waits.clear()
+            # Let the other branches continue: they may have a tool under way, and their replies are paid for.
             await self._idle()
-            at_work = [
+            at_work = {
                 running
                 for running, live in self._calls.items()
                 if live.call.address not in self._questions_to_people and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
-            ]
+            }
             if at_work:
-                await asyncio.wait(at_work, return_when=asyncio.FIRST_COMPLETED)
+                another = asyncio.ensure_future(self._another_waits.wait())
+                await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
+                another.cancel()
             elif self._questions_to_people:
-                waits = "; ".join(self._questions_to_people.values())
+                waits = "; ".join(dict.fromkeys(self._questions_to_people.values()))
                 self.stop(Parked(f"session {self.journal.session} is parked, run it again after the decision: {waits}"))
                 return
         self._parking = None
@@ -579,6 +587,12 @@ class Recorder:
         self.journal.log.warning("%s", what)
         left = len(self._replay.ahead)
         self.journal.log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
+        if dropped := await self.journal.effects_after(after):
+            self.journal.log.warning(
+                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
+                "calls again: %s",
+                *(len(dropped), ", ".join(dropped)),
+            )
         await self.journal.revoke_after(after, what)
         self._replay.leave()
 

@@ -21,7 +21,7 @@ from nexum_engine.records import Execution
 from support.charges.ledger import Ledger, Request
 from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, charges
 from support.console import say
-from support.launcher import ROOT, Child, start_child
+from support.launcher import ROOT, Child, death_in_words, start_child
 from support.tools import Tool
 
 LOOK_INTERVAL = 0.1  # seconds between two looks for an unknown effect
@@ -116,11 +116,11 @@ class Drill:
         return child
 
     async def _until_it_dies(self, worker: Child, before: int) -> None:
-        code = await worker.process.wait()
+        death = death_in_words(await worker.process.wait())
         charged = self._ledger.requests()[before:]
         if len(charged) != 1:
-            raise EffectDrillFailed(f"the worker ended (exit {code}) after {len(charged)} charges instead of one")
-        say(f"[demo] worker is dead: exit {code}. The ledger has its charge of {charged[0].cents / 100:.2f}")
+            raise EffectDrillFailed(f"the worker ended ({death}) after {len(charged)} charges instead of one")
+        say(f"[demo] worker is dead: {death}. The ledger has its charge of {charged[0].cents / 100:.2f}")
 
     async def _resolve(self, calling: asyncio.Future[tuple[str, str]]) -> None:
         """Do what a person does about an unknown effect: list it, look it up in the ledger, and give the result."""

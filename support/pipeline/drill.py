@@ -7,7 +7,6 @@ A drill has its own version of the workflow. So no other worker takes its steps,
 from __future__ import annotations
 
 import asyncio
-import signal
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
-from support.launcher import ROOT, Child, start_child
+from support.launcher import ROOT, Child, death_in_words, start_child
 from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 from support.pipeline.published import attempts_of_effects
@@ -153,8 +152,8 @@ class Drill:
         code = child.process.returncode
         if code in CANT_RUN:
             raise DrillFailed(f"{name} gave up (exit {code}); see its error above")
-        self._workers[-1] = replace(self._workers[-1], death=_death(code), recorded=execution.outputs())
-        say(f"[demo] {name} is dead: {_death(code)}")
+        self._workers[-1] = replace(self._workers[-1], death=death_in_words(code), recorded=execution.outputs())
+        say(f"[demo] {name} is dead: {death_in_words(code)}")
         states = [f"{node.node_id} {_state(node)}" for node in execution.nodes]
         say(f"[demo] On record: {', '.join(states)}")
 
@@ -191,15 +190,6 @@ async def _end(child: Child) -> None:
         await asyncio.wait({ending})
     finally:
         await ending
-
-
-def _death(code: int | None) -> str:
-    if code is not None and code < 0:
-        try:
-            return f"killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"killed by signal {-code}"
-    return f"exit {code}"
 
 
 def _state(node: Node) -> str:

@@ -14,6 +14,7 @@ import pytest
 from harness import ROOT, Process, Server, running
 
 from durable_autogen.__main__ import build_parser
+from nexum_engine.policy import read_policies
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_AGENT = (ROOT / "docs" / "your-own-agent.md").read_text(encoding="utf-8")
@@ -182,6 +183,36 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
         assert run.wait() == code, run.output
         assert ("SAID receipt for c-17" in run.output) == (code == 0)
     assert (tmp_path / "charged").read_text() == "c-17"
+
+
+def test_program_of_durable_runs_waits_for_an_approval(server: Server, tmp_path: Path) -> None:
+    (program,) = (one for one in programs(DURABLE_RUNS) if "durable_tool(" in one)
+    charge = '(\'charge\', \'{"customer": "c-17", "cents": 20000}\')'
+    given = program.replace("model_client=...", f"model_client=model({charge}, 'paid')")
+    assert given != program
+    definitions, _, body = given.partition("async with")
+    (tmp_path / "payments.py").write_text(PAYMENTS)
+    (tmp_path / "program.py").write_text(
+        f"{MODEL}\nfrom payments import charge_card\ndef find_receipt(key):\n    return None\n{definitions}\n"
+        f"async def main():\n{textwrap.indent(f'async with{body}', '    ')}\n"
+        "    print('SAID', result.messages[-1].content, result.messages[-2].content)\nasyncio.run(main())\n"
+    )
+    with running(["program.py"], cwd=tmp_path, env=libraries(server)) as waiting:
+        line = waiting.wait_for("waiting for a decision on charge")
+        command = line.partition(": python ")[2].partition(", or")[0]
+        with running(shlex.split(command), cwd=tmp_path, env=libraries(server)) as deciding:
+            assert deciding.wait() == 0, deciding.output
+        waiting.wait_for("SAID paid")
+        assert waiting.wait() == 0
+        assert "receipt for c-17" in waiting.output
+    assert (tmp_path / "charged").read_text().startswith("c-17 20000 order-4717/")
+    assert len((tmp_path / "charged").read_text().splitlines()) == 1
+
+
+def test_policies_of_durable_runs_are_valid(tmp_path: Path) -> None:
+    (tables,) = re.findall(r"```toml\n(.*?)```", DURABLE_RUNS, re.DOTALL)
+    (tmp_path / "policies.toml").write_text(tables)
+    assert read_policies(tmp_path / "policies.toml").keys() == {"charge", "model"}
 
 
 def test_program_of_durable_runs_waits_at_its_budget(server: Server, tmp_path: Path) -> None:

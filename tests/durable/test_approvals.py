@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
+from autogen_core import CancellationToken
 from durable_agents import agent, answer, is_after_a_tool, run
 from harness import Process, Server, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
-from nexum_engine.approvals import NODE, how_to_decide
+from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict
@@ -277,7 +278,7 @@ async def test_rejection_of_a_call_of_the_program_raises(server: Server) -> None
     shop = Shop(approval="always")
     async with Deciders(server, rejects), DurableSession("s", nexum=server.address):
         with pytest.raises(CallRejected, match=r"^ann rejected this call: too much$"):
-            await shop.tool.run_json({"cents": 5}, None)  # type: ignore[arg-type]
+            await shop.tool.run_json({"cents": 5}, CancellationToken())
     assert shop.charged == []
 
 
@@ -425,6 +426,51 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
         await run(server, build, park=True)
         assert len(model.requests) == 6
     assert shop.charged == ["c-1 5"]
+
+
+async def test_run_parks_when_all_calls_of_a_reply_wait(server: Server) -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
+        with pytest.raises(Parked, match=r"\"cents\": 1.*; waiting for a decision on charge\({\"cents\": 2"):
+            await run(server, shop.clerk(model), park=True)
+        async with Deciders(server, approves):
+            await run(server, shop.clerk(model), park=True)
+    assert sorted(shop.charged) == ["c-1 1", "c-1 2"]
+
+
+async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server: Server) -> None:
+    shop = Shop(approval="always")
+    async with DurableSession("s", nexum=server.address), NexumClient(server.address) as client:
+        calling = asyncio.ensure_future(shop.tool.run_json({"cents": 5}, CancellationToken()))
+        while not await client.pending_approvals():  # noqa: ASYNC110 - the server can't tell
+            await asyncio.sleep(0.01)
+        calling.cancel()
+        await asyncio.wait({calling})
+    async with NexumClient(server.address) as client:
+        assert await client.pending_approvals() == []
+
+
+async def test_question_of_another_kind_under_the_key_is_no_permission(server: Server) -> None:
+    """Somebody who may start executions can't prepare a decision on other arguments under a call's key."""
+    shop = Shop(approval="always")
+    key = Approval.of("s", "", "charge", {"cents": 5, "customer": "c-1"}).key("/reply/0/tool/1")
+    other = Approval.of("s", "", "charge", {"cents": 1, "customer": "c-1"})
+    async with NexumClient(server.address) as client:
+        await client.register_workflow(approval_workflow())
+        started = await client.start_execution(approval_workflow(), other, idempotency_key=key)
+        await client.approve(started.execution_id, NODE)
+    with pytest.raises(Conflict, match="asks another question under the key"):
+        async with DurableSession("s", nexum=server.address):
+            await shop.tool.run_json({"cents": 5}, CancellationToken())
+    assert shop.charged == []
+
+
+async def test_error_of_the_approval_function_is_no_permission(server: Server) -> None:
+    shop = Shop(approval=lambda dollars, **_: dollars > 5)
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        result = await run(server, shop.clerk(model))
+    assert "missing 1 required positional argument: 'dollars'" in result.messages[-1].to_text()
+    assert shop.charged == []
 
 
 async def test_policy_of_the_session_replaces_the_tools_own(server: Server) -> None:

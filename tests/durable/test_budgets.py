@@ -17,12 +17,12 @@ from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
 from pydantic import ValidationError
 
-from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, fork_session
+from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session
 from durable_autogen.record.budget import BudgetQuestion, decide, questions_of
 from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.records import Execution
+from nexum_engine.records import Execution, ExecutionStatus
 
 Asking = Callable[[], Awaitable[Any]]
 
@@ -40,12 +40,14 @@ class Priced(Scripted):
 PRICE = 1000 * 2.5e-6 + 100 * 10e-6  # US dollars for one call of gpt-4o
 
 
-async def question(client: NexumClient, session: str, number: int = 1) -> tuple[BudgetQuestion, Execution]:
-    """Return a question of the session as soon as it is asked."""
+async def question(
+    client: NexumClient, session: str, number: int = 1, status: ExecutionStatus | None = None
+) -> tuple[BudgetQuestion, Execution]:
+    """Return a question of the session as soon as it is asked, and has the status."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         for one, execution in await questions_of(client, session):
-            if one.number == number:
+            if one.number == number and status in (None, execution.status):
                 return one, execution
         await asyncio.sleep(0.01)
     raise AssertionError(f"question {number} was not asked")
@@ -161,7 +163,9 @@ async def test_limit_of_a_tool_counts_its_calls_and_no_others(shared_server: Ser
 
     running = run.start(program)
     assert (await run.decide(None, reason="once is enough", by="ann")).reason == "1 of 1 calls of charge"
-    with pytest.raises(BudgetExceeded, match=r"used 1 of 1 calls of charge of its budget: .*once is enough"):
+    with pytest.raises(
+        BudgetExceeded, match=r"used 1 of 1 calls of charge of its budget, and ann stopped it: once is enough\."
+    ):
         await running
     assert run.happened == ["look", "charge 1", "look"]
     # The decision stays. Another decision continues the session.
@@ -276,6 +280,33 @@ async def test_call_given_up_at_the_limit_is_not_counted(shared_server: Server) 
     await decide(run.client, run.session, Budget(model_calls=3))
     await run.start(program)
     assert (len(run.happened), await questions(run)) == (3, 2)
+
+
+async def test_question_of_a_call_that_was_given_up_is_withdrawn_at_the_end_and_asked_again(
+    shared_server: Server,
+) -> None:
+    run = Run(shared_server, Budget(model_calls=0))
+
+    async def program() -> None:
+        waiting = asyncio.create_task(asked(Scripted(run.happened)))
+        await question(run.client, run.session)
+        waiting.cancel()
+        with suppress(asyncio.CancelledError):
+            await waiting
+
+    await run.start(program)
+    _, withdrawn = await question(run.client, run.session)
+    assert withdrawn.status is ExecutionStatus.CANCELLED
+
+    async def other_program() -> str:
+        with current_session().agent("other"):
+            return await asked(Scripted(run.happened))
+
+    running = run.start(other_program, on_drift="continue")
+    await question(run.client, run.session, status=ExecutionStatus.RUNNING)
+    await run.decide(Budget(model_calls=1))
+    await running
+    assert len(run.happened) == 1
 
 
 async def test_warning_comes_at_four_fifths_of_a_limit(shared_server: Server) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from autogen_core import CancellationToken
-from autogen_core.tools import ToolResult
+from autogen_core.tools import StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, Scripted, bench
 from harness import Process, Server, logged, running
 
@@ -333,6 +333,43 @@ async def test_once_call_that_the_program_gives_up_is_unknown(server: Server) ->
     async with NexumClient(server.address) as client:
         (unknown,) = await client.unknown()
     assert unknown.error == "the program gave the call up"
+
+
+async def test_tool_with_a_policy_can_not_be_called_inside_another_tool(server: Server) -> None:
+    target = Target(effect="once")
+
+    async def pay_twice() -> str:
+        """Pay."""
+        return f"{await target.call()} {await target.call()}"
+
+    async with DurableSession("s", nexum=server.address):
+        result = await bench([pay_twice]).call_tool("pay_twice", {})
+        assert result.is_error
+        assert "charge has a policy, so it can't be called inside another tool" in result.to_text()
+    assert target.done == []
+
+
+async def test_policy_applies_to_a_tool_that_its_workbench_renames(server: Server) -> None:
+    target = Target()
+    renamed = StaticWorkbench([target.tool], {"charge": ToolOverride(name="pay")})
+    async with DurableSession("s", nexum=server.address, policies={"charge": Policy(effect="once")}):
+        assert (await renamed.call_tool("pay", {"cents": 1})).to_text() == "receipt 1"
+    async with NexumClient(server.address) as client:
+        assert [one.status.value for one in await client.list_executions(workflow_id="tool-effect")] == ["COMPLETED"]
+
+
+async def test_changed_program_is_warned_of_effects_that_it_may_repeat(server: Server) -> None:
+    target = Target(effect="once")
+    lines: list[str] = []
+    async with DurableSession("s", nexum=server.address):
+        await target.call(1)
+        await target.call(2)
+    with logged(lines):
+        async with DurableSession("s", nexum=server.address, on_drift="continue"):
+            await target.call(1)
+            await target.call(3)
+    told = "the dropped events have 1 call(s) whose effect must happen only once, and this program may make such calls "
+    assert f'{told}again: charge({{"cents":2}})' in lines
 
 
 class Busy(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -18,7 +19,9 @@ from autogen_agentchat.messages import ToolCallExecutionEvent
 from harness import ROOT, Server, logged
 from openai_server import OpenAIServer, Reply
 
-from durable_autogen import DurableSession
+from durable_autogen import DurableSession, Policy
+from nexum_engine.approvals import NODE
+from nexum_engine.client import NexumClient
 from support.models.live import LiveModel
 
 pytest.importorskip("mcp")
@@ -93,3 +96,32 @@ async def test_mcp_tool_is_executed_once_and_its_failure_is_replayed(
     assert sorted(log.read_text().split()) == ["bad", "x", "x"]
     assert [is_error for _, is_error in first] == [False, False, True]
     assert first[0] != first[1]
+
+
+async def test_policy_of_an_mcp_tool_applies_by_name(server: Server, tmp_path: Path) -> None:
+    from autogen_ext.tools.mcp import McpWorkbench
+
+    log = tmp_path / "log"
+    asked: list[dict[str, Any]] = []
+
+    def wants_approval(**arguments: Any) -> bool:
+        asked.append(arguments)
+        return bool(arguments["text"] == "x")
+
+    policies = {"note": Policy(approval=wants_approval, effect="once")}
+    with mcp_server(log, "stdio") as parameters:
+        for _ in range(2):
+            async with (
+                McpWorkbench(parameters) as bench,
+                NexumClient(server.address) as client,
+                DurableSession("s", nexum=server.address, policies=policies),
+            ):
+                calling = asyncio.ensure_future(bench.call_tool("note", {"text": "x"}))
+                if not log.exists():
+                    while not (pending := await client.pending_approvals()):  # noqa: ASYNC110 - the server can't tell
+                        await asyncio.sleep(0.01)
+                    await client.approve(pending[0].execution_id, NODE, approver="ann", answer={"text": "y"})
+                assert (await calling).to_text().startswith('(ann changed the arguments to {"copies": 1, "text": "y"})')
+                assert (await bench.call_tool("note", {"text": "bad"})).is_error
+    assert log.read_text().split() == ["y", "bad"]
+    assert asked == [{"text": "x", "copies": 1}, {"text": "bad", "copies": 1}]

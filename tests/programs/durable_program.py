@@ -15,6 +15,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
@@ -245,8 +246,8 @@ def run_on_loop(argv: list[str]) -> int:
     return asyncio.run(main(argv))
 
 
-def run_forked(argv: list[str], folder: str, output: str) -> int:
-    """Run the program in a forked process, which need not import AutoGen again; return its id. POSIX only."""
+def run_forked(run: Callable[[], int], folder: str, output: str) -> int:
+    """Run a program in a forked process, which need not import AutoGen again; return its id. POSIX only."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -260,7 +261,7 @@ def run_forked(argv: list[str], folder: str, output: str) -> int:
     channel._is_forked = False
     code = 70
     try:
-        code = run_on_loop(argv)
+        code = run()
     except BaseException as error:  # noqa: BLE001 - a forked process must end here
         print(f"ERROR {type(error).__name__} {error}", flush=True)
     os._exit(code)
@@ -270,7 +271,7 @@ def serve() -> None:
     """Fork a program for each line of JSON on standard input, and print its process id."""
     for line in sys.stdin:
         order = json.loads(line)
-        pid = run_forked(order["argv"], order["folder"], order["output"])
+        pid = run_forked(partial(run_on_loop, order["argv"]), order["folder"], order["output"])
         print(f"PID {pid}", flush=True)
         _, status = os.waitpid(pid, 0)
         print(f"END {os.waitstatus_to_exitcode(status)}", flush=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from mcp.server.fastmcp import FastMCP
 
 
-def note(text: str) -> str:
+def note(text: str, copies: int = 1) -> str:
     """Write the text down."""
     with Path(sys.argv[1]).open("a", encoding="utf-8") as log:
-        log.write(f"{text}\n")
+        log.write(f"{text}\n" * copies)
     if text == "bad":
         raise ValueError(f"refused {uuid.uuid4()}")
     return f"noted {text} {uuid.uuid4()}"

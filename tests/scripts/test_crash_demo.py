@@ -343,3 +343,19 @@ def test_closed_output_ends_the_script_without_a_traceback(server: Server, tmp_p
     assert line.startswith("[demo] Model")
     assert (code, errors) == (1, "")
     assert [one["status"] for one in pipelines(tmp_path, server.address)] in ([], ["CANCELLED"])
+
+
+# ---- Charges ---------------------------------------------------------------------------------------------------------
+
+
+def test_effects_under_three_policies_are_counted_in_the_ledger(tmp_path: Path) -> None:
+    code, output = run_crash_demo(tmp_path, "--effect")
+    assert code == 0, output
+    rows = re.findall(r"^(charge_\w+) .* (\d+) +(\d+) +(\d+\.\d\d)  (.*)$", output, re.MULTILINE)
+    assert rows == [
+        ("charge_by_key", "2", "1", "9.90", "LOST, COMPLETED"),
+        ("charge_and_find", "1", "1", "9.90", "LOST, COMPLETED"),
+        ("charge_once", "1", "1", "9.90", "UNKNOWN, COMPLETED (crash_demo)"),
+    ]
+    assert output.count("worker is dead: killed by SIGKILL") == 3 or sys.platform == "win32"
+    assert re.search(r"^\$ python -m nexum_engine resolve exec-\S+ --result '\"receipt 4\"'", output, re.MULTILINE)

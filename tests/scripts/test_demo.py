@@ -173,6 +173,7 @@ def test_run_waits_for_the_database_of_a_dying_server_and_prints_that(tmp_path: 
         (["--crash-after-step", "0"], "'0' is not a number between 1 and 1,000,000"),
         (["--crash-after-step", "-2"], "'-2' is not a number between 1"),
         (["--crash-after-step", "one"], "'one' is not a number between 1"),
+        (["--budget", "two"], "'two' is not an amount of US dollars"),
         ([""], "the question is empty"),
         (["  \n"], "the question is empty"),
         (["--session-id", "../x"], "session id '../x' can't be used"),

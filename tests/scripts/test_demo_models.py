@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,17 @@ from typing import Any
 import pytest
 from harness import Server, free_port
 from openai_server import OpenAIServer, Reply
-from processes import QUESTION, answer, attempts, call_of, counting_worker, recorded, run_demo
+from processes import (
+    QUESTION,
+    answer,
+    attempts,
+    call_of,
+    counting_worker,
+    demo,
+    recorded,
+    run_demo,
+    run_script,
+)
 
 TOKYO = "https://offline.example/tokyo-population"
 NEW_YORK = "https://offline.example/new-york-population"
@@ -149,6 +160,22 @@ def test_model_that_only_calls_tools_is_stopped_after_its_rounds(tmp_path: Path,
     assert code == 1
     assert "Tool calls: 12 executed, 0 cached" in output
     assert "12 rounds of tool calls" in output.splitlines()[-1]
+
+
+def test_model_is_not_asked_beyond_the_budget_until_a_person_raises_it(tmp_path: Path, server: Server) -> None:
+    with OpenAIServer([Reply("Hello.")]) as model:
+        env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "gpt-4o"}
+        options = ("--nexum", server.address, "--session-id", "s", "--budget", "0")
+        with demo(tmp_path, QUESTION, *options, env=env) as waiting:
+            told = waiting.wait_for("has used $0 of $0 of its budget")
+            assert model.requests == []
+            command = shlex.split(told.partition("Raise the budget: python ")[2].partition(";")[0])
+            assert run_script(command, tmp_path) == (0, "raised the budget of session s to $1")
+            assert waiting.wait() == 0
+        assert "Hello." in waiting.output
+        assert len(model.requests) == 1
+        code, output = run_script(["-m", "durable_autogen", "budget", "--nexum", server.address, "s"], tmp_path)
+        assert (code, output.partition("session s has used $0.0")[0]) == (0, "")
 
 
 def test_a_compatible_server_gets_the_openai_key_and_no_other(tmp_path: Path, server: Server) -> None:

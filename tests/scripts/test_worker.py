@@ -217,3 +217,16 @@ def test_the_task_of_a_killed_worker_goes_to_a_waiting_one_within_two_seconds(
     assert len({effect.key for effect in effects(seen)}) == 1
     assert [effect.attempt for effect in effects(seen)] == [1, 2]
     assert len(effects(log)) == (1 if held == "before its effect" else 2)
+
+
+def test_worker_lists_the_tools_and_their_policies(tmp_path: Path) -> None:
+    code, output = run_script([WORKER, "--tools"], tmp_path)
+    assert (code, output.splitlines()) == (
+        0,
+        [
+            "web_search(query: str, max_results: int = 5)",
+            "    time_limit=60",
+            "visit_webpage(url: str)",
+            "    time_limit=90",
+        ],
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,8 @@ import pytest
 from planned_web import PlannedWeb, context
 from pydantic import BaseModel, Field
 
-from nexum_engine.errors import FinalError
+from nexum_engine.errors import FinalError, UnknownEffect
+from nexum_engine.policy import NOT_DONE, Policy
 from support.tools import TOOLS, Page, SearchHit, Tool, ToolContext, find_tool, tool, web_search
 from support.tools.declare import REGISTRY
 from support.tools.web.url import checked_url
@@ -312,3 +314,92 @@ def test_another_text_is_no_address(given: str, words: str) -> None:
 def test_a_search_hit_has_an_address_that_can_be_visited(href: str) -> None:
     with pytest.raises(ValueError, match="href"):
         SearchHit(title="t", href=href, body="b")
+
+
+# ---- Policies --------------------------------------------------------------------------------------------------------
+
+
+def found(arguments: Mapping[str, Any], idempotency_key: str) -> Any:
+    """Return what the test has put into `answers`."""
+    asked.append((dict(arguments), idempotency_key))
+    answer = answers.pop(0)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+asked: list[tuple[dict[str, Any], str]] = []
+answers: list[Any] = []
+
+
+def charge(cents: int, to: str = "c-17") -> str:
+    """Charge a customer."""
+    return f"charged {cents}"
+
+
+ONCE = Tool.from_function(charge, policy=Policy(effect="once", reconcile=found))
+
+
+def test_complete_arguments_have_the_defaults_and_are_json() -> None:
+    assert ONCE.complete({"cents": "5"}) == {"cents": 5, "to": "c-17"}
+    complete = EVERYTHING.complete({"text": "t", "pair": [3, 4], "place": {"city": "C"}})
+    assert complete["pair"] == [3, 4]
+    assert complete["place"] == {"city": "C"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [("receipt 7", "receipt 7"), ({"number": 7}, '{"number": 7}'), (NOT_DONE, "charged 5")],
+    ids=["text", "JSON", "not done"],
+)
+async def test_reconcile_decides_whether_the_tool_runs(answer: Any, result: str) -> None:
+    answers[:], asked[:] = [answer], []
+    assert await ONCE.run({"cents": 5}, context(), must_reconcile=True) == result
+    assert asked == [({"cents": 5, "to": "c-17"}, "key-1")]
+
+
+async def test_effect_is_unknown_if_reconcile_fails() -> None:
+    answers[:] = [ConnectionError("no answer")]
+    with pytest.raises(UnknownEffect, match=r"reconcile of charge failed: ConnectionError: no answer"):
+        await ONCE.run({"cents": 5}, context(), must_reconcile=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "result"),
+    [("receipt 7", "receipt 7"), (NOT_DONE, "sleep ran longer than its time limit of 0.01 s, and may still have its")],
+    ids=["found", "not found"],
+)
+async def test_late_once_tool_is_looked_up(answer: Any, result: str) -> None:
+    async def sleep() -> str:
+        """Take too long."""
+        await asyncio.sleep(3600)
+        return "late"
+
+    answers[:] = [answer]
+    late = Tool.from_function(sleep, time_limit=0.01, policy=ONCE.policy)
+    try:
+        said = await late.run({}, context())
+    except UnknownEffect as error:
+        said = str(error)
+    assert said.startswith(result)
+
+
+async def test_final_errors_are_not_retried() -> None:
+    def refuse() -> str:
+        """Raise an error."""
+        raise PermissionError("not yours")
+
+    with pytest.raises(PermissionError):
+        await Tool.from_function(refuse).run({}, context())
+    with pytest.raises(FinalError, match=r"PermissionError: not yours"):
+        await Tool.from_function(refuse, policy=Policy(final=(OSError,))).run({}, context())
+
+
+def test_wrong_policy_names_the_tool() -> None:
+    with pytest.raises(ValueError, match=r"^tool charge: .*reconcile needs effect=\"once\""):
+        tool(reconcile=found)(charge)
+    assert "charge" not in TOOLS
+
+
+def test_declaration_is_shown_as_it_is_written() -> None:
+    assert ONCE.declaration == "time_limit=60, effect=once, reconcile=found"
