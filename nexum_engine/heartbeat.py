@@ -157,13 +157,14 @@ class Heartbeat:
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
-    async def may_begin(self, task_id: str, requested: float) -> bool:
+    async def may_begin(self, task_id: str, requested: float, *, ask: bool) -> bool:
         """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
 
         If the event loop was blocked, or the process was suspended, the process reads the answer to a poll late.
-        Meanwhile, the server may have given the task to another worker.
+        Meanwhile, the server may have given the task to another worker. With `ask`, ask the server in any case: the
+        answer may have been late on its way.
         """
-        if self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
+        if not ask and self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
             return True
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         with self._lock:

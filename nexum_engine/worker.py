@@ -403,14 +403,16 @@ class Worker:
         """Return whether the task is still this worker's."""
         while self._streams:
             task = work.task
+            _, node = self._work.get((task.version_hash, task.node_id), (None, None))
+            runs_once = node is not None and node.once
             try:
-                if await self._answer(self._heartbeat.may_begin(task.task_id, work.requested)):
-                    return True
+                may_begin = await self._answer(self._heartbeat.may_begin(task.task_id, work.requested, ask=runs_once))
             except ServerUnavailable:
                 return False
-            if work.task is task:
-                logger.info("execution %s was handed out again before it began here", task.execution_id)
-                return False
+            if work.task is task:  # else ask about the newer attempt
+                if not may_begin:
+                    logger.info("execution %s was handed out again before it began here", task.execution_id)
+                return may_begin
         return True
 
     async def _run_task(self, work: _Work) -> asyncio.Task[_Work | None] | None:

@@ -8,7 +8,7 @@ it does for the approval of a tool call (nexum_engine/approvals.py). The questio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -86,6 +86,8 @@ class Spent:
     """The calls of each tool, by the part of their id that names the call."""
     unpriced: set[str] = field(default_factory=set)
     """The models without a known price."""
+    unmetered: set[str] = field(default_factory=set)
+    """The models that have answered without saying how many tokens they took."""
     _models: dict[str, str] = field(default_factory=dict)
     """The model of each request, by the request's address."""
 
@@ -118,11 +120,13 @@ class Spent:
         # A request names its model only if the agent's previous request had another one.
         before = self._models.get(f"{event.agent}/{event.request.get('base')}", "")
         model = self._models[event.address] = str(event.request.get("model") or before)
-        if isinstance(event.content, Returned) and event.content.value.get("cached"):
-            return  # the client took the reply from its own cache
+        if not isinstance(event.content, Returned) or event.content.value.get("cached"):
+            return  # the call failed, or the client took the reply from its own cache
         prompt, completion = usage_of(event)
         self.tokens += prompt + completion
-        if is_in_usd and prompt + completion:
+        if not prompt + completion:
+            self.unmetered.add(model)
+        elif is_in_usd:
             price = price_of(model, prompt, completion, event.recorded_ms)
             if price is None:
                 self.unpriced.add(model)
@@ -263,15 +267,17 @@ class BudgetCheck:
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
         self._has_asked = False
+        self._near: set[str] = set()
+        """The limits that this run has warned of."""
         self._warned: set[str] = set()
-        self._tell_unpriced(self._spent.unpriced)
+        self._warn_of_models()
 
     def exceeded(self, call: Call, active_ms: int) -> list[Use]:
         """Return the limits that leave nothing for this call. `active_ms` is how long the session has run so far."""
         uses = list(uses_of(self._budget, self._spent, call, self._scope(call), active_ms))
         for use in uses:
-            if use.is_nearly_over and use.option not in self._warned:
-                self._warned.add(use.option)
+            if use.is_nearly_over and use.option not in self._near:
+                self._near.add(use.option)
                 self._journal.log.warning("session %s has used %s of its budget", self._journal.session, use)
         return [use for use in uses if use.is_over]
 
@@ -284,15 +290,23 @@ class BudgetCheck:
 
     def recorded(self, event: Event) -> None:
         """Count what a call took, now that its outcome is recorded."""
-        known = set(self._spent.unpriced)
         self._spent.recorded(event, is_in_usd=self._is_in_usd)
-        self._tell_unpriced(self._spent.unpriced - known)
+        self._warn_of_models()
 
-    def _tell_unpriced(self, models: Iterable[str]) -> None:
-        for model in models:
-            self._journal.log.warning(
-                "no price is known for the model %r: the budget counts its tokens, but not what they cost", model
-            )
+    def _warn_of_models(self) -> None:
+        for model in self._spent.unpriced:
+            self._warn(f"no price is known for the model {model!r}: its tokens count, but not what they cost")
+        if self._is_in_usd or self._budget.tokens is not None:
+            for model in self._spent.unmetered:
+                self._warn(
+                    f"the model {model!r} doesn't say how many tokens its replies take, so they don't count. If it "
+                    "streams, let its client ask for the usage (stream_options)"
+                )
+
+    def _warn(self, line: str) -> None:
+        if line not in self._warned:
+            self._warned.add(line)
+            self._journal.log.warning("%s", line)
 
     async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
         """Apply the next decision about the budget; ask for it and wait if there is none yet.
@@ -341,7 +355,7 @@ class BudgetCheck:
             )
             return
         self._budget = self._budget.raised_by(raised)
-        self._warned.clear()
+        self._near.clear()
 
     async def end(self) -> None:
         """After a run without an error, withdraw a question whose call the program has given up.

@@ -89,7 +89,7 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
     for row in found():
         db.lock(row["execution"])
     for row in found():  # without those that another server has ended before this one had the locks
-        _hand_out_again(db, row, Outcome.LOST, reason, changes)
+        _lose(db, row, Outcome.LOST, reason, changes, may_have_begun=False)
     return changes.freeze()
 
 
@@ -157,26 +157,20 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
     _lose(db, row, outcome, reason, changes)
 
 
-def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
-    """End an attempt that may have begun, and that has not been reported."""
-    if row["effect"] is None:
-        _hand_out_again(db, row, outcome, reason, changes)
-        return
-    losses = row["lost_attempts"] + _counted_losses(outcome, row)
-    if row["effect"] == Effect.ONCE or losses >= scheduling.MAX_LOST_ATTEMPTS:
-        wait_for_person(db, row, reason, changes, None if outcome is Outcome.TIMED_OUT else outcome)
-        return
-    _hand_out_again(db, row, outcome, reason, changes)
-    db.run("must_reconcile", node=row["node"])
-
-
-def _hand_out_again(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes) -> None:
-    """End an attempt, and make its node a task again. Fail the node if too many attempts at it were lost."""
+def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes, *, may_have_begun: bool = True) -> None:
+    """End an attempt that has not been reported."""
+    runs_once = row["effect"] is not None
     end = AttemptEnd(outcome, reason, lost=_counted_losses(outcome, row))
     losses = row["lost_attempts"] + end.lost
-    if losses >= scheduling.MAX_LOST_ATTEMPTS:
+    is_last = losses >= scheduling.MAX_LOST_ATTEMPTS
+    if (row["effect"] == Effect.ONCE and may_have_begun) or (runs_once and is_last):
+        wait_for_person(db, row, reason, changes, None if outcome is Outcome.TIMED_OUT else outcome)
+    elif is_last:
         last = f"{losses} attempts were lost, the last because {reason}"
         fail_node(db, row, f"{last}; the task itself may kill its workers", end, changes)
     # If another loss in this transaction has ended the execution, `retry_node` returns False.
-    elif retry_node(db, row, db.now_ms, end, changes) and not row["owned"]:
-        changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
+    elif retry_node(db, row, db.now_ms, end, changes):
+        if runs_once and may_have_begun:
+            db.run("must_reconcile", node=row["node"])
+        if not row["owned"]:
+            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shlex
 import shutil
@@ -9,15 +10,20 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, Process, Server, running
 
 from durable_autogen.__main__ import build_parser
-from nexum_engine.policy import read_policies
+from nexum_engine.__main__ import build_parser as build_engine_parser
+from nexum_engine.client import NexumClient
+from nexum_engine.policy import Policy, read_policies
+from nexum_engine.workflow import RetryPolicy
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_AGENT = (ROOT / "docs" / "your-own-agent.md").read_text(encoding="utf-8")
+TOOLS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 DURABLE_RUNS = (ROOT / "docs" / "durable-runs.md").read_text(encoding="utf-8")
 
 PAYMENTS = """
@@ -252,6 +258,117 @@ def test_waiting_program_of_durable_runs_continues_after_kill(server: Server, tm
         with running(run, cwd=tmp_path, env=libraries(server)) as process:
             assert process.wait() == 0, process.output
     assert "OUTCOME paid 990" in process.output
+
+
+PAYMENT_SERVICE = """
+import os, pathlib
+
+CHARGED = pathlib.Path(__file__).parent / "charged"
+
+def charge_card(customer, cents, idempotency_key):
+    with CHARGED.open("a") as log:
+        log.write(f"{customer} {cents} {idempotency_key}\\n")
+    if "DIES" in os.environ:
+        os._exit(9)
+    return find_receipt(idempotency_key)
+
+def find_receipt(idempotency_key):
+    lines = CHARGED.read_text().splitlines() if CHARGED.exists() else []
+    return next((f"receipt for {line.split()[0]}" for line in lines if line.split()[2] == idempotency_key), None)
+"""
+CLERKS = """
+import logging, os
+from durable_autogen import call_id
+from payments import charge_card
+
+logging.basicConfig(level=logging.INFO)
+
+replies = [("charge", '{"customer": "c-17", "cents": 99000}'), "ok"]
+
+def charge(customer: str) -> str:
+    "Charge a customer."
+    return charge_card(customer, 990, call_id())
+
+def build_team():
+    clerk = AssistantAgent("clerk", model(("charge", '{"customer": "c-17"}')), tools=[charge])
+    return RoundRobinGroupChat([clerk], max_turns=1)
+"""
+
+
+def decide(server: Server, method: str, line: str, node: str, **how: Any) -> None:
+    """Decide about the execution that the line about a wait names."""
+    match = re.search(r"(?:approve|resolve) (exec-[0-9]+-[0-9a-f]+)", line)
+    assert match, line
+    execution_id = match[1]
+
+    async def call() -> None:
+        async with NexumClient(server.address) as client:
+            await getattr(client, method)(execution_id, node, **how)
+
+    asyncio.run(call())
+
+
+@pytest.mark.parametrize(("number", "receipt"), [(0, "receipt for c-17"), (1, "receipt 17")])
+def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
+    server: Server, tmp_path: Path, number: int, receipt: str
+) -> None:
+    # The second process replays the first reply, so its model begins with the second one.
+    client = 'model_client=model(*replies["DIES" not in os.environ :])'
+    program = programs(TOOLS)[number].replace("model_client=...", client)
+    declarations, session, body = program.partition("async with DurableSession")
+    (tmp_path / "payments.py").write_text(PAYMENT_SERVICE)
+    (tmp_path / "program.py").write_text(
+        f"{MODEL}\n{CLERKS}\n{declarations}\nasync def main():\n{textwrap.indent(session + body, '    ')}\n"
+        "    print('SAID', *(message.to_text() for message in result.messages))\n"
+        "asyncio.run(main())\n"
+    )
+    env = libraries(server)
+    with running(["program.py"], cwd=tmp_path, env={**env, "DIES": "1"}) as dying:
+        decide(server, "approve", dying.wait_for("waiting for a decision on charge"), "approval", approver="ann")
+        assert dying.wait() == 9, dying.output
+    with running(["program.py"], cwd=tmp_path, env=env) as again:
+        if number == 1:  # without reconcile
+            decide(server, "resolve", again.wait_for("may or may not have happened"), "effect", output=receipt)
+        assert again.wait() == 0, again.output
+    assert receipt in next(line for line in again.lines if line.startswith("SAID"))
+    assert len((tmp_path / "charged").read_text().splitlines()) == 1
+
+
+def test_tool_of_tools_runs_in_a_worker_after_its_approval(server: Server, tmp_path: Path) -> None:
+    declaration = programs(TOOLS)[2]
+    find_charge = re.search(r"^def find_charge.*?NOT_DONE\n", TOOLS, re.DOTALL | re.MULTILINE)
+    assert find_charge
+    own = tmp_path / "own"
+    shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
+    (own / "payments.py").write_text(PAYMENT_SERVICE)
+    with (own / "support" / "tools" / "__init__.py").open("a", encoding="utf-8") as tools:
+        tools.write("\nfrom nexum_engine.policy import NOT_DONE\nfrom payments import charge_card, find_receipt\n")
+        tools.write(f"\n{find_charge[0]}\n{declaration}")
+    call = ["submit_task.py", "charge", '{"customer": "c-17", "cents": 99000}']
+    env = {"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""}
+    with worker_of(own, env):
+        with running(call, cwd=own, env=env) as asking:
+            decide(server, "approve", asking.wait_for("waits for a person"), "approval")
+            assert asking.wait() == 0, asking.output
+        again = Process(call, cwd=own, env=env)
+        assert again.wait() == 0, again.output
+    assert asking.lines[-1] == again.lines[-1] == "receipt for c-17"
+    assert len((own / "charged").read_text().splitlines()) == 1
+
+
+def test_policies_of_tools_are_read_from_the_printed_file(tmp_path: Path) -> None:
+    (tmp_path / "policies.toml").write_text(re.findall(r"```toml\n(.*?)```", TOOLS, re.DOTALL)[0])
+    policies = read_policies(tmp_path / "policies.toml")
+    assert policies["charge"] == Policy(approval="always", approval_timeout=86400, effect="once")
+    assert policies["web_search"].timeout == 30
+    assert policies["model"].retry == RetryPolicy(max_attempts=6)
+
+
+def test_nexum_engine_accepts_every_command_of_tools() -> None:
+    commands = re.findall(r"^python -m nexum_engine (.*)", TOOLS, re.MULTILINE)
+    assert len(commands) == 8
+    for command in commands:
+        build_engine_parser().parse_args(shlex.split(command, comments=True))
 
 
 def durable_commands() -> list[list[str]]:

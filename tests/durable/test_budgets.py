@@ -133,8 +133,21 @@ async def test_model_without_a_price_is_told_once_and_its_tokens_count(shared_se
     assert (await run.decide(Budget(tokens=20))).reason == "10 of 10 tokens"
     await running
     assert run.told("no price") == [
-        "no price is known for the model 'Scripted': the budget counts its tokens, but not what they cost"
+        "no price is known for the model 'Scripted': its tokens count, but not what they cost"
     ]
+
+
+async def test_model_that_reports_no_usage_is_told_once(shared_server: Server) -> None:
+    for budget, told in ((Budget(tokens=10), 1), (Budget(model_calls=10), 0)):
+        run = Run(shared_server, budget)
+
+        async def program(happened: list[str] = run.happened) -> list[str]:
+            nothing = RequestUsage(prompt_tokens=0, completion_tokens=0)
+            model = Scripted(happened, *(reply(usage=nothing) for _ in range(3)))
+            return [await asked(model) for _ in range(3)]
+
+        await run.start(program)
+        assert len(run.told("doesn't say how many tokens its replies take")) == told
 
 
 async def test_budget_in_dollars_needs_prices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import ExitStack, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_server import engine_server, hangs, raises
@@ -19,7 +20,7 @@ from programs.paying_worker import WORKFLOWS, payments
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, InvalidRequest, ServerError, UnknownEffect
 from nexum_engine.owner import Owner
-from nexum_engine.records import Execution, ExecutionStatus, Outcome
+from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
 from nexum_engine.store import leases, tasks
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
 from nexum_engine.workflow import Workflow, workflow
@@ -191,6 +192,39 @@ async def test_report_that_gets_no_answer_is_sent_until_it_does(
     assert faulty.calls[tasks.complete_task] == 3
     assert (paid, [one.outcome for one in execution.nodes[0].attempts]) == ([1], [Outcome.COMPLETED])
     assert caplog.text.count("is not stored, retrying") == 2
+
+
+async def test_task_that_arrives_late_does_not_begin_beside_another_worker(tmp_path: Path) -> None:
+    paid: list[int] = []
+    is_late, other_has_paid = asyncio.Event(), asyncio.Event()
+
+    class Late(NexumClient):
+        async def poll_task(self, *args: Any, **options: Any) -> Task | None:
+            task = await super().poll_task(*args, **options)
+            if task is not None:
+                is_late.set()  # the answer is on its way: the worker's heartbeats continue, and don't name the task
+                await other_has_paid.wait()
+            return task
+
+    async def pay(task: TaskContext) -> str:
+        paid.append(task.attempt)
+        return "paid"
+
+    async with (
+        engine_server(tmp_path, lease=0.3) as engine,
+        Late(engine.address) as late,
+        NexumClient(engine.address) as client,
+        working(late, {PAY: pay}) as end,
+    ):
+        execution_id = await begin(client, PAY)
+        await asyncio.wait_for(is_late.wait(), SOON)
+        async with working(client, {PAY: pay}):
+            execution = await observed(client, execution_id, SOON)
+        other_has_paid.set()
+        await end()
+    *late_ones, last = execution.nodes[0].attempts
+    assert {one.outcome for one in late_ones} == {Outcome.LOST}
+    assert (last.outcome, paid) == (Outcome.COMPLETED, [last.attempt])
 
 
 async def test_stopping_worker_goes_on_naming_a_task_whose_result_it_dropped(

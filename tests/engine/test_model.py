@@ -68,14 +68,31 @@ def some_of(choose: Random, options: Sequence[T], most: int) -> list[T]:
     return choose.sample(options, choose.randint(0, min(most, len(options))))
 
 
-def new_workflow(choose: Random, seconds: Sequence[float], policies: Sequence[Mapping[str, Any]]) -> Specs:
-    """Return a workflow of one to six nodes of any types. `seconds` are the times that its nodes may wait."""
+KINDS = (
+    "EFFECT",
+    "EFFECT",
+    "COMPUTE",
+    "MAP",
+    "REDUCE",
+    "SUBWORKFLOW",
+    "SUBWORKFLOW",
+    "TIMER",
+    "HUMAN_APPROVAL",
+    "EVENT",
+)
+DECIDED = ("EFFECT", "EFFECT", "HUMAN_APPROVAL")
+"""The types of nodes about which a person may decide."""
+
+
+def new_workflow(
+    choose: Random, kinds: Sequence[str], seconds: Sequence[float], policies: Sequence[Mapping[str, Any]]
+) -> Specs:
+    """Return a workflow of one to six nodes of some types. `seconds` are the times that its nodes may wait."""
     names = choose.sample(["n0", "n1", "n2", "n3", "n4", "n5"], choose.randint(1, 6))
     nodes: dict[str, dict[str, Any]] = {}
     for position, name in enumerate(names):
         earlier, later = names[:position], names[position + 1 :]
-        kinds = ["EFFECT", "COMPUTE", "MAP", "REDUCE", "SUBWORKFLOW", "TIMER", "HUMAN_APPROVAL", "EVENT"]
-        kind = choose.choice([*kinds, "EFFECT", "SUBWORKFLOW", *(["ROUTER", "ROUTER"] if later else [])])
+        kind = choose.choice([*kinds, *(["ROUTER", "ROUTER"] if later and kinds is KINDS else [])])
         node: dict[str, Any] = {"type": kind, "dependencies": some_of(choose, earlier, 2)}
         if kind == "ROUTER":
             targets = [choose.choice(later), *some_of(choose, later, 2)]
@@ -92,7 +109,7 @@ def new_workflow(choose: Random, seconds: Sequence[float], policies: Sequence[Ma
                     node["on_timeout"] = choose.choice(later)
         elif kind == "HUMAN_APPROVAL" and choose.random() < 0.3:
             node["timeout_seconds"] = choose.choice(seconds)
-        elif kind == "EFFECT" and choose.random() < 0.5:
+        elif kind == "EFFECT" and choose.random() < (0.3 if kinds is KINDS else 0.9):
             node["effect"] = "once"
             if choose.random() < 0.5:
                 node["reconcile"] = True
@@ -423,6 +440,7 @@ class BothEngines(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32))
     def begin(self, seed: int) -> None:
         self.choose = Random(seed)
+        self.kinds = self.pick([KINDS, DECIDED], "types")
         for _ in range(3):
             self.register()
         for _ in range(3):
@@ -433,7 +451,7 @@ class BothEngines(RuleBasedStateMachine):
     def register(self) -> None:
         workflow = self.prefix + self.pick(["a", "b", "c"], "workflow")
         version = f"{self.prefix}v{next(self.numbers)}"
-        specs = new_workflow(self.choose, self.seconds, self.policies)
+        specs = new_workflow(self.choose, self.kinds, self.seconds, self.policies)
         note(f"    {version}: {specs}")
         ir_json = json.dumps({"nodes": specs})
         self.engine.register(workflow, version, ir_json)
@@ -753,13 +771,16 @@ class WithStore(BothEngines):
         self.engine.close()
 
     def useful(self) -> list[Callable[[], None]]:
-        return [*super().useful(), self.wait, self.sweep, self.lose_worker]
+        return [*super().useful(), self.wait, self.sweep, self.lose_worker, self.lose_worker]
 
     def lose_worker(self) -> None:
-        worker = self.pick(WORKERS, "worker")
-        self.disconnect(worker)
-        self.move_clock(1)
-        self.sweep()
+        """Take a task, and lose its worker before it reports."""
+        task = self.claim_task()
+        if task is not None:
+            attempt = self.model.attempts[task.task_id]
+            self.disconnect(attempt.worker)
+            self.move_clock(1 if attempt.streamed else 61)
+            self.sweep()
 
     @rule(seconds=st.sampled_from([0.001, 3, 60, 3600]))
     def restart_with_the_clock_set_back(self, seconds: float) -> None:

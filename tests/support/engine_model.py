@@ -386,11 +386,10 @@ class Model:
     def lose(self, attempt: Attempt, outcome: str, *, may_have_begun: bool) -> None:
         node = attempt.node
         is_last = node.lost + (outcome != "INTERRUPTED") >= MAX_LOSSES
-        if may_have_begun and node.once:
-            if is_last or not node.spec.get("reconcile"):
-                self._ask_person(attempt, can_resume=outcome != "TIMED_OUT")
-                return
-            node.must_reconcile = True
+        if node.once and (is_last or (may_have_begun and not node.spec.get("reconcile"))):
+            self._ask_person(attempt, can_resume=outcome != "TIMED_OUT")
+            return
+        node.must_reconcile |= node.once and may_have_begun
         node.lost += outcome != "INTERRUPTED"
         attempt.outcome = outcome
         if node.lost >= MAX_LOSSES:
