@@ -19,6 +19,8 @@ from nexum_engine.records import NodeType
 from nexum_engine.worker import TaskContext
 from support.tools.declare import Tool
 
+MAX_SHOWN = 300  # characters of a call's arguments in the line about a wait
+
 
 class Rejected(FinalError):
     """A person rejected the call, or nobody decided in time."""
@@ -63,8 +65,9 @@ async def ask(
     key = question.key(scope)
 
     def say_waiting(execution_id: str) -> None:
-        shown = json.dumps(complete, ensure_ascii=False)
-        tell(f"[Nexum] {tool.name} {shown} waits for a person: {how_to_decide(execution_id, nexum)}")
+        text = json.dumps(complete, ensure_ascii=False)
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        tell(f"[Nexum] waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}")
 
     decision = await decided(
         client, approval_workflow(tool.policy.approval_timeout), question, key, on_waiting=say_waiting

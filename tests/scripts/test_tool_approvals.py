@@ -22,7 +22,7 @@ LARGE = 990
 
 def questions(caller: Process, count: int) -> dict[int, str]:
     """Wait until the caller has asked about so many payments; return the executions of the questions by cents."""
-    lines = [caller.wait_for("waits for a person") for _ in range(count)]
+    lines = [caller.wait_for("waiting for a decision on") for _ in range(count)]
     return {shown_in(line)["cents"]: asked_in(line) for line in lines}
 
 
@@ -40,7 +40,7 @@ def test_decision_that_was_made_while_nothing_ran_counts_once(tmp_path: Path) ->
         policy_worker(tmp_path, server.address) as worker,
         policy_caller(tmp_path, server.address, call) as asking,
     ):
-        line = asking.wait_for("waits for a person")
+        line = asking.wait_for("waiting for a decision on")
         for process in (asking, worker, server.process):
             process.kill()
     assert shown_in(line) == {"log": str(log), "cents": LARGE, "to": "c-17"}
