@@ -336,8 +336,8 @@ WHERE nodes.status = 'RUNNING' AND limits IS NOT NULL AND node_id = :node_id
 -- Those versions of an execution's workflow that have a due task, or an owned node that is READY.
 SELECT version_hash FROM workflow_versions
 WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution)
-  AND (EXISTS (SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms <= :now)
-       OR EXISTS (SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms IS NULL));
+  AND ((SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms <= :now LIMIT 1) IS NOT NULL
+       OR (SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms IS NULL LIMIT 1) IS NOT NULL);
 
 -- name: versions_with_task
 -- Those of some versions that have a due task.
