@@ -23,6 +23,7 @@ from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key,
 from support.console import say
 from support.launcher import ROOT, Child, death_in_words, start_child
 from support.tools import Tool
+from workflow import workflow_of
 
 LOOK_INTERVAL = 0.1  # seconds between two looks for an unknown effect
 PERSON = "crash_demo"
@@ -40,7 +41,6 @@ class Charged:
     """One tool's call after its end: the requests in the ledger, and the recorded execution."""
 
     tool: Tool
-    text: str
     requests: tuple[Request, ...]
     execution: Execution
 
@@ -100,11 +100,23 @@ class Drill:
             if tool is charge_once:
                 await self._resolve(calling)
             text, execution_id = await calling
+        except BaseException:
+            await self._cancel(tool)  # cancel before ending the workers, so that none runs the tool
+            raise
         finally:
             calling.cancel()
             await asyncio.gather(*(one.end() for one in workers))
+        say(f"[demo] the agent reads: {text}")
         found = await self._client.get_execution(execution_id, with_attempts=True)
-        return Charged(tool, text, tuple(self._ledger.requests()[before:]), found.execution)
+        return Charged(tool, tuple(self._ledger.requests()[before:]), found.execution)
+
+    async def _cancel(self, tool: Tool) -> None:
+        for one in await self._client.list_executions(workflow_id=self._workflow_id(tool), status="RUNNING"):
+            await self._client.cancel_execution(one.execution_id)
+            say(f"[demo] Cancelled {one.execution_id}")
+
+    def _workflow_id(self, tool: Tool) -> str:
+        return workflow_of(tool.name, tool.policy, charges(self._name)).workflow_id
 
     async def _start_worker(self, *, crash: bool) -> Child:
         child = await start_child(
@@ -124,8 +136,8 @@ class Drill:
 
     async def _resolve(self, calling: asyncio.Future[tuple[str, str]]) -> None:
         """Do what a person does about an unknown effect: list it, look it up in the ledger, and give the result."""
-        workflow_id = f"{charges(self._name).workflow_id}:{charge_once.name}"
-        while not (unknown := [one for one in await self._client.unknown() if one.workflow_id == workflow_id]):
+        own = self._workflow_id(charge_once)
+        while not (unknown := [one for one in await self._client.unknown() if one.workflow_id == own]):
             await asyncio.wait({calling}, timeout=LOOK_INTERVAL)
             if calling.done():
                 return

@@ -348,7 +348,7 @@ def test_tool_of_tools_runs_in_a_worker_after_its_approval(server: Server, tmp_p
     env = {"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""}
     with worker_of(own, env):
         with running(call, cwd=own, env=env) as asking:
-            decide(server, "approve", asking.wait_for("waits for a person"), "approval")
+            decide(server, "approve", asking.wait_for("waiting for a decision on"), "approval")
             assert asking.wait() == 0, asking.output
         again = Process(call, cwd=own, env=env)
         assert again.wait() == 0, again.output

@@ -126,7 +126,7 @@ ENGINE = {
         "clock",
         "errors",
     ),
-    "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
+    "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 
 
@@ -255,7 +255,15 @@ def test_imports_have_no_cycle() -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["demo.py", "worker.py", "crash_demo.py", "pipeline_worker.py", "support/graphflow/process.py"]
+    "script",
+    [
+        "demo.py",
+        "worker.py",
+        "crash_demo.py",
+        "pipeline_worker.py",
+        "support/graphflow/process.py",
+        "support/charges/worker.py",
+    ],
 )
 def test_help_does_not_import_autogen_ddgs_and_openai(script: str) -> None:
     program = (

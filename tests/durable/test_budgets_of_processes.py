@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -117,3 +118,10 @@ def test_tool_call_that_is_made_again_after_a_kill_counts_once(folder: Path) -> 
     with program(folder, "tool") as resumed:
         resumed.wait_for("has used 1 of 1 calls of charge of its budget")
         assert calls(folder) == ["charge 0", "charge 0"]
+        # The question is one of those that the engine's own commands list and decide.
+        (asked,) = json.loads(decide(folder, "python -m nexum_engine approvals --json"))
+        assert json.loads(asked["input_json"])["reason"] == "1 of 1 calls of charge"
+        answer = '{"tool_calls": {"charge": 5}}'
+        decide(folder, f"python -m nexum_engine approve {asked['execution_id']} --args '{answer}'")
+        resumed.wait_for("DONE")
+    assert calls(folder) == ["charge 0", *(f"charge {number}" for number in range(5))]

@@ -54,6 +54,7 @@ def kill_runs(killing: Bench, shape: str) -> None:
     ("script", "option"),
     [
         ("tests/durable_runs.py", "--long"),
+        ("tests/effect_runs.py", "--programs"),
         ("benchmarks/tool_call.py", "--calls"),
         ("benchmarks/durable_run.py", "--only"),
         ("benchmarks/start_up.py", "--beside"),
