@@ -50,7 +50,7 @@ def workflow_of(tool_name: str, policy: Policy, shared: Workflow) -> Workflow:
 
     `shared` is TOOL_CALL or OFFLINE_TOOL_CALL.
     """
-    if not policy.is_once and policy.retry is None:
+    if not policy.is_once and policy.retry is None and not policy.is_limited:
         return shared
     return (
         workflow(f"{shared.workflow_id}:{tool_name}", input=ToolCallInput)
@@ -60,6 +60,8 @@ def workflow_of(tool_name: str, policy: Policy, shared: Workflow) -> Workflow:
             retry=policy.retry,
             once=policy.is_once,
             reconcile=policy.reconcile is not None,
+            rate=policy.rate,
+            concurrency=policy.concurrency,
         )
         .build()
     )

@@ -77,6 +77,8 @@ class Started:
     """The owner's task, if the caller named an owner and the execution has not ended."""
     unknown: bool = False
     """Whether the effect of the owner's node is unknown: the execution waits for a person, and there is no task."""
+    retry_after: float = 0.0
+    """Not 0 if a limit of the owner's node holds it back: there is no task. Start again after so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +213,10 @@ class NexumClient:
         that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
         `attributes` are names and values by which `list_executions` finds the execution.
 
-        If the effect of an owned node is unknown, the execution waits for a person: the answer has no task, and
-        `unknown` is true. If the key's execution is FAILED or CANCELLED, a new one is started. But if it has a node
-        whose effect must happen only once, the answer is that execution.
+        If a limit holds an owned node back, the call waits for up to `wait` seconds, and the answer may then have
+        `retry_after` instead of a task. If the effect of an owned node is unknown, the execution waits for a person:
+        the answer has no task, and `unknown` is true. If the key's execution is FAILED or CANCELLED, a new one is
+        started. But if it has a node whose effect must happen only once, the answer is that execution.
 
         Without a key, the call is never retried. If only the answer was lost, a retry would start a second execution.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest. Raises Conflict while another owner holds the
@@ -248,7 +251,9 @@ class NexumClient:
         ended = await self._whole(answer.ended, patience) if answer.HasField("ended") else None
         status = ExecutionStatus(answer.status or "RUNNING")
         task = _task(answer.task, [workflow.version_hash])
-        return Started(answer.execution_id, answer.existing, status, ended, task, answer.unknown)
+        return Started(
+            answer.execution_id, answer.existing, status, ended, task, answer.unknown, answer.retry_after_ms / 1000
+        )
 
     async def get_execution(
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0

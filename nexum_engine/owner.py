@@ -11,6 +11,7 @@ If an owner dies, the next owner that starts the same key takes over its executi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
+from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import (
     Conflict,
     NexumError,
@@ -34,6 +36,7 @@ from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
+GIVE_UP_PATIENCE = 5.0  # seconds to give up a place that was not taken yet
 PATIENCE = 300.0  # seconds to retry a call while no server answers
 
 logger = logging.getLogger(__name__)
@@ -102,13 +105,48 @@ class Owner:
     ) -> Started:
         """Start the execution of `idempotency_key` as its owner, take it over from a dead owner, or find its result.
 
-        If the effect of its node is unknown, the answer has `unknown` and no task: wait with `get_execution` until a
-        person has resolved the node, and start again.
+        If a limit holds its node back, wait until the server lets it pass. If the effect of its node is unknown, the
+        answer has `unknown` and no task: wait with `get_execution` until a person has resolved the node, and start
+        again.
 
         Raises Conflict, with the owner's name, while another owner holds the execution. Raises Conflict if another
         owner has taken over the task `holding`.
         """
         return await self._start(workflow, input, idempotency_key, holding, "")
+
+    async def take_place(
+        self, workflow: Workflow, input: BaseModel | Mapping[str, Any], *, key: str, holding: Task | None = None
+    ) -> Task:
+        """Wait until the limits of the workflow's only node let one more call pass; return the task of its place.
+
+        To free the place, complete the task. If this process dies, the server frees it. `key` names the call: a process
+        that makes the call again, after a crash, takes over the place. Raises what `start` raises.
+        """
+        number = 0
+        while True:
+            number += 1  # earlier attempts at the call have used the numbers before
+            numbered = f"{key}/{number}"
+            try:
+                started = await self.start(workflow, input, idempotency_key=numbered, holding=holding)
+            except asyncio.CancelledError:
+                giving_up = asyncio.ensure_future(self._give_up_place(workflow, input, numbered))
+                await asyncio.wait({giving_up}, timeout=GIVE_UP_PATIENCE)
+                raise
+            if started.task is not None:
+                return started.task
+
+    async def _give_up_place(
+        self, workflow: Workflow, input: BaseModel | Mapping[str, Any], idempotency_key: str
+    ) -> None:
+        # The server may have answered the cancelled start with a task. If this is not so, the execution waits.
+        with contextlib.suppress(NexumError):
+            started = await self._client.start_execution(
+                workflow, input, idempotency_key=idempotency_key, owner=self.owner_id
+            )
+            if started.task is not None:
+                await self._client.complete_task(started.task.task_id, "null")
+            elif not started.status.ended:
+                await self._client.cancel_execution(started.execution_id)
 
     async def record(
         self,
@@ -148,13 +186,19 @@ class Owner:
                 owner=self.owner_id,
                 held_task_id="" if holding is None else holding.task_id,
                 output_json=output_json,
+                wait=wait,
                 patience=PATIENCE,
             )
 
+        # A limit may hold the node back. The server then answers as soon as it lets the node pass.
+        wait = MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0
         try:
             started = await start()
         except WorkflowNotFound:
             await self._client.register_workflow(workflow, patience=PATIENCE)
+            started = await start()
+        while started.retry_after:
+            await asyncio.sleep(started.retry_after)
             started = await start()
         if started.task is not None:
             self._heartbeat.hold(started.task.task_id)

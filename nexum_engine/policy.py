@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.workflow import MAX_SECONDS, RetryPolicy
+from nexum_engine.workflow import MAX_SECONDS, Concurrency, Rate, RetryPolicy
 
 
 class NotDone(Enum):
@@ -63,6 +63,11 @@ class Policy(BaseModel):
     """Errors after which no retry follows."""
     timeout: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may take."""
+    rate: Rate | None = None
+    """How often the tool is called, with retries: for instance "10/min". The server counts the calls of all processes,
+    and lets the others wait."""
+    concurrency: Concurrency | None = None
+    """How many calls run at the same time, in all processes together. The others wait."""
 
     @model_validator(mode="after")
     def _check(self) -> Policy:
@@ -73,6 +78,11 @@ class Policy(BaseModel):
         if inspect.iscoroutinefunction(self.approval):
             raise ValueError("approval must be a plain function of the arguments, not an async one")
         return self
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a call may have to wait for other calls."""
+        return self.rate is not None or self.concurrency is not None
 
     @property
     def is_once(self) -> bool:
@@ -105,6 +115,8 @@ class Policy(BaseModel):
 
 
 def _described(value: Any) -> Any:
+    if isinstance(value, Rate):
+        return str(value)
     if isinstance(value, BaseModel):
         return value.model_dump()
     if isinstance(value, tuple):

@@ -8,7 +8,8 @@
     )
 
 The IR has a published server's format: `{"nodes": {id: {"type": "EFFECT", "dependencies": [id, ...], ...}}}`. The
-fields `event`, `on_timeout`, `timeout_seconds`, `retry_policy`, `effect` and `reconcile` are additions of this project.
+fields `event`, `on_timeout`, `timeout_seconds`, `retry_policy`, `effect`, `reconcile`, `rate` and `concurrency` are
+additions of this project.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
@@ -79,6 +81,45 @@ ONE_ATTEMPT = RetryPolicy(max_attempts=1)
 """The default of a node whose effect must happen only once: a reported failure doesn't prove that nothing happened."""
 
 
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Rate(BaseModel):
+    """How often something may happen: a token bucket that holds `calls` tokens, and is filled within `seconds`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    calls: int = Field(ge=1, le=1_000_000)
+    seconds: float = Field(gt=0, le=MAX_SECONDS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+(?:\.\d+)?)?\s*(s|min|h|d)\s*", value, re.ASCII)
+        if found is None:
+            raise ValueError(f"{value!r} is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s")
+        calls, length, unit = found.groups()
+        return {"calls": int(calls), "seconds": float(length or 1) * _UNITS[unit]}
+
+    @classmethod
+    def parse(cls, text: str) -> Rate:
+        """Return the rate that a text like 10/s, 10/min, 500/h or 3/10s describes. Raises InvalidRequest."""
+        try:
+            return cls.model_validate(text)
+        except ValidationError as error:
+            raise InvalidRequest(f"rate: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+
+    def __str__(self) -> str:
+        unit = next((unit for unit, seconds in _UNITS.items() if seconds == self.seconds), None)
+        return f"{self.calls}/{unit or f'{self.seconds:.15g}s'}"
+
+
+Concurrency = Annotated[int, Strict(), Field(ge=1, le=1_000_000)]
+"""How many attempts may run at the same time."""
+
+
 @dataclass(frozen=True)
 class NodeDefinition:
     """A node of a workflow. `output` is the model that the worker checks results with. The server never sees it."""
@@ -106,6 +147,15 @@ class NodeDefinition:
     """Whether the effect of an EFFECT node must happen only once: an attempt that may have begun is not repeated."""
     reconcile: bool = False
     """With `once`: whether the node's handler can look if an earlier attempt's effect has happened."""
+    rate: Rate | None = None
+    """How often the node is handed out, counted over all executions of the workflow. None if it has no limit."""
+    concurrency: int | None = None
+    """How many attempts at the node run at the same time, counted over all executions. None if it has no limit."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a limit may hold the node back although it is ready."""
+        return self.rate is not None or self.concurrency is not None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -136,6 +186,10 @@ class NodeDefinition:
             fields["effect"] = "once"
         if self.reconcile:
             fields["reconcile"] = True
+        if self.rate is not None:
+            fields["rate"] = self.rate.model_dump()
+        if self.concurrency is not None:
+            fields["concurrency"] = self.concurrency
         return fields
 
 
@@ -181,6 +235,8 @@ class WorkflowBuilder:
         retry: RetryPolicy | None = None,
         once: bool = False,
         reconcile: bool = False,
+        rate: Rate | str | None = None,
+        concurrency: int | None = None,
     ) -> WorkflowBuilder:
         """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it.
 
@@ -191,6 +247,9 @@ class WorkflowBuilder:
         person (`nexum unknown`). If the node has `reconcile`, its handler gets another attempt instead, in which
         `task.must_reconcile` is true: the handler first looks whether the effect has happened. With `once`, a reported
         failure is final, unless `retry` says otherwise.
+
+        With `rate` ("10/min") or `concurrency`, the server hands the node out only so often, or so many times at once.
+        Both count over all executions of the workflow, all its versions with limits, and all workers.
         """
         if reconcile and not once:
             raise InvalidRequest(f"node {node_id!r} has reconcile without once: give both, or none")
@@ -203,6 +262,8 @@ class WorkflowBuilder:
             retry=retry or default_retry(once),
             once=once,
             reconcile=reconcile,
+            rate=_rate(rate),
+            concurrency=concurrency,
         )
 
     def compute(
@@ -213,9 +274,20 @@ class WorkflowBuilder:
         depends_on: Sequence[str] | None = None,
         timeout_seconds: float | None = None,
         retry: RetryPolicy = DEFAULT_RETRY_POLICY,
+        rate: Rate | str | None = None,
+        concurrency: int | None = None,
     ) -> WorkflowBuilder:
-        """Add a node that only computes. An attempt that takes longer than `timeout_seconds` counts as failed."""
-        return self._add(node_id, NodeType.COMPUTE, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
+        """Add a node that only computes. Its arguments are those of `effect`."""
+        return self._add(
+            node_id,
+            NodeType.COMPUTE,
+            depends_on,
+            output,
+            timeout_seconds=timeout_seconds,
+            retry=retry,
+            rate=_rate(rate),
+            concurrency=concurrency,
+        )
 
     def router(
         self, node_id: str, routes: Mapping[str, str], *, depends_on: Sequence[str] | None = None
@@ -337,6 +409,10 @@ class WorkflowBuilder:
         return Workflow(self._workflow_id, f"sha256:{digest}", ir_json, tuple(self._nodes), self._input)
 
 
+def _rate(rate: Rate | str | None) -> Rate | None:
+    return Rate.parse(rate) if isinstance(rate, str) else rate
+
+
 def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> WorkflowBuilder:
     """Return a builder for a workflow definition."""
     check_id(workflow_id, "workflow_id")
@@ -383,6 +459,8 @@ class _NodeIr(BaseModel):
     retry_policy: RetryPolicy | None = None
     effect: Literal["idempotent", "once"] = "idempotent"
     reconcile: bool = Field(False, strict=True)
+    rate: Rate | None = None
+    concurrency: Concurrency | None = None
 
 
 class _WorkflowIr(BaseModel):
@@ -451,6 +529,7 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
             raise InvalidRequest(f"EVENT node {node_id!r} has on_timeout, but no timeout_seconds")
     may_time_out = node_type is not NodeType.TIMER
     once = node_type is NodeType.EFFECT and node.effect == "once"
+    may_be_limited = node_type in (NodeType.EFFECT, NodeType.COMPUTE)
     return NodeDefinition(
         node_id,
         node_type,
@@ -465,6 +544,8 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
         retry=node.retry_policy or default_retry(once),
         once=once,
         reconcile=once and node.reconcile,
+        rate=node.rate if may_be_limited else None,
+        concurrency=node.concurrency if may_be_limited else None,
     )
 
 

@@ -127,7 +127,8 @@ class Calls:
             if policy is None:
                 replied = await ask(messages)
             else:
-                replied = await self._guard.attempts(str(call), policy, lambda: ask(messages))
+                turn = self._guard.turn(call, self._agent_state.conversation.model, policy)
+                replied = await self._guard.attempts(turn, str(call), policy, lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -185,8 +186,9 @@ class Calls:
             if policy is None:
                 result = await attempt()
             else:
+                turn = self._guard.turn(call, self._agent_state.conversation.model, policy)
                 # Don't retry once the agent has got a piece: it would get the beginning twice.
-                result = await self._guard.attempts(str(call), policy, attempt, lambda: not stream.produced)
+                result = await self._guard.attempts(turn, str(call), policy, attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             streamed = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
@@ -424,7 +426,7 @@ class Calls:
             if policy.is_once:
                 value = await guard.once(guarded, once, form)
             else:
-                value = await guard.attempts(name, policy, once, lambda: not streamed)
+                value = await guard.attempts(guard.turn(call, name, policy), name, policy, once, lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)

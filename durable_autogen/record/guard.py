@@ -26,6 +26,7 @@ from durable_autogen.record.effects import (
     of_session,
 )
 from durable_autogen.record.events import PAGE, SERVER_PATIENCE, Call
+from durable_autogen.record.limited import Turn
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
@@ -118,7 +119,8 @@ class Guard:
         model = policies.get(MODEL, Policy())
         if model.approval is not None or model.is_once:
             raise InvalidRequest(
-                "a model's policy has only retry, final and timeout: approval and effect are for tools"
+                "a model's policy has only retry, final, timeout, rate and concurrency: approval and effect are for "
+                "tools"
             )
         self._policies = policies
         self._nexum = nexum
@@ -163,19 +165,33 @@ class Guard:
 
     # ---- Retries and time limits -------------------------------------------------------------------------------------
 
+    def turn(self, call: Call, name: str, policy: Policy) -> Turn:
+        """Return the place of a call of the tool or model `name` under the limits of its policy."""
+        return Turn(self._journal, call, name, policy)
+
     async def attempts(
         self,
+        turn: Turn,
         name: str,
         policy: Policy,
         attempt: Callable[[], Awaitable[T]],
         may_retry: Callable[[], bool] = lambda: True,
     ) -> T:
-        """Make a call, and retry it by its policy. An attempt ends with TookTooLong at the policy's time limit."""
+        """Make a call, and retry it by its policy. An attempt ends with TookTooLong at the policy's time limit.
+
+        During each attempt, the call has a place under the limits of the policy.
+        """
         number = 0
         while True:
             number += 1
+            with self._servers_errors():
+                await turn.take()
             try:
-                return await _within(policy.timeout, name, attempt)
+                try:
+                    return await _within(policy.timeout, name, attempt)
+                finally:
+                    with self._servers_errors():
+                        await turn.free()
             except Exception as error:
                 cause = _cause(error)
                 is_final = isinstance(cause, (FinalError, *policy.final)) or (policy.is_once and _is_unknown(cause))
@@ -258,15 +274,24 @@ class Guard:
         """
         input = self._input(guarded)
         kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
-        while True:
+        turn = self.turn(guarded.call, guarded.tool, guarded.policy)
+        try:
+            while True:
+                with self._servers_errors():
+                    # Wait for the place before the effect begins: a run that dies meanwhile has had no effect.
+                    await turn.take()
+                    started = await self._journal.start_effect(kind, input, input.key)
+                if started.task is None:
+                    with self._servers_errors():
+                        await turn.free()
+                    ended = started.ended or await self._resolved(guarded, started.execution_id)
+                    if ended is not None:
+                        return _result(ended, guarded, form)
+                elif (value := await self._attempted(guarded, started.task, attempt, form, turn)) is not _UNKNOWN:
+                    return value
+        finally:
             with self._servers_errors():
-                started = await self._journal.start_effect(kind, input, input.key)
-            if started.task is None:
-                ended = started.ended or await self._resolved(guarded, started.execution_id)
-                if ended is not None:
-                    return _result(ended, guarded, form)
-            elif (value := await self._attempted(guarded, started.task, attempt, form)) is not _UNKNOWN:
-                return value
+                await turn.free()
 
     def _input(self, guarded: GuardedCall) -> EffectInput:
         return EffectInput(
@@ -280,13 +305,13 @@ class Guard:
         )
 
     async def _attempted(
-        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
+        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm, turn: Turn
     ) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
         if not await self._journal.may_begin_effect(task):
             return _UNKNOWN
         try:
-            value = await self._performed(guarded, task, attempt, form)
+            value = await self._performed(guarded, task, attempt, form, turn)
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # else the run ends, and the server notices
                 given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
@@ -310,13 +335,13 @@ class Guard:
         return value
 
     async def _performed(
-        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm
+        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm, turn: Turn
     ) -> Any:
         policy = guarded.policy
         if task.must_reconcile and (value := await self._reconciled(guarded, form)) is not NOT_DONE:
             return value
         try:
-            return await self.attempts(guarded.tool, policy, attempt)
+            return await self.attempts(turn, guarded.tool, policy, attempt)
         except Exception as error:
             if policy.reconcile is None or not _is_unknown(_cause(error)):
                 raise

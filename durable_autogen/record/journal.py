@@ -311,6 +311,24 @@ class Journal:
         except StaleTask as stale:
             raise self._busy(f"another process has taken over its effect ({stale})") from stale
 
+    # ---- Limits ------------------------------------------------------------------------------------------------------
+
+    async def take_place(self, workflow: Workflow, input: BaseModel, key: str) -> Task:
+        """Wait until the limits of `workflow` let a call of this run be made; return the task of its place.
+
+        Raises SessionBusy if another process owns the run.
+        """
+
+        async def take() -> Task:
+            return await self._owner.take_place(workflow, input, key=key, holding=self._run)
+
+        return await self._under_this_run(take)
+
+    async def free_place(self, task: Task) -> None:
+        """Free the place of a call."""
+        with contextlib.suppress(StaleTask, TaskNotFound):  # the server has freed it, or was replaced
+            await self._owner.complete(task, {})
+
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
     def was_tried(self, address: str) -> bool:

@@ -11,14 +11,16 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from nexum_engine.clock import Clock
+from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 from nexum_engine.store import Store, tasks
-from nexum_engine.store.results import Claim, ReadyTask
+from nexum_engine.store.results import Claim, ReadyTask, Started
 
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
+HELD_MS = 500
+"""When an owner asks again, if limits hold its node back until some attempt ends."""
 MAX_REMEMBERED_VERSIONS = 1000
 """Above this number of versions, the server forgets the versions without a recent poll.
 
@@ -73,6 +75,10 @@ class Polls:
 
         If the number is 0, no claim is submitted, because the claim would find nothing.
         """
+        self._openings: dict[str, tuple[int, asyncio.TimerHandle]] = {}
+        """By version: when a rate lets a task pass that it holds back now, and the timer that then offers the task."""
+        self._owners: dict[str, dict[asyncio.Event, None]] = defaultdict(dict)
+        """The owners that wait until the limits of a version let its node pass, the longest waiting first."""
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._last_beat_ms: dict[str, int] = {}
@@ -170,6 +176,8 @@ class Polls:
         if done.cancelled() or done.exception() is not None:
             return
         claim = done.result()
+        for version_hash, opens_ms in claim.opening:
+            self._offer_at(version_hash, opens_ms)
         if claim.task is not None:
             if claim.task.version_hash in self._due:
                 self._due[claim.task.version_hash] -= 1
@@ -192,7 +200,51 @@ class Polls:
             self._due[task.version_hash] += 1
         for poll in self._polls.get(task.version_hash, ()):
             poll.missed = not poll.is_idle
+        for owner in self._owners.get(task.version_hash, ()):
+            owner.set()
         self._offer(task)
+
+    def _offer_at(self, version_hash: str, opens_ms: int) -> None:
+        """Offer a task of the version at `opens_ms`, when a rate lets a task pass."""
+        if version_hash in self._openings:
+            known_ms, timer = self._openings[version_hash]
+            if known_ms <= opens_ms:
+                return  # the claim at that time finds out when the next task may pass
+            timer.cancel()
+        delay_ms = max(0, opens_ms - self._clock.now_ms())
+        timer = asyncio.get_running_loop().call_later(delay_ms / 1000, self._open, version_hash)
+        self._openings[version_hash] = opens_ms, timer
+
+    def _open(self, version_hash: str) -> None:
+        del self._openings[version_hash]
+        self.task_ready(ReadyTask(version_hash, 0))
+
+    async def under_limits(
+        self, version_hash: str, start: Callable[[], Awaitable[Started]], wait: float
+    ) -> tuple[Started, int]:
+        """Start the execution of an owner. If limits hold its node back, start again when they may let it pass.
+
+        After `wait` seconds, return the last result, and in how many milliseconds the owner should ask again: 0 if no
+        limit holds the node back.
+        """
+        deadline = self._clock.now_ms() + round(wait * 1000)
+        woken = asyncio.Event()
+        self._owners[version_hash][woken] = None
+        try:
+            while True:
+                woken.clear()
+                started = await start()
+                if started.held is None:
+                    return started, 0
+                now_ms, opens_ms = self._clock.now_ms(), started.held.opens_ms
+                if now_ms >= deadline or self._stopping:
+                    return started, HELD_MS if opens_ms is None else max(1, opens_ms - now_ms)
+                until_ms = deadline if opens_ms is None else min(deadline, opens_ms)
+                await wait_until_set(woken, max(1, until_ms - now_ms) / 1000)
+        finally:
+            del self._owners[version_hash][woken]
+            if not self._owners[version_hash]:
+                del self._owners[version_hash]
 
     def _offer(self, task: ReadyTask) -> None:
         for poll in self._polls.get(task.version_hash, ()):
@@ -291,7 +343,13 @@ class Polls:
     def look_again(self) -> None:
         """Make every waiting poll claim again. Call this when it is unknown whether a transaction was stored."""
         self._due.clear()
+        self._wake_owners()
         self._claim_again(lambda _: True)
+
+    def _wake_owners(self) -> None:
+        for owners in self._owners.values():
+            for owner in owners:
+                owner.set()
 
     def _claim_again(self, which: Callable[[_WaitingPoll], bool]) -> None:
         waiting = [poll for polls in self._polls_of_worker.values() for poll in polls]
@@ -303,6 +361,9 @@ class Polls:
     async def stop(self) -> None:
         """Answer every waiting poll without a task, and wait until the releases are stored."""
         self._stopping = True
+        for _, timer in self._openings.values():
+            timer.cancel()
+        self._wake_owners()
         for polls in self._polls_of_worker.values():
             for poll in polls:
                 poll.wake()

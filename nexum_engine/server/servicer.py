@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -203,6 +203,24 @@ class NexumServicer(NexumServiceServicer):
     async def _start_owned(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
         input_json = request.input_json  # each access makes a copy
         await self._answers.reserve(context, len(input_json))
+        # If the input is large, don't wait for the limits: the request would stay in memory until then.
+        wait = 0.0 if len(input_json) > SMALL_BYTES else _wait_seconds(request.wait_ms)
+        started, retry_after_ms = await self._polls.under_limits(
+            request.version_hash, partial(self._submit_owned, request, input_json), wait
+        )
+        is_found = started.status.ended and not request.output_json
+        ended = await self._get(started.execution_id, context) if is_found else None
+        return pb.StartResponse(
+            execution_id=started.execution_id,
+            existing=started.existing,
+            status=started.status.value,
+            ended=None if ended is None else _execution_message(ended, has_poller=False),
+            task=None if started.task is None else _task_message(started.task),
+            unknown=started.unknown,
+            retry_after_ms=retry_after_ms,
+        )
+
+    async def _submit_owned(self, request: pb.StartRequest, input_json: str) -> Started:
         starting = asyncio.ensure_future(
             self._store.run(
                 tasks.start_owned,
@@ -219,17 +237,7 @@ class NexumServicer(NexumServiceServicer):
         )
         # Use a callback: the sweep and the waiters need the effects of the start even if the caller is cancelled.
         starting.add_done_callback(self._started_owned)
-        started = await asyncio.shield(starting)
-        is_found = started.status.ended and not request.output_json
-        ended = await self._get(started.execution_id, context) if is_found else None
-        return pb.StartResponse(
-            execution_id=started.execution_id,
-            existing=started.existing,
-            status=started.status.value,
-            ended=None if ended is None else _execution_message(ended, has_poller=False),
-            task=None if started.task is None else _task_message(started.task),
-            unknown=started.unknown,
-        )
+        return await asyncio.shield(starting)
 
     def _started_owned(self, done: asyncio.Future[Started]) -> None:
         if done.cancelled() or done.exception() is not None:

@@ -9,6 +9,7 @@ from functools import lru_cache
 from nexum_engine.errors import WorkflowNotFound
 from nexum_engine.records import Effect
 from nexum_engine.store.db import Db, Row
+from nexum_engine.store.limits import limits_of
 from nexum_engine.store.reading import MAX_INLINE_BYTES
 from nexum_engine.workflow import DEFAULT_RETRY_POLICY, NodeDefinition, RetryPolicy, parse_ir
 
@@ -34,12 +35,13 @@ def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, N
 
 
 def policy_of(node: NodeDefinition) -> dict[str, object]:
-    """Return the columns of a node that hold its time limit, its retry policy, and what `once` asks for."""
+    """Return the columns of a node that hold its time limit, retry policy and limits, and what `once` asks for."""
     limited = node.timeout_seconds is not None and node.node_type.has_task
     return {
         "timeout_ms": milliseconds(node.timeout_seconds or 0) + TIMEOUT_GRACE_MS if limited else None,
         "retry": None if node.retry == DEFAULT_RETRY_POLICY else node.retry.model_dump_json(),
         "effect": (Effect.RECONCILE if node.reconcile else Effect.ONCE).value if node.once else None,
+        "limits": limits_of(node),
     }
 
 

@@ -62,6 +62,9 @@ def register_workflow(db: Db, workflow_id: str, version_hash: str, ir_json: str)
         compatibility=result.value,
         now=db.now_ms,
     )
+    for node in definition.values():
+        if node.is_limited:
+            db.run("add_limit", workflow_id=workflow_id, node_id=node.node_id)
     return result
 
 

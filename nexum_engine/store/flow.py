@@ -15,6 +15,7 @@ from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, N
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
+from nexum_engine.store.limits import place_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution, output_bytes
 from nexum_engine.store.results import Changes, ReadyTask
 from nexum_engine.workflow import NodeDefinition
@@ -298,7 +299,9 @@ def end_execution(
     )
     assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
-        db.run("cancel_nodes", execution=execution, now=db.now_ms)
+        for node in db.all("cancel_nodes", execution=execution, now=db.now_ms):
+            if node["outcome"] == Outcome.CANCELLED:
+                place_freed(db, node, changes)
         db.run("cancel_item_nodes", execution=execution, now=db.now_ms)
         db.run("cancel_items", execution=execution, now=db.now_ms)
         for child in db.all("running_children", execution=execution):

@@ -164,12 +164,12 @@ def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes, *, 
     losses = row["lost_attempts"] + end.lost
     is_last = losses >= scheduling.MAX_LOST_ATTEMPTS
     if (row["effect"] == Effect.ONCE and may_have_begun) or (runs_once and is_last):
-        wait_for_person(db, row, reason, None if outcome is Outcome.TIMED_OUT else outcome)
+        wait_for_person(db, row, reason, changes, None if outcome is Outcome.TIMED_OUT else outcome)
     elif is_last:
         last = f"{losses} attempts were lost, the last because {reason}"
         fail_node(db, row, f"{last}; the task itself may kill its workers", end, changes)
     # If another loss in this transaction has ended the execution, `retry_node` returns False.
-    elif retry_node(db, row, db.now_ms, end):
+    elif retry_node(db, row, db.now_ms, end, changes):
         if runs_once and may_have_begun:
             db.run("must_reconcile", node=row["node"])
         if not row["owned"]:

@@ -84,12 +84,6 @@ ORDER BY CASE json_typeof(CAST(output_json AS json) -> 'summary' -> 'number')
          sequence DESC
 LIMIT 1;
 
--- name: nodes
-SELECT node_id, node_type, status, error, progress_json, due_ms,
-       CASE WHEN node_id NOT IN (SELECT json_array_elements_text(CAST(:left_out AS json))) THEN output_json END
-       AS output_json
-FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
-
 -- name: payload_part
 SELECT substr(convert_to(payload, 'UTF8'), CAST(:offset + 1 AS integer), CAST(:length AS integer)) AS data,
        octet_length(payload) AS bytes

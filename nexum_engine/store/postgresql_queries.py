@@ -8,7 +8,7 @@ from functools import cache
 
 from nexum_engine.store.db import load_queries
 
-_LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED"}
+_LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED", "lock_limit": "FOR UPDATE"}
 """By query of queries.sql: the text that `dialect` adds. It makes the query lock the rows that it finds."""
 _BY_SERVER = ("take_task", "renew_lease", "resume_node")
 """The statements that also store that the attempt's worker is connected to this server."""
@@ -38,5 +38,7 @@ def _translated(text: str, lock: str) -> str:
     text = re.sub(r"^--.*\n", "", text, flags=re.MULTILINE).strip().removesuffix(";")
     text = re.sub(r"length\(CAST\(([\w.]+) AS BLOB\)\)", r"octet_length(\1)", text)
     text = text.replace("json_group_object(name, value)", "coalesce(json_object_agg(name, value), '{}')::text")
+    listed = r"(SELECT json_array_elements_text(CAST(:\1 AS json)))"
+    text = re.sub(r"\(SELECT value FROM json_each\(:(\w+)\)\)", listed, text)
     text = re.sub(r"(?<!:):(\w+)", r"%(\1)s", text.replace("%", "%%"))
     return f"{text} {lock}" if lock else text

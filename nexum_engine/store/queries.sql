@@ -62,9 +62,9 @@ INSERT INTO attributes (execution, name, value) VALUES (:execution, :name, :valu
 -- name: add_node
 -- Add a node to a new execution.
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
-                   timeout_ms, retry, effect)
+                   timeout_ms, retry, effect, limits)
 VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, :status, :due_ms, :task_bytes, :owned,
-        :timeout_ms, :retry, :effect);
+        :timeout_ms, :retry, :effect, :limits);
 
 -- name: add_child
 -- Store an execution that a SUBWORKFLOW node started.
@@ -240,7 +240,7 @@ ORDER BY json_extract(output_json, '$.summary.number') DESC, sequence DESC LIMIT
 
 -- name: nodes
 -- An execution's nodes with their outputs. The outputs of the nodes :left_out are NULL.
-SELECT node_id, node_type, status, error, progress_json, due_ms,
+SELECT execution, node_id, node_type, status, error, progress_json, due_ms, limits,
        CASE WHEN node_id NOT IN (SELECT value FROM json_each(:left_out)) THEN output_json END AS output_json
 FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 
@@ -296,13 +296,48 @@ SELECT (SELECT coalesce(sum(length(CAST(error AS BLOB)) + 4 * length(worker_id) 
 
 -- name: oldest_task
 -- Of a version's tasks that are small enough for the worker, the one that has been due the longest. A long input is
--- left out.
+-- left out. The nodes :held are held back by their limits.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
-       workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms, effect,
+       workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms, effect, limits,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
 FROM nodes JOIN executions ON sequence = execution
 WHERE queue = :version_hash AND due_ms <= :now AND task_bytes <= :max_bytes
+  AND (limits IS NULL OR node_id NOT IN (SELECT value FROM json_each(:held)))
 ORDER BY due_ms, node LIMIT 1;
+
+-- name: add_limit
+-- Note that a node of a workflow has limits.
+INSERT INTO limits (workflow_id, node_id, next_ms) VALUES (:workflow_id, :node_id, 0)
+ON CONFLICT (workflow_id, node_id) DO NOTHING;
+
+-- name: limit
+-- When the bucket of a node's rate will be full again.
+SELECT next_ms FROM limits
+WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution) AND node_id = :node_id;
+
+-- name: lock_limit
+-- The same, with a lock: no other server hands out a node under this limit before the commit.
+SELECT next_ms FROM limits
+WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution) AND node_id = :node_id;
+
+-- name: set_bucket
+-- Store when the bucket of a node's rate will be full again.
+INSERT INTO limits (workflow_id, node_id, next_ms)
+SELECT workflow_id, :node_id, :next_ms FROM executions WHERE sequence = :execution
+ON CONFLICT (workflow_id, node_id) DO UPDATE SET next_ms = excluded.next_ms;
+
+-- name: running_under_limit
+-- How many attempts at a node with limits run, in all executions of the workflow.
+SELECT count(*) AS running FROM nodes JOIN executions ON sequence = execution
+WHERE nodes.status = 'RUNNING' AND limits IS NOT NULL AND node_id = :node_id
+  AND workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution);
+
+-- name: versions_of_limit
+-- Those versions of an execution's workflow that have a due task, or an owned node that is READY.
+SELECT version_hash FROM workflow_versions
+WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution)
+  AND ((SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms <= :now LIMIT 1) IS NOT NULL
+       OR (SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms IS NULL LIMIT 1) IS NOT NULL);
 
 -- name: versions_with_task
 -- Those of some versions that have a due task.
@@ -324,7 +359,7 @@ ORDER BY due_ms, node LIMIT 1;
 -- The node of an owned execution, with its newest attempt.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, nodes.version_hash, nodes.status,
        owned, workflow_id, idempotency_key, input_json, task_bytes, progress_json, timeout_ms, task_id, worker_id,
-       outcome, effect
+       outcome, effect, limits
 FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
@@ -372,7 +407,7 @@ SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, atte
        attempts AS newest_attempt, nodes.outcome AS newest_outcome, attempt_error AS newest_error,
        streamed AS newest_streamed, nodes.worker_id AS newest_worker, failed_attempts, owned,
        execution_id, executions.status AS execution_status, workflow_id, nodes.version_hash, task_bytes, timeout_ms,
-       retry, effect,
+       retry, effect, limits,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
         AND others.status NOT IN ('COMPLETED', 'SKIPPED')) AS unrecorded,
        NOT EXISTS (SELECT 1 FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
@@ -458,7 +493,7 @@ WHERE node = :node;
 
 -- name: hand_out_again
 -- Make a node, whose effect has not happened, a task again, with fresh counts.
-UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :now END,
+UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :due_ms END,
                  failed_attempts = 0, lost_attempts = 0,
                  effect = CASE effect WHEN 'MUST_RECONCILE' THEN 'RECONCILE' ELSE effect END
 WHERE node = :node AND status = 'WAITING';
@@ -603,11 +638,12 @@ WHERE node = :node AND attempts = :attempt
   AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
 
 -- name: cancel_nodes
--- End the unfinished nodes of an execution, and their running attempts.
+-- End the unfinished nodes of an execution, and their running attempts. Return the nodes.
 UPDATE nodes SET status = 'CANCELLED', outcome = CASE outcome WHEN 'RUNNING' THEN 'CANCELLED' ELSE outcome END,
                  ended_ms = CASE outcome WHEN 'RUNNING' THEN :now ELSE ended_ms END
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999
-  AND status IN ('PENDING', 'READY', 'RUNNING', 'WAITING');
+  AND status IN ('PENDING', 'READY', 'RUNNING', 'WAITING')
+RETURNING execution, node_id, outcome, limits;
 
 -- name: cancel_item_nodes
 -- End the unfinished nodes of the items of an execution's MAP nodes, and their running attempts.
@@ -700,7 +736,7 @@ WHERE node = :node AND attempts = :attempt
 -- The tasks that a worker was handed, must have received by now, and has not reported. The columns are those of
 -- expired_lease. Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
-       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect
+       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect, limits
 FROM nodes
 WHERE queue = '' AND worker_id = :worker_id AND NOT owned AND started_ms + task_bytes / :bytes_per_ms <= :now;
 
@@ -733,7 +769,7 @@ SELECT node, execution FROM nodes WHERE queue = '' AND due_ms <= :now ORDER BY d
 -- name: expired_lease
 -- The attempt at a node, if its lease has run out.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
-       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect
+       task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect, limits
 FROM nodes WHERE node = :node AND status = 'RUNNING' AND due_ms <= :now;
 
 -- name: next_lease

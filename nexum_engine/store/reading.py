@@ -10,7 +10,8 @@ from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
 from nexum_engine.store.db import Db, Row, of_one_snapshot
 from nexum_engine.store.ids import number_of
-from nexum_engine.store.results import News
+from nexum_engine.store.limits import gate_of
+from nexum_engine.store.results import Gate, News
 
 MAX_INLINE_BYTES = 64 * 1024
 """The size up to which a transition returns payloads with its result. Larger ones are read separately when needed."""
@@ -87,7 +88,7 @@ def get_execution(
             node["node_type"],
             NodeStatus(node["status"]),
             node["output_json"],
-            node["error"],
+            _note(db, node),
             tuple(attempts.get(node["node_id"], ())),
             node["progress_json"] or "",
             node["due_ms"] if node["status"] == NodeStatus.WAITING else None,
@@ -97,6 +98,12 @@ def get_execution(
     )
     execution = execution_of(row, nodes)
     return replace(execution, input_json="", input_bytes=left_out[""]) if "" in left_out else execution
+
+
+def _note(db: Db, node: Row) -> str:
+    """Return the error of a node or, if a limit holds it back, the limit."""
+    gate = gate_of(db, node) if node["status"] == NodeStatus.READY else Gate()
+    return str(node["error"]) if gate.is_open else gate.why
 
 
 def _left_out(db: Db, execution: int, with_attempts: bool, max_bytes: int) -> dict[str, int]:

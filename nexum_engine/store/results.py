@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 
 from nexum_engine.records import Execution, ExecutionStatus, Task
 
@@ -38,6 +40,8 @@ class Started:
     """The effects of the start: the tasks with which the execution began, and the effects of an owner's output."""
     unknown: bool = False
     """Whether the effect of the owned node is unknown: the execution waits for a person, and there is no task."""
+    held: Gate | None = None
+    """The limits of the owned node, if they hold it back: there is no task now."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,34 @@ class Claim:
 
     task: Task | None = None
     oversized: ReadyTask | None = None
+    opening: tuple[tuple[str, int], ...] = ()
+    """Versions that may have a task that a rate holds back, each with the time at which the rate lets a task pass."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether the limits of a node let it be handed out now."""
+
+    held_by: str = ""
+    """The limit that holds the node back. Empty if the node may be handed out."""
+    opens_ms: int | None = None
+    """When the rate lets the node pass or, if the node passes now, the next one. None if the node has no rate, or if
+    only the end of an attempt can open the gate."""
+    full_ms: float | None = None
+    """When the rate's bucket will be full again, if the node passes now."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the node may be handed out."""
+        return not self.held_by
+
+    @property
+    def why(self) -> str:
+        """Why the node isn't handed out, for a person."""
+        if self.opens_ms is None:
+            return f"held back by its {self.held_by}"
+        moment = datetime.fromtimestamp(math.ceil(self.opens_ms / 1000), tz=timezone.utc)
+        return f"held back by its {self.held_by}, until {moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 @dataclass(frozen=True)

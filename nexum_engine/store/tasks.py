@@ -22,8 +22,9 @@ from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import OwnedResult, start_execution
 from nexum_engine.store.flow import MAX_OUTPUT_BYTES, end_execution
 from nexum_engine.store.ids import new_task_id, number_of
+from nexum_engine.store.limits import gate_of, pass_through, place_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
-from nexum_engine.store.results import Changed, Changes, Claim, ReadyTask, Started
+from nexum_engine.store.results import Changed, Changes, Claim, Gate, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
 MAX_ERROR_CHARACTERS = 4000
@@ -41,23 +42,43 @@ def claim(
 
     A task with a large input is returned without the input: add the input with `with_payload`.
     """
+    opening: list[tuple[str, int]] = []
     candidates = [
-        row
-        for version_hash in version_hashes
-        if (
-            row := db.one(
-                "oldest_task",
-                version_hash=version_hash,
-                now=db.now_ms,
-                max_bytes=max_bytes,
-                max_inline=MAX_INLINE_BYTES,
-            )
-        )
-        is not None
+        found for version in version_hashes if (found := _oldest_task(db, version, max_bytes, opening)) is not None
     ]
     if not candidates:
-        return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes))
-    return Claim(_hand_out(db, min(candidates, key=lambda row: int(row["due_ms"])), worker_id, lease_ms, streamed))
+        return Claim(oversized=_note_oversized(db, worker_id, version_hashes, max_bytes), opening=tuple(opening))
+    row, gate = min(candidates, key=lambda one: int(one[0]["due_ms"]))
+    if gate.opens_ms is not None:
+        opening.append((row["version_hash"], gate.opens_ms))
+    return Claim(_hand_out(db, row, gate, worker_id, lease_ms, streamed), opening=tuple(opening))
+
+
+def _oldest_task(db: Db, version_hash: str, max_bytes: int, opening: list[tuple[str, int]]) -> tuple[Row, Gate] | None:
+    """Return the task of a version that has been due the longest, of those that no limit holds back.
+
+    Add to `opening` when the rates let tasks pass that they hold back.
+    """
+    held: list[str] = []
+    while True:
+        row = db.one(
+            "oldest_task",
+            version_hash=version_hash,
+            now=db.now_ms,
+            max_bytes=max_bytes,
+            max_inline=MAX_INLINE_BYTES,
+            held=json.dumps(held),
+        )
+        if row is None:
+            return None
+        gate = gate_of(db, row, lock=True)
+        if gate.is_open:
+            return row, gate
+        if gate.opens_ms is not None:
+            opening.append((version_hash, gate.opens_ms))
+        held.append(row["node_id"])
+        if len(held) == len(definition_of(db, row["workflow_id"], version_hash)):
+            return None  # don't search the tasks of a version whose nodes are all held back
 
 
 def start_owned(
@@ -76,10 +97,10 @@ def start_owned(
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
     No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. If the effect of the node
-    is unknown, the execution waits for a person, and `owner` gets no task. With `output_json`, the
-    attempt is completed at once. With `held_task_id`, the start is refused if `owner` no longer holds that task. So if
-    another process has taken over a session, the session's former owner can't record events any more. Raises the errors
-    of `start_execution`, and:
+    is unknown, the execution waits for a person, and `owner` gets no task. If a limit holds the node back, `owner` gets
+    no task now. With `output_json`, the attempt is completed at once. With `held_task_id`, the start is refused if
+    `owner` no longer holds that task. So if another process has taken over a session, the session's former owner can't
+    record events any more. Raises the errors of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
     - Conflict if another owner holds the execution, if the execution was started for workers, or if `output_json` is
@@ -112,7 +133,11 @@ def start_owned(
             raise Conflict(f"{workflow_id} {idempotency_key!r} waits for a person (execution {started.execution_id})")
         return replace(started, unknown=True)
     if node["status"] == NodeStatus.READY:
-        task = _hand_out(db, node, owner, lease_ms, streamed)
+        # A result that comes with the start needs no place: the work is done.
+        gate = Gate() if output_json else gate_of(db, node, lock=True)
+        if not gate.is_open:
+            return replace(started, held=gate)
+        task = _hand_out(db, node, gate, owner, lease_ms, streamed)
     elif node["worker_id"] == owner:
         task = _task(db, node, node["task_id"], node["attempts"])
     else:
@@ -131,8 +156,9 @@ def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
     return jsontext.same(recorded["output_json"], output_json)
 
 
-def _hand_out(db: Db, row: Row, worker_id: str, lease_ms: int, streamed: bool) -> Task:
+def _hand_out(db: Db, row: Row, gate: Gate, worker_id: str, lease_ms: int, streamed: bool) -> Task:
     node = row["node"]
+    pass_through(db, row, gate)
     if row["attempts"]:
         db.run("keep_attempt", node=node)
     task_id = new_task_id(node)
@@ -336,6 +362,7 @@ def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     if not flow.outputs_fit(db, execution_id, len(output_json)):
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
+    place_freed(db, row, changes)
     if row["unrecorded"] > 1:  # this node is still included: above 1, other nodes are unrecorded, too
         flow.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
@@ -393,17 +420,18 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
     if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN) and row["error"] == error:
         return Changed()
     _check_may_report(row)
+    changes = Changes()
     if unknown:
         if row["effect"] != Effect.RECONCILE or row["owned"]:
-            wait_for_person(db, row, error)
-            return Changed()
-        retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error))
-        db.run("must_reconcile", node=row["node"])
-        return Changed(ready=(ReadyTask(row["version_hash"], row["task_bytes"]),))
+            wait_for_person(db, row, error, changes)
+        else:
+            retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error), changes)
+            db.run("must_reconcile", node=row["node"])
+            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
+        return changes.freeze()
     # If the worker of a lost attempt still reports the failure, count the attempt as failed, and no longer as lost.
     lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
-    changes = Changes()
     retry_or_fail(db, row, end, final, changes)
     return changes.freeze()
 
@@ -415,7 +443,7 @@ def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Chang
     if delay_ms is None:
         reason = end.error if final else f"{end.error} (attempt {failed_attempts} of {retry.max_attempts})"
         fail_node(db, row, reason, end, changes)
-    elif retry_node(db, row, db.now_ms + delay_ms, end) and not row["owned"]:
+    elif retry_node(db, row, db.now_ms + delay_ms, end, changes) and not row["owned"]:
         if delay_ms:
             changes.due_at(db.now_ms + delay_ms)
         else:
@@ -432,21 +460,21 @@ class AttemptEnd:
     lost: int = 0
 
 
-def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd) -> bool:
+def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd, changes: Changes) -> bool:
     """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
-    return bool(
-        db.changes(
-            "retry_node",
-            node=row["node"],
-            attempt=row["attempt"],
-            due_ms=due_ms,
-            outcome=end.outcome.value,
-            attempt_error=end.error,
-            failed=end.failed,
-            lost=end.lost,
-            now=db.now_ms,
-        )
+    retried = db.changes(
+        "retry_node",
+        node=row["node"],
+        attempt=row["attempt"],
+        due_ms=due_ms,
+        outcome=end.outcome.value,
+        attempt_error=end.error,
+        failed=end.failed,
+        lost=end.lost,
+        now=db.now_ms,
     )
+    place_freed(db, row, changes)
+    return bool(retried)
 
 
 def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
@@ -463,10 +491,11 @@ def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) 
         now=db.now_ms,
     )
     if failed:
+        place_freed(db, row, changes)
         end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
 
-def wait_for_person(db: Db, row: Row, error: str, lease_loss: Outcome | None = None) -> None:
+def wait_for_person(db: Db, row: Row, error: str, changes: Changes, lease_loss: Outcome | None = None) -> None:
     """End the attempt in `row`, whose effect is unknown. Its node waits for a person, unless it has already ended.
 
     `lease_loss` says how the attempt's lease ran out. If the attempt's worker comes back, the attempt is resumed. It is
@@ -480,6 +509,7 @@ def wait_for_person(db: Db, row: Row, error: str, lease_loss: Outcome | None = N
         lease_loss=None if lease_loss is None else lease_loss.value,
         now=db.now_ms,
     )
+    place_freed(db, row, changes)
 
 
 def _shortened(error: str) -> str:
@@ -493,6 +523,7 @@ def release(db: Db, task_id: str, reason: str) -> Changed:
     row = find_attempt(db, task_id, lock=True)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changed()
-    retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason))
     # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
-    return Changed(ready=(ReadyTask(row["version_hash"], 0),))
+    changes = Changes([ReadyTask(row["version_hash"], 0)])
+    retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason), changes)
+    return changes.freeze()

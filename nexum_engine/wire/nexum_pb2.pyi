@@ -99,7 +99,9 @@ class StartRequest(google.protobuf.message.Message):
     that execution.
     """
     wait_ms: builtins.int
-    """Addition: how long the server may hold the call until the execution ends, as in GetExecutionRequest."""
+    """Addition: how long the server may hold the call until the execution ends, as in GetExecutionRequest. With `owner`:
+    until the limits of the node let it be handed out.
+    """
     owner: builtins.str
     """Addition: the id of the owner, which must have a WorkerStream. The execution's only node is handed to the caller in
     the answer, and never to a poll. While the owner lives, another owner is refused. After its death, the next owner
@@ -147,6 +149,7 @@ class StartResponse(google.protobuf.message.Message):
     ENDED_FIELD_NUMBER: builtins.int
     TASK_FIELD_NUMBER: builtins.int
     UNKNOWN_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     existing: builtins.bool
     """Addition: true if the key already had this execution."""
@@ -156,13 +159,17 @@ class StartResponse(google.protobuf.message.Message):
     """Addition: with `owner`: true if the effect of the execution's node is UNKNOWN. The execution is RUNNING, and waits
     for a person (ResolveNode).
     """
+    retry_after_ms: builtins.int
+    """Addition: with `owner`: not 0 if a limit of the node (`rate`, `concurrency`) holds it back. The execution is RUNNING
+    without a task: start the same key again after this time.
+    """
     @property
     def ended(self) -> global___GetExecutionResponse:
         """Addition: the execution, if it ended within wait_ms."""
 
     @property
     def task(self) -> global___PollResponse:
-        """Addition: the owner's task, unless the execution has ended, or `unknown` is true."""
+        """Addition: the owner's task, unless the execution has ended, `unknown` is true, or a limit holds the node back."""
 
     def __init__(
         self,
@@ -173,9 +180,10 @@ class StartResponse(google.protobuf.message.Message):
         ended: global___GetExecutionResponse | None = ...,
         task: global___PollResponse | None = ...,
         unknown: builtins.bool = ...,
+        retry_after_ms: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ended", b"ended", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "status", b"status", "task", b"task", "unknown", b"unknown"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "retry_after_ms", b"retry_after_ms", "status", b"status", "task", b"task", "unknown", b"unknown"]) -> None: ...
 
 global___StartResponse = StartResponse
 

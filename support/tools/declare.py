@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from nexum_engine.errors import FinalError, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy, Reconcile
-from nexum_engine.workflow import RetryPolicy
+from nexum_engine.workflow import Rate, RetryPolicy
 from support.tools.arguments import validate_leniently
 from support.tools.clean_text import shortened
 from support.tools.contain import StillRunning, run_contained
@@ -194,6 +194,8 @@ def tool(
     reconcile: Reconcile | None = None,
     retry: RetryPolicy | None = None,
     final: tuple[type[Exception], ...] = (),
+    rate: Rate | str | None = None,
+    concurrency: int | None = None,
 ) -> Callable[[Callable[..., object]], Tool]:
     """Return a decorator that declares a function as a tool. `Policy` describes the arguments after `time_limit`."""
 
@@ -206,6 +208,8 @@ def tool(
                 reconcile=reconcile,
                 retry=retry,
                 final=final,
+                rate=rate,
+                concurrency=concurrency,
             )
         except ValidationError as invalid:
             raise ValueError(f"tool {function.__name__}: {invalid.errors()[0]['msg']}") from None

@@ -126,7 +126,7 @@ ENGINE = {
         "clock",
         "errors",
     ),
-    "owner": ("heartbeat", "client", "workflow", "jsontext", "records", "errors"),
+    "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 
 

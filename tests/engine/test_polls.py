@@ -10,6 +10,7 @@ import gc
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
+from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -78,8 +79,8 @@ class Engine:
         self.waiters.stop()
         await self.polls.stop()
 
-    async def register(self, nodes: dict[str, list[str]], version: str = "v1") -> None:
-        ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs} for name, needs in nodes.items()}}
+    async def register(self, nodes: dict[str, list[str]], version: str = "v1", **limits: object) -> None:
+        ir = {"nodes": {name: {"type": "EFFECT", "dependencies": needs, **limits} for name, needs in nodes.items()}}
         await self.store.run(executions.register_workflow, "w", version, json.dumps(ir))
 
     async def start(self, version: str = "v1", input_json: str = "{}") -> str:
@@ -344,6 +345,34 @@ async def test_waiting_poll_claims_once_until_a_task_is_due(engine: Engine) -> N
     await engine.start()
     await engine.task(engine.poll(wait_ms=0))
     assert engine.claims == 2
+
+
+@pytest.mark.both_stores
+async def test_end_of_an_attempt_wakes_a_poll_for_a_task_that_a_limit_holds_back(engine: Engine) -> None:
+    await engine.register({"a": []}, concurrency=1)
+    await engine.register({"a": []}, "v2", concurrency=1)
+    first, second = engine.poll("w1"), engine.poll("w2", version="v2")
+    await until_idle(engine, first, second)
+    await engine.start()
+    task = await engine.task(first)
+    execution_id = await engine.start("v2")
+    await until_idle(engine, second)
+    await engine.complete(task)
+    assert (await engine.task(second)).execution_id == execution_id
+
+
+@pytest.mark.both_stores
+async def test_rate_wakes_waiting_polls_one_after_the_other(engine: Engine) -> None:
+    await engine.register({"a": []}, rate={"calls": 1, "seconds": 0.1})
+    polls = [engine.poll(f"w{n}") for n in range(4)]
+    await until_idle(engine, *polls)
+    ids = [await engine.start() for _ in polls]
+    assert {(await engine.task(poll)).execution_id for poll in polls} == set(ids)
+    found = [await engine.store.run(reading.get_execution, one, True) for one in ids]
+    started = sorted(one.nodes[0].attempts[0].started_ms for one in found)
+    assert all(later - earlier >= 99 for earlier, later in pairwise(started))
+    # For each task, a few polls ask whether the rate lets it pass: when it is started, and when the rate opens.
+    assert engine.claims < 40
 
 
 async def test_large_task_started_during_small_polls_claim_is_found_by_large_poll(engine: Engine) -> None:
@@ -735,8 +764,11 @@ async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
 # ---- All at once -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limits", [{}, {"rate": {"calls": 20, "seconds": 0.2}, "concurrency": 2}], ids=["", "limited"])
 @pytest.mark.parametrize("seed", range(5))
-async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, seed: int) -> None:
+async def test_no_wake_up_is_lost_when_callers_die_at_random(
+    engine: Engine, seed: int, limits: dict[str, object]
+) -> None:
     """Leases and polls are longer than the test: a call that isn't woken fails the test."""
     chance = random.Random(seed)
     graphs: dict[str, dict[str, list[str]]] = {
@@ -745,7 +777,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(engine: Engine, see
         "fan": {"a": [], "b": [], "c": ["a", "b"], "d": ["a"]},
     }
     for version, nodes in graphs.items():
-        await engine.register(nodes, version)
+        await engine.register(nodes, version, **limits)
     died = {"polls": 0, "reports": 0, "starts": 0}
     runs: dict[tuple[str, str], int] = {}
     stop = asyncio.Event()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import ROOT
 
 from nexum_engine.clock import ManualClock, SystemClock
 from nexum_engine.errors import ExecutionNotFound, StoreRefused, StoreUnavailable
@@ -28,6 +29,9 @@ from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
 from nexum_engine.store.postgresql_connection import connect, without_password  # noqa: E402
 from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
 
+MIGRATIONS = sorted((ROOT / "nexum_engine" / "store" / "postgresql_migrations").glob("*.sql"))
+SCHEMA = len(MIGRATIONS)
+"""The present version of the schema."""
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 
 
@@ -227,7 +231,21 @@ async def test_many_servers_create_the_tables_once(postgres_url: str) -> None:
     for store in stores:
         await store.close()
     with psycopg.connect(fresh) as connection:
-        assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(2,)]
+        assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(SCHEMA,)]
+
+
+async def test_database_of_schema_version_1_is_updated(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS old CASCADE")
+        connection.execute("CREATE SCHEMA old")
+    old = in_schema(postgres_url, "old")
+    with psycopg.connect(old, autocommit=True) as connection:
+        connection.execute(MIGRATIONS[0].read_bytes())
+        connection.execute("CREATE TABLE nexum_schema (version bigint NOT NULL); INSERT INTO nexum_schema VALUES (1)")
+    store = await open_store(old, ManualClock())
+    await store.run(executions.register_workflow, "w", "v1", '{"nodes": {"a": {"type": "EFFECT", "effect": "once"}}}')
+    await store.run(executions.start_execution, "w", "v1", "{}", "")
+    await store.close()
 
 
 async def test_newer_schema_is_refused(postgres_url: str, store: PostgresStore) -> None:
@@ -237,7 +255,7 @@ async def test_newer_schema_is_refused(postgres_url: str, store: PostgresStore) 
             with pytest.raises(StoreRefused, match=r"newer Nexum.*pip install -U"):
                 await open_store(postgres_url, ManualClock())
         finally:
-            connection.execute("UPDATE nexum_schema SET version = 1")
+            connection.execute("UPDATE nexum_schema SET version = %s", (SCHEMA,))
 
 
 async def test_tables_of_another_program_are_refused(postgres_url: str) -> None:
@@ -311,7 +329,10 @@ async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
     texts = {"sequences": "[1]", "attributes": "{}", "left_out": "[]"}
     with connect(store._url) as connection:
         connection.execute("SET enable_seqscan = off")
-        given = {one: {**booleans, **texts}.get(one, 1 if one.endswith("_ms") else None) for one in parameters_of(name)}
+        given = {
+            one: {**booleans, **texts}.get(one, 1 if one.endswith(("_ms", "now")) else None)
+            for one in parameters_of(name)
+        }
         plan = [row["QUERY PLAN"] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
     scans = [step.strip() for step in plan if re.search(r"Seq Scan on (?!workflow_versions|servers|pruned)", step)]
     assert scans == [], plan

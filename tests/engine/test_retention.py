@@ -31,7 +31,7 @@ DAY_MS = 86_400_000
 TWO_NODES = '{"nodes": {"a": {"type": "EFFECT"}, "b": {"type": "EFFECT", "dependencies": ["a"]}}}'
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 ECHO = workflow("one").effect("a").build()
-NOT_OF_AN_EXECUTION = {"workflow_versions", "file_mark", "log_stamp", "pruned", "nexum_schema"}
+NOT_OF_AN_EXECUTION = {"workflow_versions", "limits", "file_mark", "log_stamp", "pruned", "nexum_schema"}
 
 
 @pytest.fixture

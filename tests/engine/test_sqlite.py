@@ -274,7 +274,7 @@ async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> N
     connection = store._database.connection
     tables = connection.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
     ours = {"workflow_versions", "executions", "attributes", "nodes", "attempts", "events", "former_ids", "pruned"}
-    ours |= {"file_mark", "log_stamp"}
+    ours |= {"limits", "file_mark", "log_stamp"}
     assert {row["name"] for row in tables if row["strict"]} == ours
     assert connection.execute("PRAGMA foreign_keys").fetchone()[0] == 1
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
@@ -482,6 +482,7 @@ ORPHAN: dict[str, object] = {
     "task_bytes": None,
     "owned": 0,
     "effect": None,
+    "limits": None,
     "timeout_ms": None,
     "retry": None,
 }

@@ -134,6 +134,14 @@ def refuse(log: str, *, call: ToolContext) -> str:
     raise PermissionError("not yours")
 
 
+@tool(rate="3/0.6s", concurrency=1)
+def pay_in_turn(log: str, number: int, *, call: ToolContext) -> str:
+    """Pay, one call after the other."""
+    text = write_down(log, call, number=number)
+    time.sleep(0.05)
+    return text
+
+
 async def work(address: str) -> None:
     """Run a worker of these tools."""
     stop = stop_event()

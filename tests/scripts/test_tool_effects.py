@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,27 @@ async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, se
         in (elsewhere.error)
     )
     assert {tool: len(paid(tmp_path / tool)) for tool in tools} == tools
+
+
+async def test_limits_of_a_tool_count_over_its_workers(tmp_path: Path, server: Server) -> None:
+    log = tmp_path / "log"
+    calls = [("pay_in_turn", {"log": str(log), "number": number}) for number in range(5)]
+    address = server.address
+    with (
+        policy_worker(tmp_path, address),
+        policy_worker(tmp_path, address),
+        policy_caller(tmp_path, address, *calls) as caller,
+    ):
+        assert results(caller) == [f"receipt for {number}" for number in range(5)]
+    async with NexumClient(server.address) as client:
+        ids = [one.execution_id for one in await client.list_executions(workflow_id="tool-call:pay_in_turn")]
+        found = [(await client.get_execution(one, with_attempts=True)).execution.nodes[0] for one in ids]
+    attempts = sorted((one for node in found for one in node.attempts), key=lambda one: one.started_ms)
+    assert len(attempts) == 5
+    for earlier, later in pairwise(attempts):
+        assert earlier.ended_ms is not None
+        assert earlier.ended_ms <= later.started_ms
+    assert attempts[4].started_ms - attempts[0].started_ms >= 399  # two more than the bucket holds
 
 
 def test_tool_with_a_policy_is_refused_on_a_published_server(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""The limits of nodes: how often a node is handed out, and how many attempts at it run at the same time.
+
+A limit belongs to a node of a workflow. It counts over all executions of the workflow, all its versions with limits,
+and all servers of the database. The gate is at the hand-out: a limit holds back a node that is READY.
+
+The concurrency is the number of RUNNING nodes. The rate is a token bucket that is kept as one number: the time at which
+the bucket will be full again (GCRA, the generic cell rate algorithm).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from pydantic import BaseModel, ConfigDict
+
+from nexum_engine.store.db import Db, Row
+from nexum_engine.store.results import Changes, Gate, ReadyTask
+from nexum_engine.workflow import Concurrency, NodeDefinition, Rate
+
+
+class Limits(BaseModel):
+    """The limits of one node, as its row has them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rate: Rate | None = None
+    concurrency: Concurrency | None = None
+
+
+_parse = lru_cache(maxsize=256)(Limits.model_validate_json)
+
+
+def limits_of(node: NodeDefinition) -> str | None:
+    """Return the column of a node that holds its limits."""
+    if not node.is_limited:
+        return None
+    return Limits(rate=node.rate, concurrency=node.concurrency).model_dump_json(exclude_none=True)
+
+
+def gate_of(db: Db, node: Row, *, lock: bool = False) -> Gate:
+    """Return whether the limits of a READY node let it be handed out now.
+
+    `node` has the columns execution, node_id and limits. With `lock`, no other server hands out a node under the same
+    limits before the commit.
+    """
+    if node["limits"] is None:
+        return Gate()
+    limits = _parse(node["limits"])
+    of_node = {"execution": node["execution"], "node_id": node["node_id"]}
+    bucket = db.one("lock_limit" if lock else "limit", **of_node)
+    if limits.concurrency is not None:
+        row = db.one("running_under_limit", **of_node)
+        if row is not None and row["running"] >= limits.concurrency:
+            return Gate(f"concurrency of {limits.concurrency}")
+    if limits.rate is None:
+        return Gate()
+    length_ms = 1000 * limits.rate.seconds
+    interval_ms = length_ms / limits.rate.calls
+    burst_ms = length_ms - interval_ms
+    full_ms = float(db.now_ms if bucket is None else max(bucket["next_ms"], db.now_ms))
+    if full_ms > db.now_ms + length_ms + 1:  # plus 1, because of the rounding below
+        # The rate was changed, or the clock was set back: no bucket of this rate is emptier than empty.
+        full_ms = db.now_ms + length_ms
+        if lock:
+            db.run("set_bucket", **of_node, next_ms=full_ms)
+    opens_ms = round(full_ms - burst_ms)  # because a sum of intervals is not exact
+    if opens_ms > db.now_ms:
+        return Gate(f"rate of {limits.rate}", opens_ms)
+    full_ms += interval_ms
+    return Gate(opens_ms=max(round(full_ms - burst_ms), db.now_ms), full_ms=full_ms)
+
+
+def pass_through(db: Db, node: Row, gate: Gate) -> None:
+    """Count the hand-out of a node whose gate is open."""
+    if gate.full_ms is not None:
+        db.run("set_bucket", execution=node["execution"], node_id=node["node_id"], next_ms=gate.full_ms)
+
+
+def place_freed(db: Db, node: Row, changes: Changes) -> None:
+    """Announce the tasks that the limits of `node` may hold back: an attempt at the node has ended.
+
+    Call this after the statement that ends the attempt.
+    """
+    if node["limits"] is None:
+        return
+    # Without the lock, a claim of another server could count this attempt, and this query could miss the claim's task.
+    db.run("lock_limit", execution=node["execution"], node_id=node["node_id"])
+    waiting = db.all("versions_of_limit", execution=node["execution"], now=db.now_ms)
+    # Announce tasks with size 0, so that any poll is woken. The poll's claim checks the true size.
+    changes.ready += [ReadyTask(row["version_hash"], 0) for row in waiting]

@@ -1,0 +1,11 @@
+-- The limits of a node (Limits in limits.py), as JSON. NULL: it has none.
+ALTER TABLE nodes ADD COLUMN limits TEXT;
+CREATE INDEX limited ON nodes (node_id) WHERE status = 'RUNNING' AND limits IS NOT NULL;
+
+-- The nodes with limits, by name: a limit counts over all executions and versions of a workflow.
+CREATE TABLE limits (
+    workflow_id TEXT NOT NULL,
+    node_id TEXT NOT NULL,
+    next_ms REAL NOT NULL,              -- when the bucket of the node's rate will be full again
+    PRIMARY KEY (workflow_id, node_id)
+) STRICT, WITHOUT ROWID;

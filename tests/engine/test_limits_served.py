@@ -1,0 +1,202 @@
+"""Limits with real servers, workers and owners. The counts come from the times that the database has recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Process, Server, nexum_server, running
+from programs.limited_worker import limited
+
+from nexum_engine.client import NexumClient
+from nexum_engine.owner import Owner
+from nexum_engine.records import Attempt, ExecutionStatus, Outcome
+from nexum_engine.workflow import Rate, Workflow
+
+PROGRAM = str(ROOT / "tests" / "programs" / "limited_worker.py")
+SOON = 20.0  # seconds; a call that isn't woken waits for 25 s
+
+
+@contextmanager
+def worker(folder: Path, address: str, *, slots: int = 6, **limits: object) -> Iterator[Process]:
+    given = json.dumps({"takes": 0.0, **limits})
+    with running([PROGRAM, address, str(slots), given], cwd=folder) as process:
+        process.wait_for("connected to")
+        yield process
+
+
+async def start(client: NexumClient, built: Workflow, count: int) -> list[str]:
+    await client.register_workflow(built)
+    keys = [f"k{number}" for number in range(count)]
+    return [(await client.start_execution(built, {}, idempotency_key=key)).execution_id for key in keys]
+
+
+async def attempts_of(client: NexumClient, ids: Sequence[str]) -> list[Attempt]:
+    """Wait until all executions have completed; return their attempts, in the order of the hand-outs."""
+    found: list[Attempt] = []
+    for execution_id in ids:
+        while True:
+            observed = await client.get_execution(execution_id, wait=SOON, with_attempts=True, patience=SOON)
+            if observed.execution.status.ended:
+                break
+        assert observed.execution.status is ExecutionStatus.COMPLETED
+        found += observed.execution.nodes[0].attempts
+    return sorted(found, key=lambda one: one.started_ms)
+
+
+def check_rate(attempts: Sequence[Attempt], rate: str) -> None:
+    """Check that no `n` hand-outs follow each other faster than a bucket allows that was full before them."""
+    parsed = Rate.parse(rate)
+    interval_ms = 1000 * parsed.seconds / parsed.calls
+    for first, one in enumerate(attempts):
+        for last, other in enumerate(attempts[first:], first):
+            least = (last - first + 1 - parsed.calls) * interval_ms
+            assert other.started_ms - one.started_ms >= least - 1, [
+                a.started_ms - attempts[0].started_ms for a in attempts
+            ]
+
+
+def most_at_once(attempts: Sequence[Attempt]) -> int:
+    """Return the largest number of attempts that ran at the same time."""
+    return max(
+        sum(one.started_ms <= at.started_ms < (one.ended_ms or one.started_ms) or one is at for one in attempts)
+        for at in attempts
+    )
+
+
+async def test_rate_counts_over_a_killed_server(tmp_path: Path) -> None:
+    rate = "4/s"
+    with nexum_server(tmp_path) as server:
+        async with NexumClient(server.address) as client:
+            ids = await start(client, limited(rate, None), 12)
+            with worker(tmp_path, server.address, rate=rate) as process:
+                for _ in range(5):
+                    process.wait_for("began")
+                server.process.kill()
+                with nexum_server(tmp_path, port=server.port):
+                    attempts = await attempts_of(client, ids)
+                    before = process.output.count("began")
+    assert before == 5, "the server was killed after the last task"
+    assert len(attempts) >= 12
+    check_rate(attempts, rate)
+
+
+async def test_rate_counts_over_two_servers(tmp_path: Path, postgres_url: str) -> None:
+    rate = "4/s"
+    with ExitStack() as stack:
+        servers = [stack.enter_context(nexum_server(tmp_path, database_url=postgres_url)) for _ in range(2)]
+        for one in servers:
+            stack.enter_context(worker(tmp_path, one.address, slots=1, rate=rate, takes=0.3))
+        async with NexumClient(servers[0].address) as client:
+            attempts = await attempts_of(client, await start(client, limited(rate, None), 10))
+    assert len({one.worker_id for one in attempts}) == 2
+    check_rate(attempts, rate)
+
+
+async def test_concurrency_counts_over_two_workers_of_which_one_is_killed(server: Server, tmp_path: Path) -> None:
+    limits = {"concurrency": 2, "takes": 0.2}
+    async with NexumClient(server.address) as client:
+        with worker(tmp_path, server.address, **limits) as first:
+            ids = await start(client, limited(None, 2), 8)
+            first.wait_for("began")
+            first.kill()
+            with worker(tmp_path, server.address, **limits):
+                attempts = await attempts_of(client, ids)
+    lost = [one for one in attempts if one.outcome is Outcome.LOST]
+    assert lost, "the worker was killed between two tasks"
+    assert most_at_once(attempts) == 2
+    # The places of the killed worker were not free before its lease ended.
+    assert all((one.ended_ms or 0) - one.started_ms >= 900 for one in lost)
+
+
+# ---- Owners ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def owners(server: Server) -> AsyncIterator[Callable[[], Owner]]:
+    clients: list[NexumClient] = []
+
+    def new() -> Owner:
+        clients.append(NexumClient(server.address))
+        return Owner(clients[-1])
+
+    yield new
+    for client in clients:
+        await client.close()
+
+
+async def until_running(client: NexumClient, count: int) -> None:
+    """Wait until so many executions have been started and have not ended."""
+    while len(await client.list_executions(status="RUNNING")) < count:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+
+
+async def test_owners_get_their_places_in_the_order_of_their_starts(
+    owners: Callable[[], Owner], server: Server
+) -> None:
+    built = limited(None, 1)
+    async with owners() as one, owners() as other, NexumClient(server.address) as client:
+        task, holder = await one.take_place(built, {}, key="first"), one
+        waiting = []
+        for number, owner in enumerate([other, one, other]):
+            waiting.append((owner, asyncio.create_task(owner.take_place(built, {}, key=f"waiting-{number}"))))
+            await until_running(client, 2 + number)
+        for index, (owner, place) in enumerate(waiting):
+            assert not any(later.done() for _, later in waiting[index:])
+            await holder.complete(task, {})
+            task, holder = await asyncio.wait_for(place, SOON), owner
+
+
+async def test_place_of_a_lost_owner_becomes_free(owners: Callable[[], Owner]) -> None:
+    built = limited(None, 1)
+    async with owners() as other:
+        async with owners() as lost:
+            await lost.take_place(built, {}, key="one")
+            waiting = asyncio.create_task(other.take_place(built, {}, key="two"))
+        assert not waiting.done()
+        await asyncio.wait_for(waiting, SOON)
+
+
+async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], server: Server) -> None:
+    built = limited(None, 1)
+    async with owners() as lost:
+        await lost.complete(await lost.take_place(built, {}, key="one"), {})
+        held = await lost.take_place(built, {}, key="one")
+    async with owners() as other, NexumClient(server.address) as client:
+        blocking = await asyncio.wait_for(other.take_place(built, {}, key="two"), SOON)  # the lease has ended
+        await other.complete(blocking, {})
+        again = await other.take_place(built, {}, key="one")
+        assert (again.execution_id, again.attempt) == (held.execution_id, 2)
+        await other.complete(again, {})
+        assert await client.list_executions(status="RUNNING") == []
+
+
+async def test_cancelled_owner_leaves_no_execution(owners: Callable[[], Owner], server: Server) -> None:
+    built = limited(None, 1)
+    async with owners() as one, owners() as other, NexumClient(server.address) as client:
+        task = await one.take_place(built, {}, key="one")
+        waiting = asyncio.create_task(other.take_place(built, {}, key="two"))
+        await until_running(client, 2)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert [one.execution_id for one in await client.list_executions(status="RUNNING")] == [task.execution_id]
+
+
+async def test_owner_waits_for_a_rate(owners: Callable[[], Owner], server: Server) -> None:
+    rate = "2/0.5s"
+    built = limited(rate, None)
+
+    async def call(owner: Owner, key: str) -> str:
+        task = await owner.take_place(built, {}, key=key)
+        await owner.complete(task, {})
+        return task.execution_id
+
+    async with owners() as one, owners() as other, NexumClient(server.address) as client:
+        calls = [call(owner, f"{name}{n}") for n in range(3) for name, owner in (("a", one), ("b", other))]
+        ids = await asyncio.wait_for(asyncio.gather(*calls), SOON)
+        check_rate(await attempts_of(client, ids), rate)
