@@ -294,7 +294,14 @@ class Session:
         """Return the call as a person approved it. Return None if the call needs no approval."""
         try:
             return await approvals.ask(
-                self._client, tool, call.tool_args, self.session_id, call.scope, self._named_server, self._tell
+                self._client,
+                tool,
+                call.tool_args,
+                session_id=self.session_id,
+                scope=call.scope,
+                workflow=call.workflow.workflow_id,
+                nexum=self._named_server,
+                tell=self._tell,
             )
         except FinalError as error:
             raise ToolCallFailed(str(error)) from error

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from nexum_engine import jsontext, report
@@ -137,8 +138,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
         "for the event yet, the event is kept.",
     )
-    for command in (show, cancel, retry, approve, reject, resolve, send):
+    for command in (show, cancel, retry, resolve, send):
         command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
+    for command in (approve, reject):
+        command.add_argument(
+            "execution", nargs="?", default="", metavar="EXECUTION", help="the execution's id, as approvals prints it"
+        )
     for command, lister in ((approve, "approvals"), (reject, "approvals"), (resolve, "unknown")):
         command.add_argument(
             "node",
@@ -146,6 +151,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             default="",
             metavar="NODE",
             help=f"the node's name, as {lister} prints it (needed only if several nodes of the execution wait)",
+        )
+    for command in (approve, reject):
+        command.add_argument(
+            "--session",
+            default="",
+            metavar="ID",
+            help="instead of EXECUTION: decide about all calls of this session that wait",
         )
     for command in (cancel, approve, reject, resolve):
         command.add_argument(
@@ -371,13 +383,10 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"
     if args.command == "approve":
-        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
-        await source.approve(args.execution, node, approver=args.by, comment=args.comment, answer=args.args)
-        return f"{node} of {args.execution} is approved"
+        decide = partial(source.approve, approver=args.by, comment=args.comment, answer=args.args)
+        return await _decide(args, source, decide, "approved")
     if args.command == "reject":
-        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
-        await source.reject(args.execution, node, approver=args.by, reason=args.reason)
-        return f"{node} of {args.execution} is rejected"
+        return await _decide(args, source, partial(source.reject, approver=args.by, reason=args.reason), "rejected")
     if args.command == "resolve":
         return await _resolve(args, source)
     if args.command == "send":
@@ -385,6 +394,39 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         return f"sent {args.name} to {args.execution}"
     await source.retry(args.execution)
     return f"{args.execution} is RUNNING again"
+
+
+async def _decide(
+    args: argparse.Namespace, source: _Executions, decide: Callable[[str, str], Awaitable[None]], decision: str
+) -> str:
+    """Approve or reject a node, or all calls of a session that wait; return a line for each."""
+    if bool(args.execution) == bool(args.session):
+        raise InvalidRequest("give either an EXECUTION or --session")
+    if args.session and args.command == "approve" and args.args is not None:
+        raise InvalidRequest("--args are the arguments of one call: give its EXECUTION instead of --session")
+    if args.execution:
+        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
+        chosen = [(args.execution, node)]
+    else:
+        chosen = [
+            (one.execution_id, one.node_id)
+            for one in await source.approvals()
+            if await _session_of(source, one) == args.session
+        ]
+    if not chosen:
+        raise Conflict(f"no call of session {args.session} waits for approval")
+    lines = []
+    for execution_id, node in chosen:
+        await decide(execution_id, node)
+        lines.append(f"{node} of {execution_id} is {decision}")
+    return "\n".join(lines)
+
+
+async def _session_of(source: _Executions, pending: PendingApproval) -> object:
+    """Return the session of the tool call that waits for approval. Return None if no tool call waits for it."""
+    input_json = pending.input_json or (await source.get(pending.execution_id)).input_json  # a long one is left out
+    value = jsontext.parse(input_json or "null", "the input")
+    return value.get("session") if isinstance(value, dict) and "tool" in value else None
 
 
 async def _resolve(args: argparse.Namespace, source: _Executions) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -206,6 +207,13 @@ class Owner:
             await self._client.cancel_execution(started.execution_id)
             raise NoOwnedExecutions(self._client.address)
         return started
+
+    async def may_begin(self, task: Task) -> bool:
+        """Ask the server whether `task` is still this owner's. Ask before an effect that must happen only once.
+
+        If the process was suspended after it got the task, the server may have counted the attempt as lost.
+        """
+        return await self._heartbeat.may_begin(task.task_id, time.monotonic(), ask=True)
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
         """Record the result of `task`. Raises StaleTask if another owner has taken over the execution."""

@@ -22,8 +22,20 @@ from support.tools.declare import Tool
 MAX_SHOWN = 300  # characters of a call's arguments in the line about a wait
 
 
-class Rejected(FinalError):
-    """A person rejected the call, or nobody decided in time."""
+class Question(Approval):
+    """The question whether a worker may run a tool."""
+
+    workflow: str
+    """The workflow of the call's execution. A live call and an offline one have different workflows."""
+
+    @classmethod
+    def about(cls, tool: str, arguments: Mapping[str, Any], session_id: str, workflow: str) -> Question:
+        """Return the question, with the digest of tool and arguments."""
+        return cls(**Approval.of(session_id, "", tool, arguments).model_dump(), workflow=workflow)
+
+    def key(self, scope: str) -> str:
+        """Return the idempotency key of the question, and of the call's execution."""
+        return super().key(f"{self.workflow}/{scope}")
 
 
 @dataclass(frozen=True)
@@ -48,20 +60,22 @@ async def ask(
     client: NexumClient,
     tool: Tool,
     arguments: Mapping[str, Any],
+    *,
     session_id: str,
     scope: str,
+    workflow: str,
     nexum: str | None,
     tell: Callable[[str], None],
 ) -> ApprovedCall | None:
     """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
 
-    `tell` is called with a line about the wait, which names the server `nexum`. Raises Rejected, and
-    FinalError for wrong arguments.
+    `tell` is called with a line about the wait, which names the server `nexum`. Raises FinalError for wrong arguments,
+    and if a person rejected the call or nobody decided in time.
     """
     complete = tool.complete(arguments)
     if not needs_approval(tool, complete):
         return None
-    question = Approval.of(session_id, "", tool.name, complete)
+    question = Question.about(tool.name, complete, session_id, workflow)
     key = question.key(scope)
 
     def say_waiting(execution_id: str) -> None:
@@ -73,13 +87,13 @@ async def ask(
         client, approval_workflow(tool.policy.approval_timeout), question, key, on_waiting=say_waiting
     )
     if not decision.approved:
-        raise Rejected(decision.refusal)
+        raise FinalError(decision.refusal)
     approved = complete if decision.answer is None else tool.complete(decision.answer)
     return ApprovedCall(approved, decision.execution_id, key)
 
 
 async def check(
-    client: NexumClient, tool: Tool, arguments: Mapping[str, Any], approval: str, workflow_id: str, task: TaskContext
+    client: NexumClient, tool: Tool, arguments: Mapping[str, Any], approval: str, workflow: str, task: TaskContext
 ) -> str:
     """Raise FinalError unless the call needs no approval, or a person approved it with these arguments.
 
@@ -95,17 +109,19 @@ async def check(
         return ""
     try:
         execution = (await client.get_execution(approval, patience=PATIENCE)).execution
-        question = Approval.model_validate_json(execution.input_json)
+        question = Question.model_validate_json(execution.input_json)
     except (ExecutionNotFound, ValidationError):
         raise _refused(tool, f"execution {approval} asks no such question") from None
     if [(node.node_id, node.node_type) for node in execution.nodes] != [(NODE, NodeType.HUMAN_APPROVAL)]:
         raise _refused(tool, f"execution {approval} asks no person")
-    if f"{workflow_id}:{execution.idempotency_key}:{task.node_id}" != task.idempotency_key:
+    key = execution.idempotency_key
+    own = f"{question.workflow}:{key}:{task.node_id}"
+    if own != task.idempotency_key or not key.startswith(f"{question.session}:"):
         raise _refused(tool, f"the decision of execution {approval} is for another call")
     decision = decision_of(execution)
     if not decision.approved:
         raise _refused(tool, f"execution {approval} is {execution.status.value}")
-    asked = Approval.of(question.session, question.agent, tool.name, question.arguments, question.reason)
+    asked = Question.about(tool.name, question.arguments, question.session, workflow)
     approved = question.arguments if decision.answer is None else tool.complete(decision.answer)
     if question != asked or complete != approved:
         raise _refused(tool, f"execution {approval} is about another tool or other arguments")

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
-MAX_SHOWN = 300  # characters of a call's arguments in a line about it
+MAX_SHOWN = 300  # characters of a call in a line about it
 RESOLVE_INTERVAL = 1.0  # seconds; the server answers at once only if an execution ends, and --not-done doesn't end it
 CANCEL_PATIENCE = 1.0  # seconds for an attempt to end after its time limit
 
@@ -78,9 +78,15 @@ class GuardedCall:
     """Why the model calls the tool, if it said so."""
 
     def __str__(self) -> str:
-        text = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
-        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-        return f"{self.tool}({shown}) of {self.call.agent or 'the program'}"
+        whole = self.whole()
+        return (
+            whole if len(whole) <= MAX_SHOWN else f"{whole[:MAX_SHOWN]}... (cut) of {self.call.agent or 'the program'}"
+        )
+
+    def whole(self) -> str:
+        """Return the call with all of its arguments. Characters that could deceive the reader are escaped."""
+        arguments = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
+        return _escaped(f"{self.tool}({arguments}) of {self.call.agent or 'the program'}")
 
     def edited(self, arguments: Mapping[str, Any]) -> GuardedCall:
         """Return the call with arguments that a person has edited."""
@@ -245,8 +251,8 @@ class Guard:
 
     async def _ask_at_once(self, ask: Ask, execution_id: str, guarded: GuardedCall) -> None:
         """Ask the person at the terminal. Another person may decide first."""
-        reason = f"\n    reason: {guarded.reason}" if guarded.reason else ""
-        answer = await ask(f"{guarded}{reason}")
+        reason = f"\n    reason: {_escaped(guarded.reason)}" if guarded.reason else ""
+        answer = await ask(f"{guarded.whole()}{reason}")
         if answer is None:
             return
         approves, comment = answer
@@ -302,6 +308,8 @@ class Guard:
         self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm, turn: Turn
     ) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
+        if not await self._journal.may_begin_effect(task):
+            return _UNKNOWN
         try:
             value = await self._performed(guarded, task, attempt, form, turn)
         except asyncio.CancelledError:
@@ -423,6 +431,11 @@ class Guard:
         except NexumError as error:
             self._recorder.stop(error)
             raise
+
+
+def _escaped(text: str) -> str:
+    """Return a text with each unprintable character as JSON escapes it, such as marks that reverse the direction."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -275,6 +275,10 @@ class Journal:
 
         return await self._under_this_run(start)
 
+    async def may_begin_effect(self, task: Task) -> bool:
+        """Return whether an effect is still this run's. Another one may have taken it over, or it counts as lost."""
+        return await self._owner.may_begin(task)
+
     async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
 

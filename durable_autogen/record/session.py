@@ -189,10 +189,11 @@ class Session:
             budget = None
             if self._budget is not None:
                 budget = BudgetCheck(self._budget, client, journal, self._command("budget"))
-            self._recorder = Recorder(
-                journal, self, on_drift=self._on_drift, compare=self._compare, park=self._park, budget=budget
-            )
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
+            park = self._park and ask is None  # a run that asks at the terminal waits for the answer
+            self._recorder = Recorder(
+                journal, self, on_drift=self._on_drift, compare=self._compare, park=park, budget=budget
+            )
             self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
             self._waits = Waits(client, self._recorder, self._command("send"))
             stack.push_async_callback(self._close)

@@ -7,8 +7,6 @@ import os
 import sys
 import threading
 
-from nexum_engine.report import printable
-
 PROMPT = "approve it? yes, no, or a reason to reject it: "
 
 
@@ -28,8 +26,7 @@ class Terminal:
     async def ask(self, question: str) -> tuple[bool, str] | None:
         """Ask the person; return whether the call may be made, and a reason. Return None at the end of the input."""
         async with self._one_at_a_time:
-            shown = "\n".join(printable(line) for line in question.splitlines())
-            print(f"[Nexum] {shown}", file=sys.stderr)
+            print(f"[Nexum] {question}", file=sys.stderr)
             while True:
                 print(f"[Nexum] {PROMPT}", end="", file=sys.stderr, flush=True)
                 line = await self._line()

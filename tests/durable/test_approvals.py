@@ -19,9 +19,10 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_core import CancellationToken
-from durable_agents import agent, answer, is_after_a_tool, run
-from harness import Process, Server, environment, nexum_server, running
+from durable_agents import HasAddress, agent, answer, is_after_a_tool, run
+from harness import Process, environment, free_port, nexum_server, running
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread, server_thread
 
 from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide
@@ -193,6 +194,13 @@ def until(terminal: int, text: str | None) -> str:
 # ---- Without processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerThread]:
+    """A server in a thread: it starts faster than a process."""
+    with server_thread(tmp_path) as running:
+        yield running
+
+
 class Shop:
     """A tool that charges, and what it charged."""
 
@@ -212,7 +220,7 @@ class Shop:
 class Deciders:
     """People who decide each pending question with `decide`, as soon as it is asked."""
 
-    def __init__(self, server: Server, decide: Callable[[NexumClient, str, dict[str, Any]], Any]) -> None:
+    def __init__(self, server: HasAddress, decide: Callable[[NexumClient, str, dict[str, Any]], Any]) -> None:
         self.server = server
         self.decide = decide
         self.asked: list[dict[str, Any]] = []
@@ -246,7 +254,7 @@ async def rejects(client: NexumClient, execution: str, _: dict[str, Any]) -> Non
     await client.reject(execution, NODE, approver="ann", reason="too much")
 
 
-async def test_question_shows_the_call_and_its_digest(server: Server) -> None:
+async def test_question_shows_the_call_and_its_digest(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         async with Deciders(server, approves) as people:
@@ -264,7 +272,7 @@ async def test_question_shows_the_call_and_its_digest(server: Server) -> None:
     ]
 
 
-async def test_model_reads_the_reason_of_a_rejection_and_the_run_continues(server: Server) -> None:
+async def test_model_reads_the_reason_of_a_rejection_and_the_run_continues(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         async with Deciders(server, rejects) as people:
@@ -274,7 +282,23 @@ async def test_model_reads_the_reason_of_a_rejection_and_the_run_continues(serve
     assert (shop.charged, len(people.asked), len(model.requests)) == ([], 1, 2)
 
 
-async def test_rejection_of_a_call_of_the_program_raises(server: Server) -> None:
+async def test_waiting_run_continues_after_its_server_was_killed(tmp_path: Path) -> None:
+    shop = Shop(approval="always")
+    url, port = f"sqlite:///{tmp_path / 'nexum.db'}", free_port()
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        with nexum_server(tmp_path, database_url=url, port=port) as killed:
+            waiting = asyncio.ensure_future(run(killed, shop.clerk(model)))
+            async with NexumClient(killed.address) as client:
+                while not await client.pending_approvals():  # noqa: ASYNC110 - the server can't tell
+                    await asyncio.sleep(0.01)
+            killed.process.kill()
+        with nexum_server(tmp_path, database_url=url, port=port) as restarted:
+            async with Deciders(restarted, approves):
+                assert (await waiting).messages[-1].to_text() == "charged c-1 5"
+    assert shop.charged == ["c-1 5"]
+
+
+async def test_rejection_of_a_call_of_the_program_raises(server: ServerThread) -> None:
     shop = Shop(approval="always")
     async with Deciders(server, rejects), DurableSession("s", nexum=server.address):
         with pytest.raises(CallRejected, match=r"^ann rejected this call: too much$"):
@@ -282,7 +306,7 @@ async def test_rejection_of_a_call_of_the_program_raises(server: Server) -> None
     assert shop.charged == []
 
 
-async def test_function_of_the_arguments_chooses_the_calls_to_approve(server: Server) -> None:
+async def test_function_of_the_arguments_chooses_the_calls_to_approve(server: ServerThread) -> None:
     shop = Shop(approval=lambda cents, **_: cents > 10)
     with OpenAIServer(clerk_model({"cents": 10}, {"cents": 11})) as model:
         async with Deciders(server, approves) as people:
@@ -291,7 +315,17 @@ async def test_function_of_the_arguments_chooses_the_calls_to_approve(server: Se
     assert sorted(shop.charged) == ["c-1 10", "c-1 11"]
 
 
-async def test_wrong_arguments_are_never_asked_for_and_never_run(server: Server) -> None:
+async def test_told_call_can_not_deceive_its_reader(server: ServerThread) -> None:
+    shop, lines = Shop(approval="always", approval_timeout=0.1), list[str]()
+    customer = "c-1\u202e\x1b[2J" + "x" * 400
+    with OpenAIServer(clerk_model({"cents": 5, "customer": customer})) as model:
+        await run(server, shop.clerk(model), logs=lines)
+    (line,) = (line for line in lines if line.startswith("waiting"))
+    assert 'charge({"cents": 5, "customer": "c-1\\u202e\\u001b[2Jxx' in line
+    assert "xxx... (cut) of clerk: " in line
+
+
+async def test_wrong_arguments_are_never_asked_for_and_never_run(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": "many"})) as model:
         result = await run(server, shop.clerk(model))
@@ -299,7 +333,7 @@ async def test_wrong_arguments_are_never_asked_for_and_never_run(server: Server)
     assert shop.charged == []
 
 
-async def test_call_runs_with_edited_arguments_and_the_model_is_told(server: Server) -> None:
+async def test_call_runs_with_edited_arguments_and_the_model_is_told(server: ServerThread) -> None:
     async def edits(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
         await client.approve(execution, NODE, approver="ann", answer={"cents": 3})
 
@@ -314,7 +348,7 @@ async def test_call_runs_with_edited_arguments_and_the_model_is_told(server: Ser
 
 
 @pytest.mark.parametrize("arguments", [{"cents": "many"}, {}, "5", [5]])
-async def test_wrong_edited_arguments_are_never_run(server: Server, arguments: Any) -> None:
+async def test_wrong_edited_arguments_are_never_run(server: ServerThread, arguments: Any) -> None:
     async def edits(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
         await client.approve(execution, NODE, approver="ann", answer=arguments)
 
@@ -326,7 +360,7 @@ async def test_wrong_edited_arguments_are_never_run(server: Server, arguments: A
     assert shop.charged == []
 
 
-async def test_several_calls_of_one_reply_are_decided_one_by_one(server: Server) -> None:
+async def test_several_calls_of_one_reply_are_decided_one_by_one(server: ServerThread) -> None:
     questions: list[tuple[str, int]] = []
 
     async def decides(client: NexumClient, execution: str, question: dict[str, Any]) -> None:
@@ -347,7 +381,7 @@ async def test_several_calls_of_one_reply_are_decided_one_by_one(server: Server)
     assert sorted(shop.charged) == ["c-1 1", "c-1 3"]
 
 
-async def test_decision_counts_for_one_call_of_one_session_only(server: Server) -> None:
+async def test_decision_counts_for_one_call_of_one_session_only(server: ServerThread) -> None:
     """Equal calls ask again: in the same reply, in another session and in a fork."""
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 5}, {"cents": 5})) as model:
@@ -362,7 +396,7 @@ async def test_decision_counts_for_one_call_of_one_session_only(server: Server) 
             assert [one["session"] for one in people.asked] == ["s", "s", "other", "other", "fork", "fork"]
 
 
-async def test_question_that_nobody_decides_in_time_is_rejected(server: Server) -> None:
+async def test_question_that_nobody_decides_in_time_is_rejected(server: ServerThread) -> None:
     shop = Shop(approval="always", approval_timeout=0.3)
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         result = await run(server, shop.clerk(model))
@@ -370,7 +404,7 @@ async def test_question_that_nobody_decides_in_time_is_rejected(server: Server) 
     assert shop.charged == []
 
 
-async def test_first_of_two_deciders_wins(server: Server) -> None:
+async def test_first_of_two_deciders_wins(server: ServerThread) -> None:
     refused = asyncio.Event()
 
     async def both(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
@@ -388,7 +422,7 @@ async def test_first_of_two_deciders_wins(server: Server) -> None:
     assert shop.charged == []
 
 
-async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Server) -> None:
+async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: ServerThread) -> None:
     shop = Shop(approval="always")
 
     def note() -> str:
@@ -428,7 +462,7 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
     assert shop.charged == ["c-1 5"]
 
 
-async def test_run_parks_when_all_calls_of_a_reply_wait(server: Server) -> None:
+async def test_run_parks_when_all_calls_of_a_reply_wait(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
         with pytest.raises(Parked, match=r"\"cents\": 1.*; waiting for a decision on charge\({\"cents\": 2"):
@@ -438,7 +472,7 @@ async def test_run_parks_when_all_calls_of_a_reply_wait(server: Server) -> None:
     assert sorted(shop.charged) == ["c-1 1", "c-1 2"]
 
 
-async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server: Server) -> None:
+async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server: ServerThread) -> None:
     shop = Shop(approval="always")
     async with DurableSession("s", nexum=server.address), NexumClient(server.address) as client:
         calling = asyncio.ensure_future(shop.tool.run_json({"cents": 5}, CancellationToken()))
@@ -450,7 +484,7 @@ async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server:
         assert await client.pending_approvals() == []
 
 
-async def test_question_of_another_kind_under_the_key_is_no_permission(server: Server) -> None:
+async def test_question_of_another_kind_under_the_key_is_no_permission(server: ServerThread) -> None:
     """Somebody who may start executions can't prepare a decision on other arguments under a call's key."""
     shop = Shop(approval="always")
     key = Approval.of("s", "", "charge", {"cents": 5, "customer": "c-1"}).key("/reply/0/tool/1")
@@ -465,7 +499,7 @@ async def test_question_of_another_kind_under_the_key_is_no_permission(server: S
     assert shop.charged == []
 
 
-async def test_error_of_the_approval_function_is_no_permission(server: Server) -> None:
+async def test_error_of_the_approval_function_is_no_permission(server: ServerThread) -> None:
     shop = Shop(approval=lambda dollars, **_: dollars > 5)
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         result = await run(server, shop.clerk(model))
@@ -473,14 +507,14 @@ async def test_error_of_the_approval_function_is_no_permission(server: Server) -
     assert shop.charged == []
 
 
-async def test_policy_of_the_session_replaces_the_tools_own(server: Server) -> None:
+async def test_policy_of_the_session_replaces_the_tools_own(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         result = await run(server, shop.clerk(model), policies={"charge": Policy()})
         assert result.messages[-1].to_text() == "charged c-1 5"
 
 
-async def test_policies_of_unknown_tools_are_told_once(server: Server) -> None:
+async def test_policies_of_unknown_tools_are_told_once(server: ServerThread) -> None:
     lines: list[str] = []
     shop = Shop()
     with OpenAIServer([Reply("nothing to do")]) as model:
@@ -489,7 +523,7 @@ async def test_policies_of_unknown_tools_are_told_once(server: Server) -> None:
     assert [line for line in lines if "polic" in line] == ["policies for unknown tools: chrage. Check the names"]
 
 
-async def test_call_without_policy_costs_no_request(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_call_without_policy_costs_no_request(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[str] = []
     send = Connection.call
 

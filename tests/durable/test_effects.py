@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,8 @@ import pytest
 from autogen_core import CancellationToken
 from autogen_core.tools import StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, Scripted, bench
-from harness import Process, Server, logged, running
+from harness import Process, logged, nexum_server, running
+from server_thread import ServerThread, server_thread
 
 from durable_autogen import (
     NOT_DONE,
@@ -31,7 +34,7 @@ from nexum_engine.errors import InvalidRequest, UnknownEffect
 from nexum_engine.workflow import RetryPolicy
 
 PROGRAM = """
-import asyncio, logging, os, sys
+import asyncio, logging, os, signal, sys
 from autogen_core import CancellationToken
 from durable_autogen import DurableSession, NOT_DONE, Parked, call_id, durable_tool
 from durable_autogen.record.journal import Journal
@@ -60,6 +63,17 @@ def look_up(arguments, key):
     if "broken" in sys.argv:
         raise OSError("the shop is closed")
     return "receipt found" if key in entries() else NOT_DONE
+
+start = Journal.start_effect
+async def start_and_stop(journal, *args):
+    global die
+    started = await start(journal, *args)
+    if die == "suspended":
+        die = ""
+        print("AT suspended", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return started
+Journal.start_effect = start_and_stop
 
 write = Journal._write
 async def stop_and_write(journal, task, call, event):
@@ -185,7 +199,35 @@ def test_recorded_effect_is_found_if_the_run_dies_before_it_records_its_call(fol
     assert len(ledger(folder)) == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) -> None:
+    with nexum_server(folder, lease=1) as server:
+        env = {"DIE": "suspended", "NEXUM_ADDRESS": server.address}
+        with running(["program.py"], cwd=folder, env=env) as suspended:
+            suspended.wait_for("AT suspended")
+            asyncio.run(resolve_unknown(server.address, "receipt 7"))
+            suspended.popen.send_signal(signal.SIGCONT)
+            assert suspended.wait_for("GOT") == "GOT receipt 7"
+            assert suspended.wait() == 0
+    assert ledger(folder) == []
+
+
+async def resolve_unknown(address: str, result: str) -> None:
+    """Wait until the server counts an effect as unknown. Say that it has happened."""
+    async with NexumClient(address) as client:
+        while not (unknown := await client.unknown()):  # noqa: ASYNC110 - the server can't tell
+            await asyncio.sleep(0.05)
+        await client.resolve(unknown[0].execution_id, unknown[0].node_id, output=result)
+
+
 # ---- Without processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerThread]:
+    """A server in a thread: it starts faster than a process."""
+    with server_thread(tmp_path) as running:
+        yield running
 
 
 class Target:
@@ -217,7 +259,7 @@ class Refused(Exception):
     """A failure that a retry can't fix."""
 
 
-async def test_once_tool_that_raises_is_not_called_again(server: Server) -> None:
+async def test_once_tool_that_raises_is_not_called_again(server: ServerThread) -> None:
     target = Target(OSError("no answer"), effect="once")
     for error, text in (
         (OSError, "^no answer$"),
@@ -229,7 +271,7 @@ async def test_once_tool_that_raises_is_not_called_again(server: Server) -> None
     assert len(target.done) == 1
 
 
-async def test_error_result_of_once_tool_is_recorded_as_result(server: Server) -> None:
+async def test_error_result_of_once_tool_is_recorded_as_result(server: ServerThread) -> None:
     target = Target(OSError("no answer"), effect="once")
     for _ in range(2):
         async with DurableSession("s", nexum=server.address):
@@ -239,7 +281,7 @@ async def test_error_result_of_once_tool_is_recorded_as_result(server: Server) -
 
 
 @pytest.mark.parametrize("effect", ["once", "idempotent"])
-async def test_failed_attempts_are_retried_with_one_call_id(server: Server, effect: str) -> None:
+async def test_failed_attempts_are_retried_with_one_call_id(server: ServerThread, effect: str) -> None:
     target = Target(OSError("1"), OSError("2"), effect=effect, retry=FAST)
     lines: list[str] = []
     with logged(lines):
@@ -252,14 +294,14 @@ async def test_failed_attempts_are_retried_with_one_call_id(server: Server, effe
     ]
 
 
-async def test_final_errors_are_not_retried(server: Server) -> None:
+async def test_final_errors_are_not_retried(server: ServerThread) -> None:
     target = Target(OSError("1"), Refused("no"), retry=FAST, final=(Refused,))
     async with DurableSession("s", nexum=server.address):
         assert (await target.result()).to_text() == "no"
     assert len(target.done) == 2
 
 
-async def test_last_error_is_the_result_after_all_attempts(server: Server) -> None:
+async def test_last_error_is_the_result_after_all_attempts(server: ServerThread) -> None:
     target = Target(*(OSError(str(n)) for n in range(1, 9)), retry=FAST)
     async with DurableSession("s", nexum=server.address):
         assert (await target.result()).to_text() == "3"
@@ -282,7 +324,7 @@ class Slow:
         return "seen"
 
 
-async def test_attempt_ends_at_its_time_limit_and_is_retried(server: Server) -> None:
+async def test_attempt_ends_at_its_time_limit_and_is_retried(server: ServerThread) -> None:
     slow = Slow(retry=FAST)
     async with DurableSession("s", nexum=server.address):
         assert await slow.tool.run_json({}, CancellationToken()) == "seen"
@@ -292,7 +334,7 @@ async def test_attempt_ends_at_its_time_limit_and_is_retried(server: Server) -> 
             await slow.tool.run_json({}, CancellationToken())
 
 
-async def test_time_limit_leaves_a_once_effect_unknown(server: Server) -> None:
+async def test_time_limit_leaves_a_once_effect_unknown(server: ServerThread) -> None:
     slow = Slow(effect="once", retry=FAST)
     with pytest.raises(Parked, match=r"may or may not have happened .*time limit of 0.2 s"):
         async with DurableSession("s", nexum=server.address, park=True):
@@ -300,7 +342,7 @@ async def test_time_limit_leaves_a_once_effect_unknown(server: Server) -> None:
     assert slow.attempts == 1
 
 
-async def test_tool_may_say_that_its_effect_is_unknown(server: Server) -> None:
+async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> None:
     for session, reconcile, text in (
         ("s1", None, r"may or may not have happened \(the line broke\)"),
         ("s2", lambda arguments, key: NOT_DONE, r"may or may not have happened \(the line broke\)"),
@@ -315,7 +357,7 @@ async def test_tool_may_say_that_its_effect_is_unknown(server: Server) -> None:
         assert (await target.result()).to_text() == "receipt found"
 
 
-async def test_once_call_that_the_program_gives_up_is_unknown(server: Server) -> None:
+async def test_once_call_that_the_program_gives_up_is_unknown(server: ServerThread) -> None:
     begun = asyncio.Event()
 
     async def charge() -> str:
@@ -335,7 +377,7 @@ async def test_once_call_that_the_program_gives_up_is_unknown(server: Server) ->
     assert unknown.error == "the program gave the call up"
 
 
-async def test_tool_with_a_policy_can_not_be_called_inside_another_tool(server: Server) -> None:
+async def test_tool_with_a_policy_can_not_be_called_inside_another_tool(server: ServerThread) -> None:
     target = Target(effect="once")
 
     async def pay_twice() -> str:
@@ -349,7 +391,7 @@ async def test_tool_with_a_policy_can_not_be_called_inside_another_tool(server: 
     assert target.done == []
 
 
-async def test_policy_applies_to_a_tool_that_its_workbench_renames(server: Server) -> None:
+async def test_policy_applies_to_a_tool_that_its_workbench_renames(server: ServerThread) -> None:
     target = Target()
     renamed = StaticWorkbench([target.tool], {"charge": ToolOverride(name="pay")})
     async with DurableSession("s", nexum=server.address, policies={"charge": Policy(effect="once")}):
@@ -358,7 +400,7 @@ async def test_policy_applies_to_a_tool_that_its_workbench_renames(server: Serve
         assert [one.status.value for one in await client.list_executions(workflow_id="tool-effect")] == ["COMPLETED"]
 
 
-async def test_changed_program_is_warned_of_effects_that_it_may_repeat(server: Server) -> None:
+async def test_changed_program_is_warned_of_effects_that_it_may_repeat(server: ServerThread) -> None:
     target = Target(effect="once")
     lines: list[str] = []
     async with DurableSession("s", nexum=server.address):
@@ -378,7 +420,7 @@ class Busy(Exception):
     retry_after = 0.2
 
 
-async def test_model_calls_are_retried_and_limited_by_their_policy(server: Server) -> None:
+async def test_model_calls_are_retried_and_limited_by_their_policy(server: ServerThread) -> None:
     happened: list[str] = []
 
     async def hangs() -> str:
@@ -422,7 +464,7 @@ def test_retry_after_of_a_response_is_read(headers: dict[str, str], seconds: flo
 
 
 @pytest.mark.parametrize("policy", [{"approval": "always"}, {"effect": "once"}])
-async def test_model_can_not_have_the_policy_of_a_tool(server: Server, policy: dict[str, Any]) -> None:
+async def test_model_can_not_have_the_policy_of_a_tool(server: ServerThread, policy: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match="a model's policy has only retry, final, timeout, rate and concurrency"):
         async with DurableSession("s", nexum=server.address, policies={"model": Policy(**policy)}):
             pass
@@ -431,12 +473,12 @@ async def test_model_can_not_have_the_policy_of_a_tool(server: Server, policy: d
 # ---- Forks -----------------------------------------------------------------------------------------------------------
 
 
-async def two_charges(server: Server, session: str, target: Target) -> list[str]:
+async def two_charges(server: ServerThread, session: str, target: Target) -> list[str]:
     async with DurableSession(session, nexum=server.address):
         return [await target.call(), await target.call(), await target.call(1)]
 
 
-async def test_fork_before_an_effect_is_refused_by_default(server: Server) -> None:
+async def test_fork_before_an_effect_is_refused_by_default(server: ServerThread) -> None:
     target = Target(effect="once")
     await two_charges(server, "s", target)
     async with NexumClient(server.address) as client:
@@ -445,7 +487,7 @@ async def test_fork_before_an_effect_is_refused_by_default(server: Server) -> No
             await fork_session(client, "s", 1, "f")
 
 
-async def test_fork_reuses_the_results_of_equal_calls_once(server: Server) -> None:
+async def test_fork_reuses_the_results_of_equal_calls_once(server: ServerThread) -> None:
     target = Target(effect="once")
     await two_charges(server, "s", target)
     async with NexumClient(server.address) as client:
@@ -462,7 +504,7 @@ async def test_fork_reuses_the_results_of_equal_calls_once(server: Server) -> No
         assert found == ["receipt 3", "receipt 1", "receipt 2", "receipt 4", "receipt 5"]
 
 
-async def test_fork_makes_the_calls_again_on_request(server: Server) -> None:
+async def test_fork_makes_the_calls_again_on_request(server: ServerThread) -> None:
     target = Target(effect="once")
     await two_charges(server, "s", target)
     async with NexumClient(server.address) as client:
@@ -470,13 +512,13 @@ async def test_fork_makes_the_calls_again_on_request(server: Server) -> None:
     assert await two_charges(server, "f", target) == ["receipt 4", "receipt 5", "receipt 6"]
 
 
-async def one_charge(server: Server, target: Target) -> None:
+async def one_charge(server: ServerThread, target: Target) -> None:
     async with DurableSession("s", nexum=server.address, park=True):
         await Scripted([]).create(QUESTION)
         await target.call()
 
 
-async def test_fork_can_not_reuse_an_unknown_effect(server: Server) -> None:
+async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> None:
     target = Target(UnknownEffect("the line broke"), effect="once")
     with pytest.raises(Parked):
         await one_charge(server, target)

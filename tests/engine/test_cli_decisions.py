@@ -121,6 +121,28 @@ def test_approvals_show_the_whole_call_and_the_answer_is_stored(server: Server, 
     assert "             by Ann" in output.splitlines()
 
 
+@pytest.mark.parametrize(("command", "status_after"), [("approve", "COMPLETED"), ("reject", "FAILED")])
+def test_all_calls_of_a_session_are_decided_together(
+    server: Server, terminal: Terminal, command: str, status_after: str
+) -> None:
+    with connected(server.address) as stub:
+        register(stub, {"approval": {"type": "HUMAN_APPROVAL"}})
+        asked = [
+            start(stub, json.dumps({"session": session, about: "x" * size}))
+            for session, about, size in (
+                ("s", "tool", 1),
+                ("other", "tool", 1),
+                ("s", "tool", 200_000),
+                ("s", "budget", 1),
+            )
+        ]
+        code, output = terminal(command, "--session", "s")
+        done = {"approve": "approved", "reject": "rejected"}[command]
+        assert (code, output) == (0, "\n".join(f"approval of {one} is {done}" for one in (asked[0], asked[2])))
+        assert [status(stub, one)[0] for one in asked] == [status_after, "RUNNING", status_after, "RUNNING"]
+        assert terminal(command, "--session", "s") == (1, "error: no call of session s waits for approval")
+
+
 def test_rejection_stays_on_record_after_a_retry(server: Server, terminal: Terminal) -> None:
     with connected(server.address) as stub:
         register(stub, {"boss": {"type": "HUMAN_APPROVAL"}})
@@ -208,7 +230,9 @@ def test_person_rejects_without_a_server(tmp_path: Path) -> None:
         (["resolve", "exec-unknown"], 2, "one of the arguments --result --not-done --failed is required"),
         (["resolve", "exec-unknown", "a", "--result", "1", "--not-done"], 2, "not allowed with argument --result"),
         (["resolve", "exec-unknown", "a", "--failed", ""], 1, "--failed needs a reason"),
-        (["reject"], 2, "EXECUTION"),
+        (["reject"], 1, "give either an EXECUTION or --session"),
+        (["approve", "exec-1", "--session", "s"], 1, "give either an EXECUTION or --session"),
+        (["approve", "--session", "s", "--args", "{}"], 1, "--args are the arguments of one call"),
     ],
 )
 def test_wrong_decision_is_one_line(tmp_path: Path, server: Server, arguments: list[str], code: int, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Effects that must happen only once: no attempt that may have begun is repeated blindly (the engine's part)."""
+"""Effects that must happen only once, and decisions of persons, in the store, on a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def sweep(store: Store) -> None:
 async def lose(store: Store, clock: ManualClock, worker_id: str = "w1") -> None:
     """Break the stream of a worker, which does not come back."""
     await store.run(leases.disconnect, worker_id, GRACE_MS)
-    clock.advance(GRACE_MS)
+    clock.advance(GRACE_MS / 1000)
     await sweep(store)
 
 
@@ -114,13 +114,13 @@ async def test_silent_worker_and_restart_of_the_server_leave_the_effect_unknown(
 ) -> None:
     execution_id = await start(store)
     await taken(store)
-    clock.advance(LEASE_MS)
+    clock.advance(LEASE_MS / 1000)
     await sweep(store)
     assert await is_unknown(store, execution_id)
     await store.run(waits.resolve, execution_id, "pay", "Ann", not_done=True)
     await taken(store)
     await store.run(leases.restart, GRACE_MS, 2 * LEASE_MS)
-    clock.advance(GRACE_MS)
+    clock.advance(GRACE_MS / 1000)
     await sweep(store)
     assert await is_unknown(store, execution_id)
     reasons = [one.error for one in await attempts(store, execution_id)]
@@ -131,7 +131,7 @@ async def test_silent_worker_and_restart_of_the_server_leave_the_effect_unknown(
 async def test_attempt_that_took_too_long_leaves_the_effect_unknown(store: Store, clock: ManualClock) -> None:
     execution_id = await start(store, timeout=5, retry=RetryPolicy(max_attempts=3))
     task = await taken(store)
-    clock.advance(6000)
+    clock.advance(6)
     await sweep(store)
     assert await is_unknown(store, execution_id)
     assert "longer than its time limit of 5 s" in (await attempts(store, execution_id))[0].error
@@ -147,7 +147,7 @@ async def test_task_that_never_began_is_handed_out_again(store: Store, clock: Ma
     task = await taken(store)
     await store.run(tasks.release, task.task_id, "the poll was cancelled")
     task = await taken(store)
-    clock.advance(GRACE_MS)
+    clock.advance(GRACE_MS / 1000)
     unnamed = (await store.run(leases.renew, "w1", (), LEASE_MS)).unnamed
     await store.run(leases.lose, "w1", unnamed)
     task = await taken(store, "w2")
@@ -229,7 +229,7 @@ async def test_attempt_after_a_lost_one_must_reconcile(store: Store, clock: Manu
     task = await taken(store, "w3")
     assert task.must_reconcile
     await store.run(tasks.fail_task, task.task_id, "the bank is closed", False)
-    clock.advance(1000)
+    clock.advance(1)
     task = await taken(store, "w4")
     assert task.must_reconcile
     await store.run(tasks.complete_task, task.task_id, '"paid"')
@@ -262,7 +262,7 @@ async def test_node_that_loses_every_worker_waits_for_a_person_in_the_end(store:
         await taken(store)
         await lose(store, clock)
     task = await taken(store)
-    clock.advance(GRACE_MS)
+    clock.advance(GRACE_MS / 1000)
     await store.run(leases.lose, "w1", frozenset([task.task_id]))  # it never began, but earlier attempts may have
     assert await is_unknown(store, execution_id)
 
@@ -270,7 +270,7 @@ async def test_node_that_loses_every_worker_waits_for_a_person_in_the_end(store:
 async def test_time_limit_with_reconcile_leads_to_reconciliation(store: Store, clock: ManualClock) -> None:
     await start(store, reconcile=True, timeout=5)
     await taken(store)
-    clock.advance(6000)
+    clock.advance(6)
     await sweep(store)
     assert (await taken(store, "w2")).must_reconcile
 
@@ -287,7 +287,7 @@ async def unknown(store: Store, clock: ManualClock) -> str:
 
 async def test_person_resolves_with_a_result(store: Store, clock: ManualClock) -> None:
     execution_id = await unknown(store, clock)
-    clock.advance(5000)
+    clock.advance(5)
     await store.run(waits.resolve, execution_id, "pay", "Ann", output_json='{"receipt": 7}')
     execution = await store.run(reading.get_execution, execution_id, True)
     assert execution.status is ExecutionStatus.COMPLETED
@@ -462,3 +462,70 @@ async def test_unknown_kind_of_effect_is_refused(store: Store) -> None:
     ir = json.dumps({"nodes": {"a": {"type": "EFFECT", "dependencies": [], "effect": "twice"}}})
     with pytest.raises(InvalidRequest, match="effect"):
         await store.run(executions.register_workflow, "w", "v1", ir)
+
+
+# ---- Approvals -------------------------------------------------------------------------------------------------------
+
+
+async def ask(store: Store, timeout_seconds: float | None = None) -> str:
+    built = workflow("ask").human_approval("boss", timeout_seconds=timeout_seconds).build()
+    await store.run(executions.register_workflow, "ask", "v1", built.ir_json)
+    return (await store.run(executions.start_execution, "ask", "v1", '{"cents": 5}', "")).execution_id
+
+
+async def test_approval_that_nobody_decides_fails_in_time_and_has_no_decision(store: Store, clock: ManualClock) -> None:
+    execution_id = await ask(store, 60)
+    clock.advance(60)
+    await sweep(store)
+    assert await status(store, execution_id) is ExecutionStatus.RUNNING  # never early
+    clock.advance(0.001)
+    await sweep(store)
+    execution = await store.run(reading.get_execution, execution_id, True)
+    assert (execution.status, execution.error) == (ExecutionStatus.FAILED, "boss: not decided within 60 s")
+    assert execution.nodes[0].attempts == ()
+    with pytest.raises(Conflict, match="can't be decided any more"):
+        await store.run(waits.approve, execution_id, "boss", "Ann", "")
+    await store.run(retry.retry_execution, execution_id)  # the person gets as much time again
+    clock.advance(60)
+    await sweep(store)
+    await store.run(waits.approve, execution_id, "boss", "Ann", "")
+    assert await status(store, execution_id) is ExecutionStatus.COMPLETED
+
+
+async def test_answer_of_a_person_is_stored_with_the_approval(store: Store) -> None:
+    execution_id = await ask(store)
+    (pending,) = await store.run(waits.pending_approvals)
+    assert pending.input_json == '{"cents": 5}'
+    with pytest.raises(InvalidRequest, match="answer_json"):
+        await store.run(waits.approve, execution_id, "boss", "Ann", "fine", "{")
+    await store.run(waits.approve, execution_id, "boss", "Ann", "fine", '{"cents": 4}')
+    output = json.loads((await store.run(reading.get_execution, execution_id)).outputs()["boss"])
+    assert (output["approver"], output["comment"], output["answer"]) == ("Ann", "fine", {"cents": 4})
+
+
+async def test_every_decision_stays_on_record(store: Store, clock: ManualClock) -> None:
+    execution_id = await ask(store)
+    asked_ms = clock.now_ms()
+    clock.advance(1)
+    await store.run(waits.reject, execution_id, "boss", "Bob", "too much")
+    rejected_ms = clock.now_ms()
+    clock.advance(1)
+    await store.run(retry.retry_execution, execution_id)
+    again_ms = clock.now_ms()
+    assert [one.since_ms for one in await store.run(waits.pending_approvals)] == [again_ms]
+    clock.advance(1)
+    await store.run(waits.approve, execution_id, "boss", "Ann", "fine")
+    assert await attempts(store, execution_id) == [
+        Attempt(1, "Bob", asked_ms, rejected_ms, Outcome.FAILED, "too much"),
+        Attempt(2, "Ann", again_ms, clock.now_ms(), Outcome.COMPLETED, ""),
+    ]
+
+
+async def test_long_inputs_are_left_out_of_the_lists(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "MAX_SHOWN_INPUT", 100)
+    monkeypatch.setattr(waits, "MAX_SHOWN_INPUTS", 150)
+    await ask(store)
+    for size in (200, 90, 90, 20):
+        await store.run(executions.start_execution, "ask", "v1", json.dumps("x" * size), "")
+    shown = [len(one.input_json) for one in await store.run(waits.pending_approvals)]
+    assert shown == [12, 0, 92, 0, 22]

@@ -29,7 +29,7 @@ from support.console import say
 from support.offline.web import OfflineWeb
 from support.tool_calls import bindings
 from support.tools import ToolContext, tool
-from workflow import TOOL_CALL
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL
 
 SOON = RetryPolicy(max_attempts=2, first_delay_seconds=0.05)
 
@@ -146,7 +146,8 @@ async def work(address: str) -> None:
     """Run a worker of these tools."""
     stop = stop_event()
     async with NexumClient(address) as client:
-        await Worker(client, bindings(client, TOOL_CALL, OfflineWeb()), concurrency=20).run(stop)
+        served = [one for shared in (TOOL_CALL, OFFLINE_TOOL_CALL) for one in bindings(client, shared, OfflineWeb())]
+        await Worker(client, served, concurrency=20).run(stop)
 
 
 async def call(address: str, session_id: str, *calls: str) -> None:

@@ -11,11 +11,12 @@ from harness import Process, Server, nexum_server
 from policies import asked_in, decide, paid, policy_caller, policy_worker, results
 from processes import run_script
 
-from nexum_engine.approvals import Approval, approval_workflow
+from nexum_engine.approvals import approval_workflow
 from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from nexum_engine.workflow import Workflow, workflow
-from workflow import TOOL_CALL, ToolCallInput
+from support.approvals import Question
+from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput
 
 LARGE = 990
 
@@ -93,23 +94,23 @@ class Attack:
         self.session_id = session_id
         self.log = log
         self.arguments = {"log": str(log), "cents": LARGE, "to": "c-17"}
-        self.question = Approval.of(session_id, "", "pay", self.arguments)
+        self.question = Question.about("pay", self.arguments, session_id, TOOL_CALL.workflow_id)
         self.key = self.question.key("1")
 
-    async def ask(self, question: Approval, key: str, asked: Workflow | None = None) -> str:
+    async def ask(self, question: Question, key: str, asked: Workflow | None = None) -> str:
         asked = asked or approval_workflow()
         await self.client.register_workflow(asked)
         return (await self.client.start_execution(asked, question, idempotency_key=key)).execution_id
 
-    async def approved(self, question: Approval, key: str) -> str:
+    async def approved(self, question: Question, key: str) -> str:
         execution_id = await self.ask(question, key)
         await self.client.approve(execution_id, "approval", approver="ann")
         return execution_id
 
-    async def submitted(self, approval: str, key: str = "", **changes: Any) -> str:
+    async def submitted(self, approval: str, key: str = "", workflow: Workflow = TOOL_CALL, **changes: Any) -> str:
         """Submit the call; return why it failed, or "" if it completed."""
         call = ToolCallInput(tool_name="pay", tool_args={**self.arguments, **changes}, approval=approval)
-        started = await self.client.start_execution(TOOL_CALL, call, idempotency_key=key or self.key)
+        started = await self.client.start_execution(workflow, call, idempotency_key=key or self.key)
         ended = (await self.client.get_execution(started.execution_id, wait=20)).execution
         assert ended.status.ended
         return ended.error
@@ -144,9 +145,19 @@ async def replayed_approval(attack: Attack) -> str:
     return await attack.submitted(execution_id, attack.question.key("2"))
 
 
+async def replayed_approval_in_another_workflow(attack: Attack) -> str:
+    execution_id = await attack.approved(attack.question, attack.key)
+    return await attack.submitted(execution_id, workflow=OFFLINE_TOOL_CALL)
+
+
 async def approval_of_another_session(attack: Attack) -> str:
-    other = Approval.of("another-session", "", "pay", attack.arguments)
+    other = Question.about("pay", attack.arguments, "another-session", TOOL_CALL.workflow_id)
     return await attack.submitted(await attack.approved(other, other.key("1")))
+
+
+async def question_that_names_another_session(attack: Attack) -> str:
+    other = Question.about("pay", attack.arguments, "another-session", TOOL_CALL.workflow_id)
+    return await attack.submitted(await attack.approved(other, attack.key))
 
 
 async def other_arguments(attack: Attack) -> str:
@@ -154,9 +165,8 @@ async def other_arguments(attack: Attack) -> str:
 
 
 async def another_tool(attack: Attack) -> str:
-    return await attack.submitted(
-        await attack.approved(Approval.of(attack.session_id, "", "web_search", attack.arguments), attack.key)
-    )
+    other = Question.about("web_search", attack.arguments, attack.session_id, TOOL_CALL.workflow_id)
+    return await attack.submitted(await attack.approved(other, attack.key))
 
 
 async def digest_of_other_arguments(attack: Attack) -> str:
@@ -165,7 +175,7 @@ async def digest_of_other_arguments(attack: Attack) -> str:
 
 
 async def approval_without_a_person(attack: Attack) -> str:
-    forged = workflow("tool-approval", input=Approval).effect("approval").build()
+    forged = workflow("tool-approval", input=Question).effect("approval").build()
     await attack.client.register_workflow(forged)
     async with Owner(attack.client) as owner:
         await owner.record(forged, attack.question, {"approved": True}, idempotency_key=attack.key)
@@ -180,7 +190,9 @@ ATTEMPTS = {
     pending_approval: "is RUNNING",
     rejected_approval: "is FAILED",
     replayed_approval: "is for another call",
+    replayed_approval_in_another_workflow: "is for another call",
     approval_of_another_session: "is for another call",
+    question_that_names_another_session: "is for another call",
     other_arguments: "is about another tool or other arguments",
     another_tool: "is about another tool or other arguments",
     digest_of_other_arguments: "is about another tool or other arguments",

@@ -7,7 +7,7 @@ import json
 import random
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from autogen_agentchat.agents import AssistantAgent, BaseChatAgent
 from autogen_agentchat.base import Response, TaskResult
@@ -37,8 +37,14 @@ def client(model: OpenAIServer, name: str = "m") -> LiveModel:
     return LiveModel(vendor="OpenAI-compatible server", model=name, base_url=model.base_url, api_key="k")
 
 
+class HasAddress(Protocol):
+    """A server, in a process or in a thread."""
+
+    address: str
+
+
 async def run(
-    server: Server,
+    server: HasAddress,
     build: Callable[[], Any],
     task: Any = "Q",
     session: str = "s",
