@@ -493,7 +493,7 @@ WHERE node = :node;
 
 -- name: hand_out_again
 -- Make a node, whose effect has not happened, a task again, with fresh counts.
-UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :now END,
+UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :due_ms END,
                  failed_attempts = 0, lost_attempts = 0,
                  effect = CASE effect WHEN 'MUST_RECONCILE' THEN 'RECONCILE' ELSE effect END
 WHERE node = :node AND status = 'WAITING';

@@ -180,7 +180,7 @@ def resolve(
     if output_json is not None:
         flow.complete_waiting(db, node, output_json, changes)
     elif not_done:
-        db.run("hand_out_again", node=number, now=db.now_ms)
+        db.run("hand_out_again", node=number, due_ms=db.now_ms)
         if not node["owned"]:
             changes.ready.append(ReadyTask(node["version_hash"], node["task_bytes"]))
     else:

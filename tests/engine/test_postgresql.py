@@ -29,7 +29,8 @@ from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
 from nexum_engine.store.postgresql_connection import connect, without_password  # noqa: E402
 from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
 
-SCHEMA = len([*(ROOT / "nexum_engine" / "store" / "postgresql_migrations").glob("*.sql")])
+MIGRATIONS = sorted((ROOT / "nexum_engine" / "store" / "postgresql_migrations").glob("*.sql"))
+SCHEMA = len(MIGRATIONS)
 """The present version of the schema."""
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 
@@ -231,6 +232,20 @@ async def test_many_servers_create_the_tables_once(postgres_url: str) -> None:
         await store.close()
     with psycopg.connect(fresh) as connection:
         assert connection.execute("SELECT version FROM nexum_schema").fetchall() == [(SCHEMA,)]
+
+
+async def test_database_of_schema_version_1_is_updated(postgres_url: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("DROP SCHEMA IF EXISTS old CASCADE")
+        connection.execute("CREATE SCHEMA old")
+    old = in_schema(postgres_url, "old")
+    with psycopg.connect(old, autocommit=True) as connection:
+        connection.execute(MIGRATIONS[0].read_bytes())
+        connection.execute("CREATE TABLE nexum_schema (version bigint NOT NULL); INSERT INTO nexum_schema VALUES (1)")
+    store = await open_store(old, ManualClock())
+    await store.run(executions.register_workflow, "w", "v1", '{"nodes": {"a": {"type": "EFFECT", "effect": "once"}}}')
+    await store.run(executions.start_execution, "w", "v1", "{}", "")
+    await store.close()
 
 
 async def test_newer_schema_is_refused(postgres_url: str, store: PostgresStore) -> None:
