@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, Process, Server, nexum_server, running
@@ -98,7 +99,7 @@ async def test_rate_counts_over_two_servers(tmp_path: Path, postgres_url: str) -
 
 
 async def test_concurrency_counts_over_two_workers_of_which_one_is_killed(server: Server, tmp_path: Path) -> None:
-    limits = {"concurrency": 2, "takes": 0.2}
+    limits: dict[str, Any] = {"concurrency": 2, "takes": 0.2}
     async with NexumClient(server.address) as client:
         with worker(tmp_path, server.address, **limits) as first:
             ids = await start(client, limited(None, 2), 8)
