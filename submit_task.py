@@ -107,7 +107,7 @@ class _Deadline:
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Give the caller the whole timeout from now on: the time that a person takes doesn't count."""
+        """Restart the timeout. The time that a person takes to decide doesn't count."""
         self._at = time.monotonic() + self.timeout
 
     @property
@@ -117,7 +117,7 @@ class _Deadline:
 
 @dataclass(frozen=True)
 class _Call:
-    """One call, and where it is executed."""
+    """One tool call, and the workflow that executes it."""
 
     tool_name: str
     tool_args: Mapping[str, Any]
@@ -156,7 +156,7 @@ class Session:
         self._client = client or NexumClient(nexum)
         self._owns_client = client is None
         self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.address)
-        """The server in printed commands. None for the server of this folder's database."""
+        """The server to name in printed commands. None if it is the server of this folder's database."""
         self._workflow = workflow
         self._writing: set[asyncio.Task[None]] = set()
         """The tasks that are writing entries to the session file."""
@@ -178,12 +178,12 @@ class Session:
     ) -> ToolResult:
         """Run the tool, or find its recorded result. To run the tool again with equal arguments, give another `scope`.
 
-        If the tool's policy says so, first a person has to approve the call, however long that takes.
+        If the tool's policy requires an approval, first wait until a person has decided, however long that takes.
 
         Raises a NexumError: ToolCallFailed, ServerUnavailable, NotANexumServer, InvalidRequest, or another refusal or
-        fault of the server. Raises WaitTimeout after `timeout` seconds, not counting the time in which a person has to
-        decide. The execution then continues, and the next equal call attaches to the execution. If the server doesn't
-        know the execution when the time is up, raises ExecutionNotFound instead.
+        fault of the server. Raises WaitTimeout after `timeout` seconds. The time that a person takes to decide doesn't
+        count. After WaitTimeout, the execution continues, and the next equal call attaches to the execution. If the
+        server doesn't know the execution when the time is up, raises ExecutionNotFound instead.
         """
         if math.isnan(timeout):
             raise InvalidRequest("timeout is not a number: give a number of seconds")
@@ -237,7 +237,8 @@ class Session:
     async def _recorded(self, execution_id: str, call: _Call, deadline: _Deadline) -> ToolResult | None:
         """Return the result of an execution from the session file. Return None if the call has to be started again.
 
-        That is the case if the execution is FAILED or CANCELLED, unless the tool may run only once.
+        The call has to be started again if the execution is FAILED or CANCELLED. But if the tool's effect must happen
+        only once, raise ToolCallFailed instead.
         """
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
@@ -285,13 +286,13 @@ class Session:
         if not started.existing:
             self._tell(f"[Nexum] Submitted {_short(started.execution_id)} ({call.tool_name})")
             return started, Origin.EXECUTED
-        if started.status.ended:  # COMPLETED, or without a result and of a tool that may run only once
+        if started.status.ended:  # COMPLETED; or, for an effect that must happen only once, FAILED or CANCELLED
             return started, Origin.CACHED
         self._tell(f"[Nexum] {_short(started.execution_id)} ({call.tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
 
     async def _approved(self, call: _Call, tool: Tool) -> ApprovedCall | None:
-        """Return the call as a person approved it. Return None if the call needs no approval."""
+        """Ask a person about the call. Return the approved call, or None if the call needs no approval."""
         try:
             return await approvals.ask(
                 self._client,
@@ -327,7 +328,7 @@ class Session:
                 ended = observed.execution
                 break
             if (unknown := _unknown(observed.execution)) is not None:
-                if not is_unknown:  # print it only once: it may take days
+                if not is_unknown:  # print it only once: a person may take days
                     self._tell(f"{what} is UNKNOWN: {self._how_to_resolve(execution_id, unknown)}")
                 is_unknown = True
                 notice = NOTICE_EVERY
@@ -394,7 +395,7 @@ def _short(execution_id: str) -> str:
 
 
 def _unknown(execution: Execution) -> Attempt | None:
-    """Return the attempt of which nobody knows whether its effect happened, while the execution waits for a person."""
+    """Return the attempt whose effect is unknown, if the execution waits for a person because of it."""
     waiting = [node for node in execution.nodes if node.status is NodeStatus.WAITING and node.attempts]
     return waiting[0].attempts[-1] if waiting and waiting[0].attempts[-1].outcome is Outcome.UNKNOWN else None
 

@@ -1,4 +1,4 @@
-"""Define the tool-call workflow, which has one EFFECT node, and its variants for tools whose policy needs another node.
+"""Define the tool-call workflow, which has one EFFECT node, and a variant of it for each tool whose policy needs one.
 
 `submit_task.py` starts executions of these workflows, and `worker.py` runs the node.
 """
@@ -46,9 +46,10 @@ OFFLINE_TOOL_CALL = workflow("tool-call-offline", input=ToolCallInput).effect("t
 
 
 def workflow_of(tool_name: str, policy: Policy, shared: Workflow) -> Workflow:
-    """Return the workflow of a tool's calls: `shared`, unless the policy says how often the tool may run.
+    """Return the workflow of a tool's calls: `shared`, or a variant of it.
 
-    `shared` is TOOL_CALL or OFFLINE_TOOL_CALL.
+    The tool gets a variant if its policy has effect="once", `retry`, `rate` or `concurrency`. `shared` is TOOL_CALL or
+    OFFLINE_TOOL_CALL.
     """
     if not policy.is_once and policy.retry is None and not policy.is_limited:
         return shared

@@ -1,11 +1,11 @@
-"""Questions to a person that outlive every process: each is an execution with one HUMAN_APPROVAL node.
+"""Ask a person a question that outlives every process. Each question is an execution with one HUMAN_APPROVAL node.
 
     question = Approval(session="order-4711", agent="clerk", tool="charge", arguments={"cents": 990}, ...)
     decision = await decided(client, approval_workflow(), question, question.key("reply/1/charge"), on_waiting=...)
 
 A person decides with `nexum approve ID` or `nexum reject ID`, now or while no program runs. The execution's key names
-the session, the call and the digest of the tool and its arguments. So a decision counts for that one call only: for no
-other call, no other arguments and no fork.
+the session, the call and the digest of the tool and its arguments. So a decision counts for that one call only, and not
+for another call, other arguments or a fork.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PATIENCE = 300.0  # seconds to wait for a server that does not answer
 
 
 class Approval(BaseModel):
-    """The question whether a tool may run with these arguments: what the person who decides gets to see."""
+    """The question whether a tool may run with these arguments. The person who decides sees these fields."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -47,7 +47,7 @@ class Approval(BaseModel):
 
     @classmethod
     def of(cls, session: str, agent: str, tool: str, arguments: Mapping[str, Any], reason: str = "") -> Approval:
-        """Return the question, with the digest of tool and arguments."""
+        """Return the question, and compute its digest."""
         digest = call_digest(tool, arguments)
         return cls(session=session, agent=agent, tool=tool, arguments=dict(arguments), reason=reason, digest=digest)
 
@@ -65,26 +65,26 @@ def key_of(session: str, purpose: str, scope: str, digest: str) -> str:
 
 
 def approval_workflow(timeout: float | None = None) -> Workflow:
-    """Return the workflow of a question about a tool call. After `timeout` seconds it counts as rejected."""
+    """Return the workflow of a question about a tool call. After `timeout` seconds, the call counts as rejected."""
     return workflow("tool-approval", input=Approval).human_approval(NODE, timeout_seconds=timeout).build()
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A person's decision, or the end of the time for it."""
+    """The end of a question: a person's decision, or that nobody decided in time."""
 
     approved: bool
     execution_id: str
     by: str = ""
-    """Who decided. Empty if nobody said."""
+    """The name of the person who decided. Empty if the person gave no name, or if nobody decided."""
     reason: str = ""
     """The comment of the approval, or why the question was not approved."""
     answer: Any = None
-    """The JSON value that came with the approval: edited arguments. None if there is none."""
+    """The JSON value that came with the approval (for a tool call: the edited arguments), or None."""
 
     @property
     def refusal(self) -> str:
-        """Why the call may not be made, for the model."""
+        """The text that tells the model why the call may not be made."""
         if not self.by:
             return f"this call was not approved: {self.reason}"
         return f"{self.by} rejected this call{f': {self.reason}' if self.reason else ''}"
@@ -98,11 +98,12 @@ async def decided(
     *,
     on_waiting: Callable[[str], object],
 ) -> Decision:
-    """Ask the question, unless it was asked before; return the decision, however long it takes.
+    """Ask the question, unless it was asked before. Wait for the decision, however long it takes, and return it.
 
     `asked` is the workflow of the question: one HUMAN_APPROVAL node, named `approval`. If nobody has decided yet,
-    `on_waiting` is called with the execution's id, and may raise an error to stop waiting. A decision that was made
-    while nothing waited for it counts. Raises Conflict if the key belongs to another question, and the server's errors.
+    `on_waiting` is called with the execution's id, and may raise an error to stop waiting. If a decision was made while
+    no program waited for it, it counts, too. Raises Conflict if the key belongs to another question, and the server's
+    errors.
     """
     told = ""
     while True:
@@ -120,7 +121,7 @@ async def decided(
                     told = execution_id
                     on_waiting(execution_id)
         except ExecutionNotFound:
-            continue  # the server's database was replaced: ask there
+            continue  # the server has another database now: ask the question there
 
 
 async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:
@@ -156,10 +157,10 @@ def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bo
 
 
 def decision_of(execution: Execution) -> Decision:
-    """Return the decision of a question's execution, which is approved only if the execution is COMPLETED."""
+    """Return the decision of a question that has ended. Only a COMPLETED execution can be an approval."""
     node = next(one for one in execution.nodes if one.node_id == NODE)
     if execution.status is not ExecutionStatus.COMPLETED:
-        # A rejection is recorded as an attempt, with the person's name and reason. The end of the time is not.
+        # A rejection is recorded as an attempt, with the person's name and reason. If the time ran out, there is none.
         rejected = next((one for one in reversed(node.attempts) if one.outcome is Outcome.FAILED), None)
         if rejected is None:
             return Decision(False, execution.execution_id, reason=node.error or execution.error)

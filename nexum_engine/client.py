@@ -76,9 +76,9 @@ class Started:
     task: Task | None = None
     """The owner's task, if the caller named an owner and the execution has not ended."""
     unknown: bool = False
-    """Whether the effect of the owner's node is unknown: the execution waits for a person, and there is no task."""
+    """Whether the effect of the owner's node is unknown. Then the execution waits for a person, without a task."""
     retry_after: float = 0.0
-    """Not 0 if a limit of the owner's node holds it back: there is no task. Start again after so many seconds."""
+    """If a limit holds the owner's node back, there is no task: start again after so many seconds. Otherwise 0."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class NexumClient:
 
         If a limit holds an owned node back, the call waits for up to `wait` seconds, and the answer may then have
         `retry_after` instead of a task. If the effect of an owned node is unknown, the execution waits for a person:
-        the answer has no task, and `unknown` is true. If the key's execution is FAILED or CANCELLED, a new one is
-        started. But if it has a node whose effect must happen only once, the answer is that execution.
+        the answer has no task, and `unknown` is true. If the key's execution is FAILED or CANCELLED, a new execution is
+        started. But if the ended execution has a node whose effect must happen only once, the answer is the ended one.
 
         Without a key, the call is never retried. If only the answer was lost, a retry would start a second execution.
         Raises WorkflowNotFound, IdempotencyConflict, InvalidRequest. Raises Conflict while another owner holds the
@@ -447,7 +447,7 @@ class NexumClient:
     ) -> None:
         """Complete a HUMAN_APPROVAL node. Raises NotFound, or Conflict if the node does not wait for a decision.
 
-        Unless it is None, the JSON value `answer` becomes the field `answer` of the node's output.
+        If `answer` is not None, this JSON value becomes the field `answer` of the node's output.
         """
         request = pb.ApproveRequest(
             execution_id=execution_id,
@@ -634,7 +634,7 @@ class NexumClient:
 
         With `unknown`, the effect of the EFFECT node may have happened: the node waits for a person.
         """
-        # An older server doesn't know `unknown`: it must not hand the task out again.
+        # An older server ignores `unknown`. Set `final`, so that this server doesn't hand the task out again.
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 

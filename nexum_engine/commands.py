@@ -399,7 +399,7 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
 async def _decide(
     args: argparse.Namespace, source: _Executions, decide: Callable[[str, str], Awaitable[None]], decision: str
 ) -> str:
-    """Approve or reject a node, or all calls of a session that wait; return a line for each."""
+    """Approve or reject a node, or all waiting calls of a session. Return a line for each node."""
     if bool(args.execution) == bool(args.session):
         raise InvalidRequest("give either an EXECUTION or --session")
     if args.session and args.command == "approve" and args.args is not None:
@@ -423,8 +423,8 @@ async def _decide(
 
 
 async def _session_of(source: _Executions, pending: PendingApproval) -> object:
-    """Return the session of the tool call that waits for approval. Return None if no tool call waits for it."""
-    input_json = pending.input_json or (await source.get(pending.execution_id)).input_json  # a long one is left out
+    """Return the session of a tool call that waits for approval, or None if `pending` is no tool call."""
+    input_json = pending.input_json or (await source.get(pending.execution_id)).input_json  # not listed if long
     value = jsontext.parse(input_json or "null", "the input")
     return value.get("session") if isinstance(value, dict) and "tool" in value else None
 

@@ -178,7 +178,7 @@ class FinalError(NexumError):
 
 
 class UnknownEffect(NexumError):
-    """It is not known whether an effect has happened. A handler raises it, and the node then waits for a person.
+    """An effect that may or may not have happened. If a handler raises this error, the node waits for a person.
 
     Only an EFFECT node can wait like this. A node of another type fails, and is not retried.
     """

@@ -161,8 +161,8 @@ class Heartbeat:
         """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
 
         If the event loop was blocked, or the process was suspended, the process reads the answer to a poll late.
-        Meanwhile, the server may have given the task to another worker. With `ask`, ask the server in any case: the
-        answer may have been late on its way.
+        Meanwhile, the server may have given the task to another worker. With `ask`, always ask the server, because the
+        network may have delayed the answer to the poll.
         """
         if not ask and self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
             return True

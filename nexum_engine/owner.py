@@ -36,7 +36,7 @@ from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
-GIVE_UP_PATIENCE = 5.0  # seconds to give up a place that was not taken yet
+GIVE_UP_PATIENCE = 5.0  # seconds to give up a place, if the caller was cancelled
 PATIENCE = 300.0  # seconds to retry a call while no server answers
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,9 @@ class Owner:
     ) -> Started:
         """Start the execution of `idempotency_key` as its owner, take it over from a dead owner, or find its result.
 
-        If a limit holds its node back, wait until the server lets it pass. If the effect of its node is unknown, the
-        answer has `unknown` and no task: wait with `get_execution` until a person has resolved the node, and start
-        again.
+        If a limit holds the execution's node back, wait until the server lets the node pass. If the effect of the node
+        is unknown, the answer has `unknown` and no task: wait with `get_execution` until a person has resolved the
+        node, and start again.
 
         Raises Conflict, with the owner's name, while another owner holds the execution. Raises Conflict if another
         owner has taken over the task `holding`.
@@ -117,14 +117,14 @@ class Owner:
     async def take_place(
         self, workflow: Workflow, input: BaseModel | Mapping[str, Any], *, key: str, holding: Task | None = None
     ) -> Task:
-        """Wait until the limits of the workflow's only node let one more call pass; return the task of its place.
+        """Wait until the limits of the workflow's only node let one more call pass. Return a task: the call's place.
 
-        To free the place, complete the task. If this process dies, the server frees it. `key` names the call: a process
-        that makes the call again, after a crash, takes over the place. Raises what `start` raises.
+        To free the place, complete the task. If this process dies, the server frees the place. `key` names the call: if
+        a process makes the call again after a crash, it takes over the place. Raises what `start` raises.
         """
         number = 0
         while True:
-            number += 1  # earlier attempts at the call have used the numbers before
+            number += 1  # earlier attempts at the call have used the lower numbers
             numbered = f"{key}/{number}"
             try:
                 started = await self.start(workflow, input, idempotency_key=numbered, holding=holding)
@@ -138,7 +138,8 @@ class Owner:
     async def _give_up_place(
         self, workflow: Workflow, input: BaseModel | Mapping[str, Any], idempotency_key: str
     ) -> None:
-        # The server may have answered the cancelled start with a task. If this is not so, the execution waits.
+        # If the server answered the cancelled start with a task, complete it. Otherwise the execution still waits for
+        # its place: cancel it.
         with contextlib.suppress(NexumError):
             started = await self._client.start_execution(
                 workflow, input, idempotency_key=idempotency_key, owner=self.owner_id
@@ -190,7 +191,7 @@ class Owner:
                 patience=PATIENCE,
             )
 
-        # A limit may hold the node back. The server then answers as soon as it lets the node pass.
+        # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
         wait = MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0
         try:
             started = await start()
@@ -228,8 +229,8 @@ class Owner:
     async def fail(self, task: Task, error: str, *, unknown: bool = False, patience: float = PATIENCE) -> None:
         """Record that `task` failed. The next start with its idempotency key starts a new execution.
 
-        With `unknown`, the effect of the task may have happened. Its execution waits for a person, and the next start
-        finds it.
+        With `unknown`, the effect of the task may have happened. The execution then waits for a person, and the next
+        start finds this execution.
         """
         try:
             await self._client.fail_task(task.task_id, error, final=True, unknown=unknown, patience=patience)

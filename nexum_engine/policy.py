@@ -38,7 +38,7 @@ Reconcile = Callable[[Mapping[str, Any], str], Any]
 
 
 class Policy(BaseModel):
-    """What has to happen before a tool runs, and when it may run again. Also limits the calls of a model client."""
+    """What has to happen before a tool runs, and when it may run again. It can also limit a model client's calls."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -56,18 +56,18 @@ class Policy(BaseModel):
     it can't tell. Without such a function, or if it raises, a person has to find out.
     """
     retry: RetryPolicy | None = None
-    """When the tool runs again after it raised an error. Give it to a "once" tool only if its errors prove that
-    nothing happened. Without it, a "once" tool has one attempt, and any other tool the default of the place where it
-    runs."""
+    """When the tool runs again after it raised an error. Give a "once" tool a retry policy only if the tool's errors
+    prove that nothing happened. Without a retry policy, a "once" tool has one attempt. For any other tool, the default
+    depends on where the tool runs."""
     final: tuple[type[Exception], ...] = ()
     """Errors after which no retry follows."""
     timeout: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may take."""
     rate: Rate | None = None
-    """How often the tool is called, with retries: for instance "10/min". The server counts the calls of all processes,
-    and lets the others wait."""
+    """How often the tool may be called, retries included: for instance "10/min". The server counts the calls of all
+    processes. A call above the rate waits."""
     concurrency: Concurrency | None = None
-    """How many calls run at the same time, in all processes together. The others wait."""
+    """How many calls may run at the same time, in all processes together. Further calls wait."""
 
     @model_validator(mode="after")
     def _check(self) -> Policy:
@@ -81,7 +81,7 @@ class Policy(BaseModel):
 
     @property
     def is_limited(self) -> bool:
-        """Whether a call may have to wait for other calls."""
+        """Whether a limit may let a call wait."""
         return self.rate is not None or self.concurrency is not None
 
     @property
@@ -133,7 +133,7 @@ def call_digest(tool: str, arguments: Mapping[str, Any]) -> str:
 
 
 def _sorted(value: Any) -> Any:
-    """Return a JSON-like value with the names of each object in order."""
+    """Return a copy of a JSON-like value, with the names of each object sorted."""
     if isinstance(value, Mapping):
         return {name: _sorted(value[name]) for name in sorted(value)}
     return [_sorted(one) for one in value] if isinstance(value, (list, tuple)) else value

@@ -66,19 +66,19 @@ class Outcome(str, Enum):
     CANCELLED = "CANCELLED"
     """The execution ended while the attempt ran."""
     UNKNOWN = "UNKNOWN"
-    """The effect may or may not have happened. The node waits for a person, and for a late report of its worker."""
+    """The effect may or may not have happened. The node waits for a person or a late report."""
 
 
 class Effect(str, Enum):
-    """What follows if an attempt at an EFFECT node, whose effect must happen only once, ends without a report."""
+    """What follows if an attempt ends without a report, at an EFFECT node whose effect must happen only once."""
 
     ONCE = "ONCE"
     """The attempt is UNKNOWN, and the node waits for a person."""
     RECONCILE = "RECONCILE"
     """The node is handed out again, as MUST_RECONCILE."""
     MUST_RECONCILE = "MUST_RECONCILE"
-    """As RECONCILE. An earlier attempt has ended without a report, so each attempt first looks whether the effect has
-    happened."""
+    """Like RECONCILE, after an attempt has ended without a report: each later attempt first finds out whether the
+    effect has happened."""
 
 
 class NodeType(str, Enum):
@@ -130,10 +130,10 @@ class Compatibility(str, Enum):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a node, which begins when a worker or owner gets the task, or one decision of a person.
+    """One attempt at a node. It begins when a worker or owner gets the task.
 
-    Each attempt at a HUMAN_APPROVAL node is a decision, and so is the attempt that follows an UNKNOWN one. The
-    `worker_id` of a decision names the person.
+    A person's decision is stored as an attempt, too: each attempt at a HUMAN_APPROVAL node, and the attempt that
+    follows an UNKNOWN one. The `worker_id` of a decision names the person.
     """
 
     attempt: int
@@ -241,7 +241,7 @@ class Task:
     map_item_json: str = ""
     """The item, in a task of type MAP_SUBTASK."""
     must_reconcile: bool = False
-    """Whether the worker must first look whether the effect has happened: an earlier attempt ended without a report."""
+    """Whether an earlier attempt ended without a report: the worker must first find out if the effect has happened."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,7 @@ class UnknownNode:
     input_json: str
     """The execution's input, if it is short."""
     attempt: int
+    """The number of the attempt."""
     worker_id: str
     started_ms: int
-    """The number of the attempt, its worker, and when it began."""
+    """When the attempt began."""

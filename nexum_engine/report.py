@@ -150,7 +150,7 @@ def _children(started: Sequence[Execution]) -> list[str]:
 
 
 def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
-    """Return some lines for each node that waits for approval: what is asked, and for how long it has waited."""
+    """Return some lines for each node that waits for approval: how long it has waited, and what is asked."""
     if not pending:
         return "nothing waits for approval"
     lines = []
@@ -161,7 +161,7 @@ def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
 
 
 def unknown(nodes: Sequence[UnknownNode], now_ms: int) -> str:
-    """Return some lines for each node whose effect is unknown: what it should do, and what is known of the attempt."""
+    """Return some lines for each node whose effect is unknown: the input, and what is known about the attempt."""
     if not nodes:
         return "no effect is unknown"
     lines = []
@@ -183,7 +183,7 @@ def _ids(one: PendingApproval | UnknownNode) -> str:
 
 
 def _asked(input_json: str) -> list[str]:
-    """Return lines with the parts of an execution's input. The values are whole: a person decides about them."""
+    """Return lines with the fields of an execution's input. Don't cut the values: a person decides about them."""
     if input_json in ("", "{}", "null"):
         return []
     try:
@@ -201,7 +201,7 @@ def _asked(input_json: str) -> list[str]:
 
 
 def _whole(name: str, value: str) -> list[str]:
-    """Return a named value over as many lines as it needs. Escape what is not printable, and keep all spaces."""
+    """Return the lines of a named value, uncut. Escape the characters that aren't printable, and keep all spaces."""
     text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in value)
     width = WIDTH - 16
     parts = [text[start : start + width] for start in range(0, len(text), width)] or [""]

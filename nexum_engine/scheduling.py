@@ -25,7 +25,7 @@ TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
         {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
     ),
     # The node's time has passed, the person has decided, the event has come or is late, or the executions that the node
-    # started have ended. If the node's effect is unknown: a person has decided, its worker is back, or reports late.
+    # started have ended. If the node's effect is unknown: a person has decided, or the worker is back or reports late.
     NodeStatus.WAITING: frozenset(
         {
             NodeStatus.READY,

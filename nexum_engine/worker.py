@@ -81,8 +81,8 @@ class TaskContext:
     must_reconcile: bool = False
     """Whether an earlier attempt ended without a report, and the node has `reconcile`.
 
-    The handler must first look whether the effect has happened: if so, it returns the result; if not, it does the work;
-    if it can't tell, it raises UnknownEffect.
+    The handler must first find out whether the effect has happened. If so, the handler returns the result. If not, it
+    does the work. If it can't tell, it raises UnknownEffect.
     """
     heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
     """Send the task's progress, a small JSON value. The command `show` prints it. The next attempt gets it, too.
@@ -385,8 +385,8 @@ class Worker:
             return await self._run_task(work) if await self._may_begin(work) else None
         finally:
             del self._at_work[node]
-            # If the report got no answer, go on naming a task whose effect must happen only once. If no heartbeat named
-            # the task, the server would take it for one that never began, and hand it out again.
+            # If the report got no answer, and the effect must happen only once, keep the task in the heartbeats.
+            # Otherwise the server would conclude that the task never began, and hand it out again.
             if work.acknowledged or not work.once:
                 self._heartbeat.release(work.task.task_id)
 
@@ -409,7 +409,7 @@ class Worker:
                 may_begin = await self._answer(self._heartbeat.may_begin(task.task_id, work.requested, ask=runs_once))
             except ServerUnavailable:
                 return False
-            if work.task is task:  # else ask about the newer attempt
+            if work.task is task:  # otherwise ask about the newer attempt
                 if not may_begin:
                     logger.info("execution %s was handed out again before it began here", task.execution_id)
                 return may_begin
@@ -559,7 +559,7 @@ class Worker:
                 except (ServerUnavailable, ServerFault) as error:
                     if not work.once:
                         raise
-                    # The result must not be lost: nobody could tell whether the effect has happened.
+                    # Retry: without the report, nobody could tell whether the effect has happened.
                     logger.warning("the report of %s is not stored, retrying: %s", what, error)
                     await asyncio.sleep(FAULT_DELAY)
 

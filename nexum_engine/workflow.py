@@ -78,14 +78,14 @@ class RetryPolicy(BaseModel):
 
 DEFAULT_RETRY_POLICY = RetryPolicy()
 ONE_ATTEMPT = RetryPolicy(max_attempts=1)
-"""The default of a node whose effect must happen only once: a reported failure doesn't prove that nothing happened."""
+"""The default if an effect must happen only once: a reported failure doesn't prove that nothing happened."""
 
 
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Rate(BaseModel):
-    """How often something may happen: a token bucket that holds `calls` tokens, and is filled within `seconds`."""
+    """How often something may happen: a token bucket of `calls` tokens. An empty bucket is full after `seconds`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -146,11 +146,11 @@ class NodeDefinition:
     once: bool = False
     """Whether the effect of an EFFECT node must happen only once: an attempt that may have begun is not repeated."""
     reconcile: bool = False
-    """With `once`: whether the node's handler can look if an earlier attempt's effect has happened."""
+    """With `once`: whether the node's handler can find out if the effect of an earlier attempt has happened."""
     rate: Rate | None = None
-    """How often the node is handed out, counted over all executions of the workflow. None if it has no limit."""
+    """How often the node may be handed out, counted over all executions of the workflow. None for no limit."""
     concurrency: int | None = None
-    """How many attempts at the node run at the same time, counted over all executions. None if it has no limit."""
+    """How many attempts at the node may run at the same time, in all executions of the workflow. None for no limit."""
 
     @property
     def is_limited(self) -> bool:
@@ -194,7 +194,7 @@ class NodeDefinition:
 
 
 def default_retry(once: bool) -> RetryPolicy:
-    """Return the retry policy of a node that gives none."""
+    """Return the retry policy of a node whose definition gives none."""
     return ONE_ATTEMPT if once else DEFAULT_RETRY_POLICY
 
 
@@ -243,13 +243,13 @@ class WorkflowBuilder:
         An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when the node is retried
         after a reported failure.
 
-        With `once`, an attempt that may have begun and ends without a report is not repeated. The node waits for a
-        person (`nexum unknown`). If the node has `reconcile`, its handler gets another attempt instead, in which
-        `task.must_reconcile` is true: the handler first looks whether the effect has happened. With `once`, a reported
-        failure is final, unless `retry` says otherwise.
+        With `once`, if an attempt may have begun and ends without a report, the node is not handed out again. It waits
+        for a person (`nexum unknown`). With `reconcile`, the handler gets another attempt instead, in which
+        `task.must_reconcile` is true: the handler first finds out whether the effect has happened. With `once`, a
+        reported failure is final, unless `retry` says otherwise.
 
-        With `rate` ("10/min") or `concurrency`, the server hands the node out only so often, or so many times at once.
-        Both count over all executions of the workflow, all its versions with limits, and all workers.
+        `rate` ("10/min") limits how often the server hands the node out. `concurrency` limits how many attempts run at
+        the same time. Both count over all executions of the workflow, all its versions with limits, and all workers.
         """
         if reconcile and not once:
             raise InvalidRequest(f"node {node_id!r} has reconcile without once: give both, or none")

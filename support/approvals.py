@@ -30,7 +30,7 @@ class Question(Approval):
 
     @classmethod
     def about(cls, tool: str, arguments: Mapping[str, Any], session_id: str, workflow: str) -> Question:
-        """Return the question, with the digest of tool and arguments."""
+        """Return the question about a call, and compute its digest."""
         return cls(**Approval.of(session_id, "", tool, arguments).model_dump(), workflow=workflow)
 
     def key(self, scope: str) -> str:
@@ -69,8 +69,8 @@ async def ask(
 ) -> ApprovedCall | None:
     """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
 
-    `tell` is called with a line about the wait, which names the server `nexum`. Raises FinalError for wrong arguments,
-    and if a person rejected the call or nobody decided in time.
+    If nobody has decided yet, `tell` gets a line with the commands that decide, for the server `nexum`. Raises
+    FinalError for wrong arguments, and if a person rejected the call or nobody decided in time.
     """
     complete = tool.complete(arguments)
     if not needs_approval(tool, complete):

@@ -20,7 +20,7 @@ from nexum_engine.store.results import Claim, ReadyTask, Started
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
 HELD_MS = 500
-"""When an owner asks again, if limits hold its node back until some attempt ends."""
+"""The pause before an owner asks again, if its node must wait until some attempt ends."""
 MAX_REMEMBERED_VERSIONS = 1000
 """Above this number of versions, the server forgets the versions without a recent poll.
 
@@ -76,9 +76,9 @@ class Polls:
         If the number is 0, no claim is submitted, because the claim would find nothing.
         """
         self._openings: dict[str, tuple[int, asyncio.TimerHandle]] = {}
-        """By version: when a rate lets a task pass that it holds back now, and the timer that then offers the task."""
+        """By version: when a rate lets a held-back task pass, and the timer that then offers the task."""
         self._owners: dict[str, dict[asyncio.Event, None]] = defaultdict(dict)
-        """The owners that wait until the limits of a version let its node pass, the longest waiting first."""
+        """By version: the owners that wait until the limits let their node pass, the longest waiting first."""
         self._releases: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._last_beat_ms: dict[str, int] = {}
@@ -209,7 +209,7 @@ class Polls:
         if version_hash in self._openings:
             known_ms, timer = self._openings[version_hash]
             if known_ms <= opens_ms:
-                return  # the claim at that time finds out when the next task may pass
+                return  # the earlier offer leads to a claim, which finds out when the next task may pass
             timer.cancel()
         delay_ms = max(0, opens_ms - self._clock.now_ms())
         timer = asyncio.get_running_loop().call_later(delay_ms / 1000, self._open, version_hash)
@@ -222,10 +222,10 @@ class Polls:
     async def under_limits(
         self, version_hash: str, start: Callable[[], Awaitable[Started]], wait: float
     ) -> tuple[Started, int]:
-        """Start the execution of an owner. If limits hold its node back, start again when they may let it pass.
+        """Start the execution of an owner. If limits hold the node back, start again when they may let the node pass.
 
-        After `wait` seconds, return the last result, and in how many milliseconds the owner should ask again: 0 if no
-        limit holds the node back.
+        After `wait` seconds at the latest, return the result of the last start, and in how many milliseconds the owner
+        should ask again: 0 if no limit holds the node back.
         """
         deadline = self._clock.now_ms() + round(wait * 1000)
         woken = asyncio.Event()

@@ -112,7 +112,7 @@ SELECT 'node ' || node_id || ' of execution ' || execution_id || ' has ' || atte
 FROM nodes JOIN executions ON sequence = node / 1000
 WHERE (SELECT count(*) FROM attempts AS earlier WHERE earlier.node = nodes.node AND attempt BETWEEN 1 AND attempts - 1)
       <> max(attempts - 1, 0)
-   OR (node_type <> 'HUMAN_APPROVAL'  -- all attempts at such a node are decisions, which are in the table of attempts
+   OR (node_type <> 'HUMAN_APPROVAL'  -- the table attempts has all attempts at such a node, as decisions
        AND EXISTS (SELECT 1 FROM attempts AS earlier WHERE earlier.node = nodes.node AND attempt >= nodes.attempts));
 
 -- name: open_attempt

@@ -35,7 +35,7 @@ def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, N
 
 
 def policy_of(node: NodeDefinition) -> dict[str, object]:
-    """Return the columns of a node that hold its time limit, retry policy and limits, and what `once` asks for."""
+    """Return a node's columns for its time limit, retry policy, effect and limits."""
     limited = node.timeout_seconds is not None and node.node_type.has_task
     return {
         "timeout_ms": milliseconds(node.timeout_seconds or 0) + TIMEOUT_GRACE_MS if limited else None,

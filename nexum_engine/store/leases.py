@@ -158,7 +158,7 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
 
 
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes, *, may_have_begun: bool = True) -> None:
-    """End an attempt that has not been reported."""
+    """End an attempt without a report. `may_have_begun` is False if the task never reached the worker."""
     runs_once = row["effect"] is not None
     end = AttemptEnd(outcome, reason, lost=_counted_losses(outcome, row))
     losses = row["lost_attempts"] + end.lost

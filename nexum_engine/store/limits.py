@@ -1,10 +1,11 @@
 """The limits of nodes: how often a node is handed out, and how many attempts at it run at the same time.
 
-A limit belongs to a node of a workflow. It counts over all executions of the workflow, all its versions with limits,
-and all servers of the database. The gate is at the hand-out: a limit holds back a node that is READY.
+A limit belongs to a node of a workflow. It counts over all executions of the workflow, over all versions of the
+workflow that have limits, and over all servers of the database. A limit delays the hand-out: it holds back a node that
+is READY.
 
-The concurrency is the number of RUNNING nodes. The rate is a token bucket that is kept as one number: the time at which
-the bucket will be full again (GCRA, the generic cell rate algorithm).
+The concurrency limits the number of RUNNING nodes. The rate is a token bucket, of which one number is stored: the time
+at which the bucket will be full again (GCRA, the generic cell rate algorithm).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from nexum_engine.workflow import Concurrency, NodeDefinition, Rate
 
 
 class Limits(BaseModel):
-    """The limits of one node, as its row has them."""
+    """The limits of one node, as the column `limits` stores them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,14 +32,14 @@ _parse = lru_cache(maxsize=256)(Limits.model_validate_json)
 
 
 def limits_of(node: NodeDefinition) -> str | None:
-    """Return the column of a node that holds its limits."""
+    """Return the limits of a node as JSON, for the column `limits`. Return None if it has no limits."""
     if not node.is_limited:
         return None
     return Limits(rate=node.rate, concurrency=node.concurrency).model_dump_json(exclude_none=True)
 
 
 def gate_of(db: Db, node: Row, *, lock: bool = False) -> Gate:
-    """Return whether the limits of a READY node let it be handed out now.
+    """Return the gate of a READY node: whether the limits of the node let it be handed out now.
 
     `node` has the columns execution, node_id and limits. With `lock`, no other server hands out a node under the same
     limits before the commit.
@@ -59,11 +60,11 @@ def gate_of(db: Db, node: Row, *, lock: bool = False) -> Gate:
     burst_ms = length_ms - interval_ms
     full_ms = float(db.now_ms if bucket is None else max(bucket["next_ms"], db.now_ms))
     if full_ms > db.now_ms + length_ms + 1:  # plus 1, because of the rounding below
-        # The rate was changed, or the clock was set back: no bucket of this rate is emptier than empty.
+        # The rate was changed, or the clock was set back. Treat the bucket as empty: it is full again after length_ms.
         full_ms = db.now_ms + length_ms
         if lock:
             db.run("set_bucket", **of_node, next_ms=full_ms)
-    opens_ms = round(full_ms - burst_ms)  # because a sum of intervals is not exact
+    opens_ms = round(full_ms - burst_ms)  # rounded, because a sum of intervals is not exact
     if opens_ms > db.now_ms:
         return Gate(f"rate of {limits.rate}", opens_ms)
     full_ms += interval_ms
@@ -71,19 +72,20 @@ def gate_of(db: Db, node: Row, *, lock: bool = False) -> Gate:
 
 
 def pass_through(db: Db, node: Row, gate: Gate) -> None:
-    """Count the hand-out of a node whose gate is open."""
+    """Count the hand-out of a node in the bucket of its rate, if it has a rate. The gate must be open."""
     if gate.full_ms is not None:
         db.run("set_bucket", execution=node["execution"], node_id=node["node_id"], next_ms=gate.full_ms)
 
 
 def place_freed(db: Db, node: Row, changes: Changes) -> None:
-    """Announce the tasks that the limits of `node` may hold back: an attempt at the node has ended.
+    """Announce the tasks that the limits of `node` may have held back until now.
 
-    Call this after the statement that ends the attempt.
+    Call this when an attempt at `node` has ended, after the statement that ends it.
     """
     if node["limits"] is None:
         return
-    # Without the lock, a claim of another server could count this attempt, and this query could miss the claim's task.
+    # Take the lock. Otherwise another server's transaction could still count this attempt, and hold back a task that
+    # the next query does not see yet.
     db.run("lock_limit", execution=node["execution"], node_id=node["node_id"])
     waiting = db.all("versions_of_limit", execution=node["execution"], now=db.now_ms)
     # Announce tasks with size 0, so that any poll is woken. The poll's claim checks the true size.

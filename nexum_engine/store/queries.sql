@@ -34,8 +34,8 @@ WHERE workflow_id = :workflow_id ORDER BY sequence DESC LIMIT :limit;
 SELECT number FROM former_ids WHERE id = :id;
 
 -- name: execution_of_key
--- The latest execution of an idempotency key. If it has no result, `has_once` says whether it has a node whose effect
--- must happen only once.
+-- The latest execution of an idempotency key. If the execution is FAILED or CANCELLED, has_once says whether it has a
+-- node whose effect must happen only once.
 SELECT execution_id, status, input_json,
        CASE WHEN status IN ('FAILED', 'CANCELLED') THEN EXISTS (
            SELECT 1 FROM nodes WHERE node BETWEEN 1000 * sequence AND 1000 * sequence + 999 AND effect IS NOT NULL)
@@ -296,7 +296,7 @@ SELECT (SELECT coalesce(sum(length(CAST(error AS BLOB)) + 4 * length(worker_id) 
 
 -- name: oldest_task
 -- Of a version's tasks that are small enough for the worker, the one that has been due the longest. A long input is
--- left out. The nodes :held are held back by their limits.
+-- left out. The nodes :held are skipped, because their limits hold them back.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, due_ms, nodes.version_hash,
        workflow_id, idempotency_key, task_bytes, progress_json, timeout_ms, effect, limits,
        CASE WHEN task_bytes <= :max_inline THEN input_json END AS input_json
@@ -316,7 +316,8 @@ SELECT next_ms FROM limits
 WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution) AND node_id = :node_id;
 
 -- name: lock_limit
--- The same, with a lock: no other server hands out a node under this limit before the commit.
+-- When the bucket of a node's rate will be full again. PostgreSQL also locks the row, so that no other server hands out
+-- a node under this limit before the commit.
 SELECT next_ms FROM limits
 WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution) AND node_id = :node_id;
 
@@ -327,7 +328,7 @@ SELECT workflow_id, :node_id, :next_ms FROM executions WHERE sequence = :executi
 ON CONFLICT (workflow_id, node_id) DO UPDATE SET next_ms = excluded.next_ms;
 
 -- name: running_under_limit
--- How many attempts at a node with limits run, in all executions of the workflow.
+-- How many attempts at a node with limits are RUNNING, in all executions of the workflow.
 SELECT count(*) AS running FROM nodes JOIN executions ON sequence = execution
 WHERE nodes.status = 'RUNNING' AND limits IS NOT NULL AND node_id = :node_id
   AND workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution);
@@ -422,7 +423,7 @@ WHERE nodes.node = :node AND (nodes.task_id = :task_id OR earlier.task_id = :tas
 SELECT output_json FROM nodes WHERE node = :node;
 
 -- name: record_output
--- Record a node's result, once, and the end of its newest attempt. The attempt may be UNKNOWN until now.
+-- Record a node's result, once, and the end of its newest attempt. If the attempt is UNKNOWN, this is a late report.
 UPDATE nodes SET status = 'COMPLETED', output_json = :output_json, error = '',
                  outcome = 'COMPLETED', attempt_error = '', ended_ms = :now,
                  completed = (SELECT count(*) FROM nodes AS others WHERE others.status = 'COMPLETED' AND
@@ -466,15 +467,15 @@ UPDATE nodes SET status = 'SKIPPED', outcome = 'EXPIRED', error = :error, ended_
 WHERE node = :node AND status = 'WAITING';
 
 -- name: wait_for_person
--- End a node's newest attempt, whose effect is unknown. The node now waits for a person. If the attempt ended because
--- its lease ran out, lease_loss says how, and the attempt is resumed if its worker comes back.
+-- End a node's newest attempt, whose effect is unknown. The node now waits for a person. If the attempt's lease ran
+-- out, :lease_loss says how, and if the attempt's worker then comes back, the attempt is resumed.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'UNKNOWN', attempt_error = :error,
                  lease_loss = :lease_loss, ended_ms = :now
 WHERE node = :node AND attempts = :attempt
   AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
 
 -- name: must_reconcile
--- Let the next attempts at a node first look whether the effect has happened.
+-- From now on, let each attempt at a node first find out whether the effect has happened.
 UPDATE nodes SET effect = 'MUST_RECONCILE' WHERE node = :node;
 
 -- name: unknown_nodes
@@ -492,15 +493,15 @@ UPDATE nodes SET attempts = attempts + 1, task_id = :task_id, worker_id = :by, s
 WHERE node = :node;
 
 -- name: hand_out_again
--- Make a node, whose effect has not happened, a task again, with fresh counts.
+-- Make a node a task again, with fresh counts. A person has decided that the effect of the node has not happened.
 UPDATE nodes SET status = 'READY', due_ms = CASE WHEN owned THEN NULL ELSE :due_ms END,
                  failed_attempts = 0, lost_attempts = 0,
                  effect = CASE effect WHEN 'MUST_RECONCILE' THEN 'RECONCILE' ELSE effect END
 WHERE node = :node AND status = 'WAITING';
 
 -- name: add_decision
--- Store a person's decision about a HUMAN_APPROVAL node as an attempt. All attempts at such a node are in this table:
--- the node itself holds when it began to wait.
+-- Store a person's decision about a HUMAN_APPROVAL node as an attempt. The table attempts has all attempts at such a
+-- node, also the newest one: the node's own started_ms is when the node began to wait.
 INSERT INTO attempts (node, attempt, task_id, worker_id, started_ms, ended_ms, outcome, error)
 SELECT node, (SELECT count(*) + 1 FROM attempts AS earlier WHERE earlier.node = nodes.node), :task_id, :by, started_ms,
        :now, :outcome, :error
@@ -524,7 +525,7 @@ SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_type = 'ROUTER' AND status = 'COMPLETED';
 
 -- name: pending_approvals
--- The nodes that wait for a person, the longest waiting first.
+-- The nodes that wait for a person's approval, the longest waiting first.
 SELECT execution_id, node_id, workflow_id, started_ms,
        CASE WHEN length(CAST(input_json AS BLOB)) <= :max_input THEN input_json ELSE '' END AS input_json
 FROM nodes JOIN executions ON sequence = execution
@@ -666,8 +667,9 @@ UPDATE executions SET status = 'RUNNING', error = '', ended_ms = NULL
 WHERE sequence = :execution AND status IN ('FAILED', 'CANCELLED');
 
 -- name: reopen_waiting
--- Let nodes without a result wait again: for the executions that they had started or, if their effect is unknown, for a
--- person. The effect of an attempt that ran when its execution ended is unknown, too.
+-- Let some nodes without a result wait again. A node that had started executions waits for these executions. A node
+-- whose effect is unknown waits for a person. If an attempt at a node with the effect ONCE ran when the execution
+-- ended, its effect is unknown, too.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', failed_attempts = 0, lost_attempts = 0,
                  attempt_error = CASE outcome WHEN 'CANCELLED' THEN 'the execution ended during the attempt'
                                               ELSE attempt_error END,
@@ -723,8 +725,8 @@ UPDATE nodes SET progress_json = :progress_json
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: resume_node
--- Give a node's newest attempt, whose lease ran out, a new lease: its worker is back. An attempt that is UNKNOWN because
--- its worker said so has ended.
+-- Give a node's newest attempt a new lease: the old lease ran out, and the worker is back. If an attempt became
+-- UNKNOWN by a report or by its time limit, it is not resumed.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
                  attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE,
                  due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms

@@ -101,7 +101,7 @@ def get_execution(
 
 
 def _note(db: Db, node: Row) -> str:
-    """Return the error of a node or, if a limit holds it back, the limit."""
+    """Return the error of a node. If a limit holds the node back, return a text that names the limit."""
     gate = gate_of(db, node) if node["status"] == NodeStatus.READY else Gate()
     return str(node["error"]) if gate.is_open else gate.why
 

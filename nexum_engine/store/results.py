@@ -39,9 +39,9 @@ class Started:
     changed: Changed = Changed()
     """The effects of the start: the tasks with which the execution began, and the effects of an owner's output."""
     unknown: bool = False
-    """Whether the effect of the owned node is unknown: the execution waits for a person, and there is no task."""
+    """Whether the effect of the owned node is unknown. Then the execution waits for a person, without a task."""
     held: Gate | None = None
-    """The limits of the owned node, if they hold it back: there is no task now."""
+    """The gate of the owned node, if it is closed. There is no task then."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Claim:
     task: Task | None = None
     oversized: ReadyTask | None = None
     opening: tuple[tuple[str, int], ...] = ()
-    """Versions that may have a task that a rate holds back, each with the time at which the rate lets a task pass."""
+    """Versions whose tasks a rate may hold back, each with the time at which the rate lets the next task pass."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Gate:
     held_by: str = ""
     """The limit that holds the node back. Empty if the node may be handed out."""
     opens_ms: int | None = None
-    """When the rate lets the node pass or, if the node passes now, the next one. None if the node has no rate, or if
-    only the end of an attempt can open the gate."""
+    """When the rate lets the node pass. If the node passes now: when the rate lets the next node pass. None if the node
+    has no rate, or if only the end of an attempt can open the gate."""
     full_ms: float | None = None
     """When the rate's bucket will be full again, if the node passes now."""
 

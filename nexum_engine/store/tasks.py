@@ -55,9 +55,9 @@ def claim(
 
 
 def _oldest_task(db: Db, version_hash: str, max_bytes: int, opening: list[tuple[str, int]]) -> tuple[Row, Gate] | None:
-    """Return the task of a version that has been due the longest, of those that no limit holds back.
+    """Return the task that has been due the longest, with its gate. Skip the tasks that a limit holds back.
 
-    Add to `opening` when the rates let tasks pass that they hold back.
+    If a rate holds a task back, add to `opening` when the rate lets the task pass.
     """
     held: list[str] = []
     while True:
@@ -78,7 +78,7 @@ def _oldest_task(db: Db, version_hash: str, max_bytes: int, opening: list[tuple[
             opening.append((version_hash, gate.opens_ms))
         held.append(row["node_id"])
         if len(held) == len(definition_of(db, row["workflow_id"], version_hash)):
-            return None  # don't search the tasks of a version whose nodes are all held back
+            return None  # limits hold back all nodes of the version
 
 
 def start_owned(
@@ -133,7 +133,7 @@ def start_owned(
             raise Conflict(f"{workflow_id} {idempotency_key!r} waits for a person (execution {started.execution_id})")
         return replace(started, unknown=True)
     if node["status"] == NodeStatus.READY:
-        # A result that comes with the start needs no place: the work is done.
+        # With `output_json`, the work is already done: no limit applies.
         gate = Gate() if output_json else gate_of(db, node, lock=True)
         if not gate.is_open:
             return replace(started, held=gate)
@@ -409,10 +409,10 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
 def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changed:
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
-    If the effect of an EFFECT node is `unknown`, the node waits for a person instead. But if another attempt can find
-    out whether the effect has happened, the node is handed out again. An owner has to find out itself. A second report
-    with the same error changes nothing. Raises TaskNotFound for an unknown task, and StaleTask if the attempt may not
-    report.
+    With `unknown`, the effect of an EFFECT node may have happened: the node waits for a person. But if a worker's next
+    attempt can find out whether the effect has happened, the node is handed out again. An owned node waits in
+    any case: its owner must find out before it reports. A second report with the same error changes nothing. Raises
+    TaskNotFound for an unknown task, and StaleTask if the attempt may not report.
     """
     row = _reported_attempt(db, task_id)
     error = _shortened(error) or "the worker gave no reason"
@@ -496,10 +496,10 @@ def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) 
 
 
 def wait_for_person(db: Db, row: Row, error: str, changes: Changes, lease_loss: Outcome | None = None) -> None:
-    """End the attempt in `row`, whose effect is unknown. Its node waits for a person, unless it has already ended.
+    """End the attempt in `row`, whose effect is unknown. The node waits for a person, unless the node has ended.
 
-    `lease_loss` says how the attempt's lease ran out. If the attempt's worker comes back, the attempt is resumed. It is
-    None if the attempt is over for another reason.
+    `lease_loss` says how the attempt's lease ran out: if the attempt's worker comes back, the attempt is resumed.
+    `lease_loss` is None if the attempt ended for another reason, and then the attempt is never resumed.
     """
     db.run(
         "wait_for_person",

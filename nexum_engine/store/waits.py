@@ -32,14 +32,14 @@ from nexum_engine.workflow import check_id
 MAX_ENDED_WAITS = 200
 """How many waits one transaction ends. If more are due, the next transaction follows at once."""
 MAX_WAITING = 1000
-"""The largest number of nodes that wait for a person in one answer."""
+"""The largest number of nodes in one list of the nodes that wait for a person."""
 MAX_SHOWN_INPUT = 16 * 1024
-"""The largest input, in bytes, that is shown with a node that waits for a person."""
+"""The largest input, in bytes, that such a list shows with a node."""
 MAX_SHOWN_INPUTS = 2 * 1024 * 1024
-"""The largest total size of the inputs in one answer."""
+"""The largest total size, in bytes, of the inputs in one such list."""
 MAX_COMMENT_CHARACTERS = 4000
 NOT_DONE = "the effect has not happened"
-"""The error of a decision after which a node is handed out again."""
+"""The error that is stored with a person's decision to hand a node out again."""
 MAX_EVENTS = 1000
 """The largest number of events that one execution keeps."""
 
@@ -60,7 +60,7 @@ def unknown_nodes(db: Db) -> list[UnknownNode]:
 
 
 def _with_inputs(rows: list[Row]) -> Iterator[tuple[Row, str]]:
-    """Yield each row with its input. Leave out the inputs that would make the answer too large."""
+    """Yield each row with its input, or with "" if the input would make the list too large."""
     left = MAX_SHOWN_INPUTS
     for row in rows:
         size = jsontext.size_of(row["input_json"])
@@ -70,10 +70,10 @@ def _with_inputs(rows: list[Row]) -> Iterator[tuple[Row, str]]:
 
 
 def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str = "") -> Changed:
-    """Complete a HUMAN_APPROVAL node. With `answer_json`, the node's output has this value as `answer`.
+    """Complete a HUMAN_APPROVAL node. If `answer_json` is given, it becomes the field `answer` of the node's output.
 
     Raises NotFound if there is no such node, Conflict if it does not wait for a decision now, InvalidRequest for an
-    answer that isn't JSON, and TooLarge.
+    answer that isn't JSON, and TooLarge for a long comment or output.
     """
     node, changes = _undecided(db, execution_id, node_id, approver, comment), Changes()
     decision = {"approved": True, "approver": approver, "comment": comment, "decided_ms": db.now_ms}
@@ -110,7 +110,7 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
 
 
 def _node_of(db: Db, execution_id: str, node_id: str, by: str, comment: str) -> tuple[Row, Row]:
-    """Check a person's decision, and return the node that it is about, and the node's execution."""
+    """Check the names and the comment of a person's decision; return the node to decide about, and its execution."""
     check_id(node_id, "node_id")
     if by:
         check_id(by, "the name of the person who decides")
@@ -151,7 +151,7 @@ def resolve(
     With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
     has not happened, and the node is handed out again. Otherwise the node and its execution fail, for the reason
     `failed`. Raises NotFound if there is no such node, Conflict if its effect is not unknown now, InvalidRequest for a
-    result that isn't JSON, and TooLarge.
+    result that isn't JSON, and TooLarge for a long reason or result.
     """
     if output_json is not None:
         jsontext.parse(output_json, "output_json")

@@ -1,1 +1,1 @@
-"""Kill workers between the effect of a tool and its record: a tool that charges, under three policies."""
+"""Kill workers between a tool's charge and the record of this charge, under three policies."""

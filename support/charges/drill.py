@@ -29,7 +29,7 @@ LOOK_INTERVAL = 0.1  # seconds between two looks for an unknown effect
 PERSON = "crash_demo"
 
 Call = Callable[[str], Awaitable[tuple[str, str]]]
-"""A function that calls the tool of this name, and returns the tool's text and the execution's id."""
+"""A function that calls a tool by its name, and returns the tool's text and the id of the call's execution."""
 
 
 class EffectDrillFailed(NexumError):
@@ -38,7 +38,7 @@ class EffectDrillFailed(NexumError):
 
 @dataclass(frozen=True)
 class Charged:
-    """One tool's call after its end: the requests in the ledger, and the recorded execution."""
+    """One tool call that has ended: its requests in the ledger, and its recorded execution."""
 
     tool: Tool
     requests: tuple[Request, ...]

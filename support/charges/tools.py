@@ -21,7 +21,7 @@ CRASH = "CRASH_AFTER_CHARGE"
 
 
 def charges(drill: str) -> Workflow:
-    """Return the workflow whose tool calls only the workers of this drill run."""
+    """Return the workflow of this drill. Only the drill's own workers run its tool calls."""
     return workflow(f"charges-{drill}", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()
 
 

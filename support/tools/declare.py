@@ -134,7 +134,7 @@ class Tool:
         """Check the arguments, run the function within the time limit, and return its result as text.
 
         With `must_reconcile`, first ask the policy's `reconcile` for the result of an attempt that was lost. Raises
-        UnknownEffect if nobody can tell whether a "once" tool has had its effect.
+        UnknownEffect if it can't be found out whether a "once" tool has had its effect.
         """
         keywords = self.validate(arguments)
         if must_reconcile:
@@ -157,7 +157,7 @@ class Tool:
         if not self.policy.is_once:
             raise late
         found = NOT_DONE if self.policy.reconcile is None else await self._reconciled(arguments, idempotency_key)
-        if found is NOT_DONE:  # that proves nothing: the function is still running
+        if found is NOT_DONE:  # NOT_DONE proves nothing here, because the function is still running
             raise UnknownEffect(f"{late}, and may still have its effect")
         return self.as_text(found)
 

@@ -1,8 +1,8 @@
--- The limits of a node (Limits in limits.py), as JSON. NULL: it has none.
+-- The limits of a node, as JSON (Limits in limits.py). NULL if the node has no limits.
 ALTER TABLE nodes ADD COLUMN limits text;
 CREATE INDEX limited ON nodes (node_id) WHERE status = 'RUNNING' AND limits IS NOT NULL;
 
--- The nodes with limits, by name: a limit counts over all executions and versions of a workflow.
+-- A row for each node name with limits, because a limit counts over all executions and versions of a workflow.
 CREATE TABLE limits (
     workflow_id text COLLATE "C" NOT NULL,
     node_id text COLLATE "C" NOT NULL,

@@ -1,3 +1,3 @@
--- What follows if an attempt at an EFFECT node, whose effect must happen only once, ends without a report: an Effect of
--- records.py. NULL: the node is handed out again.
+-- For an EFFECT node whose effect must happen only once: what follows if an attempt ends without a report. The values
+-- are those of Effect in records.py. For any other node: NULL, and the node is handed out again.
 ALTER TABLE nodes ADD COLUMN effect TEXT;
