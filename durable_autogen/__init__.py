@@ -9,8 +9,8 @@ recorded is paid for or executed again. No server has to be started:
 
 In a session, `sleep` and `wait_for_event` wait for hours or days: the process may end meanwhile.
 
-A tool has a policy (`durable_tool`, `Policy`) if a person has to approve its calls, or if its effect must happen only
-once.
+If a person has to approve a tool's calls, or if the tool's effect must happen only once, give the tool a policy
+(`durable_tool`, `Policy`).
 
 `run_durable` and `run_durable_stream` run one agent or team in a session. `python -m durable_autogen run SCRIPT` makes
 an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log

@@ -177,7 +177,7 @@ async def look(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code.
 
-    2 means an error of durable_autogen or of the server, and 75 a parked run.
+    Exit code 2 means an error of durable_autogen or of the server. 75 means a parked run.
     """
     open_closed_streams()
     args = build_parser().parse_args(argv)

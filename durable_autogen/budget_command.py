@@ -49,7 +49,7 @@ def budget_of(args: argparse.Namespace, prefix: str = "") -> Budget | None:
 
 
 async def run_command(client: NexumClient, args: argparse.Namespace) -> str:
-    """Run the command `budget`: decide about the session's budget, or say what the session has spent."""
+    """Run the command `budget`: decide about a session's budget, or report what it has spent; return the output."""
     raised = budget_of(args)
     if raised is None and args.stop is None:
         return await _report(client, args.session)
@@ -74,7 +74,7 @@ def _limits(budget: Budget) -> str:
 
 
 async def _report(client: NexumClient, session: str) -> str:
-    """Return a text that says what a session has spent, and what it asks for."""
+    """Return a text about what a session has spent, and about the budget decision that it waits for, if any."""
     record, questions = await read_record(client, session), await questions_of(client, session)
     if not record.made and not questions:
         raise unknown_session(session)

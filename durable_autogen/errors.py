@@ -6,7 +6,7 @@ NexumError
 |-- SessionBusy         another process is running the session
 |-- NotDurable          a call can't be recorded where it is made
 |-- RunCancelled        the run was cancelled; what is recorded stays
-|-- Parked              the run ended by itself, because it waits for a person's decision
+|-- Parked              the run waits for a person's decision, and has ended meanwhile
 |-- CallRejected        a person rejected a tool call, or nobody approved it in time
 `-- CallFailed          a tool call whose effect must happen only once has failed, and is not made again
 """
@@ -37,7 +37,7 @@ class RunCancelled(NexumError):
 
 
 class Parked(NexumError):
-    """The run waits for a person's decision, and has ended meanwhile. The next run of the session continues."""
+    """The run ended, because it waits for a person's decision. The next run of the session continues."""
 
 
 class CallRejected(NexumError):
@@ -45,4 +45,4 @@ class CallRejected(NexumError):
 
 
 class CallFailed(NexumError):
-    """An earlier attempt at a tool call has failed, and the call is not made again, because its effect is `once`."""
+    """A tool call whose effect is `once` has failed in an earlier attempt, so the call is not made again."""

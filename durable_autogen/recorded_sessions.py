@@ -53,7 +53,7 @@ class SessionInfo:
     waits: tuple[Event, ...] = ()
     """The WAIT events of the waits that are not over. Their content is a `Waiting`. Empty for a finished session."""
     questions: tuple[str, ...] = ()
-    """What the session waits for a person to decide, each with the command."""
+    """The decisions that the session waits for, each with the command for it."""
 
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
@@ -86,7 +86,7 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
 
 
 async def _questions(client: NexumClient) -> dict[str, list[str]]:
-    """Return what waits for a person's decision, by session."""
+    """Return, by session, texts about what waits for a person's decision."""
     found: dict[str, list[str]] = {}
     pending: list[tuple[PendingApproval | UnknownNode, str]] = [
         (one, f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}")
@@ -221,9 +221,9 @@ async def fork_session(
     """Begin `session` with the first `count` recorded calls of the session `source`; return the copied events.
 
     The copied events are accepted: a replay doesn't compare them with what the program asks for. `message` is a user
-    message to add after the copied events. `effects` says what to do if the source has made calls after the copied
-    events whose effect must happen only once: "refuse" to fork, "reuse" their results if the fork makes equal calls, or
-    make such calls "again". `tell` is called with each line about progress. Without `tell`, the logger
+    message to add after the copied events. `effects` says what to do if, after the copied events, the source
+    made calls whose effect must happen only once: "refuse" to fork, "reuse" their results if the fork makes equal
+    calls, or make such calls "again". `tell` is called with each line about progress. Without `tell`, the logger
     `durable_autogen` logs these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a
     wrong argument, and DriftError if `session` has other events on record.
     """
@@ -281,7 +281,7 @@ async def _later_effects(
 ) -> list[tuple[EffectInput, Execution]]:
     """Return the effects of a session that happened, or may have happened, after the events that a fork copies.
 
-    Raises InvalidRequest if `effects` forbids them: "refuse" each of them, and "reuse" those without a result.
+    Raises InvalidRequest if `effects` forbids one of them: "refuse" forbids all, "reuse" those without a result.
     """
     before = record.scopes(copied)
     later = [
@@ -305,9 +305,10 @@ async def _later_effects(
 
 
 async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tuple[EffectInput, Execution]]:
-    """Return a session's effects without those of the calls `before`.
+    """Return a session's effects, except those of the calls in `before`.
 
-    If the session is a fork that reuses results, its calls have taken some of them. Return each of these results once.
+    If the session is itself a fork that may reuse results, include these results, except those that the calls in
+    `before` have reused. If a later call has reused a result, include the result only once.
     """
     kept: dict[str, list[tuple[EffectInput, Execution]]] = {}
     for input, execution in await recorded_effects(client, kept_for(source)):
@@ -324,7 +325,7 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
 
 
 async def _keep_results(client: NexumClient, journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
-    """Record results of another session's effects for the journal's session, which may reuse them."""
+    """Record the results of another session's effects, so that the journal's session may reuse them."""
     taken = {execution.idempotency_key for _, execution in await recorded_effects(client, kept_for(journal.session))}
     numbers: Counter[str] = Counter()
     for input, execution in later:

@@ -39,16 +39,16 @@ class DurableSession(Session):
     raises the limit or stops the session, with `python -m durable_autogen budget SESSION`. The process may end
     meanwhile.
 
-    Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
-    for a wrong argument. Calls inside it, and leaving it, raise DriftError, BudgetExceeded, NotDurable and
-    the server's errors.
-    `policies` are the policies of tools, by name: which calls a person approves, which effects happen only once. They
-    apply to every tool of that name, also to the tools of workbenches and MCP servers. The policy "model", or one with
-    a model's name, limits and retries the calls of model clients. With `park`, a run that waits for a person ends with
-    Parked instead. With `approve`, it asks at the terminal, if there is one.
+    `policies` are the policies of tools, by the tool's name. A policy says which calls a person approves, and whether
+    the tool's effect must happen only once. It applies to every tool of that name, also to the tools of workbenches and
+    MCP servers. The policy "model", or one with a model's name, limits and retries the calls of model clients.
+
+    With `park`, a run ends with Parked instead of waiting for a person. With `approve`, and if there is a terminal, the
+    run asks there, and doesn't park.
 
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
-    for a wrong argument. Calls inside it, and leaving it, raise DriftError, NotDurable, Parked and the server's errors.
+    for a wrong argument. Calls inside it, and leaving it, raise DriftError, BudgetExceeded, NotDurable, Parked and the
+    server's errors.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ from nexum_engine.errors import Conflict
 from nexum_engine.options import count
 
 DEATH = 0.12  # the probability that a program kills itself at each of two moments of a call
-MAX_DEATHS = 4  # of one program, by default; after them it runs undisturbed
+MAX_DEATHS = 4  # of one program, by default; after that, it runs undisturbed
 TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
 MAX_RUNS = 40  # of one program
 AT_ONCE = 8
@@ -43,7 +43,7 @@ HITS = (
     *("killed", "parked", "stopped", "raised", "approved", "edited", "rejected"),
     *("resolved: result", "resolved: failed", "resolved: not done", "lied"),
 )
-"""What happens to the programs, by chance."""
+"""The random events that are counted."""
 
 
 class Starter:
@@ -130,12 +130,12 @@ class Program:
     ledger: Path
     limits: Budget
     raised: list[tuple[float, Budget]] = field(default_factory=list)
-    """When the budget was raised, and the limits before."""
+    """The times when the budget was raised, each with the limits before."""
     approved: dict[int, int] = field(default_factory=dict)
     """The amount of each approved call, by the call's number."""
     rejected: set[int] = field(default_factory=set)
     lies: Counter[int] = field(default_factory=Counter)
-    """How often a person said of a call that nothing had happened, although it had."""
+    """By call number: how often a person said that nothing had happened, although the effect had happened."""
     deciding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def entries(self) -> list[Entry]:
@@ -145,14 +145,14 @@ class Program:
 
 
 class People:
-    """People who decide what the programs ask, at random."""
+    """People who decide the programs' questions at random."""
 
     def __init__(self, client: NexumClient, hits: Counter[str]) -> None:
         self.client, self.hits = client, hits
         self.programs: dict[str, Program] = {}
 
     async def work(self) -> None:
-        """Decide now and then what any program asks."""
+        """Keep deciding some questions of all programs."""
         while True:
             await self.look(0.3)
             if random.random() < 0.02 and self.programs:
@@ -270,7 +270,7 @@ def _results(output: str) -> list[str]:
 
 
 async def _problems(client: NexumClient, program: Program) -> list[str]:
-    """Compare what has happened with what may have happened; return what is wrong."""
+    """Compare the ledger with what the policies, decisions and limits allow; return what is wrong."""
     found: list[str] = []
     entries = program.entries()
     asked = Counter(

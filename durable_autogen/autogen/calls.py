@@ -90,11 +90,11 @@ class ToolCall:
     token: CancellationToken | None
     call_id: str | None
     source: BaseTool[Any, Any] | Workbench
-    """The tool, or the workbench that has it."""
+    """The called tool, or the workbench that contains it."""
 
 
 Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
-"""A function that calls the original method. It gets edited arguments, or None for the program's own."""
+"""A function that calls the original method. Its parameter is the edited arguments; None means the original ones."""
 
 
 class Calls:
@@ -187,7 +187,7 @@ class Calls:
                 result = await attempt()
             else:
                 turn = self._guard.turn(call, self._agent_state.conversation.model, policy)
-                # Don't retry once the agent has got a piece: it would get the beginning twice.
+                # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
                 result = await self._guard.attempts(turn, str(call), policy, attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             streamed = written_pieces(stream.produced, result)
@@ -432,7 +432,10 @@ class Calls:
         return with_note(value, note)
 
     async def _edited(self, made: ToolCall, answer: Any, by: str) -> tuple[Mapping[str, Any], str]:
-        """Return the arguments that a person has edited, validated like the model's, and a line for the model."""
+        """Validate the arguments that a person has edited; return them, and a line that tells the model about the edit.
+
+        Raises CallRejected if the edited arguments don't fit the tool.
+        """
         try:
             if not isinstance(answer, dict):
                 raise InvalidRequest("they must be a JSON object")

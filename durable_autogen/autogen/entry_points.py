@@ -63,7 +63,7 @@ class _Given:
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
     def replaced(self, number: int, name: str, value: Any) -> _Given:
-        """Return the arguments with another one at position `number`, or with the name `name`."""
+        """Return a copy in which `value` is the argument at position `number` or with the name `name`."""
         if number < len(self.args):
             return _Given((*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
         return _Given(self.args, {**self.kwargs, name: value})

@@ -47,7 +47,7 @@ class Conversation:
 
     @property
     def model(self) -> str:
-        """The name of the model that got the last request."""
+        """The name of the model that received the last request; empty before the first request."""
         return "" if self._settings is None else self._settings[1]
 
     def request(

@@ -1,4 +1,4 @@
-"""Policies of AutoGen's tools: `durable_tool`, and what a policy needs to know of a tool."""
+"""Policies of AutoGen's tools: the function `durable_tool`, and helpers that read a tool's names and arguments."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from nexum_engine.policy import Policy
 
 @dataclass
 class UnderPolicy:
-    """A call under a policy that is being made: the names of its tool, and the exceptions that the tool has raised.
+    """A call in progress whose tool has a policy: the tool's names, and the exceptions that the tool has raised.
 
-    AutoGen's workbenches turn exceptions into texts, and may show a tool under another name.
+    AutoGen's workbenches turn the exceptions into texts. They may also show a tool under another name.
     """
 
     names: frozenset[str]
@@ -40,9 +40,10 @@ _own: WeakKeyDictionary[BaseTool[Any, Any], Policy] = WeakKeyDictionary()
 
 @contextmanager
 def inside_a_call(tool: BaseTool[Any, Any], place: Place | None) -> Iterator[None]:
-    """Run a tool inside a recorded call, for the length of a `with`: note its exception for the call's policy.
+    """For a tool that runs in the `with`, note the tool's exception for the policy of the recorded call around it.
 
-    Raises NotDurable if the tool has a policy, and the recorded call is one of another tool. Nobody would be asked.
+    Raises NotDurable if the tool's calls need approval or must happen only once, and the recorded call is a call of
+    another tool: the tool's policy would not be applied.
     """
     call = under_policy.get()
     if place is not None and (call is None or tool.name not in call.names):
@@ -65,8 +66,9 @@ def durable_tool(tool: Callable[..., Any] | BaseTool[Any, Any], **policy: Any) -
 
         charge = durable_tool(charge, approval=lambda cents, **_: cents > 10_000, effect="once")
 
-    The arguments are the fields of Policy. In a durable run, the policy applies to each call of the tool. Outside of
-    one, the tool works as without a policy. A policy that the session has for the tool's name applies instead.
+    The arguments are the fields of Policy. In a durable run, the policy applies to each call of the tool. If the
+    session has a policy for the tool's name, the session's policy applies instead. Outside of a durable run, the
+    policy has no effect.
 
     Raises InvalidRequest for a wrong policy, and for an agent or team as a tool.
     """
@@ -85,7 +87,7 @@ def durable_tool(tool: Callable[..., Any] | BaseTool[Any, Any], **policy: Any) -
 
 
 def static_tool(workbench: Workbench, name: str) -> BaseTool[Any, Any] | None:
-    """Return the tool object of this name, if the workbench is a StaticWorkbench."""
+    """Return the tool object that a StaticWorkbench shows as `name`. Return None for other workbenches."""
     if not isinstance(workbench, StaticWorkbench):
         return None
     original = workbench._override_name_to_original.get(name, name)
@@ -93,13 +95,13 @@ def static_tool(workbench: Workbench, name: str) -> BaseTool[Any, Any] | None:
 
 
 def names_of(source: BaseTool[Any, Any] | Workbench, name: str) -> tuple[str, ...]:
-    """Return the names of a tool: the one under which it is called, and its own."""
+    """Return the names of a tool: the name under which it is called and, if that differs, its own name."""
     tool = static_tool(source, name) if isinstance(source, Workbench) else source
     return (name,) if tool is None or tool.name == name else (name, tool.name)
 
 
 def own_policy(source: BaseTool[Any, Any] | Workbench, name: str) -> Policy | None:
-    """Return the policy that a tool, or a workbench's tool, got from `durable_tool`."""
+    """Return the policy that `durable_tool` gave to a tool or to a workbench's tool; None if it gave none."""
     if not _own:
         return None
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
@@ -111,8 +113,8 @@ async def checked_arguments(
 ) -> dict[str, Any]:
     """Return a call's validated arguments as JSON, with the defaults filled in.
 
-    Raises ValidationError for wrong arguments. A workbench with tools of its own, such as an MCP server, checks the
-    arguments itself.
+    Raises ValidationError for wrong arguments. If the workbench is not a StaticWorkbench, such as one of an MCP server,
+    the arguments are not validated here: the workbench checks them when it is called.
     """
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is not None:
@@ -126,7 +128,7 @@ async def checked_arguments(
 
 
 class ToolForm:
-    """The form in which a tool's results are recorded. `write` writes a result as JSON."""
+    """The recorded form of a tool's results. `write` turns a result into JSON."""
 
     def __init__(
         self, source: BaseTool[Any, Any] | Workbench, name: str, declared: Any, write: Callable[[Any], Any]
@@ -137,11 +139,11 @@ class ToolForm:
         self.write = write
 
     def read(self, written: Any) -> Any:
-        """Return the result that `write` wrote."""
+        """Return the result from the JSON that `write` returned."""
         return value_again(written, self._declared)
 
     def of_answer(self, answer: Any) -> Any:
-        """Return the result for an answer of `reconcile` or of a person: a value of the tool's type, or any JSON."""
+        """Turn an answer of `reconcile` or of a person (a value of the tool's type, or any JSON) into a tool result."""
         if self._declared is not ToolResult:
             try:
                 return TypeAdapter(self._declared).validate_python(answer)
@@ -159,7 +161,7 @@ class ToolForm:
 
 
 def with_note(value: Any, note: str) -> Any:
-    """Return a workbench's result with a line for the model before it. Other values have no place for a line."""
+    """Return a ToolResult with `note`, a line for the model, before it. Return any other value unchanged."""
     if not note or not isinstance(value, ToolResult):
         return value
     return value.model_copy(update={"result": [TextResultContent(content=note), *value.result]})

@@ -62,7 +62,7 @@ class AgentState:
         return f"reply/{self._last}/tool/{self._unasked}"
 
     def reason_for(self, position: str) -> str:
-        """Return what the model said beside the tool call at this position; empty if it said nothing."""
+        """Return the text that the model gave along with the tool call at this position; empty if it gave none."""
         return self._thought if position.startswith(f"reply/{self._last}/") else ""
 
 

@@ -1,8 +1,8 @@
-"""Budgets: limits of a session that count over all of its runs, and the question to a person when one is reached.
+"""Budgets: limits of a session that count over all of its runs, and the question to a person when a limit is reached.
 
-What a session has spent is counted from its record. So a crash, a re-run and a fork don't reset it, and a replayed call
-counts once. A budget is checked before each live call. If one of its limits is reached, the session asks a person, as
-it does for the approval of a tool call (nexum_engine/approvals.py). The questions of a session are numbered.
+What a session has spent is counted from its record. So a crash, a re-run or a fork doesn't reset the count, and a
+replayed call counts once. A budget is checked before each live call. If a limit is reached, the session asks a person,
+as it does for the approval of a tool call (nexum_engine/approvals.py). A session numbers its questions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
 
 NEARLY = 0.8
-"""The part of a limit at which the session logs a warning."""
+"""The fraction of a limit at which the session logs a warning."""
 
 
 class Budget(BaseModel):
@@ -51,18 +51,18 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     usd: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """What the replies of models may cost, in US dollars. This needs the package `genai-prices`."""
+    """The maximum cost of model replies, in US dollars. This needs the package `genai-prices`."""
     tokens: int | None = Field(None, ge=0)
-    """The number of prompt and completion tokens."""
+    """The maximum number of prompt and completion tokens."""
     model_calls: int | None = Field(None, ge=0)
-    """The number of calls to models, including those that failed or that a crash cut off."""
+    """The maximum number of calls to models, including those that failed or that a crash cut off."""
     tool_calls: Mapping[str, Annotated[int, Field(ge=0)]] = {}
-    """The number of calls of each tool, by the tool's name. A call that is made again after a crash counts once."""
+    """The maximum number of calls of each tool, by its name. A call that is made again after a crash counts once."""
     seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """How long programs may run the session. The pauses between them don't count, nor does a wait for a person."""
+    """The maximum time that programs run the session. Pauses between runs and waits for a person don't count."""
 
     def raised_by(self, other: Budget) -> Budget:
-        """Return the budget with each of its limits that is lower in it than in `other` raised to that of `other`."""
+        """Return a copy in which each limit is at least that of `other`. A limit that doesn't apply still doesn't."""
         found: dict[str, Any] = {
             "tool_calls": {name: max(n, other.tool_calls.get(name, 0)) for name, n in self.tool_calls.items()}
         }
@@ -83,17 +83,17 @@ class Spent:
     tokens: int = 0
     usd: float = 0.0
     tool_calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """The calls of each tool, by the part of their id that names the call."""
+    """The calls of each tool, by the tool's name. Each call is the part of its id that names it (see `scope_of`)."""
     unpriced: set[str] = field(default_factory=set)
     """The models without a known price."""
     unmetered: set[str] = field(default_factory=set)
-    """The models that have answered without saying how many tokens they took."""
+    """The models whose replies don't say how many tokens they took."""
     _models: dict[str, str] = field(default_factory=dict)
     """The model of each request, by the request's address."""
 
     @classmethod
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
-        """Return what the runs of a record have spent. Without `is_in_usd`, leave out what it cost."""
+        """Count what a session has spent, from its record. Without `is_in_usd`, leave out the cost."""
         spent, replaced = cls(), Counter[str]()
         events = {one.seq: one for one in record.made if isinstance(one, Event)}
         for one in record.made:
@@ -117,7 +117,7 @@ class Spent:
         """Add the tokens of a model's reply and, with `is_in_usd`, what they cost."""
         if event.kind is not Kind.REPLY:
             return
-        # A request names its model only if the agent's previous request had another one.
+        # If a request names no model, its model is that of the agent's previous request.
         before = self._models.get(f"{event.agent}/{event.request.get('base')}", "")
         model = self._models[event.address] = str(event.request.get("model") or before)
         if not isinstance(event.content, Returned) or event.content.value.get("cached"):
@@ -145,17 +145,17 @@ class Use:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left."""
+        """Whether the limit is reached."""
         return self.used >= self.limit
 
     @property
     def is_nearly_over(self) -> bool:
-        """Whether little is left, but something."""
+        """Whether at least the fraction NEARLY of the limit is used, but the limit is not reached."""
         return NEARLY * self.limit <= self.used < self.limit
 
     @property
     def raised(self) -> str:
-        """The option that doubles the limit."""
+        """The option of the command `budget` that doubles the limit."""
         return f"{self.option}{2 * self.limit or 1}"
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ def number_in_words(value: float) -> str:
 
 
 def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, active_ms: int) -> Iterator[Use]:
-    """Yield how much is used of each limit that counts this call. `active_ms` is how long the session has run."""
+    """Yield the use of each limit that applies to this call. `active_ms` is how long the session has run."""
     if call.kind is Kind.REPLY:
         if budget.model_calls is not None:
             yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
@@ -180,7 +180,7 @@ def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, active_ms: int
             yield Use(spent.usd, budget.usd, "$", "--usd ")
     if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
         made = spent.tool_calls[call.tool]
-        if scope not in made:  # otherwise a crash cut this call off: it is made again, and counts once
+        if scope not in made:  # a call that is in `made` was cut off by a crash: made again, it counts once
             yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
     if call.kind.is_call and budget.seconds is not None:
         yield Use(active_ms // 1000, budget.seconds, "seconds", "--seconds ")
@@ -197,7 +197,7 @@ class BudgetQuestion(BaseModel):
     session: str
     number: int
     reason: str = ""
-    """Which limits are reached. Empty if a person raised the budget before."""
+    """The limits that are reached. Empty if a person decided before the session asked."""
 
     @property
     def key(self) -> str:
@@ -215,7 +215,7 @@ def _prefix(session: str) -> str:
 async def questions_of(
     client: NexumClient, session: str, *, patience: float = SERVER_PATIENCE
 ) -> list[tuple[BudgetQuestion, Execution]]:
-    """Return the newest questions of a session, by their numbers, with their executions."""
+    """Return a session's newest questions with their executions, ordered by number."""
     found: dict[int, tuple[BudgetQuestion, Execution]] = {}
     for execution in await client.list_executions(
         workflow_id=BUDGET_QUESTION.workflow_id,
@@ -225,14 +225,14 @@ async def questions_of(
         patience=patience,
     ):
         question = BudgetQuestion.model_validate_json(execution.input_json)
-        found.setdefault(question.number, (question, execution))  # a question that was cancelled may be asked again
+        found.setdefault(question.number, (question, execution))  # the newest: a cancelled question may be asked again
     return [found[number] for number in sorted(found)]
 
 
 async def decide(client: NexumClient, session: str, raised: Budget | None, *, by: str = "", reason: str = "") -> None:
-    """Decide the question that the session waits for, or else the one that it will ask next.
+    """Decide the question that the session waits for. If there is none, decide its next question in advance.
 
-    `raised` holds the new limits. Without it, the session stops at the limit, and its error says the `reason`.
+    `raised` holds the new limits. If it is None, the session stops at the limit, and its error contains `reason`.
     """
     while True:
         questions = await questions_of(client, session)
@@ -254,7 +254,7 @@ async def decide(client: NexumClient, session: str, raised: Budget | None, *, by
 class BudgetCheck:
     """The check of one run: it counts the run's calls, and asks a person when a limit is reached.
 
-    `command` is the command that decides the question, up to its options.
+    `command` is the command line that decides the question, without its options.
     """
 
     def __init__(self, budget: Budget, client: NexumClient, journal: Journal, command: str) -> None:
@@ -268,12 +268,15 @@ class BudgetCheck:
         """The number of the last question whose decision this run has applied."""
         self._has_asked = False
         self._near: set[str] = set()
-        """The limits that this run has warned of."""
+        """The nearly reached limits that this run has warned of, by the option that raises them."""
         self._warned: set[str] = set()
         self._warn_of_models()
 
     def exceeded(self, call: Call, active_ms: int) -> list[Use]:
-        """Return the limits that leave nothing for this call. `active_ms` is how long the session has run so far."""
+        """Return the reached limits that apply to this call. Log a warning for each limit that is nearly reached.
+
+        `active_ms` is how long the session has run so far.
+        """
         uses = list(uses_of(self._budget, self._spent, call, self._scope(call), active_ms))
         for use in uses:
             if use.is_nearly_over and use.option not in self._near:
@@ -289,7 +292,7 @@ class BudgetCheck:
         self._spent.begun(call, self._scope(call))
 
     def recorded(self, event: Event) -> None:
-        """Count what a call took, now that its outcome is recorded."""
+        """Count the tokens and the cost of a call whose outcome has just been recorded."""
         self._spent.recorded(event, is_in_usd=self._is_in_usd)
         self._warn_of_models()
 
@@ -309,11 +312,11 @@ class BudgetCheck:
             self._journal.log.warning("%s", line)
 
     async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
-        """Apply the next decision about the budget; ask for it and wait if there is none yet.
+        """Apply the next decision about the budget. If there is none yet, ask for it and wait.
 
-        `waiting` is entered for the length of the wait, with the line that says how to decide. A decision may be too
-        low, or may have been made long ago: check the limits again afterwards. Raises BudgetExceeded if a person has
-        stopped the session.
+        For the length of the wait, enter `waiting(line)`; the line says how to decide. The caller must check the limits
+        again afterwards: the decision may be an old one, or may raise a limit too little. Raises BudgetExceeded if a
+        person has stopped the session.
         """
         session, words = self._journal.session, ", ".join(map(str, exceeded))
         ahead = [
@@ -337,11 +340,11 @@ class BudgetCheck:
             try:
                 decision = await decided(self._client, BUDGET_QUESTION, question, question.key, on_waiting=on_waiting)
             except Conflict:
-                return  # another call, or a person, has begun another question of this number: read it
+                return  # another call or a person began a different question of this number: the next `ask` reads it
         self._decided = max(self._decided, question.number)
         if not decision.approved:
             if ahead[1:]:
-                return  # a person has decided otherwise since
+                return  # a later decision replaces this one: the next `ask` applies it
             stopped = f"{decision.by or 'a person'} stopped it{f': {decision.reason}' if decision.reason else ''}"
             raise BudgetExceeded(
                 f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
@@ -358,9 +361,9 @@ class BudgetCheck:
         self._near.clear()
 
     async def end(self) -> None:
-        """After a run without an error, withdraw a question whose call the program has given up.
+        """After a run without an error, cancel a question whose call the program has given up.
 
-        The server never prunes a session with a running execution.
+        The running execution of the question would keep the server from ever pruning the session.
         """
         if not self._has_asked:
             return

@@ -1,7 +1,7 @@
-"""Effects that must happen only once, as the server records them.
+"""Records of effects that must happen only once.
 
-Each is an owned execution of the workflow `tool-effect`. Its key names the session, the call, and the digest of the
-tool and its arguments. If the run dies while the tool runs, the server knows that the effect may have happened, and
+Each effect is an owned execution of the workflow `tool-effect`. Its key names the session, the call, and the digest of
+the tool and its arguments. If the run dies while the tool runs, the server knows that the effect may have happened, and
 doesn't hand it out again.
 """
 
@@ -34,7 +34,7 @@ class EffectInput(BaseModel):
     digest: str
     """The digest of the tool and `arguments`."""
     asked_digest: str
-    """The digest of the tool and the arguments that the model gave. A person may have edited them."""
+    """The digest of the tool and of the arguments before a person edited them."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"
@@ -52,12 +52,12 @@ TOOL_EFFECT_RECONCILED = workflow("tool-effect", input=EffectInput).effect(EFFEC
 
 
 def of_session(session: str) -> str:
-    """Return the beginning of the keys of a session's effects."""
+    """Return the key prefix of a session's effects."""
     return f"{session}:{EFFECT}/"
 
 
 def kept_for(session: str, asked_digest: str = "") -> str:
-    """Return the beginning of the keys of the results that a fork got from the session that it was forked from."""
+    """Return the key prefix of the results that a fork may reuse; with `asked_digest`, only of equal calls."""
     return f"{session}:reuse/{asked_digest}"
 
 

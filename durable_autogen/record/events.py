@@ -129,7 +129,7 @@ class GivenUp(_Frozen):
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
     was_made: bool = True
-    """Whether the call was made. False if it was given up before, or if another event already records that call."""
+    """Whether the call was made. False if it was given up before that, or if another event already records it."""
 
 
 class Begun(_Frozen):
@@ -463,7 +463,7 @@ class Record:
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
     made: list[Event | EventInput] = field(default_factory=list)
-    """Everything that was begun, in that order: an event, also a revoked one, or the input of one without a result."""
+    """All that was begun, in order: events, including revoked ones, and the inputs of calls without a result."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
     tried: set[str] = field(default_factory=set)
@@ -480,7 +480,7 @@ class Record:
     """The time at which the last call without a recorded result began, by the server's clock."""
 
     def scopes(self, addresses: Set[str]) -> set[str]:
-        """Return the part of the call id that names the recorded call, for each of these addresses."""
+        """Return, for each address, the part of the call id that names the recorded call (see `scope_of`)."""
         return {scope_of(address, self.times_replaced[address]) for address in addresses}
 
 

@@ -40,15 +40,15 @@ T = TypeVar("T")
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
-MAX_SHOWN = 300  # characters of a call in a line about it
-RESOLVE_INTERVAL = 1.0  # seconds; the server answers at once only if an execution ends, and --not-done doesn't end it
-CANCEL_PATIENCE = 1.0  # seconds for an attempt to end after its time limit
+MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
+RESOLVE_INTERVAL = 1.0  # seconds between questions: --not-done doesn't end an execution, so it wakes no wait
+CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 _UNKNOWN: Any = object()
 
 Ask = Callable[[str], Awaitable[tuple[bool, str] | None]]
-"""A function that asks a person at once. It gets a text about the call, and returns whether the person approves it, and
-a comment or reason. It returns None if the person doesn't decide."""
+"""A function that asks the person at the terminal about a call. Its parameter is a text about the call. It returns
+whether the person approves the call, and a comment or reason. If the person doesn't decide, it returns None."""
 
 
 class ToolError(Exception):
@@ -89,21 +89,21 @@ class GuardedCall:
         return _escaped(f"{self.tool}({arguments}) of {self.call.agent or 'the program'}")
 
     def edited(self, arguments: Mapping[str, Any]) -> GuardedCall:
-        """Return the call with arguments that a person has edited."""
+        """Return a copy with the arguments that a person has edited."""
         return replace(self, arguments=arguments)
 
 
 class ResultForm(Protocol):
-    """How a tool's results are recorded."""
+    """The recorded form of a tool's results."""
 
     def write(self, value: Any) -> Any:
         """Return a result as JSON. Raises ValueError if it can't be recorded."""
 
     def read(self, written: Any) -> Any:
-        """Return the result that `write` wrote."""
+        """Return the result from the JSON that `write` returned."""
 
     def of_answer(self, answer: Any) -> Any:
-        """Return the result for an answer of `reconcile` or of a person."""
+        """Turn an answer of `reconcile` or of a person into a tool result."""
 
 
 class Guard:
@@ -128,14 +128,14 @@ class Guard:
         self._known: set[str] = set()
         """The names of the tools and models that the run has seen."""
         self._keeps_results: bool | None = None
-        """Whether the session was forked together with the results of later effects. None if that isn't known yet."""
+        """Whether the session is a fork with results to reuse. None if that isn't known yet."""
         self._taking = asyncio.Lock()
         self._has_asked = False
 
     # ---- Policies ----------------------------------------------------------------------------------------------------
 
     def of_tool(self, *names: str, own: Policy | None = None) -> Policy | None:
-        """Return the policy of a tool: that of the session for one of the tool's names, else the tool's `own`."""
+        """Return the session's policy for one of a tool's names; if there is none, the tool's `own` policy."""
         self._known.update(names)
         return next((self._policies[name] for name in names if name in self._policies), own)
 
@@ -152,9 +152,9 @@ class Guard:
             self._known.update(tools())
 
     async def end(self) -> None:
-        """After a run without an error, withdraw the questions that no call waits for any more.
+        """After a run without an error, cancel the questions that no call waits for any more.
 
-        Log the policies that belong to no tool and no model of the run.
+        Log a warning about each policy whose name no tool or model of the run has.
         """
         if self._has_asked:
             with contextlib.suppress(NexumError):  # if no server answers, the next run without an error does it
@@ -177,9 +177,10 @@ class Guard:
         attempt: Callable[[], Awaitable[T]],
         may_retry: Callable[[], bool] = lambda: True,
     ) -> T:
-        """Make a call, and retry it by its policy. An attempt ends with TookTooLong at the policy's time limit.
+        """Make a call. If it fails, retry it as its policy says.
 
-        During each attempt, the call has a place under the limits of the policy.
+        At the policy's time limit, an attempt fails with TookTooLong. During each attempt, the call holds a place under
+        the policy's rate and concurrency.
         """
         number = 0
         while True:
@@ -207,9 +208,9 @@ class Guard:
     # ---- Approvals ---------------------------------------------------------------------------------------------------
 
     async def approved(self, guarded: GuardedCall) -> tuple[Any, str]:
-        """Wait until a person has approved a call; return the edited arguments, or None, and who approved.
+        """Wait until a person has approved a call; return the edited arguments or None, and the person's name.
 
-        Raises CallRejected.
+        Raises CallRejected if a person rejects the call, or if nobody approves it in time.
         """
         call, waiting = guarded.call, ExitStack()
         question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
@@ -238,7 +239,7 @@ class Guard:
         return decision.answer, decision.by
 
     async def _withdraw(self) -> None:
-        """Cancel the questions that nobody has decided. The server never prunes a session with a running execution."""
+        """Cancel the questions that nobody has decided: the server never prunes a session with a running execution."""
         for execution in await self._client.list_executions(
             workflow_id=approval_workflow().workflow_id,
             status=ExecutionStatus.RUNNING.value,
@@ -267,10 +268,11 @@ class Guard:
     # ---- Effects -----------------------------------------------------------------------------------------------------
 
     async def once(self, guarded: GuardedCall, attempt: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
-        """Make a call whose effect must happen only once, or find its result; return its result.
+        """Return the result of a call whose effect must happen only once. Make the call if it has no recorded result.
 
-        If an earlier attempt may have had its effect, the policy's `reconcile` decides whether the call is made, or
-        else a person. Raises CallFailed if an earlier attempt has failed.
+        If an earlier attempt may have had its effect, the policy's `reconcile` decides whether the call is made. If
+        there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed if an earlier attempt has
+        failed.
         """
         input = self._input(guarded)
         kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
@@ -278,7 +280,7 @@ class Guard:
         try:
             while True:
                 with self._servers_errors():
-                    # Wait for the place before the effect begins: a run that dies meanwhile has had no effect.
+                    # Take the place before the effect begins: if the run dies in this wait, there was no effect.
                     await turn.take()
                     started = await self._journal.start_effect(kind, input, input.key)
                 if started.task is None:
@@ -313,7 +315,7 @@ class Guard:
         try:
             value = await self._performed(guarded, task, attempt, form, turn)
         except asyncio.CancelledError:
-            if not self._recorder.failed.done():  # else the run ends, and the server notices
+            if not self._recorder.failed.done():  # a failed run ends, and the server notices
                 given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
                 with self._servers_errors():
                     await asyncio.shield(asyncio.ensure_future(given_up))
@@ -347,11 +349,11 @@ class Guard:
                 raise
             value = await self._reconciled(guarded, form)
             if value is NOT_DONE:
-                raise  # that proves nothing yet: the attempt may still be at work
+                raise  # NOT_DONE isn't final here: the attempt may still be running
             return value
 
     async def _reconciled(self, guarded: GuardedCall, form: ResultForm) -> Any:
-        """Return the result of an effect that has happened, or NOT_DONE. Raises UnknownEffect."""
+        """Ask the policy's `reconcile`; return the effect's result or NOT_DONE. Raises UnknownEffect if it fails."""
         try:
             answer = await guarded.policy.reconciled(guarded.arguments, call_id())
         except Exception as error:
@@ -361,7 +363,7 @@ class Guard:
         return NOT_DONE if answer is NOT_DONE else form.of_answer(answer)
 
     async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
-        """Wait until a person has said what happened. Return None if nothing happened, so that the call is made."""
+        """Wait until a person has said what happened; return the ended execution. If nothing happened, return None."""
         with ExitStack() as waiting, self._servers_errors():
             told = False
             while True:
@@ -389,9 +391,9 @@ class Guard:
     # ---- Forks -------------------------------------------------------------------------------------------------------
 
     async def kept_result(self, guarded: GuardedCall, form: ResultForm) -> tuple[bool, Any]:
-        """Return whether the session was forked with the result of an equal call, and that result.
+        """Return whether this session, as a fork, may reuse the result of an equal call; and that result.
 
-        Each result is used for one call only, in the order in which the calls were made.
+        Each result is reused for one call only. Equal calls get the results in the order of the original calls.
         """
         client, session = self._client, self._journal.session
         with self._servers_errors():
@@ -425,7 +427,7 @@ class Guard:
 
     @contextmanager
     def _servers_errors(self) -> Iterator[None]:
-        """End the run with an error of the server. It is no error of the tool, so the model must not get it."""
+        """If a request to the server fails, end the run: the model must not receive the error as a tool result."""
         try:
             yield
         except NexumError as error:
@@ -434,17 +436,17 @@ class Guard:
 
 
 def _escaped(text: str) -> str:
-    """Return a text with each unprintable character as JSON escapes it, such as marks that reverse the direction."""
+    """Escape unprintable characters, such as marks that reverse a text's direction, as JSON does."""
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Return the exception behind an error result of a tool."""
+    """Return the exception that caused a ToolError, if known. Return any other error itself."""
     return error.__cause__ if isinstance(error, ToolError) and error.__cause__ is not None else error
 
 
 def _is_unknown(cause: BaseException) -> bool:
-    """Return whether an error leaves open whether the effect has happened."""
+    """Return whether the effect may have happened although the attempt raised this error."""
     return isinstance(cause, (UnknownEffect, TookTooLong))
 
 
@@ -452,7 +454,7 @@ def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
     if ended.status is not ExecutionStatus.COMPLETED:
         raise _failed(ended, guarded)
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
-    # A tool's own result has this form. Any other value is what a person gave to `nexum resolve`.
+    # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
     if isinstance(output, dict) and output.keys() == {"result"}:
         return form.read(output["result"])
     return form.of_answer(output)
@@ -480,7 +482,7 @@ async def _within(timeout: float | None, name: str, attempt: Callable[[], Awaita
             running.cancel()
             await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
         if running.done() and not running.cancelled():
-            running.exception()  # mark the exception as retrieved: asyncio would log it
+            running.exception()  # mark the exception as retrieved, or asyncio logs it
 
 
 def retry_after(error: BaseException) -> float:

@@ -265,7 +265,7 @@ class Journal:
     # ---- Effects -----------------------------------------------------------------------------------------------------
 
     async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started:
-        """Begin the execution of an effect of this run, or take it over, or find its result.
+        """Start an effect's execution for this run. If it exists already, take it over, or find its result.
 
         Raises SessionBusy if another process owns the run.
         """
@@ -276,7 +276,7 @@ class Journal:
         return await self._under_this_run(start)
 
     async def may_begin_effect(self, task: Task) -> bool:
-        """Return whether an effect is still this run's. Another one may have taken it over, or it counts as lost."""
+        """Return whether an effect still belongs to this run: no other run has taken it over, and it isn't lost."""
         return await self._owner.may_begin(task)
 
     async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
@@ -314,7 +314,7 @@ class Journal:
     # ---- Limits ------------------------------------------------------------------------------------------------------
 
     async def take_place(self, workflow: Workflow, input: BaseModel, key: str) -> Task:
-        """Wait until the limits of `workflow` let a call of this run be made; return the task of its place.
+        """Wait until the limits of `workflow` allow a call of this run; return the task that holds the call's place.
 
         Raises SessionBusy if another process owns the run.
         """
@@ -326,7 +326,7 @@ class Journal:
 
     async def free_place(self, task: Task) -> None:
         """Free the place of a call."""
-        with contextlib.suppress(StaleTask, TaskNotFound):  # the server has freed it, or was replaced
+        with contextlib.suppress(StaleTask, TaskNotFound):  # the server freed it already, or its database was replaced
             await self._owner.complete(task, {})
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
@@ -344,9 +344,9 @@ class Journal:
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
-        """Record the beginning of a call if the next run has to know of it; return the call's task, else None.
+        """If the next run must know that a call began, record that; return the call's task, else None.
 
-        With `is_counted`, it always has to: each attempt at the call counts, also one that leaves no result. Raises
+        With `is_counted`, always record it: each attempt at the call counts, even if it leaves no result. Raises
         SessionBusy if another process owns the session.
         """
         # After a failure or a broken reply, record the beginning to show that the run continued. If another process may
@@ -360,8 +360,8 @@ class Journal:
     async def begin(self, call: Call, *, anew: bool = False) -> Task:
         """Record the beginning of a call; return the call's task.
 
-        If an earlier run began the call, its execution is continued. With `anew`, it ends as failed, and another one
-        begins.
+        If an earlier run began the call, continue its execution. With `anew`, end that execution as failed, and begin
+        another one.
         """
         input = self._input(call)
         key = self._key(input)

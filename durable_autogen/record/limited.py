@@ -1,8 +1,8 @@
-"""The limits of calls that this process makes: how often, and how many at once. The server holds them.
+"""Limits of the rate and the concurrency of this process's calls. The server enforces them.
 
 Before an attempt, a call takes a place: it owns an execution of the workflow `limited-call:NAME`, whose only node has
-the limits of the policy. After the attempt, it completes that execution. So all processes of the server share the
-limits, and the place of a process that dies becomes free when the server notices its death.
+the limits of the policy. After the attempt, the call completes that execution. So all processes that use the server
+share the limits. If a process dies, its places become free when the server notices the death.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from nexum_engine.policy import Policy
 from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow, workflow
 
-SAY_AFTER = 1.0  # seconds that a call waits before a line says so
-MAX_SCOPE = 100  # characters
+SAY_AFTER = 1.0  # seconds; if a call waits longer, a log line says so
+MAX_SCOPE = 100  # characters; in a key, a longer scope is replaced by its hash
 
 
 class LimitedCall(BaseModel):
-    """The input of the execution with which a call takes its place."""
+    """The input of the execution that holds a call's place."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -45,7 +45,7 @@ def limited_call(name: str, policy: Policy) -> Workflow:
 class Turn:
     """The place of one call under the limits of `policy`. `name` is the tool's or model's name.
 
-    Without limits, the methods do nothing.
+    If the policy has no limits, the methods do nothing.
     """
 
     def __init__(self, journal: Journal, call: Call, name: str, policy: Policy) -> None:
@@ -56,7 +56,7 @@ class Turn:
         self._task: Task | None = None
 
     async def take(self) -> None:
-        """Wait until the limits let the call be made, unless it has its place already."""
+        """Unless the call has its place already, wait until the limits allow the call, and take the place."""
         if not self._policy.is_limited or self._task is not None:
             return
         journal, scope = self._journal, self._journal.scope_of(self._call.address)
@@ -77,7 +77,7 @@ class Turn:
         self._journal.log.info("%s waits, because of its %s", self._call, told)
 
     async def free(self) -> None:
-        """Let another call have the place."""
+        """Free the place for another call."""
         task, self._task = self._task, None
         if task is not None:
             await self._journal.free_place(task)

@@ -45,7 +45,7 @@ class OpenSession(Protocol):
 
     @property
     def guard(self) -> Any:
-        """The run's Guard. The type is Any for the same reason."""
+        """The run's Guard. The type is Any, because guard.py imports this module."""
 
     def left_the_record(self, agent: str, what: str) -> None: ...
 

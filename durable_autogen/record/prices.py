@@ -1,4 +1,4 @@
-"""What models' replies cost, by the prices that the package `genai-prices` holds. It asks no server."""
+"""The cost of model replies, from the prices in the package `genai-prices`. No server is asked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nexum_engine.errors import InvalidRequest
 
 
 def has_prices() -> bool:
-    """Return whether the package `genai-prices` is installed. It needs 0.4 s to import, so only a price imports it."""
+    """Return whether the package `genai-prices` is installed. Don't import it: that takes 0.4 s."""
     return find_spec("genai_prices") is not None
 
 
@@ -23,7 +23,7 @@ def check_prices() -> None:
 
 
 def price_of(model: str, prompt_tokens: int, completion_tokens: int, at_ms: int) -> float | None:
-    """Return what a reply cost at a time, in US dollars; None if the model has no known price."""
+    """Return the cost of a reply at the time `at_ms`, in US dollars; None if the model has no known price."""
     from genai_prices import Usage, calc_price
 
     usage = Usage(input_tokens=prompt_tokens, output_tokens=completion_tokens)

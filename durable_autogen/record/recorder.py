@@ -82,7 +82,7 @@ class _LiveCall:
     caller: Caller
     task: Task | None = None
     was_made: bool = False
-    """Whether the call was made. False again if it was recorded, and this event was revoked."""
+    """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     given_up: bool = False
     continued: bool = False
     """Whether another call has shown that the run continued after this call was given up (see `continues`)."""
@@ -133,9 +133,9 @@ class Recorder:
         self._record_lock = asyncio.Lock()
         self._park = park
         self._questions_to_people: dict[str, str] = {}
-        """What each call that waits for a person's decision waits for, by the call's address."""
+        """The calls that wait for a person's decision: by a call's address, a line about what it waits for."""
         self._another_waits = asyncio.Event()
-        """Set when a further call waits for a person's decision."""
+        """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
         self._replay = Replay(
@@ -414,7 +414,7 @@ class Recorder:
                 live.answer.set_result(error)
 
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
-        """Return when the budget has room for a call, and count the call. Raises BudgetExceeded."""
+        """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
         while exceeded := budget.exceeded(call, self.active_now_ms):
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
@@ -449,10 +449,10 @@ class Recorder:
 
     @contextmanager
     def waiting_for_a_person(self, address: str, what: str) -> Iterator[None]:
-        """Log that the call at `address` waits for a person's decision, for the length of a `with`.
+        """For the length of a `with`, note that the call at `address` waits for a person's decision; log `what`.
 
-        `what` says what it waits for and how to decide. If the run parks, it ends with Parked as soon as none of its
-        other calls is being made. The time of the wait is left out of the session's active time.
+        `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
+        other call of the run is in progress. The wait doesn't count as active time of the session.
         """
         if what not in self._questions_to_people.values():  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
@@ -472,7 +472,7 @@ class Recorder:
     async def _park_when_all_wait(self) -> None:
         while self._questions_to_people:
             self._another_waits.clear()
-            # Let the other branches continue: they may have a tool under way, and their replies are paid for.
+            # Let the other branches continue: they may be running a tool, and their replies are paid for.
             await self._idle()
             at_work = {
                 running

@@ -190,7 +190,7 @@ class Session:
             if self._budget is not None:
                 budget = BudgetCheck(self._budget, client, journal, self._command("budget"))
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
-            park = self._park and ask is None  # a run that asks at the terminal waits for the answer
+            park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
             self._recorder = Recorder(
                 journal, self, on_drift=self._on_drift, compare=self._compare, park=park, budget=budget
             )

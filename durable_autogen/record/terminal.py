@@ -16,7 +16,7 @@ class Terminal:
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
         self._reading: asyncio.Future[str] | None = None
-        """The line that a thread reads. If its question was decided elsewhere, it answers the next question."""
+        """The line that a thread is reading. If its question is decided elsewhere, it answers the next question."""
 
     @staticmethod
     def is_there() -> bool:

@@ -296,7 +296,7 @@ def build_team():
 
 
 def decide(server: Server, method: str, line: str, node: str, **how: Any) -> None:
-    """Decide about the execution that the line about a wait names."""
+    """Decide about the execution that `line`, a line about a wait, names."""
     match = re.search(r"(?:approve|resolve) (exec-[0-9]+-[0-9a-f]+)", line)
     assert match, line
     execution_id = match[1]
@@ -327,7 +327,7 @@ def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
         decide(server, "approve", dying.wait_for("waiting for a decision on charge"), "approval", approver="ann")
         assert dying.wait() == 9, dying.output
     with running(["program.py"], cwd=tmp_path, env=env) as again:
-        if number == 1:  # without reconcile
+        if number == 1:  # its tool has no reconcile, so a person decides
             decide(server, "resolve", again.wait_for("may or may not have happened"), "effect", output=receipt)
         assert again.wait() == 0, again.output
     assert receipt in next(line for line in again.lines if line.startswith("SAID"))

@@ -25,7 +25,7 @@ TOOLS = ("pay_once", "pay_and_find")
 
 
 async def resolve_all(address: str, count: int) -> int:
-    """Do what a person does about unknown effects: give every second one a result, and fail the others."""
+    """Resolve unknown effects as a person would: give every second effect a result, and fail the others."""
     decided = 0
     async with NexumClient(address) as client:
         while decided < count:
@@ -33,7 +33,7 @@ async def resolve_all(address: str, count: int) -> int:
                 how: dict[str, Any] = {"failed": "not found"} if decided % 2 else {"output": "found by ann"}
                 await client.resolve(one.execution_id, one.node_id, resolved_by="ann", **how)
                 decided += 1
-            await asyncio.sleep(0.05)  # until the server notices that the last worker is dead
+            await asyncio.sleep(0.05)  # the server may not have noticed yet that the last worker is dead
     return decided
 
 
@@ -60,7 +60,7 @@ def test_once_tool_has_one_effect_however_often_its_workers_are_killed(tmp_path:
             killed["server" if with_server else "worker"] += 1
             if with_server:
                 server = stack.enter_context(nexum_server(tmp_path, port=server.port))
-        # The last worker only looks up what can be looked up.
+        # The last worker makes no payment. It only looks up the payments of the tool that has a reconcile.
         stack.enter_context(policy_worker(tmp_path, server.address))
         decided = asyncio.run(resolve_all(server.address, len(calls[::2])))
         said = results(caller)
@@ -73,7 +73,7 @@ def test_once_tool_has_one_effect_however_often_its_workers_are_killed(tmp_path:
         "ERROR pay_once failed: not found" if number % 2 else "found by ann" for number in range(decided)
     )
     assert said[1::2] == [f"found {number}" for number in range(1, KILLS, 2)]
-    # Every call was cut off, and none was handed to a worker again except to look it up.
+    # Every call was cut off. No call was handed to a worker again, except for a reconciliation.
     assert len(records) == KILLS
     for record in records:
         *cut_off, last = (one["outcome"] for one in attempts(record))

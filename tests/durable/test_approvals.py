@@ -91,7 +91,7 @@ def nexum(folder: Path, *arguments: str) -> str:
 
 
 def asked_in(line: str) -> str:
-    """Return the execution of the question that a line of a waiting run tells."""
+    """Return the execution id from a line in which a run says that it waits for a decision."""
     found = re.search(r"approve (\S+?)[, ]", line)
     assert found is not None, line
     return found.group(1)
@@ -176,7 +176,7 @@ def test_person_at_the_terminal_is_asked(folder: Path) -> None:
 
 
 def until(terminal: int, text: str | None) -> str:
-    """Return what a terminal shows up to `text`; without `text`, up to the end of its programs."""
+    """Return what a terminal shows up to `text`; without `text`, until its programs have ended."""
     shown = ""
     while text is None or text not in shown:
         assert select.select([terminal], [], [], 30)[0], shown
@@ -450,7 +450,7 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
         for _ in range(2):
             with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*approve exec-"):
                 await run(server, build, park=True)
-            assert len(model.requests) == 4  # first, clerk, and both replies of the notary
+            assert len(model.requests) == 4  # one reply of first, one of clerk, and two of notary
         async with NexumClient(server.address) as client:
             (question,) = await client.pending_approvals()
             (info,) = await list_sessions(client)
@@ -485,7 +485,7 @@ async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server:
 
 
 async def test_question_of_another_kind_under_the_key_is_no_permission(server: ServerThread) -> None:
-    """Somebody who may start executions can't prepare a decision on other arguments under a call's key."""
+    """A client that starts another execution under a call's key can't get other arguments approved in advance."""
     shop = Shop(approval="always")
     key = Approval.of("s", "", "charge", {"cents": 5, "customer": "c-1"}).key("/reply/0/tool/1")
     other = Approval.of("s", "", "charge", {"cents": 1, "customer": "c-1"})
@@ -541,5 +541,5 @@ async def test_call_without_policy_costs_no_request(server: ServerThread, monkey
         for session, given in (("s1", None), ("s2", policies)):
             requests.clear()
             await run(server, shop.clerk(model), session=session, policies=given)
-            # The server is asked for earlier runs, and starts the run, the beginning, two replies and the tool call.
+            # One request lists earlier runs. Five start the run, the first event, two replies and the tool call.
             assert Counter(requests) == {"ListRequest": 1, "StartRequest": 5, "CompleteRequest": 2}

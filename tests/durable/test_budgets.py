@@ -43,7 +43,7 @@ PRICE = 1000 * 2.5e-6 + 100 * 10e-6  # US dollars for one call of gpt-4o
 async def question(
     client: NexumClient, session: str, number: int = 1, status: ExecutionStatus | None = None
 ) -> tuple[BudgetQuestion, Execution]:
-    """Return a question of the session as soon as it is asked, and has the status."""
+    """Wait until a question of the session is asked and has the status; return the question."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         for one, execution in await questions_of(client, session):
@@ -113,7 +113,7 @@ async def test_dollars_and_tokens_are_counted_from_the_record(shared_server: Ser
     count = 10
     running = run.start(program)
     assert (await run.decide(Budget(usd=1))).reason == "$0.007 of $0.007"
-    # The 11,000 tokens of all calls are above the limit only after the last call: it was in flight at the limit.
+    # The last call began below the limit of 10,000 tokens, so it is made. After it, the calls have taken 11,000 tokens.
     assert len(await running) == 10
     assert (len(run.happened), await questions(run)) == (10, 1)
     count = 11
@@ -181,7 +181,7 @@ async def test_limit_of_a_tool_counts_its_calls_and_no_others(shared_server: Ser
     ):
         await running
     assert run.happened == ["look", "charge 1", "look"]
-    # The decision stays. Another decision continues the session.
+    # The decision to stop stays in force until a person raises the budget.
     with pytest.raises(BudgetExceeded, match="once is enough"):
         await run.start(program)
     await decide(run.client, run.session, Budget(tool_calls={"charge": 2}))

@@ -78,12 +78,12 @@ def program(folder: Path, what: str, when: str = "") -> Iterator[Process]:
 
 
 def calls(folder: Path) -> list[str]:
-    """Return the calls that were made, whatever became of them."""
+    """Return all calls that were made, including those without a result."""
     return (folder / "calls.log").read_text().splitlines()
 
 
 def decide(folder: Path, told: str) -> str:
-    """Run a command that a program has told; return its output."""
+    """Run a command that a program has printed; return the command's output."""
     with running(["-m", *shlex.split(told.strip().removeprefix("python -m "))], cwd=folder) as deciding:
         assert deciding.wait() == 0, deciding.output
     return deciding.output
@@ -92,7 +92,7 @@ def decide(folder: Path, told: str) -> str:
 def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Path) -> None:
     told = ""
     for number in range(1, RUNS + 1):
-        # Kill it in its 1st call, after its 2nd, and in its 3rd.
+        # Kill the program in its first call, after its second, in its third, and then at the limit.
         with program(folder, "model", "after a call" if number == 2 else "in a call") as killed:
             if number > LIMIT:
                 told = killed.wait_for("has used 3 of 3 model calls of its budget")
@@ -118,7 +118,7 @@ def test_tool_call_that_is_made_again_after_a_kill_counts_once(folder: Path) -> 
     with program(folder, "tool") as resumed:
         resumed.wait_for("has used 1 of 1 calls of charge of its budget")
         assert calls(folder) == ["charge 0", "charge 0"]
-        # The question is one of those that the engine's own commands list and decide.
+        # The engine's own commands list and decide this question, too.
         (asked,) = json.loads(decide(folder, "python -m nexum_engine approvals --json"))
         assert json.loads(asked["input_json"])["reason"] == "1 of 1 calls of charge"
         answer = '{"tool_calls": {"charge": 5}}'

@@ -106,7 +106,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def program(folder: Path, *arguments: str, die: str = "") -> Iterator[Process]:
-    """Run the program. If it shall `die` somewhere, kill it there."""
+    """Run the program. With `die`, kill it when it reaches that point."""
     with running(["program.py", *arguments], cwd=folder, env={"DIE": die}) as process:
         if die:
             process.wait_for(f"AT {die}")
@@ -128,7 +128,7 @@ def ledger(folder: Path) -> list[str]:
 
 
 def resolve(folder: Path, line: str, *how: str) -> None:
-    """Run the command that a line of a waiting run tells."""
+    """Run the command that a waiting run names in `line`, with the options `how`."""
     found = re.search(r"python (-m nexum_engine resolve \S+) --result JSON, or --not-done, or --failed REASON", line)
     assert found is not None, line
     with running([*found[1].split(), *how, "--by", "ann"], cwd=folder) as process:
@@ -139,7 +139,7 @@ def resolve(folder: Path, line: str, *how: str) -> None:
     ("how", "result", "effects"),
     [
         (("--result", '"receipt 7"'), "receipt 7", 1),
-        (("--not-done",), "receipt 2", 2),  # the person was wrong: only so does an effect happen twice
+        (("--not-done",), "receipt 2", 2),  # the person was wrong: only then does an effect happen twice
     ],
 )
 def test_effect_of_killed_run_is_unknown_until_a_person_resolves_it(
@@ -213,7 +213,7 @@ def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) ->
 
 
 async def resolve_unknown(address: str, result: str) -> None:
-    """Wait until the server counts an effect as unknown. Say that it has happened."""
+    """Wait until the server counts an effect as unknown; resolve it with a result."""
     async with NexumClient(address) as client:
         while not (unknown := await client.unknown()):  # noqa: ASYNC110 - the server can't tell
             await asyncio.sleep(0.05)
@@ -231,7 +231,7 @@ def server(tmp_path: Path) -> Iterator[ServerThread]:
 
 
 class Target:
-    """The world outside: a tool that acts on it, and how often it did."""
+    """The outside world: a tool that acts on it, and a count of the tool's effects."""
 
     def __init__(self, *errors: BaseException, **policy: Any) -> None:
         self.errors = list(errors)

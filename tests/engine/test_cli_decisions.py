@@ -77,7 +77,7 @@ def test_person_approves_and_sends_events_in_a_terminal(tmp_path: Path, server: 
 
 
 class Terminal:
-    """The command `nexum`, without a process of its own: a process takes half a second to begin."""
+    """The command `nexum`, run in the test's process: a new process takes half a second to start."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *where: str) -> None:
         self._capsys = capsys

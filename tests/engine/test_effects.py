@@ -1,4 +1,4 @@
-"""Effects that must happen only once, and decisions of persons, in the store, on a clock that the tests move."""
+"""Effects that must happen only once, and decisions of people, in the store, on a clock that the tests move."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.both_stores
 
 LEASE_MS = 30_000
 GRACE_MS = 1_000
-NO_RETRIES = 2**60  # a sweep looks for retries that became due after this time: it finds none
+NO_RETRIES = 2**60  # a sweep looks for retries that are due after this time, and finds none
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def start(
     owner: str = "",
     key: str = "",
 ) -> str:
-    """Start an execution of a workflow whose only node must run once. An owner gets the node's task."""
+    """Start an execution of a workflow whose only node must run once. With `owner`, the owner gets the task."""
     built = workflow("pay").effect("pay", once=True, reconcile=reconcile, retry=retry, timeout_seconds=timeout).build()
     await store.run(executions.register_workflow, "pay", "v1", built.ir_json)
     if owner:
@@ -67,7 +67,7 @@ async def sweep(store: Store) -> None:
 
 
 async def lose(store: Store, clock: ManualClock, worker_id: str = "w1") -> None:
-    """Break the stream of a worker, which does not come back."""
+    """Break a worker's heartbeat stream; the worker does not come back."""
     await store.run(leases.disconnect, worker_id, GRACE_MS)
     clock.advance(GRACE_MS / 1000)
     await sweep(store)
@@ -135,7 +135,7 @@ async def test_attempt_that_took_too_long_leaves_the_effect_unknown(store: Store
     await sweep(store)
     assert await is_unknown(store, execution_id)
     assert "longer than its time limit of 5 s" in (await attempts(store, execution_id))[0].error
-    # Its worker is still at work, but a heartbeat gives it no new time.
+    # The worker is still running the task, but its heartbeat doesn't renew the lease.
     renewed = await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)
     assert renewed.lost == (task.task_id,)
     await store.run(tasks.complete_task, task.task_id, '"paid"')
@@ -224,7 +224,7 @@ async def test_attempt_after_a_lost_one_must_reconcile(store: Store, clock: Manu
     await lose(store, clock)
     task = await taken(store, "w2")
     assert task.must_reconcile
-    # The duty stays until a report of a result: a failure, or an attempt that never began, doesn't end it.
+    # Attempts must reconcile until one reports a result. A failure, or an attempt that never began, doesn't end this.
     await store.run(tasks.release, task.task_id, "the poll was cancelled")
     task = await taken(store, "w3")
     assert task.must_reconcile
@@ -263,7 +263,7 @@ async def test_node_that_loses_every_worker_waits_for_a_person_in_the_end(store:
         await lose(store, clock)
     task = await taken(store)
     clock.advance(GRACE_MS / 1000)
-    await store.run(leases.lose, "w1", frozenset([task.task_id]))  # it never began, but earlier attempts may have
+    await store.run(leases.lose, "w1", frozenset([task.task_id]))  # this attempt never began, but earlier ones may have
     assert await is_unknown(store, execution_id)
 
 
@@ -321,10 +321,10 @@ async def test_person_resolves_as_failed_and_it_stays_failed(store: Store, clock
     execution = await store.run(reading.get_execution, execution_id, True)
     assert (execution.status, execution.error) == (ExecutionStatus.FAILED, "pay: we pay by cheque")
     assert execution.nodes[0].attempts[-1].error == "we pay by cheque"
-    # A second start of the key doesn't run the effect again.
+    # Starting again with the same key doesn't run the effect again.
     again = await store.run(executions.start_execution, "pay", "v1", "{}", "k")
     assert (again.execution_id, again.status, again.existing) == (execution_id, ExecutionStatus.FAILED, True)
-    # A person can: the decision stays on record.
+    # A person can run it again, with a retry. The decision stays on record.
     await store.run(retry.retry_execution, execution_id)
     await store.run(tasks.complete_task, (await taken(store)).task_id, "1")
     outcomes = [(one.outcome, one.worker_id) for one in await attempts(store, execution_id)]
@@ -394,7 +394,7 @@ async def test_next_owner_must_reconcile(store: Store, clock: ManualClock) -> No
 
 
 async def test_owner_that_reports_unknown_waits_for_a_person_at_once(store: Store) -> None:
-    """An owner reconciles itself: nobody else would take the task."""
+    """An owner reconciles on its own before it reports: no worker would take the task to reconcile it."""
     execution_id = await start(store, owner="one", key="k", reconcile=True)
     found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "one", LEASE_MS, True)
     assert found.task is not None
@@ -485,7 +485,7 @@ async def test_approval_that_nobody_decides_fails_in_time_and_has_no_decision(st
     assert execution.nodes[0].attempts == ()
     with pytest.raises(Conflict, match="can't be decided any more"):
         await store.run(waits.approve, execution_id, "boss", "Ann", "")
-    await store.run(retry.retry_execution, execution_id)  # the person gets as much time again
+    await store.run(retry.retry_execution, execution_id)  # the time limit of the approval starts again
     clock.advance(60)
     await sweep(store)
     await store.run(waits.approve, execution_id, "boss", "Ann", "")

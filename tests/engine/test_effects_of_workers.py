@@ -177,7 +177,7 @@ async def test_time_limit_leaves_the_effect_unknown_and_reconcile_decides(client
 async def test_report_that_gets_no_answer_is_sent_until_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A task that no heartbeat names counts as one that never began. So a result may not be dropped."""
+    """If no heartbeat names a task, it counts as never begun. So the worker must not drop the task's result."""
     monkeypatch.setattr("nexum_engine.worker.FAULT_DELAY", 0.5)
     paid: list[int] = []
 
@@ -202,7 +202,7 @@ async def test_task_that_arrives_late_does_not_begin_beside_another_worker(tmp_p
         async def poll_task(self, *args: Any, **options: Any) -> Task | None:
             task = await super().poll_task(*args, **options)
             if task is not None:
-                is_late.set()  # the answer is on its way: the worker's heartbeats continue, and don't name the task
+                is_late.set()  # hold the answer back: the worker's heartbeats continue, but don't name the task
                 await other_has_paid.wait()
             return task
 

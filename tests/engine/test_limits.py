@@ -383,7 +383,7 @@ async def test_owner_held_back_gets_the_task_later(store: Store, clock: ManualCl
     assert held.held is not None
     assert held.held.opens_ms is None
     assert await note(store, held.execution_id) == "held back by its concurrency of 1"
-    assert (await own(store, built, "k1")).task == first  # the same start again takes no second place
+    assert (await own(store, built, "k1")).task == first  # repeating the start takes no second place
     changed = await store.run(tasks.complete_task, first.task_id, "1")
     assert [one.version_hash for one in changed.ready] == [built.version_hash]
     second = await own(store, built, "k2")
@@ -458,8 +458,11 @@ async def test_two_servers_hand_out_one_burst_together(two: tuple[Store, Store],
 
 
 async def test_end_of_an_attempt_waits_for_a_claim_that_counts_it(two: tuple[Store, Store], postgres_url: str) -> None:
-    """The claim finds no place, because the other server's end of the attempt isn't committed. The end then announces
-    the claim's task, which isn't committed either."""
+    """One server starts a task and tries to claim it, while the other ends the attempt that holds the only place.
+
+    The claim finds no free place, because the end isn't committed. The end must see the new task and announce it as
+    ready, so it waits until the claim's transaction is committed.
+    """
     built = limited(concurrency=1)
     await start(two[0], built)
     task = await taken(two[0], built)

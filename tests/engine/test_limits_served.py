@@ -50,7 +50,7 @@ async def attempts_of(client: NexumClient, ids: Sequence[str]) -> list[Attempt]:
 
 
 def check_rate(attempts: Sequence[Attempt], rate: str) -> None:
-    """Check that no `n` hand-outs follow each other faster than a bucket allows that was full before them."""
+    """Check that no series of hand-outs is faster than a bucket allows that is full when the series begins."""
     parsed = Rate.parse(rate)
     interval_ms = 1000 * parsed.seconds / parsed.calls
     for first, one in enumerate(attempts):
@@ -131,7 +131,7 @@ async def owners(server: Server) -> AsyncIterator[Callable[[], Owner]]:
 
 
 async def until_running(client: NexumClient, count: int) -> None:
-    """Wait until so many executions have been started and have not ended."""
+    """Wait until at least `count` executions are running."""
     while len(await client.list_executions(status="RUNNING")) < count:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
 

@@ -58,7 +58,7 @@ WORKERS = {"w1": True, "w2": True, "w3": False}
 MAX_RUNS = 40
 LEFT = ("READY", "RUNNING", "WAITING")
 State = tuple[dict[str, Any], set[tuple[str, str]], set[tuple[str, str]]]
-"""Executions with their children, the nodes that wait for an approval, and those whose effect is unknown."""
+"""The executions with their children, the nodes that wait for an approval, and the nodes with an unknown effect."""
 
 
 # ---- Workflows -----------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ DECIDED = ("EFFECT", "EFFECT", "HUMAN_APPROVAL")
 def new_workflow(
     choose: Random, kinds: Sequence[str], seconds: Sequence[float], policies: Sequence[Mapping[str, Any]]
 ) -> Specs:
-    """Return a workflow of one to six nodes of some types. `seconds` are the times that its nodes may wait."""
+    """Return a random workflow of one to six nodes of the types `kinds`. Its delays and timeouts are from `seconds`."""
     names = choose.sample(["n0", "n1", "n2", "n3", "n4", "n5"], choose.randint(1, 6))
     nodes: dict[str, dict[str, Any]] = {}
     for position, name in enumerate(names):

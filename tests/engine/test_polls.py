@@ -371,7 +371,7 @@ async def test_rate_wakes_waiting_polls_one_after_the_other(engine: Engine) -> N
     found = [await engine.store.run(reading.get_execution, one, True) for one in ids]
     started = sorted(one.nodes[0].attempts[0].started_ms for one in found)
     assert all(later - earlier >= 99 for earlier, later in pairwise(started))
-    # For each task, a few polls ask whether the rate lets it pass: when it is started, and when the rate opens.
+    # Each task wakes a few polls: when it is started, and again when the rate allows it.
     assert engine.claims < 40
 
 

@@ -60,7 +60,7 @@ PARKED, STOPPED = 75, 5
 
 
 def calls_of(seed: int) -> list[list[tuple[str, int]]]:
-    """Return the calls of a program: steps of one to three calls at once, each the name of a tool and a number."""
+    """Return a program's steps. A step is one to three calls made at once. A call is a tool's name and a number."""
     rng = random.Random(seed)
     numbers = iter(range(1, 100))
     return [
@@ -83,7 +83,7 @@ class World:
         self._ledger, self._death = ledger, death
 
     async def act(self, name: str, number: int, amount: int = 0) -> str:
-        """Have an effect: add a line to the ledger."""
+        """Have an effect on the world: add a line to the ledger. The program may die before and after the effect."""
         await asyncio.sleep(random.random() * 0.01)
         self._may_die()
         descriptor = os.open(self._ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -98,7 +98,7 @@ class World:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def look_up(self, arguments: Mapping[str, Any], key: str) -> Any:
-        """Look whether an effect has happened."""
+        """Look an effect up in the ledger; return its result, or NOT_DONE."""
         if random.random() < 0.3:
             raise OSError("the ledger can't be read now")
         lines = self._ledger.read_text().splitlines() if self._ledger.exists() else []
@@ -106,7 +106,7 @@ class World:
 
 
 class Model(ReplayChatCompletionClient):
-    """A model whose calls are effects in the world, too."""
+    """A model whose calls are recorded in the ledger, too."""
 
     world: World
 

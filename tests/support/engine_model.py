@@ -275,7 +275,7 @@ class Model:
         self._fail(node)
 
     def resolve(self, run_id: str, name: str, by: str, decision: str, text: str) -> None:
-        """Resolve a node as done, with a result, as "not done", or as "failed"."""
+        """Resolve a node as "done" with the result `text`, as "not done", or as "failed" with the reason `text`."""
         output = parsed(text) if decision == "done" else None
         node = self.run(run_id).nodes.get(name)
         if node is None:

@@ -53,7 +53,7 @@ def decide(address: str, method: str, execution_id: str, node: str, **arguments:
 
 
 def asked_in(line: str) -> str:
-    """Return the id of the execution that waits for a person, from the line about it."""
+    """Return the id of the execution that waits for a person, from a line about the wait."""
     match = re.search(r"(?:approve|resolve) (exec-[0-9]+-[0-9a-f]+)", line)
     assert match, line
     return match[1]
