@@ -55,6 +55,9 @@ MAX_SHOWN = 300  # characters of a call's arguments in a line about it
 RESOLVE_INTERVAL = 1.0  # seconds; the server answers at once only if an execution ends, and --not-done doesn't end it
 CANCEL_PATIENCE = 1.0  # seconds for an attempt to end after its time limit
 
+TOOLS_OWN = "recorded_result"
+"""The only name in the output of an effect whose tool returned. A person's result has another form."""
+
 _UNKNOWN: Any = object()
 
 Ask = Callable[[str], Awaitable[tuple[bool, str] | None]]
@@ -334,7 +337,7 @@ class Guard:
             raise
         with self._servers_errors():
             try:
-                output = {"result": form.write(value)}
+                output = {TOOLS_OWN: form.write(value)}
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
                 await self._journal.fail_effect(task, str(error), unknown=True)
                 return _UNKNOWN
@@ -454,9 +457,8 @@ def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
     if ended.status is not ExecutionStatus.COMPLETED:
         raise _failed(ended, guarded)
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
-    # A tool's own result has this form. Any other value is what a person gave to `nexum resolve`.
-    if isinstance(output, dict) and output.keys() == {"result"}:
-        return form.read(output["result"])
+    if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
+        return form.read(output[TOOLS_OWN])
     return form.of_answer(output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -559,3 +560,33 @@ async def test_other_call_in_the_place_of_an_unknown_one_is_drift(server: Server
             await tool.run_json({"cents": 6}, CancellationToken())
     assert any("an earlier run has begun" in line for line in lines)
     assert len(tool.paid) == 2
+
+
+@pytest.mark.parametrize("given", [{"result": "receipt 7"}, {"result": [1]}, None])
+async def test_result_that_a_person_gives_may_be_any_json(server: Server, given: Any) -> None:
+    target = Target(UnknownEffect("the line is dead"), effect="once")
+    with pytest.raises(Parked) as waits:
+        async with DurableSession("s", nexum=server.address, park=True):
+            await target.result()
+    found = re.search(r"exec-\S+", str(waits.value))
+    assert found is not None
+    async with NexumClient(server.address) as client:
+        await client.resolve(found[0], "effect", output=given)
+    for _ in range(2):
+        async with DurableSession("s", nexum=server.address):
+            result = await target.result()
+        assert result.to_text() == ("None" if given is None else json.dumps(given))
+
+
+async def test_fork_refuses_a_later_effect_that_has_failed(server: Server) -> None:
+    target = Target(OSError("no answer"), effect="once")
+    with pytest.raises(OSError, match="no answer"):
+        async with DurableSession("s", nexum=server.address):
+            await target.call()
+    async with NexumClient(server.address) as client:
+        with pytest.raises(InvalidRequest, match=r"charge\(\{\"cents\":990\}\) \(failed\)\. Reuse"):
+            await fork_session(client, "s", 0, "refused")
+        await fork_session(client, "s", 0, "reused", effects="reuse")
+    async with DurableSession("reused", nexum=server.address):
+        await target.call()
+    assert len(target.done) == 2
