@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from durable_autogen.record.budget import Budget, Spent, decide, number_in_words, questions_of
-from durable_autogen.record.events import read_record
+from durable_autogen.record.events import check_session_id, read_record
 from durable_autogen.record.prices import has_prices
 from durable_autogen.recorded_sessions import unknown_session
 from nexum_engine.client import NexumClient
@@ -38,8 +38,11 @@ def budget_of(args: argparse.Namespace, prefix: str = "") -> Budget | None:
     given = {name: getattr(args, f"{prefix}{name}".replace("-", "_")) for name in given}
     tool_calls = {}
     for one in getattr(args, f"{prefix}tool-calls".replace("-", "_")) or ():
-        tool, _, tool_calls[tool] = one.rpartition("=")
-    found = {name: value for name, value in {**given, "tool_calls": tool_calls}.items() if value}
+        tool, _, number = one.rpartition("=")
+        if not tool:
+            raise InvalidRequest(f"--{prefix}tool-calls: give TOOL=N, not {one!r}")
+        tool_calls[tool] = number
+    found = {name: value for name, value in {**given, "tool_calls": tool_calls or None}.items() if value is not None}
     try:
         return Budget.model_validate(found) if found else None
     except ValidationError as error:
@@ -50,6 +53,7 @@ def budget_of(args: argparse.Namespace, prefix: str = "") -> Budget | None:
 
 async def run_command(client: NexumClient, args: argparse.Namespace) -> str:
     """Run the command `budget`: decide about a session's budget, or report what it has spent; return the output."""
+    check_session_id(args.session)
     raised = budget_of(args)
     if raised is None and args.stop is None:
         return await _report(client, args.session)

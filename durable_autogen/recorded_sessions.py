@@ -279,19 +279,16 @@ async def fork_session(
 async def _later_effects(
     client: NexumClient, source: str, count: int, record: Record, copied: Set[str], effects: OnEffects
 ) -> list[tuple[EffectInput, Execution]]:
-    """Return the effects of a session that happened, or may have happened, after the events that a fork copies.
+    """Return the effects with a result that a session has after the events that a fork copies.
 
-    Raises InvalidRequest if `effects` forbids one of them: "refuse" forbids all, "reuse" those without a result.
+    Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
+    doesn't prove that nothing happened. "reuse" forbids those that are UNKNOWN.
     """
-    before = record.scopes(copied)
-    later = [
-        (input, execution)
-        for input, execution in await _unused(client, source, before)
-        if execution.status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED)
-    ]
+    later = await _unused(client, source, record.scopes(copied))
     without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
     if effects == "refuse" and later:
-        listed = ", ".join(str(input) for input, _ in later)
+        failed = (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED)
+        listed = ", ".join(f"{input}{' (failed)' if one.status in failed else ''}" for input, one in later)
         raise InvalidRequest(
             f"after call {count}, session {source} has made {len(later)} call(s) whose effect must happen only once: "
             f"{listed}. Reuse their results (--effects reuse), or make the calls again (--effects again)"
@@ -301,7 +298,7 @@ async def _later_effects(
             f"a call of session {source} has no result to reuse: it is unknown whether its effect has happened. "
             f"Resolve it first: python -m nexum_engine resolve {without_result[0].execution_id}"
         )
-    return later
+    return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
 
 
 async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tuple[EffectInput, Execution]]:

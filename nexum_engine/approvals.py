@@ -56,9 +56,9 @@ class Approval(BaseModel):
         return key_of(self.session, "approval", scope, self.digest)
 
 
-def key_of(session: str, purpose: str, scope: str, digest: str) -> str:
+def key_of(session: str, purpose: str, scope: str, digest: str = "") -> str:
     """Return the idempotency key of an execution that belongs to one call of a session."""
-    key = f"{session}:{purpose}/{scope}/{digest}"
+    key = f"{session}:{purpose}/{scope}{digest and f'/{digest}'}"
     if len(key) <= MAX_ID_LENGTH and key.isprintable():
         return key
     return f"{session}:{purpose}/{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
@@ -127,17 +127,11 @@ async def decided(
 async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:
     """Return the id of the question's execution. Start the execution, unless the question was asked before."""
     # Look first: a rejected question is a FAILED execution, and starting its key would ask again.
-    found = [
-        one
-        for one in await client.list_executions(
-            workflow_id=asked.workflow_id, key_prefix=key, limit=1, with_nodes=True, patience=PATIENCE
-        )
-        if one.idempotency_key == key and one.status is not ExecutionStatus.CANCELLED
-    ]
-    if found:
-        if not _is_same(type(question), found[0].input_json, question):
-            raise Conflict(f"execution {found[0].execution_id} asks another question under the key {key!r}")
-        return found[0].execution_id
+    found = await asked_before(client, asked, key)
+    if found is not None:
+        if not _is_same(type(question), found.input_json, question):
+            raise Conflict(f"execution {found.execution_id} asks another question under the key {key!r}")
+        return found.execution_id
 
     async def start() -> str:
         return (await client.start_execution(asked, question, idempotency_key=key, patience=PATIENCE)).execution_id
@@ -147,6 +141,15 @@ async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: st
     except WorkflowNotFound:
         await client.register_workflow(asked, patience=PATIENCE)
         return await start()
+
+
+async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execution | None:
+    """Return the execution of the question that was asked under a key. Return None if there is none."""
+    newest = await client.list_executions(
+        workflow_id=asked.workflow_id, key_prefix=key, limit=1, with_nodes=True, patience=PATIENCE
+    )
+    is_there = newest and newest[0].idempotency_key == key and newest[0].status is not ExecutionStatus.CANCELLED
+    return newest[0] if is_there else None
 
 
 def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bool:

@@ -176,7 +176,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     reject.add_argument("--reason", default="", help="stored as the error of the node and the execution")
     decision = resolve.add_mutually_exclusive_group(required=True)
     decision.add_argument(
-        "--result", type=_json, metavar="JSON", help="the effect has happened: the node completes with this result"
+        "--result",
+        type=_json,
+        default=argparse.SUPPRESS,  # with the default None, argparse takes `--result null` for no option
+        metavar="JSON",
+        help="the effect has happened: the node completes with this result",
     )
     decision.add_argument(
         "--not-done", action="store_true", help="the effect has not happened: the node is handed out again"
@@ -437,7 +441,7 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         args.execution,
         node,
         resolved_by=args.by,
-        output=args.result,
+        output=getattr(args, "result", None),
         not_done=args.not_done,
         failed=args.failed or "",
     )

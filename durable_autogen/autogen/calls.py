@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from autogen_agentchat.tools import AgentTool, TeamTool
@@ -22,6 +23,7 @@ from durable_autogen.autogen.policies import (
     ToolForm,
     UnderPolicy,
     checked_arguments,
+    differs_in_defaults,
     names_of,
     own_policy,
     static_tool,
@@ -48,7 +50,7 @@ from durable_autogen.record.place import Place, current, recorded_call, started_
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
-from nexum_engine.policy import Policy, call_digest
+from nexum_engine.policy import Policy
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
@@ -402,22 +404,24 @@ class Calls:
         form = ToolForm(made.source, name, declared, lambda value: self._checked(name, value, declared, []).value)
         arguments = await checked_arguments(made.source, name, made.arguments)
         reason = self._agent_state.reason_for(call.position)
-        guarded = GuardedCall(call, name, policy, arguments, call_digest(name, arguments), reason)
+        fits = partial(differs_in_defaults, made.source, name, made.arguments)
+        guarded = GuardedCall(call, name, policy, arguments, str(call.request["hash"]), fits, reason)
         if policy.is_once:
             is_kept, value = await guard.kept_result(guarded, form)
             if is_kept:
                 return value
-        edited, note = None, ""
+        shown, note = None, ""
         if policy.needs_approval(arguments):
-            answer, by = await guard.approved(guarded)
+            guarded, answer, by = await guard.approved(guarded)
             if answer is not None:
                 edited, note = await self._edited(made, answer, by or "the person who approved this call")
                 guarded = guarded.edited(edited)
+            shown = guarded.arguments
 
-        async def once() -> Any:
+        async def once(arguments: Mapping[str, Any] | None) -> Any:
             under = UnderPolicy(frozenset(names_of(made.source, name)))
             under_policy.set(under)
-            value = await attempt(edited)
+            value = await attempt(arguments)
             if isinstance(value, ToolResult) and value.is_error:
                 raise ToolError(value.to_text(), value) from (under.raised[-1] if under.raised else None)
             return value
@@ -426,7 +430,8 @@ class Calls:
             if policy.is_once:
                 value = await guard.once(guarded, once, form)
             else:
-                value = await guard.attempts(guard.turn(call, name, policy), name, policy, once, lambda: not streamed)
+                turn = guard.turn(call, name, policy)
+                value = await guard.attempts(turn, name, policy, partial(once, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)

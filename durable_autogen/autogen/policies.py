@@ -118,13 +118,27 @@ async def checked_arguments(
     """
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is not None:
-        found: dict[str, Any] = tool.args_type().model_validate(arguments).model_dump(mode="json")
+        found: dict[str, Any] = tool.args_type().model_validate(arguments).model_dump(mode="json", by_alias=True)
         return found
     assert isinstance(source, Workbench)
     schema = next((one for one in await source.list_tools() if one["name"] == name), None)
     properties: Mapping[str, Any] = {} if schema is None else schema.get("parameters", {}).get("properties", {})
     defaults = {one: field["default"] for one, field in properties.items() if "default" in field}
     return {**defaults, **arguments}
+
+
+def differs_in_defaults(
+    source: BaseTool[Any, Any] | Workbench, name: str, given: Mapping[str, Any], complete: Mapping[str, Any]
+) -> bool:
+    """Return whether `complete` are the arguments `given` with defaults. A default may be another at each call."""
+    tool = source if isinstance(source, BaseTool) else static_tool(source, name)
+    if tool is None:
+        return {**complete, **given} == complete
+    kind = tool.args_type()
+    try:
+        return bool(kind.model_validate({**complete, **given}) == kind.model_validate(complete))
+    except ValidationError:
+        return False
 
 
 class ToolForm:

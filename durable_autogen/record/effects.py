@@ -1,8 +1,7 @@
 """Records of effects that must happen only once.
 
-Each effect is an owned execution of the workflow `tool-effect`. Its key names the session, the call, and the digest of
-the tool and its arguments. If the run dies while the tool runs, the server knows that the effect may have happened, and
-doesn't hand it out again.
+Each effect is an owned execution of the workflow `tool-effect`. Its key names the session and the call. If the run dies
+while the tool runs, the server knows that the effect may have happened, and doesn't hand it out again.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class EffectInput(BaseModel):
     digest: str
     """The digest of the tool and `arguments`."""
     asked_digest: str
-    """The digest of the tool and of the arguments before a person edited them."""
+    """The digest of the tool and the arguments that the model gave, without defaults and before a person's edit."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"
@@ -42,7 +41,7 @@ class EffectInput(BaseModel):
     @property
     def key(self) -> str:
         """The idempotency key of the effect's execution."""
-        return key_of(self.session, EFFECT, self.call, self.digest)
+        return key_of(self.session, EFFECT, self.call)
 
 
 EFFECT = "effect"

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import CallFailed, CallRejected
@@ -30,7 +31,18 @@ from durable_autogen.record.limited import Turn
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
-from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, how_to_decide, server_option
+from nexum_engine.approvals import (
+    NODE,
+    PATIENCE,
+    Approval,
+    approval_workflow,
+    asked_before,
+    decided,
+    how_to_decide,
+    key_of,
+    server_option,
+)
+from nexum_engine.client import Started
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
@@ -43,6 +55,9 @@ MODEL = "model"
 MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
 RESOLVE_INTERVAL = 1.0  # seconds between questions: --not-done doesn't end an execution, so it wakes no wait
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
+
+TOOLS_OWN = "recorded_result"
+"""The only name in the output of an effect whose tool returned. A person's result has another form."""
 
 _UNKNOWN: Any = object()
 
@@ -73,7 +88,9 @@ class GuardedCall:
     arguments: Mapping[str, Any]
     """The validated arguments, as JSON, with the defaults filled in."""
     asked_digest: str
-    """The digest of the tool and of the arguments that the model gave."""
+    """The digest of the tool and of the arguments that the model gave, without defaults."""
+    fits: Callable[[Mapping[str, Any]], bool]
+    """Returns whether other arguments differ from these at most in defaults that were filled in."""
     reason: str = ""
     """Why the model calls the tool, if it said so."""
 
@@ -89,7 +106,7 @@ class GuardedCall:
         return _escaped(f"{self.tool}({arguments}) of {self.call.agent or 'the program'}")
 
     def edited(self, arguments: Mapping[str, Any]) -> GuardedCall:
-        """Return a copy with the arguments that a person has edited."""
+        """Return a copy with other arguments."""
         return replace(self, arguments=arguments)
 
 
@@ -207,13 +224,16 @@ class Guard:
 
     # ---- Approvals ---------------------------------------------------------------------------------------------------
 
-    async def approved(self, guarded: GuardedCall) -> tuple[Any, str]:
-        """Wait until a person has approved a call; return the edited arguments or None, and the person's name.
+    async def approved(self, guarded: GuardedCall) -> tuple[GuardedCall, Any, str]:
+        """Wait until a person has approved a call; return the call that was shown, the edited arguments, and the name.
 
-        Raises CallRejected if a person rejects the call, or if nobody approves it in time.
+        The edited arguments are None if the person has not edited them. The name is the person's. Raises CallRejected
+        if a person rejects the call, or if nobody approves it in time.
         """
         call, waiting = guarded.call, ExitStack()
         question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
+        asked = approval_workflow(guarded.policy.approval_timeout)
+        key = key_of(question.session, NODE, self._journal.scope_of(call.address), guarded.asked_digest)
 
         def wait(execution_id: str) -> None:
             waiting.close()
@@ -225,18 +245,18 @@ class Guard:
 
         self._has_asked = True
         with waiting, self._servers_errors():
-            decision = await decided(
-                self._client,
-                approval_workflow(guarded.policy.approval_timeout),
-                question,
-                question.key(self._journal.scope_of(call.address)),
-                on_waiting=wait,
-            )
+            # An earlier run may have filled in another default, such as a new id. What it has shown is what will run.
+            if (earlier := await asked_before(self._client, asked, key)) is not None:
+                arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
+                if guarded.fits(arguments):
+                    guarded = guarded.edited(arguments)
+                    question = Approval.of(question.session, call.agent, guarded.tool, arguments, guarded.reason)
+            decision = await decided(self._client, asked, question, key, on_waiting=wait)
         if not decision.approved:
             self._log.warning("%s: %s", guarded, decision.refusal)
             raise CallRejected(decision.refusal)
         self._log.info("%s: approved%s", guarded, f" by {decision.by}" if decision.by else "")
-        return decision.answer, decision.by
+        return guarded, decision.answer, decision.by
 
     async def _withdraw(self) -> None:
         """Cancel the questions that nobody has decided: the server never prunes a session with a running execution."""
@@ -267,33 +287,56 @@ class Guard:
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
 
-    async def once(self, guarded: GuardedCall, attempt: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
+    async def once(
+        self, guarded: GuardedCall, attempt: Callable[[Mapping[str, Any]], Awaitable[Any]], form: ResultForm
+    ) -> Any:
         """Return the result of a call whose effect must happen only once. Make the call if it has no recorded result.
 
-        If an earlier attempt may have had its effect, the policy's `reconcile` decides whether the call is made. If
-        there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed if an earlier attempt has
-        failed.
+        `attempt` gets the arguments. If an earlier attempt may have had its effect, the policy's `reconcile` decides
+        whether the call is made. If there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed
+        if an earlier attempt has failed, and DriftError if an earlier run has begun another call in its place.
         """
-        input = self._input(guarded)
-        kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
         turn = self.turn(guarded.call, guarded.tool, guarded.policy)
         try:
             while True:
                 with self._servers_errors():
                     # Take the place before the effect begins: if the run dies in this wait, there was no effect.
                     await turn.take()
-                    started = await self._journal.start_effect(kind, input, input.key)
+                    guarded, started = await self._started(guarded)
                 if started.task is None:
                     with self._servers_errors():
                         await turn.free()
                     ended = started.ended or await self._resolved(guarded, started.execution_id)
                     if ended is not None:
                         return _result(ended, guarded, form)
-                elif (value := await self._attempted(guarded, started.task, attempt, form, turn)) is not _UNKNOWN:
+                    continue
+                make = partial(attempt, guarded.arguments)
+                if (value := await self._attempted(guarded, started.task, make, form, turn)) is not _UNKNOWN:
                     return value
         finally:
             with self._servers_errors():
                 await turn.free()
+
+    async def _started(self, guarded: GuardedCall) -> tuple[GuardedCall, Started]:
+        """Begin an effect, take it over, or find its result. Return the call with the arguments that belong to it."""
+        kind = TOOL_EFFECT if guarded.policy.reconcile is None else TOOL_EFFECT_RECONCILED
+        input = self._input(guarded)
+        key = input.key
+        while True:
+            started = await self._journal.start_effect(kind, input, key)
+            if started is not None:
+                return guarded, started
+            begun = await effects(self._client, key)
+            earlier = next(one for one, execution in begun if execution.idempotency_key == key)
+            if earlier.asked_digest == guarded.asked_digest:
+                # It is the same call, but another default was filled in, such as a new id.
+                input, guarded = earlier, guarded.edited(earlier.arguments)
+            else:
+                self._recorder.differs(
+                    f"an earlier run has begun {earlier}, whose effect must happen only once, and now the program asks "
+                    f"for {guarded} in its place"
+                )
+                key = key_of(input.session, EFFECT, input.call, input.asked_digest)
 
     def _input(self, guarded: GuardedCall) -> EffectInput:
         return EffectInput(
@@ -329,7 +372,7 @@ class Guard:
             raise
         with self._servers_errors():
             try:
-                output = {"result": form.write(value)}
+                output = {TOOLS_OWN: form.write(value)}
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
                 await self._journal.fail_effect(task, str(error), unknown=True)
                 return _UNKNOWN
@@ -455,8 +498,8 @@ def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
         raise _failed(ended, guarded)
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
-    if isinstance(output, dict) and output.keys() == {"result"}:
-        return form.read(output["result"])
+    if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
+        return form.read(output[TOOLS_OWN])
     return form.of_answer(output)
 
 

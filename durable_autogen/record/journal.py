@@ -37,7 +37,7 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.log import LOG
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
+from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.records import Execution, ExecutionStatus, Task
@@ -264,14 +264,17 @@ class Journal:
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
 
-    async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started:
+    async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started | None:
         """Start an effect's execution for this run. If it exists already, take it over, or find its result.
 
-        Raises SessionBusy if another process owns the run.
+        Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run.
         """
 
-        async def start() -> Started:
-            return await self._owner.start(workflow, input, idempotency_key=key, holding=self._run)
+        async def start() -> Started | None:
+            try:
+                return await self._owner.start(workflow, input, idempotency_key=key, holding=self._run)
+            except IdempotencyConflict:
+                return None
 
         return await self._under_this_run(start)
 

@@ -578,13 +578,17 @@ class Recorder:
             "(--on-drift continue)"
         )
 
+    def differs(self, what: str) -> None:
+        """Say that the program differs from the recorded one. Raises DriftError unless such a program continues."""
+        if self.on_drift == "stop":
+            raise DriftError(self._drifted(what))
+        self.journal.log.warning("%s", what)
+
     async def drift(self, after: int, what: str) -> None:
         """Handle drift after event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
-        if self.on_drift == "stop":
-            raise DriftError(self._drifted(what))
+        self.differs(what)
         self.ended = None
-        self.journal.log.warning("%s", what)
         left = len(self._replay.ahead)
         self.journal.log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
         if dropped := await self.journal.effects_after(after):

@@ -25,7 +25,8 @@ from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread, server_thread
 
 from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
-from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide
+from durable_autogen.autogen.fingerprints import describe_call
+from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict
@@ -487,8 +488,8 @@ async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server:
 async def test_question_of_another_kind_under_the_key_is_no_permission(server: ServerThread) -> None:
     """A client that starts another execution under a call's key can't get other arguments approved in advance."""
     shop = Shop(approval="always")
-    key = Approval.of("s", "", "charge", {"cents": 5, "customer": "c-1"}).key("/reply/0/tool/1")
     other = Approval.of("s", "", "charge", {"cents": 1, "customer": "c-1"})
+    key = key_of("s", NODE, "/reply/0/tool/1", describe_call("charge", {"cents": 5})["hash"])
     async with NexumClient(server.address) as client:
         await client.register_workflow(approval_workflow())
         started = await client.start_execution(approval_workflow(), other, idempotency_key=key)

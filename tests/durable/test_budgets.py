@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage
 from autogen_core.tools import FunctionTool
 from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
+from processes import run_script
 from pydantic import ValidationError
 
 from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session
@@ -355,3 +357,21 @@ async def test_beginning_of_a_model_call_is_recorded_only_with_a_budget(
 def test_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         Budget(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["s", "--usd", ""], "--usd: Input should be a valid number"),
+        (["s", "--tool-calls", "=3"], "--tool-calls: give TOOL=N, not '=3'"),
+        (["s", "--tool-calls", "charge"], "--tool-calls: give TOOL=N, not 'charge'"),
+        (["../s", "--usd", "4"], "'../s' is not a session id"),
+    ],
+)
+def test_wrong_budget_on_the_command_line_is_one_line(
+    tmp_path: Path, server: Server, arguments: list[str], said: str
+) -> None:
+    code, output = run_script(["-m", "durable_autogen", "budget", *arguments, "--nexum", server.address], tmp_path)
+    assert code == 2
+    assert output.startswith(f"error: {said}")
+    assert output.count("\n") <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import sys
@@ -10,17 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from autogen_core import CancellationToken
-from autogen_core.tools import StaticWorkbench, ToolOverride, ToolResult
+from autogen_core.tools import BaseTool, StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, Scripted, bench
 from harness import Process, logged, nexum_server, running
+from pydantic import BaseModel, Field
 from server_thread import ServerThread, server_thread
 
 from durable_autogen import (
     NOT_DONE,
     CallFailed,
+    DriftError,
     DurableSession,
     Parked,
     Policy,
@@ -525,3 +529,106 @@ async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> Non
     async with NexumClient(server.address) as client:
         with pytest.raises(InvalidRequest, match="it is unknown whether its effect has happened"):
             await fork_session(client, "s", 0, "f", effects="reuse")
+
+
+class Order(BaseModel):
+    cents: int
+    reference: str = Field(default_factory=lambda: uuid4().hex)
+    """A default that is another one at each validation."""
+
+
+class Pay(BaseTool[Order, Any]):
+    """A tool whose effect happens, and whose result is lost at first."""
+
+    def __init__(self) -> None:
+        super().__init__(Order, str, "pay", "Pay.")
+        self.paid: list[str] = []
+
+    async def run(self, args: Order, cancellation_token: CancellationToken) -> str:
+        self.paid.append(args.reference)
+        if len(self.paid) == 1:
+            raise UnknownEffect("the line is dead")
+        return args.reference
+
+
+async def parked(server: ServerThread, tool: Pay, cents: int = 5, **more: Any) -> str:
+    """Run a program that pays, until it parks; return the id of the execution that waits."""
+    with pytest.raises(Parked) as waits:
+        async with DurableSession("s", nexum=server.address, park=True, **more):
+            await tool.run_json({"cents": cents}, CancellationToken())
+    found = re.search(r"exec-\S+", str(waits.value))
+    assert found is not None
+    return found[0]
+
+
+async def test_effect_is_the_same_one_if_its_default_changes_with_each_run(server: ServerThread) -> None:
+    tool = Pay()
+    durable_tool(tool, effect="once")
+    first = await parked(server, tool)
+    assert await parked(server, tool) == first
+    assert len(tool.paid) == 1
+    async with NexumClient(server.address) as client:
+        await client.resolve(first, "effect", not_done=True)
+    async with DurableSession("s", nexum=server.address):
+        reference = await tool.run_json({"cents": 5}, CancellationToken())
+    assert tool.paid == [reference, reference]
+
+
+async def test_default_that_a_person_has_seen_is_the_one_that_runs(server: ServerThread) -> None:
+    tool = Pay()
+    tool.paid.append("")
+    durable_tool(tool, approval="always")
+    first = await parked(server, tool)
+    assert await parked(server, tool) == first
+    async with NexumClient(server.address) as client:
+        (question,) = await client.pending_approvals()
+        await client.approve(first, "approval")
+    async with DurableSession("s", nexum=server.address):
+        reference = await tool.run_json({"cents": 5}, CancellationToken())
+    assert reference in question.input_json
+
+
+async def test_other_call_in_the_place_of_an_unknown_one_is_drift(server: ServerThread) -> None:
+    tool = Pay()
+    durable_tool(tool, effect="once")
+    await parked(server, tool)
+    with pytest.raises(DriftError, match=r'an earlier run has begun pay\(\{"cents":5'):
+        async with DurableSession("s", nexum=server.address):
+            await tool.run_json({"cents": 6}, CancellationToken())
+    assert len(tool.paid) == 1
+    lines: list[str] = []
+    with logged(lines):
+        async with DurableSession("s", nexum=server.address, on_drift="continue"):
+            await tool.run_json({"cents": 6}, CancellationToken())
+    assert any("an earlier run has begun" in line for line in lines)
+    assert len(tool.paid) == 2
+
+
+@pytest.mark.parametrize("given", [{"result": "receipt 7"}, {"result": [1]}, None])
+async def test_result_that_a_person_gives_may_be_any_json(server: ServerThread, given: Any) -> None:
+    target = Target(UnknownEffect("the line is dead"), effect="once")
+    with pytest.raises(Parked) as waits:
+        async with DurableSession("s", nexum=server.address, park=True):
+            await target.result()
+    found = re.search(r"exec-\S+", str(waits.value))
+    assert found is not None
+    async with NexumClient(server.address) as client:
+        await client.resolve(found[0], "effect", output=given)
+    for _ in range(2):
+        async with DurableSession("s", nexum=server.address):
+            result = await target.result()
+        assert result.to_text() == ("None" if given is None else json.dumps(given))
+
+
+async def test_fork_refuses_a_later_effect_that_has_failed(server: ServerThread) -> None:
+    target = Target(OSError("no answer"), effect="once")
+    with pytest.raises(OSError, match="no answer"):
+        async with DurableSession("s", nexum=server.address):
+            await target.call()
+    async with NexumClient(server.address) as client:
+        with pytest.raises(InvalidRequest, match=r"charge\(\{\"cents\":990\}\) \(failed\)\. Reuse"):
+            await fork_session(client, "s", 0, "refused")
+        await fork_session(client, "s", 0, "reused", effects="reuse")
+    async with DurableSession("reused", nexum=server.address):
+        await target.call()
+    assert len(target.done) == 2

@@ -167,14 +167,15 @@ def test_person_resolves_an_unknown_effect(
     tmp_path: Path, uses_server: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
-        execution_id, other = start_unknown(stub, '{"tool": "charge"}'), start_unknown(stub)
+        execution_id, other, third = start_unknown(stub, '{"tool": "charge"}'), start_unknown(stub), start_unknown(stub)
         if uses_server:
-            resolve(Terminal(capsys, "--nexum", server.address), execution_id, other)
+            resolve(Terminal(capsys, "--nexum", server.address), execution_id, other, third)
     if not uses_server:
-        resolve(Terminal(capsys, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"), execution_id, other)
+        resolve(Terminal(capsys, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"), execution_id, other, third)
 
 
-def resolve(terminal: Terminal, execution_id: str, other: str) -> None:
+def resolve(terminal: Terminal, execution_id: str, other: str, third: str) -> None:
+    assert terminal("resolve", third, "--result", "null") == (0, f"pay of {third} is COMPLETED")
     code, output = terminal("unknown")
     lines = output.splitlines()
     assert (code, lines[0], lines[2]) == (0, f"{execution_id} pay", "    tool       charge")

@@ -21,7 +21,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks, waits
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Renewed, Started
 
@@ -946,3 +946,15 @@ async def test_new_task_with_a_retry_policy_is_due_after_the_clock_was_set_back(
     again = await reopen()
     await again.run(leases.restart, GRACE_MS, LEASE_MS)
     assert await take(again) is not None
+
+
+async def test_decision_after_the_time_for_it_is_refused_even_if_no_server_has_ended_the_wait(
+    store: Store, clock: ManualClock
+) -> None:
+    asked = {"nodes": {"boss": {"type": "HUMAN_APPROVAL", "timeout_seconds": 60}}}
+    await store.run(executions.register_workflow, "asked", "v1", json.dumps(asked))
+    started = await store.run(executions.start_execution, "asked", "v1", "{}", "")
+    clock.advance(60_000)
+    for decide in (waits.approve, waits.reject):
+        with pytest.raises(Conflict, match="can't be decided any more: its time is over"):
+            await store.run(decide, started.execution_id, "boss", "Ann", "yes")
