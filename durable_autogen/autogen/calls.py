@@ -402,7 +402,8 @@ class Calls:
         """Make a tool call under its policy; return its result."""
         name, guard = made.name, self._guard
         form = ToolForm(made.source, name, declared, lambda value: self._checked(name, value, declared, []).value)
-        arguments = await checked_arguments(made.source, name, made.arguments)
+        will_run = policy.approval is not None or policy.is_once
+        arguments = await checked_arguments(made.source, name, made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
         fits = partial(differs_in_defaults, made.source, name, made.arguments)
         guarded = GuardedCall(call, name, policy, arguments, str(call.request["hash"]), fits, reason)
@@ -444,7 +445,7 @@ class Calls:
         try:
             if not isinstance(answer, dict):
                 raise InvalidRequest("they must be a JSON object")
-            edited = await checked_arguments(made.source, made.name, answer)
+            edited = await checked_arguments(made.source, made.name, answer, will_run=True)
         except ValueError as error:
             raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {error}") from error
         shown = json.dumps(edited, ensure_ascii=False)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, TextResultContent, ToolResult, Workbench
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from durable_autogen.autogen.values import value_again
 from durable_autogen.errors import NotDurable
@@ -109,22 +109,37 @@ def own_policy(source: BaseTool[Any, Any] | Workbench, name: str) -> Policy | No
 
 
 async def checked_arguments(
-    source: BaseTool[Any, Any] | Workbench, name: str, arguments: Mapping[str, Any]
+    source: BaseTool[Any, Any] | Workbench, name: str, arguments: Mapping[str, Any], *, will_run: bool
 ) -> dict[str, Any]:
     """Return a call's validated arguments as JSON, with the defaults filled in.
 
     Raises ValidationError for wrong arguments. If the workbench is not a StaticWorkbench, such as one of an MCP server,
-    the arguments are not validated here: the workbench checks them when it is called.
+    the arguments are not validated here: the workbench checks them when it is called. `will_run` says that the tool
+    will get the returned arguments. Then NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
     """
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is not None:
-        found: dict[str, Any] = tool.args_type().model_validate(arguments).model_dump(mode="json", by_alias=True)
+        kind = tool.args_type()
+        validated = kind.model_validate(arguments)
+        found: dict[str, Any] = validated.model_dump(mode="json", by_alias=True)
+        if will_run and not _is_same(kind, found, validated):
+            raise NotDurable(
+                f"the arguments of {name} can't be shown and recorded, because JSON doesn't hold all of them (a "
+                "SecretStr, for instance): change their types, or give the tool a policy without approval and once"
+            )
         return found
     assert isinstance(source, Workbench)
     schema = next((one for one in await source.list_tools() if one["name"] == name), None)
     properties: Mapping[str, Any] = {} if schema is None else schema.get("parameters", {}).get("properties", {})
     defaults = {one: field["default"] for one, field in properties.items() if "default" in field}
     return {**defaults, **arguments}
+
+
+def _is_same(kind: type[BaseModel], written: Mapping[str, Any], validated: BaseModel) -> bool:
+    try:
+        return bool(kind.model_validate(written) == validated)
+    except ValidationError:
+        return False
 
 
 def differs_in_defaults(

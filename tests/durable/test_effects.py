@@ -18,7 +18,7 @@ from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool, StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, Scripted, bench
 from harness import Process, logged, nexum_server, running
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SecretStr
 from server_thread import ServerThread, server_thread
 
 from durable_autogen import (
@@ -32,6 +32,7 @@ from durable_autogen import (
     durable_tool,
     fork_session,
 )
+from durable_autogen.errors import NotDurable
 from durable_autogen.record.guard import TookTooLong, retry_after
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
@@ -586,6 +587,30 @@ async def test_default_that_a_person_has_seen_is_the_one_that_runs(server: Serve
     async with DurableSession("s", nexum=server.address):
         reference = await tool.run_json({"cents": 5}, CancellationToken())
     assert reference in question.input_json
+
+
+async def test_arguments_that_json_does_not_hold_are_refused(server: ServerThread) -> None:
+    seen: list[str] = []
+
+    class Login(BaseModel):
+        password: SecretStr
+
+    class LogIn(BaseTool[Login, Any]):
+        """A tool whose argument is hidden in JSON."""
+
+        def __init__(self) -> None:
+            super().__init__(Login, str, "log_in", "Log in.")
+
+        async def run(self, args: Login, cancellation_token: CancellationToken) -> str:
+            seen.append(args.password.get_secret_value())
+            return "in"
+
+    async with DurableSession("s", nexum=server.address, policies={"log_in": Policy(effect="once")}):
+        with pytest.raises(NotDurable, match="a SecretStr, for instance"):
+            await LogIn().run_json({"password": "1234"}, CancellationToken())
+    async with DurableSession("t", nexum=server.address, policies={"log_in": Policy(retry=RetryPolicy())}):
+        assert await LogIn().run_json({"password": "1234"}, CancellationToken()) == "in"
+    assert seen == ["1234"]
 
 
 async def test_other_call_in_the_place_of_an_unknown_one_is_drift(server: ServerThread) -> None:
