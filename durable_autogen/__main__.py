@@ -8,15 +8,20 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from durable_autogen.budget_command import add_limits
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.options import user_name
 from nexum_engine.streams import in_words, open_closed_streams
+
+OWNERS_PATIENCE = 1.0  # seconds; the owner of a run has half of that to reconnect to a server that has just started
+LOOK_INTERVAL = 0.1  # seconds
+T = TypeVar("T")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -155,12 +160,18 @@ async def look(args: argparse.Namespace) -> str:
 
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
-            sessions = await list_sessions(client)
+            sessions = await _settled(
+                lambda: list_sessions(client),
+                lambda found: nexum.embedded and any(one.status == "running" for one in found),
+            )
             return (
                 session_report.sessions_as_json(sessions) if args.json else session_report.table(sessions, time.time())
             )
         if args.command == "show":
-            shown = await show_session(client, args.session)
+            shown = await _settled(
+                lambda: show_session(client, args.session),
+                lambda found: nexum.embedded and found.info.status == "running",
+            )
             return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())
         if args.command == "send":
             payload = jsontext.parse(args.payload, "the payload")
@@ -172,6 +183,20 @@ async def look(args: argparse.Namespace) -> str:
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message, effects=args.effects)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
+
+
+async def _settled(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:
+    """Return what `read` returns, read again while a run in it may be dead.
+
+    If this process has just opened the database, a run whose process is dead still counts as running for half a second.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + OWNERS_PATIENCE
+    found = await read()
+    while may_be_dead(found) and loop.time() < end:
+        await asyncio.sleep(LOOK_INTERVAL)
+        found = await read()
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -250,6 +250,8 @@ def test_run_without_a_server_survives_a_kill(tmp_path: Path, model: OpenAIServe
         process.wait_for("this program opened the database")
         process.wait_for("hanging")
         process.kill()
+    with running(["-m", "durable_autogen", "ls"], cwd=folder.path, env=folder.env) as listing:
+        listing.wait_for("interrupted")
     (folder.path / "hang").unlink()
     done = folder.durable()
     assert (done.returncode, done.stdout[:4], folder.log) == (0, "end ", ["first", "second", "second"])
