@@ -65,7 +65,7 @@ async def _work(address: str) -> None:
 
 
 class BareLimit:
-    """The client of the bare limit."""
+    """The client of the program that measures the bare limit: a call without an engine."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

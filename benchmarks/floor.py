@@ -86,7 +86,7 @@ class Floor:
 
 @asynccontextmanager
 async def open_floor(folder: Path) -> AsyncIterator[Floor]:
-    """Run the echo's process for the length of a `with`; yield the floor."""
+    """Run the echo server in a process for the length of a `with`; yield the Floor, which measures with it."""
     async with process([SCRIPT], cwd=folder) as child, grpc.aio.insecure_channel(child.address) as channel:
         yield Floor(folder, channel)
 

@@ -73,9 +73,9 @@ class Effect(str, Enum):
     """What follows if an attempt ends without a report, at an EFFECT node whose effect must happen only once."""
 
     ONCE = "ONCE"
-    """The attempt is UNKNOWN, and the node waits for a person."""
+    """If an attempt ends without a report, the attempt is UNKNOWN, and the node waits for a person."""
     RECONCILE = "RECONCILE"
-    """The node is handed out again, as MUST_RECONCILE."""
+    """If an attempt ends without a report, the node is handed out again, as MUST_RECONCILE."""
     MUST_RECONCILE = "MUST_RECONCILE"
     """Like RECONCILE, after an attempt has ended without a report: each later attempt first finds out whether the
     effect has happened."""

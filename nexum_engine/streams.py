@@ -1,4 +1,4 @@
-"""Open standard streams that are closed, and explain the errors that end a program."""
+"""Replace closed standard streams by open ones, and explain the errors that end a program."""
 
 from __future__ import annotations
 

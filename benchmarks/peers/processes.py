@@ -194,7 +194,8 @@ class Processes:
                 children[int(parent)].append(int(stat.parent.name))
         found: list[int] = []
         left = [root for child in self._children for root in child.roots]
-        # A guard's child is a program of the peer. PostgreSQL is a daemon and no child of its guard, so it is a root.
+        # Search below the programs of the peer, which are the children of a guard. PostgreSQL makes itself a daemon, so
+        # it is no child of its guard: it is one of the `roots`, where the search begins, too.
         left += [pid for child in self._children if child.guard for pid in children[child.guard]]
         while left:
             pid = left.pop()

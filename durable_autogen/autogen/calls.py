@@ -505,8 +505,8 @@ class Calls:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._agent_state.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Ask the person before the call's beginning is recorded: AutoGen's UserInputManager waits for ever if AutoGen
-        # announces the request before the callback has started.
+        # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
+        # AutoGen announced the request before the callback has started, its UserInputManager would wait for ever.
         is_live = self._recorder.event_ahead(call.address) is None
         asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 

@@ -113,9 +113,9 @@ async def checked_arguments(
 ) -> dict[str, Any]:
     """Return a call's validated arguments as JSON, with the defaults filled in.
 
-    Raises ValidationError for wrong arguments. If the workbench is not a StaticWorkbench, such as one of an MCP server,
-    the arguments are not validated here: the workbench checks them when it is called. `will_run` says that the tool
-    will get the returned arguments. Then NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
+    Raises ValidationError for wrong arguments. Only the arguments of a StaticWorkbench are validated here. Other
+    workbenches, such as an MCP server's, check them when they are called. If `will_run` is true, the tool will get the
+    returned arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
     """
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is not None:

@@ -157,7 +157,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
 
 
 def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
-    """Wrap unary RPCs: each call first checks its token. A call on a stream has the stream's token."""
+    """Wrap unary RPCs: each call first checks its token. The token of a call on a stream is the stream's."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:

@@ -55,9 +55,9 @@ REQUEST_BUDGET = 192 * 1024 * 1024  # bytes of memory for all requests above SMA
 REQUEST_COPIES = 6
 """A request takes this many times its size in memory: as a message, as text, parsed, and as a parameter of SQL."""
 MAX_WAITING_REQUESTS = REQUEST_COPIES * 64 * 1024 * 1024
-"""The bytes that all waiting requests together may ask for.
+"""The memory, in bytes, that all waiting requests together may need.
 
-There is a limit, because a waiting request is already in memory.
+Waiting requests are limited, too, because they are in memory already.
 """
 ANSWER_BUDGET = 256 * 1024 * 1024  # bytes of memory for all answers above SMALL_BYTES
 ANSWER_COPIES = 3  # an answer takes this many times its size in memory

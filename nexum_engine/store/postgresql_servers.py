@@ -29,7 +29,7 @@ Each time, the server also looks for changes of other servers that it has missed
 NEWS_SECONDS = 60.0
 """How long a server still sends news after the last sign that another server is alive."""
 TAKEN_OVER_GRACE_MS = 1500
-"""How long the workers of a dead server have to connect to another server."""
+"""How much time the workers of a dead server get to connect to another server."""
 MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 

@@ -146,7 +146,7 @@ class _Pruning:
         return None
 
     def _judge(self, row: Row) -> None:
-        """Choose the execution, or its whole session, or count it as kept."""
+        """Choose the execution, or its whole session, for deletion; else count the execution as kept."""
         session = self._session_of(row)
         if session is None:
             if self._is_old(row):

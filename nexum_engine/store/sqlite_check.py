@@ -40,7 +40,8 @@ def check(file: Path) -> Checked:
         has_log = log_of(file).exists() and log_of(file).stat().st_size > 0
         if not has_log and is_current(file):
             return _check_closed(file)
-        # Check a copy: to read the log, and to update the schema, SQLite writes to the files.
+        # Check a copy, so that the original doesn't change: SQLite writes to the files if it reads the log, and if the
+        # schema is updated.
         with tempfile.TemporaryDirectory(prefix="nexum-check-") as folder:
             copy = Path(folder) / "copy.db"
             shutil.copyfile(file, copy)

@@ -228,7 +228,8 @@ class DatabaseFile:
         return self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
 
     def _is_log_whole(self) -> bool:
-        # The log never shrinks while it is open. If it is truncated and then written to, it begins with zeros.
+        # SQLite never shrinks an open log. So if the log is smaller, another program has truncated it. If SQLite has
+        # written to the truncated log since then, the log may be long enough again, but it begins with zeros.
         size = os.fstat(self._log).st_size
         if size < self._log_bytes or (size and not any(self._read(self._log, 0, 4))):
             return False

@@ -126,10 +126,10 @@ class _Stream:
             self._writing.cancel()
 
     async def _cancel_stream(self) -> None:
-        """Cancel the stream, and keep the event loop running until grpcio has reported the stream's end.
+        """Cancel the stream, and give grpcio time to tell this event loop that the stream has ended.
 
-        Wait for a short time, because nothing tells this process that the report has come. If the loop were closed
-        before the report, grpcio would print a traceback in another event loop.
+        There is nothing to await for that, so sleep for a short time. If the loop were closed earlier, grpcio would print
+        a traceback in another event loop.
         """
         self._stream.cancel()
         await asyncio.sleep(END_REPORT)

@@ -120,7 +120,7 @@ def program(folder: Path, *arguments: str, die: str = "") -> Iterator[Process]:
 
 
 def got(folder: Path, *arguments: str) -> str:
-    """Run the program to its end; return what it got."""
+    """Run the program to its end; return the text that it printed after GOT."""
     with program(folder, *arguments) as process:
         line = process.wait_for("GOT")
         assert process.wait() == 0

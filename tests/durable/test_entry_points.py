@@ -1,4 +1,4 @@
-"""AutoGen's methods are recorded wherever they are called. The end of the last open session restores them."""
+"""While a session is open, AutoGen's methods are replaced, and record all calls. Then the originals are restored."""
 
 from __future__ import annotations
 

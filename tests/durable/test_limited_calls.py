@@ -51,7 +51,7 @@ def program(folder: Path, *arguments: str) -> Iterator[Process]:
 
 
 async def places(server: Server, name: str) -> list[Attempt]:
-    """Return one attempt for each place that a call of this tool or model has had, in the order of the hand-outs."""
+    """Return an attempt for each call of a limited tool or model that its limits have let pass, in their order."""
     found: list[Attempt] = []
     async with NexumClient(server.address) as client:
         for one in await client.list_executions(workflow_id=f"limited-call:{name}"):

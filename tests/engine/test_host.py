@@ -1,4 +1,4 @@
-"""A program that opens the database itself, without a server. It serves others, and survives what a server survives."""
+"""A program that opens the database itself is a server: others can connect to it, and it survives the same faults."""
 
 from __future__ import annotations
 

@@ -383,7 +383,7 @@ async def test_owner_held_back_gets_the_task_later(store: Store, clock: ManualCl
     assert held.held is not None
     assert held.held.opens_ms is None
     assert await note(store, held.execution_id) == "held back by its concurrency of 1"
-    assert (await own(store, built, "k1")).task == first  # repeating the start takes no second place
+    assert (await own(store, built, "k1")).task == first  # a repeated start does not count again
     changed = await store.run(tasks.complete_task, first.task_id, "1")
     assert [one.version_hash for one in changed.ready] == [built.version_hash]
     second = await own(store, built, "k2")

@@ -33,7 +33,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 async def silent(postgres_url: str, lost: list[Any]) -> AsyncIterator[Store]:
-    """A store that acts as another server, whose news never arrives."""
+    """A store that acts as another server. What it tells the other servers never reaches them."""
     store = await open_store(postgres_url, SystemClock())
     yield store
     await store.close()

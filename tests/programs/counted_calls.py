@@ -42,7 +42,7 @@ class Watch:
         self._fsyncs = folder / "server.fsyncs"
 
     async def cost(self, call: Call, calls: int) -> dict[str, float]:
-        """Make the calls one after the other; return the average counts of one call, by name."""
+        """Make the calls one after the other; return the average costs of one call (turns of the loop, ...) by name."""
         before = await self._when_idle() | self._read_own()
         for _ in range(calls):
             await call()

@@ -1,4 +1,4 @@
-"""Programs that record events where no server was started: `hosting_program.py MODE ARGUMENTS`.
+"""Programs that open the database themselves, because no server runs, and record events: `hosting_program.py MODE ...`.
 
 Each mode is a function. `RECORDED n` is printed when the event n was acknowledged.
 """

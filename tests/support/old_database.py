@@ -11,7 +11,7 @@ from nexum_engine.store.sqlite_connection import APPLICATION_ID
 
 
 def make_old_database(path: Path) -> None:
-    """Create the database, closed as its server left it."""
+    """Create a database as a server of schema version 2 leaves it when it is stopped."""
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA journal_mode = WAL")
     scripts = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))[:2]
