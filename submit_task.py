@@ -263,7 +263,7 @@ class Session:
                     f"{call.tool_name} has a policy ({call.tool.declaration}), and {self._client.address} is a "
                     "published Nexum server, which doesn't keep policies: use this project's own server"
                 )
-            approved = await self._approved(call, call.tool)
+            approved = await self._approved(call, call.tool, key)
             deadline.begin_again()
             if approved is not None:
                 task = ToolCallInput(
@@ -291,8 +291,11 @@ class Session:
         self._tell(f"[Nexum] {_short(started.execution_id)} ({call.tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
 
-    async def _approved(self, call: _Call, tool: Tool) -> ApprovedCall | None:
-        """Ask a person about the call. Return the approved call, or None if the call needs no approval."""
+    async def _approved(self, call: _Call, tool: Tool, key: str) -> ApprovedCall | None:
+        """Ask a person about the call. Return the approved call, or None if the call needs no approval.
+
+        `key` is the idempotency key of the call if it needs no approval.
+        """
         try:
             return await approvals.ask(
                 self._client,
@@ -301,6 +304,7 @@ class Session:
                 session_id=self.session_id,
                 scope=call.scope,
                 workflow=call.workflow.workflow_id,
+                unasked_key=key,
                 nexum=self._named_server,
                 tell=self._tell,
             )

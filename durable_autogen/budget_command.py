@@ -88,7 +88,7 @@ async def _report(client: NexumClient, session: str) -> str:
         tokens=spent.tokens,
         model_calls=spent.model_calls,
         tool_calls={tool: len(made) for tool, made in spent.tool_calls.items()},
-        seconds=max((event.active_ms for event in record.events), default=0) / 1000,
+        seconds=spent.active_ms / 1000,
     )
     lines = [f"session {session} has used {_limits(used)}"]
     if spent.unpriced:

@@ -18,6 +18,7 @@ from nexum_engine.errors import ExecutionNotFound, FinalError
 from nexum_engine.records import NodeType
 from nexum_engine.worker import TaskContext
 from support.tools.declare import Tool
+from workflow import ToolCallInput
 
 MAX_SHOWN = 300  # characters of a call's arguments in the line about a wait
 
@@ -44,7 +45,7 @@ class ApprovedCall:
 
     arguments: dict[str, Any]
     execution_id: str
-    """The execution in which the person decided."""
+    """The execution in which the person decided. Empty if the call was begun when it needed no approval."""
     key: str
 
 
@@ -64,19 +65,27 @@ async def ask(
     session_id: str,
     scope: str,
     workflow: str,
+    unasked_key: str,
     nexum: str | None,
     tell: Callable[[str], None],
 ) -> ApprovedCall | None:
     """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
 
-    If nobody has decided yet, `tell` gets a line with the commands that decide, for the server `nexum`. Raises
-    FinalError for wrong arguments, and if a person rejected the call or nobody decided in time.
+    If nobody has decided yet, `tell` gets a line with the commands that decide, for the server `nexum`. `unasked_key`
+    is the key of the call's execution if the call needs no approval. Raises FinalError for wrong arguments, and if a
+    person rejected the call or nobody decided in time.
     """
     complete = tool.complete(arguments)
-    if not needs_approval(tool, complete):
-        return None
+    is_asked = needs_approval(tool, complete)
     question = Question.about(tool.name, complete, session_id, workflow)
     key = question.key(scope)
+    if tool.policy.is_once:
+        # If the policy's approval has changed since an earlier run, the call may have been begun under the other key.
+        begun = await _begun(client, workflow, unasked_key if is_asked else key)
+        if begun is not None:
+            return begun
+    if not is_asked:
+        return None
 
     def say_waiting(execution_id: str) -> None:
         text = json.dumps(complete, ensure_ascii=False)
@@ -90,6 +99,20 @@ async def ask(
         raise FinalError(decision.refusal)
     approved = complete if decision.answer is None else tool.complete(decision.answer)
     return ApprovedCall(approved, decision.execution_id, key)
+
+
+async def _begun(client: NexumClient, workflow: str, key: str) -> ApprovedCall | None:
+    """Return the call whose execution has this key, or None."""
+    before = ""
+    while page := await client.list_executions(  # a key with a scope may begin with a key without one
+        workflow_id=workflow, key_prefix=key, before=before, with_nodes=True, patience=PATIENCE
+    ):
+        for execution in page:
+            if execution.idempotency_key == key:
+                call = ToolCallInput.model_validate_json(execution.input_json)
+                return ApprovedCall(call.tool_args, call.approval, key)
+        before = page[-1].execution_id
+    return None
 
 
 async def check(

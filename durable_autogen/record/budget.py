@@ -8,7 +8,7 @@ as it does for the approval of a tool call (nexum_engine/approvals.py). A sessio
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -82,6 +82,8 @@ class Spent:
     model_calls: int = 0
     tokens: int = 0
     usd: float = 0.0
+    active_ms: int = 0
+    """How long programs ran the session, up to the last event of each run."""
     tool_calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     """The calls of each tool, by the tool's name. Each call is the part of its id that names it (see `scope_of`)."""
     unpriced: set[str] = field(default_factory=set)
@@ -104,6 +106,7 @@ class Spent:
                 spent.begun(one, scope_of(one.address, replaced[one.address]))
             if isinstance(one, Event):
                 spent.recorded(one, is_in_usd=is_in_usd)
+        spent.active_ms = _active_ms(events.values())
         return spent
 
     def begun(self, call: Call | Event | EventInput, scope: str) -> None:
@@ -131,6 +134,22 @@ class Spent:
             if price is None:
                 self.unpriced.add(model)
             self.usd += price or 0
+
+
+def _active_ms(events: Iterable[Event]) -> int:
+    """Return the session's active time, with that of revoked events: after these, the next event's time is less."""
+    kept: dict[int, int] = {}
+    total = reached = 0
+    for event in events:
+        if isinstance(event.content, Revoked):
+            for seq in event.content.seqs:
+                kept.pop(seq, None)
+            reached = max(kept.values(), default=0)
+        else:
+            kept[event.seq] = event.active_ms
+            total += max(0, event.active_ms - reached)
+            reached = max(reached, event.active_ms)
+    return total
 
 
 @dataclass(frozen=True)
@@ -169,8 +188,8 @@ def number_in_words(value: float) -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".")
 
 
-def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, active_ms: int) -> Iterator[Use]:
-    """Yield the use of each limit that applies to this call. `active_ms` is how long the session has run."""
+def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, live_ms: int) -> Iterator[Use]:
+    """Yield the use of each limit that applies to this call. `live_ms` is how long this run has been live."""
     if call.kind is Kind.REPLY:
         if budget.model_calls is not None:
             yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
@@ -183,7 +202,7 @@ def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, active_ms: int
         if scope not in made:  # a call that is in `made` was cut off by a crash: made again, it counts once
             yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
     if call.kind.is_call and budget.seconds is not None:
-        yield Use(active_ms // 1000, budget.seconds, "seconds", "--seconds ")
+        yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
 
 # ---- Questions to a person -------------------------------------------------------------------------------------------
@@ -272,12 +291,12 @@ class BudgetCheck:
         self._warned: set[str] = set()
         self._warn_of_models()
 
-    def exceeded(self, call: Call, active_ms: int) -> list[Use]:
+    def exceeded(self, call: Call, live_ms: int) -> list[Use]:
         """Return the reached limits that apply to this call. Log a warning for each limit that is nearly reached.
 
-        `active_ms` is how long the session has run so far.
+        `live_ms` is how long this run has been live, without the replay of the record.
         """
-        uses = list(uses_of(self._budget, self._spent, call, self._scope(call), active_ms))
+        uses = list(uses_of(self._budget, self._spent, call, self._scope(call), live_ms))
         for use in uses:
             if use.is_nearly_over and use.option not in self._near:
                 self._near.add(use.option)

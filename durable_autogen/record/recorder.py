@@ -196,12 +196,17 @@ class Recorder:
     @property
     def active_now_ms(self) -> int:
         """The session's active time until now: the total length of its runs, without the waits for a person."""
+        return self._replay.active_ms + self._live_ms
+
+    @property
+    def _live_ms(self) -> int:
+        """How long this run has been live, without the waits for a person."""
         since = self._replay.over_since
         if since is None:
-            return self._replay.active_ms
+            return 0
         now = time.monotonic()
         waited = self._waited + (now - self._waiting_since if self._questions_to_people else 0)
-        return self._replay.active_ms + round((now - since - waited) * 1000)
+        return round((now - since - waited) * 1000)
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
@@ -415,7 +420,7 @@ class Recorder:
 
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
-        while exceeded := budget.exceeded(call, self.active_now_ms):
+        while exceeded := budget.exceeded(call, self._live_ms):
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from autogen_core import CancellationToken
-from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage
+from autogen_core.models import ChatCompletionClient, CreateResult, RequestUsage, UserMessage
 from autogen_core.tools import FunctionTool
 from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
@@ -247,6 +247,25 @@ async def test_time_of_a_wait_for_a_person_does_not_count(shared_server: Server)
     assert (await run.decide(Budget(seconds=1))).reason == "0 of 0 seconds"
     await running
     assert await questions(run) == 1
+
+
+async def test_time_that_another_program_ran_the_session_counts(shared_server: Server) -> None:
+    run = Run(shared_server, Budget(seconds=1))
+
+    class Slow(Scripted):
+        async def create(self, messages: Any, **_: Any) -> CreateResult:
+            await asyncio.sleep(1.1)  # longer than the limit
+            return await super().create(messages)
+
+    async def program(content: str) -> CreateResult:
+        return await Slow(run.happened).create([UserMessage(content=content, source="user")])
+
+    await run.start(lambda: program("one question"))
+    # The run drops the recorded call, but not the time that the call took.
+    running = run.start(lambda: program("another question"), on_drift="continue")
+    assert (await run.decide(Budget(seconds=9))).reason == "1 of 1 seconds"
+    await running
+    assert len(run.happened) == 2
 
 
 async def test_decision_before_the_limit_counts_and_a_useless_one_is_asked_again(shared_server: Server) -> None:

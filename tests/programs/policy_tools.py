@@ -81,6 +81,12 @@ def pay_once_approved(log: str, cents: int, to: str = "c-17", *, call: ToolConte
     return write_down(log, call, cents=cents, to=to)
 
 
+@tool(approval=lambda **_: "PAY_FREELY" not in os.environ, effect="once")
+def pay_once_or_ask(log: str, cents: int, *, call: ToolContext) -> str:
+    """Pay once. The environment says whether a person approves each call or none."""
+    return write_down(log, call, cents=cents)
+
+
 @tool(effect="once", time_limit=3600)
 def pay_once(log: str, gate: str, number: int, *, call: ToolContext) -> str:
     """Pay, and wait for the gate."""

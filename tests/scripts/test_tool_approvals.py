@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import pytest
 from harness import Process, Server, nexum_server
 from policies import asked_in, decide, paid, policy_caller, policy_worker, results
 from processes import run_script
@@ -81,6 +82,30 @@ def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, se
     assert first[4] == f"receipt for {small}"
     assert first[5] == "ERROR this call was not approved: not decided within 0.3 s"
     assert sorted(one["cents"] for one in paid(log)) == [7, small, approved]
+
+
+@pytest.mark.parametrize("asks_first", [True, False])
+def test_once_tool_runs_once_if_its_approval_changes_and_the_session_file_is_lost(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, asks_first: bool
+) -> None:
+    log = tmp_path / "log"
+    call = ("pay_once_or_ask", {"log": str(log), "cents": LARGE})
+    for asks in (asks_first, not asks_first):
+        if asks:
+            monkeypatch.delenv("PAY_FREELY", raising=False)
+        else:
+            monkeypatch.setenv("PAY_FREELY", "1")
+        with (
+            policy_worker(tmp_path, server.address),
+            policy_caller(tmp_path, server.address, call) as caller,
+        ):
+            if asks and asks_first:
+                asked = asked_in(caller.wait_for("waiting for a decision on"))
+                decide(server.address, "approve", asked, "approval", approver="ann")
+            assert results(caller) == [f"receipt for {LARGE}"]
+        for file in tmp_path.glob(".session-*.json"):
+            file.unlink()
+    assert len(paid(log)) == 1
 
 
 # ---- A call that skips the question ----------------------------------------------------------------------------------
