@@ -39,6 +39,9 @@ DESELECTED = {
     "all": "all tests that start a server ran on PostgreSQL; those that need SQLite didn't run",
     "none": "no test ran on PostgreSQL",
 }
+HALF = os.environ.get("HALF_OF_EVERY_PYTHON")
+"""If set, only every second test that is marked `every_python` runs: from the first on if it is 0, or else from the
+second on."""
 assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
 
 
@@ -63,10 +66,13 @@ def servers_on_postgresql(postgres: Databases) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests that don't run with this value of POSTGRES_TESTS."""
-    deselected = [item for item in items if not is_selected(item)]
-    items[:] = [item for item in items if is_selected(item)]
-    config.hook.pytest_deselected(items=deselected)
+    """Deselect the tests that don't run with these values of POSTGRES_TESTS and HALF_OF_EVERY_PYTHON."""
+    selected = [item for item in items if is_selected(item)]
+    if HALF:
+        selected = [item for item in selected if item.get_closest_marker("every_python")][int(HALF) :: 2]
+    kept = set(selected)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = selected
 
 
 def is_selected(item: pytest.Item) -> bool:

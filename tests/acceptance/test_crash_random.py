@@ -15,7 +15,7 @@ from harness import Process, nexum_server
 from processes import Acknowledged, assert_recorded_once, counting_worker, recorded, submitter
 
 SEED = int(os.environ.get("CRASH_SEED") or 8672)
-KILLS = int(os.environ.get("CRASH_KILLS") or 20)
+KILLS = int(os.environ.get("CRASH_KILLS") or 12)
 CALLS = 2 * KILLS
 
 

@@ -13,7 +13,7 @@ import pytest
 from durable_runs import MAX_KILLS, SHAPES, Bench, bench, run_killed
 from harness import ROOT
 
-RUNS = 2
+RUNS = 1
 MAX_RUNS = 20
 
 
