@@ -119,13 +119,19 @@ def main() -> int:
     )
     args = parser.parse_args()
     python = sys.executable
+    # Let Python keep compiled modules, whatever the environment says: the tests start hundreds of processes.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as beside:
         # Installing takes a while, and mostly waits: do it during the checks.
         environments = beside.submit(environments_of, others() if args.every_python else {}, folder)
         run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
         run([python, "-m", "ruff", "check", "."])
         run([python, "-m", "ruff", "format", "--check", "."])
+        # pytest rewrites the assertions of all test files, and keeps the results. Without this step, each of its
+        # processes would do that for itself.
+        rewriting = beside.submit(run_quietly, [python, "-m", "pytest", "--collect-only", "-qq"])
         run([python, "-m", "mypy", "."])
+        rewriting.result()
         tested = beside.submit(test_on, environments.result())
         run([python, "-m", "pytest", "-q", "-n", str(TESTS_AT_ONCE), "--dist", "worksteal"])
         tested.result()
