@@ -349,10 +349,10 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
+        self._has_asked = True
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:
-                self._has_asked = True
                 stack.close()
                 stack.enter_context(waiting(line))
 
