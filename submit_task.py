@@ -31,9 +31,9 @@ from weakref import WeakValueDictionary, ref
 
 from pydantic import TypeAdapter, ValidationError
 
-from nexum_engine.approvals import server_option
+from nexum_engine.approvals import how_to_resolve
 from nexum_engine.channel import close_what_is_unused
-from nexum_engine.client import NexumClient, Observed, Started
+from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
     FinalError,
@@ -44,10 +44,11 @@ from nexum_engine.errors import (
     WaitTimeout,
     WorkflowNotFound,
 )
+from nexum_engine.event_loop import LoopThread
 from nexum_engine.options import seconds
-from nexum_engine.records import Attempt, Execution, ExecutionStatus, NodeStatus, Outcome
+from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import Workflow
-from support import approvals
+from support import approvals, notices
 from support.approvals import ApprovedCall
 from support.console import complain, let_ctrl_c_cancel, run_script, say, say_after_ctrl_c, say_what_is_logged
 from support.options import add_nexum_option
@@ -58,7 +59,6 @@ from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
 FIRST_NOTICE = 1.0  # seconds after which a waiting call prints its first notice
 NOTICE_EVERY = 5.0  # seconds after which a waiting call prints its next notice
-SHOWN_REASON = 200  # a notice shows at most this many characters of the reason why the latest attempt ended
 
 T = TypeVar("T")
 
@@ -107,7 +107,7 @@ class _Deadline:
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Restart the timeout. The time that a person takes to decide doesn't count."""
+        """Restart the timeout, after or while a person decides: that time doesn't count."""
         self._at = time.monotonic() + self.timeout
 
     @property
@@ -264,8 +264,8 @@ class Session:
                     "published Nexum server, which doesn't keep policies: use this project's own server"
                 )
             approved = await self._approved(call, call.tool, key)
-            deadline.begin_again()
             if approved is not None:
+                deadline.begin_again()
                 task = ToolCallInput(
                     tool_name=call.tool_name, tool_args=approved.arguments, approval=approved.execution_id
                 )
@@ -324,18 +324,21 @@ class Session:
                 partial(
                     self._client.get_execution,
                     execution_id,
-                    wait=min(deadline.left, notice),
+                    wait=notice if is_unknown else min(deadline.left, notice),
                     with_attempts=True,  # the notice shows why the latest attempt ended
                 ),
             )
             if observed.execution.status.ended:
                 ended = observed.execution
                 break
-            if (unknown := _unknown(observed.execution)) is not None:
+            notice = NOTICE_EVERY
+            if (unknown := notices.unknown_attempt(observed.execution)) is not None:
                 if not is_unknown:  # print it only once: a person may take days
-                    self._tell(f"{what} is UNKNOWN: {self._how_to_resolve(execution_id, unknown)}")
+                    self._tell(
+                        f"{what} is UNKNOWN: attempt {unknown.attempt} by worker {unknown.worker_id} may have had its "
+                        f"effect ({unknown.error}). {how_to_resolve(execution_id, self._named_server)}"
+                    )
                 is_unknown = True
-                notice = NOTICE_EVERY
                 deadline.begin_again()
                 continue
             is_unknown = False
@@ -349,59 +352,18 @@ class Session:
                     f"{call.tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
                     f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
                 )
-            what_for = f"{_what_for(call.workflow, observed)}{_last_failure(observed.execution)}"
-            self._tell(f"{what} waiting: {what_for}")
-            notice = NOTICE_EVERY
+            self._tell(f"{what} waiting: {notices.what_for(call.workflow, observed)}")
         if ended.status is ExecutionStatus.COMPLETED:
             done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
             self._tell(f"{what} {done} ✓")
             return ToolResult(_result(call, ended), origin, execution_id)
-        reason = _reason(ended)
+        reason = notices.why_it_failed(ended)
         self._tell(f"{what} {ended.status.value}: {reason}")
         raise ToolCallFailed(f"{call.tool_name} failed: {reason}")
-
-    def _how_to_resolve(self, execution_id: str, attempt: Attempt) -> str:
-        command = f"python -m nexum_engine resolve {execution_id}{server_option(self._named_server)}"
-        return (
-            f"attempt {attempt.attempt} by worker {attempt.worker_id} may have had its effect ({attempt.error}). Find "
-            f"out, then: {command} --result JSON, or --not-done, or --failed REASON"
-        )
-
-
-def _what_for(workflow: Workflow, observed: Observed) -> str:
-    nodes = observed.execution.nodes
-    notes = [node.error for node in nodes if node.status is NodeStatus.READY and node.error]
-    if notes:
-        return notes[0]
-    if observed.has_poller is False and not any(node.status is NodeStatus.RUNNING for node in nodes):
-        version = observed.execution.version_hash
-        if version != workflow.version_hash:
-            return (
-                f"no worker polls for {workflow.workflow_id} in this execution's version "
-                f"({version[:19]}...); start a worker with the code of that version, or cancel the execution: "
-                f"python -m nexum_engine cancel {observed.execution.execution_id}"
-            )
-        return (
-            f"no worker polls for {workflow.workflow_id} (version {version[:19]}...); start one with: python worker.py"
-        )
-    for node in nodes:
-        if node.status is NodeStatus.RUNNING:
-            # A node may have no attempts: a published Nexum server, unlike this project's, reports none.
-            which = f"attempt {node.attempts[-1].attempt}" if node.attempts else "the task"
-            return f"{which} was handed to a worker"
-    if observed.has_poller is None:
-        return "the server doesn't show whether a worker polls; if none runs, start one with: python worker.py"
-    return "the task is queued, or the pause before its next attempt is not over"
 
 
 def _short(execution_id: str) -> str:
     return f"{execution_id[:16]}..."
-
-
-def _unknown(execution: Execution) -> Attempt | None:
-    """Return the attempt whose effect is unknown, if the execution waits for a person because of it."""
-    waiting = [node for node in execution.nodes if node.status is NodeStatus.WAITING and node.attempts]
-    return waiting[0].attempts[-1] if waiting and waiting[0].attempts[-1].outcome is Outcome.UNKNOWN else None
 
 
 def _result(call: _Call, execution: Execution) -> str:
@@ -417,23 +379,6 @@ def _result(call: _Call, execution: Execution) -> str:
             f"the output of {call.tool_name} in execution {execution.execution_id} does not match ToolCallOutput: "
             f"{error.errors()[0]['msg']}"
         ) from error
-
-
-def _last_failure(execution: Execution) -> str:
-    """Return a phrase with the outcome of the latest ended attempt and its reason, or "" if no attempt has ended."""
-    ended = [attempt for node in execution.nodes for attempt in node.attempts if attempt.outcome is not Outcome.RUNNING]
-    if not ended:
-        return ""
-    reason = " ".join(ended[-1].error.split()) or "no reason given"
-    shown = reason if len(reason) <= SHOWN_REASON else f"{reason[: SHOWN_REASON - 3]}..."
-    return f"; attempt {ended[-1].attempt} {ended[-1].outcome.value.lower()}: {shown}"
-
-
-def _reason(execution: Execution) -> str:
-    if execution.status is ExecutionStatus.CANCELLED:
-        return "the execution was cancelled"
-    failed = [node.error for node in execution.nodes if node.status is NodeStatus.FAILED]
-    return failed[0] if failed else execution.error
 
 
 # ---- For programs ----------------------------------------------------------------------------------------------------
@@ -487,7 +432,7 @@ def submit_tool_call(
         raise
 
 
-_background: asyncio.AbstractEventLoop | None = None
+_background: LoopThread | None = None
 _background_lock = threading.Lock()
 
 
@@ -508,9 +453,8 @@ def _background_loop() -> asyncio.AbstractEventLoop:
     global _background
     with _background_lock:
         if _background is None:
-            _background = asyncio.new_event_loop()
-            threading.Thread(target=_background.run_forever, name="submit_task", daemon=True).start()
-        return _background
+            _background = LoopThread("submit_task")
+        return _background.loop
 
 
 # ---- From the command line -------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ from nexum_engine.approvals import (
     asked_before,
     decided,
     how_to_decide,
+    how_to_resolve,
     key_of,
-    server_option,
 )
 from nexum_engine.client import Started
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
@@ -421,13 +421,11 @@ class Guard:
                 if not told:
                     told = True
                     why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
-                    server = server_option(self._nexum)
                     waiting.enter_context(
                         self._recorder.waiting_for_a_person(
                             guarded.call.address,
-                            f"{guarded} may or may not have happened{f' ({why})' if why else ''}. Find out, then: "
-                            f"python -m nexum_engine resolve {execution_id}{server} --result JSON, or --not-done, or "
-                            "--failed REASON",
+                            f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
+                            f"{how_to_resolve(execution_id, self._nexum)}",
                         )
                     )
 

@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,10 @@ from server_thread import server_thread
 import submit_task
 from nexum_engine.client import NexumClient, Observed, Started
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, ServerNotReady, ServerUnavailable, WaitTimeout
-from nexum_engine.records import Execution, ExecutionStatus
+from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
 from nexum_engine.server import Limits
 from submit_task import Origin, Session, ToolCallFailed, call_key, submit_tool_call, submit_tool_call_async
+from support import notices
 from workflow import OFFLINE_TOOL_CALL
 
 MANY_LOOPS = """
@@ -274,6 +276,23 @@ async def test_server_that_forgets_executions_is_asked_until_the_timeout(
     assert len(client.waits) == 1
 
 
+async def test_wait_for_a_person_pauses_between_questions_even_without_a_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told: list[str] = []
+    lost = Attempt(attempt=1, worker_id="w", started_ms=0, ended_ms=1, outcome=Outcome.UNKNOWN, error="gone")
+    node = Node("tool_call", NodeType.EFFECT, NodeStatus.WAITING, output_json=None, error="", attempts=(lost,))
+    unknown = replace(RUNNING, nodes=(node,))
+    client = StandIn(RUNNING, unknown, unknown, unknown, CANCELLED)
+    async with client, Session("s", client=client, tell=told.append) as session:
+        with pytest.raises(ToolCallFailed, match="cancelled"):
+            await session.call("t", {}, timeout=0)
+    often = submit_task.NOTICE_EVERY
+    assert client.waits == [0, often, often, often]
+    assert sum("is UNKNOWN" in line for line in told) == 1
+
+
 @pytest.mark.every_python
 def test_interrupted_caller_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, ended = threading.Event(), threading.Event()
@@ -405,7 +424,7 @@ def test_waiting_line_of_a_retry_has_the_failures_reason(tmp_path: Path, server:
     ):
         line = process.wait_for("waiting:")
         assert re.search(r"; attempt 1 failed: RuntimeError: the page was not there!+\.\.\.$", line)
-        assert len(line.partition("attempt 1 failed: ")[2]) == submit_task.SHOWN_REASON
+        assert len(line.partition("attempt 1 failed: ")[2]) == notices.SHOWN_REASON
         line = process.wait_for("waiting:")
         assert "waiting: attempt 2 was handed to a worker; attempt 1 failed: RuntimeError: the page" in line
         gate.touch()
