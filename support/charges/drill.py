@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import NexumError
 from nexum_engine.records import Execution
 from support.charges.ledger import Ledger, Request
 from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, charges
 from support.console import say
 from support.launcher import ROOT, Child, death_in_words, start_child
+from support.pipeline.drill import DrillFailed
 from support.tools import Tool
 from workflow import workflow_of
 
@@ -30,10 +30,6 @@ PERSON = "crash_demo"
 
 Call = Callable[[str], Awaitable[tuple[str, str]]]
 """A function that calls a tool by its name, and returns the tool's text and the id of the call's execution."""
-
-
-class EffectDrillFailed(NexumError):
-    """A worker didn't die or work as planned."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ class Drill:
         workers: list[Child] = []
         try:
             workers.append(await self._start_worker(crash=True))
-            await self._until_it_dies(workers[0], before)
+            await self._until_it_dies(workers[0], before, calling)
             workers.append(await self._start_worker(crash=False))
             if tool is charge_once:
                 await self._resolve(calling)
@@ -127,11 +123,15 @@ class Drill:
         say(f"[demo] worker started (pid {child.process.pid}){fate}")
         return child
 
-    async def _until_it_dies(self, worker: Child, before: int) -> None:
-        death = death_in_words(await worker.process.wait())
+    async def _until_it_dies(self, worker: Child, before: int, calling: asyncio.Future[tuple[str, str]]) -> None:
+        dying = asyncio.ensure_future(worker.process.wait())
+        await asyncio.wait((dying, calling), return_when=asyncio.FIRST_COMPLETED)
+        if calling.done():
+            calling.result()  # raises why the call failed: the worker would wait for it for ever
+        death = death_in_words(await dying)
         charged = self._ledger.requests()[before:]
         if len(charged) != 1:
-            raise EffectDrillFailed(f"the worker ended ({death}) after {len(charged)} charges instead of one")
+            raise DrillFailed(f"the worker ended ({death}) after {len(charged)} charges instead of one")
         say(f"[demo] worker is dead: {death}. The ledger has its charge of {charged[0].cents / 100:.2f}")
 
     async def _resolve(self, calling: asyncio.Future[tuple[str, str]]) -> None:
@@ -158,7 +158,7 @@ class Drill:
         output, _ = await process.communicate()
         say(output.decode("utf-8", "replace").rstrip())
         if process.returncode != 0:
-            raise EffectDrillFailed(f"nexum {arguments[0]} ended with exit code {process.returncode}")
+            raise DrillFailed(f"nexum {arguments[0]} ended with exit code {process.returncode}")
 
 
 def new_name() -> str:

@@ -31,7 +31,7 @@ CANT_RUN = (1, 2)  # exit codes of a worker that gave up with an error
 
 
 class DrillFailed(NexumError):
-    """The drill could not finish the pipeline."""
+    """A drill could not finish, because a process didn't die or work as planned."""
 
 
 class Drill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
@@ -27,7 +28,10 @@ from pipelines import (
 )
 from processes import children, is_alive, read_one_line, run_script, send, wait_until
 
+from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest
 from pipeline_workflow import STEPS
+from support.charges.drill import Drill as EffectDrill
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 ROW = re.compile(
@@ -359,3 +363,12 @@ def test_effects_under_three_policies_are_counted_in_the_ledger(tmp_path: Path) 
     ]
     assert output.count("worker is dead: killed by SIGKILL") == 3 or sys.platform == "win32"
     assert re.search(r"^\$ python -m nexum_engine resolve exec-\S+ --result '\"receipt 4\"'", output, re.MULTILINE)
+
+
+async def test_charge_whose_call_fails_ends_the_drill(tmp_path: Path, server: Server) -> None:
+    async def fail(_: str) -> tuple[str, str]:
+        raise InvalidRequest("refused")
+
+    async with NexumClient(server.address) as client:
+        with pytest.raises(InvalidRequest, match="refused"):
+            await asyncio.wait_for(EffectDrill(client, fail, "d", tmp_path).run(), 20)
