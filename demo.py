@@ -192,8 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the question is empty")
     if args.fork and not args.session_id:
         parser.error("--fork needs the new session's name in --session-id")
-    given = (args.question, args.session_id, args.new_session, args.team, args.fork, args.crash_after_step, args.ask)
-    if args.sessions and any(given):
+    if args.sessions and {**vars(args), "nexum": None} != vars(parser.parse_args(["--sessions"])):
         parser.error("--sessions only lists the sessions: give no question, and no other option but --nexum")
     continues = "the same command continues from what is recorded"
     try:

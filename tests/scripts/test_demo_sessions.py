@@ -201,6 +201,7 @@ def test_a_fork_after_the_end_asks_the_next_question(tmp_path: Path, address: st
         (["--fork", "s@1", "--session-id", "s2"], "session s2 has recorded other events than s"),
         (["--sessions", RUST], "--sessions only lists the sessions: give no question"),
         (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
+        (["--sessions", "--budget", "0"], "--sessions only lists the sessions: give no question"),
     ],
 )
 def test_impossible_fork_is_one_line_and_exit_code_2(
