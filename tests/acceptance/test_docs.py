@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shlex
 import shutil
@@ -10,14 +9,13 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import ROOT, Process, Server, running
+from policies import asked_in, decide
 
 from durable_autogen.__main__ import build_parser
 from nexum_engine.__main__ import build_parser as build_engine_parser
-from nexum_engine.client import NexumClient
 from nexum_engine.policy import Policy, read_policies
 from nexum_engine.workflow import RetryPolicy
 
@@ -295,19 +293,6 @@ def build_team():
 """
 
 
-def decide(server: Server, method: str, line: str, node: str, **how: Any) -> None:
-    """Decide about the execution that `line`, a line about a wait, names."""
-    match = re.search(r"(?:approve|resolve) (exec-[0-9]+-[0-9a-f]+)", line)
-    assert match, line
-    execution_id = match[1]
-
-    async def call() -> None:
-        async with NexumClient(server.address) as client:
-            await getattr(client, method)(execution_id, node, **how)
-
-    asyncio.run(call())
-
-
 @pytest.mark.parametrize(("number", "receipt"), [(0, "receipt for c-17"), (1, "receipt 17")])
 def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
     server: Server, tmp_path: Path, number: int, receipt: str
@@ -324,11 +309,13 @@ def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
     )
     env = libraries(server)
     with running(["program.py"], cwd=tmp_path, env={**env, "DIES": "1"}) as dying:
-        decide(server, "approve", dying.wait_for("waiting for a decision on charge"), "approval", approver="ann")
+        asked = asked_in(dying.wait_for("waiting for a decision on charge"))
+        decide(server.address, "approve", asked, "approval", approver="ann")
         assert dying.wait() == 9, dying.output
     with running(["program.py"], cwd=tmp_path, env=env) as again:
         if number == 1:  # its tool has no reconcile, so a person decides
-            decide(server, "resolve", again.wait_for("may or may not have happened"), "effect", output=receipt)
+            asked = asked_in(again.wait_for("may or may not have happened"))
+            decide(server.address, "resolve", asked, "effect", output=receipt)
         assert again.wait() == 0, again.output
     assert receipt in next(line for line in again.lines if line.startswith("SAID"))
     assert len((tmp_path / "charged").read_text().splitlines()) == 1
@@ -348,7 +335,7 @@ def test_tool_of_tools_runs_in_a_worker_after_its_approval(server: Server, tmp_p
     env = {"NEXUM_ADDRESS": server.address, "PYTHONPATH": ""}
     with worker_of(own, env):
         with running(call, cwd=own, env=env) as asking:
-            decide(server, "approve", asking.wait_for("waiting for a decision on"), "approval")
+            decide(server.address, "approve", asked_in(asking.wait_for("waiting for a decision on")), "approval")
             assert asking.wait() == 0, asking.output
         again = Process(call, cwd=own, env=env)
         assert again.wait() == 0, again.output

@@ -100,15 +100,6 @@ except Parked as parked:
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the program. The test's own process works in it, too."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    return tmp_path
-
-
 @contextmanager
 def program(folder: Path, *arguments: str, die: str = "") -> Iterator[Process]:
     """Run the program. With `die`, kill it when it reaches that point."""

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from harness import Process, Server, running
 
 from durable_autogen import send_event
@@ -41,15 +40,6 @@ try:
 except KeyboardInterrupt:
     print("INTERRUPTED")
 """
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the program. The test's own process works in it, too."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
-    (tmp_path / "program.py").write_text(PROGRAM)
-    return tmp_path
 
 
 @contextmanager
