@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the question is empty")
     if args.fork and not args.session_id:
         parser.error("--fork needs the new session's name in --session-id")
-    if args.sessions and {**vars(args), "nexum": None} != vars(parser.parse_args(["--sessions"])):
+    alone = {**vars(parser.parse_args(["--sessions"])), "nexum": args.nexum, "offline": args.offline}
+    if args.sessions and vars(args) != alone:
         parser.error("--sessions only lists the sessions: give no question, and no other option but --nexum")
     continues = "the same command continues from what is recorded"
     try:
