@@ -31,9 +31,9 @@ from weakref import WeakValueDictionary, ref
 
 from pydantic import TypeAdapter, ValidationError
 
-from nexum_engine.approvals import how_to_resolve
+from nexum_engine.approvals import how_to_resolve, waiting_for_a_person
 from nexum_engine.channel import close_what_is_unused
-from nexum_engine.client import NexumClient, Started
+from nexum_engine.client import NexumClient, Observed, Started
 from nexum_engine.errors import (
     ExecutionNotFound,
     FinalError,
@@ -46,7 +46,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.event_loop import LoopThread
 from nexum_engine.options import seconds
-from nexum_engine.records import Execution, ExecutionStatus
+from nexum_engine.records import Attempt, Execution, ExecutionStatus
 from nexum_engine.workflow import Workflow
 from support import approvals, notices
 from support.approvals import ApprovedCall
@@ -306,7 +306,7 @@ class Session:
                 workflow=call.workflow.workflow_id,
                 unasked_key=key,
                 nexum=self._named_server,
-                tell=self._tell,
+                tell=self._tell_of_wait,
             )
         except FinalError as error:
             raise ToolCallFailed(str(error)) from error
@@ -317,31 +317,21 @@ class Session:
         """Return the execution's result. Wait until the execution has ended, unless `ended` is given."""
         what = f"[Nexum] {_short(execution_id)} ({call.tool_name})"
         notice = FIRST_NOTICE
-        is_unknown = False
         while ended is None:
             observed = await self._ask(
                 deadline,
                 partial(
                     self._client.get_execution,
                     execution_id,
-                    wait=notice if is_unknown else min(deadline.left, notice),
+                    wait=min(deadline.left, notice),
                     with_attempts=True,  # the notice shows why the latest attempt ended
                 ),
             )
+            if (unknown := notices.unknown_attempt(observed.execution)) is not None:
+                observed = await self._wait_until_known(execution_id, call, unknown, deadline)
             if observed.execution.status.ended:
                 ended = observed.execution
                 break
-            notice = NOTICE_EVERY
-            if (unknown := notices.unknown_attempt(observed.execution)) is not None:
-                if not is_unknown:  # print it only once: a person may take days
-                    self._tell(
-                        f"{what} is UNKNOWN: attempt {unknown.attempt} by worker {unknown.worker_id} may have had its "
-                        f"effect ({unknown.error}). {how_to_resolve(execution_id, self._named_server)}"
-                    )
-                is_unknown = True
-                deadline.begin_again()
-                continue
-            is_unknown = False
             if not deadline.left:
                 # A published Nexum server can lose a task, for instance if a client dies during StartExecution.
                 lost = (
@@ -353,6 +343,7 @@ class Session:
                     f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
                 )
             self._tell(f"{what} waiting: {notices.what_for(call.workflow, observed)}")
+            notice = NOTICE_EVERY
         if ended.status is ExecutionStatus.COMPLETED:
             done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
             self._tell(f"{what} {done} ✓")
@@ -360,6 +351,24 @@ class Session:
         reason = notices.why_it_failed(ended)
         self._tell(f"{what} {ended.status.value}: {reason}")
         raise ToolCallFailed(f"{call.tool_name} failed: {reason}")
+
+    async def _wait_until_known(
+        self, execution_id: str, call: _Call, attempt: Attempt, deadline: _Deadline
+    ) -> Observed:
+        """Wait until a person, or a late report, says what happened in an attempt whose effect is unknown."""
+        line = (
+            f"{_short(execution_id)} ({call.tool_name}) is UNKNOWN: attempt {attempt.attempt} by worker "
+            f"{attempt.worker_id} may have had its effect ({attempt.error}). "
+            f"{how_to_resolve(execution_id, self._named_server)}"
+        )
+        look = partial(self._client.get_execution, execution_id, wait=NOTICE_EVERY, with_attempts=True)
+        with waiting_for_a_person(line, self._tell_of_wait):
+            while notices.unknown_attempt((observed := await self._ask(deadline, look)).execution) is not None:
+                deadline.begin_again()
+        return observed
+
+    def _tell_of_wait(self, line: str) -> None:
+        self._tell(f"[Nexum] {line}")
 
 
 def _short(execution_id: str) -> str:

@@ -11,7 +11,9 @@ for another call, other arguments or a fork.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,27 @@ from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
 NODE = "approval"
 """The name of the HUMAN_APPROVAL node of each question."""
 PATIENCE = 300.0  # seconds to wait for a server that does not answer
+
+
+noted_by: ContextVar[Callable[[str], AbstractContextManager[None]] | None] = ContextVar("noted_by", default=None)
+"""How the program around the current call notes its waits for a person, for the length of a `with`. See
+`waiting_for_a_person`."""
+
+
+@contextmanager
+def waiting_for_a_person(line: str, tell: Callable[[str], object]) -> Iterator[None]:
+    """For the length of a `with`, wait for a person. `line` says what for, and how to decide.
+
+    The program around the call gets the line: a durable run logs it, and may park. If there is no such program, `tell`
+    gets the line.
+    """
+    note = noted_by.get()
+    if note is None:
+        tell(line)
+        yield
+    else:
+        with note(line):
+            yield
 
 
 class Approval(BaseModel):

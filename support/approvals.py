@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from nexum_engine.approvals import NODE, PATIENCE, Approval, approval_workflow, decided, decision_of, how_to_decide
+from nexum_engine.approvals import (
+    NODE,
+    PATIENCE,
+    Approval,
+    approval_workflow,
+    decided,
+    decision_of,
+    how_to_decide,
+    waiting_for_a_person,
+)
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ExecutionNotFound, FinalError
 from nexum_engine.records import NodeType
@@ -71,9 +81,9 @@ async def ask(
 ) -> ApprovedCall | None:
     """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
 
-    If nobody has decided yet, `tell` gets a line with the commands that decide, for the server `nexum`. `unasked_key`
-    is the key of the call's execution if the call needs no approval. Raises FinalError for wrong arguments, and if a
-    person rejected the call or nobody decided in time.
+    If nobody has decided yet, `tell` gets a line with the commands that decide, for the server `nexum`. In a durable
+    run, the run logs the line instead, and may park. `unasked_key` is the key of the call's execution if the call needs
+    no approval. Raises FinalError for wrong arguments, and if a person rejected the call or nobody decided in time.
     """
     complete = tool.complete(arguments)
     is_asked = needs_approval(tool, complete)
@@ -87,14 +97,17 @@ async def ask(
     if not is_asked:
         return None
 
-    def say_waiting(execution_id: str) -> None:
-        text = json.dumps(complete, ensure_ascii=False)
-        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-        tell(f"[Nexum] waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}")
+    asked = approval_workflow(tool.policy.approval_timeout)
+    with ExitStack() as waiting:
 
-    decision = await decided(
-        client, approval_workflow(tool.policy.approval_timeout), question, key, on_waiting=say_waiting
-    )
+        def wait(execution_id: str) -> None:
+            waiting.close()
+            text = json.dumps(complete, ensure_ascii=False)
+            shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+            line = f"waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}"
+            waiting.enter_context(waiting_for_a_person(line, tell))
+
+        decision = await decided(client, asked, question, key, on_waiting=wait)
     if not decision.approved:
         raise FinalError(decision.refusal)
     approved = complete if decision.answer is None else tool.complete(decision.answer)

@@ -48,6 +48,7 @@ from durable_autogen.record.failures import in_a_task, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall, ToolError
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
+from nexum_engine.approvals import noted_by
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 from nexum_engine.policy import Policy
@@ -360,6 +361,8 @@ class Calls:
         async def perform() -> Performed:
             journal = self._recorder.journal
             recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
+            # The tool may itself submit a call that a person has to decide.
+            noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
             try:
                 if policy is None:
                     value = await attempt()

@@ -132,8 +132,8 @@ class Recorder:
         self._given_up: list[_LiveCall] = []
         self._record_lock = asyncio.Lock()
         self._park = park
-        self._questions_to_people: dict[str, str] = {}
-        """The calls that wait for a person's decision: by a call's address, a line about what it waits for."""
+        self._questions_to_people: list[tuple[str, str]] = []
+        """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
@@ -459,18 +459,18 @@ class Recorder:
         `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
-        if what not in self._questions_to_people.values():  # several calls may wait for one decision
+        if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
             self._waiting_since = time.monotonic()
-        self._questions_to_people[address] = what
+        self._questions_to_people.append((address, what))
         self._another_waits.set()
         if self._park and self._parking is None:
             self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
         try:
             yield
         finally:
-            del self._questions_to_people[address]
+            self._questions_to_people.remove((address, what))
             if not self._questions_to_people:
                 self._waited += time.monotonic() - self._waiting_since
 
@@ -479,17 +479,18 @@ class Recorder:
             self._another_waits.clear()
             # Let the other branches continue: they may be running a tool, and their replies are paid for.
             await self._idle()
+            waiting = {address for address, _ in self._questions_to_people}
             at_work = {
                 running
                 for running, live in self._calls.items()
-                if live.call.address not in self._questions_to_people and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
+                if live.call.address not in waiting and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
             }
             if at_work:
                 another = asyncio.ensure_future(self._another_waits.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
             elif self._questions_to_people:
-                waits = "; ".join(dict.fromkeys(self._questions_to_people.values()))
+                waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(f"session {self.journal.session} is parked, run it again after the decision: {waits}"))
                 return
         self._parking = None

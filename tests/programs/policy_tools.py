@@ -1,7 +1,8 @@
-"""Tools with policies, and two programs that use them.
+"""Tools with policies, and three programs that use them.
 
     policy_tools.py work ADDRESS                      a worker
     policy_tools.py call ADDRESS SESSION CALL...      calls, each a JSON list of tool and arguments
+    policy_tools.py run ADDRESS SESSION CALL          one call in a durable run, which parks
 
 A tool's log has a line for each effect: attempt, idempotency key, arguments. The log is the outside world.
 """
@@ -14,7 +15,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,33 @@ async def call(address: str, session_id: str, *calls: str) -> None:
         await asyncio.gather(*(one(number, call) for number, call in enumerate(calls)))
 
 
+async def run(address: str, session_id: str, call: str) -> None:
+    """Make the call in a tool of a durable run. While a person has to decide, the run parks."""
+    from autogen_core import CancellationToken
+    from autogen_core.tools import FunctionTool
+
+    from durable_autogen import DurableSession, Parked, call_id
+
+    async def submit(call: str) -> str:
+        tool_name, arguments = json.loads(call)
+        async with Session(session_id, nexum=address) as session:
+            return (await session.call(tool_name, arguments, scope=call_id())).text
+
+    try:
+        async with DurableSession(session_id, nexum=address, park=True):
+            result = await FunctionTool(submit, "Submit a call.").run_json({"call": call}, CancellationToken())
+            say(f"RESULT {result}")
+    except Parked as parked:
+        say(str(parked))
+        sys.exit(75)
+
+
+ROLES: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {"work": work, "call": call, "run": run}
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     role, *arguments = sys.argv[1:]
     try:
-        asyncio.run(work(*arguments) if role == "work" else call(*arguments))
+        asyncio.run(ROLES[role](*arguments))
     except KeyboardInterrupt:
         sys.exit(130)

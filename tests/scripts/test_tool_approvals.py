@@ -9,7 +9,7 @@ from typing import Any
 import harness
 import pytest
 from harness import Process, Server, nexum_server
-from policies import asked_in, decide, paid, policy_caller, policy_worker, results
+from policies import asked_in, decide, paid, parking_run, policy_caller, policy_worker, results
 from processes import run_script
 
 from nexum_engine.approvals import approval_workflow
@@ -82,6 +82,22 @@ def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, se
     assert first[4] == f"receipt for {small}"
     assert first[5] == "ERROR this call was not approved: not decided within 0.3 s"
     assert sorted(one["cents"] for one in paid(log)) == [7, small, approved]
+
+
+def test_durable_run_parks_while_a_workers_tool_waits_for_an_approval(tmp_path: Path, server: Server) -> None:
+    log = tmp_path / "log"
+    call = ("pay", {"log": str(log), "cents": LARGE})
+    with policy_worker(tmp_path, server.address):
+        for _ in range(2):  # a parked run parks again
+            with parking_run(tmp_path, server.address, call) as parked:
+                line = parked.wait_for("session s is parked, run it again after the decision: waiting for a decision")
+                assert parked.wait() == 75
+        assert paid(log) == []
+        decide(server.address, "approve", asked_in(line), "approval", approver="ann")
+        with parking_run(tmp_path, server.address, call) as resumed:
+            assert resumed.wait_for("RESULT") == f"RESULT receipt for {LARGE}"
+            assert resumed.wait() == 0
+    assert len(paid(log)) == 1
 
 
 @pytest.mark.parametrize("asks_first", [True, False])

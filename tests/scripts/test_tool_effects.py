@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Server, published_server
-from policies import asked_in, decide, paid, policy_caller, policy_worker, results
+from policies import asked_in, decide, paid, parking_run, policy_caller, policy_worker, results
 from processes import call_of, recorded, wait_until
 
 from nexum_engine.client import NexumClient
@@ -67,6 +67,23 @@ def test_lost_effect_is_looked_up_or_waits_for_a_person(tmp_path: Path, server: 
     # Only the call that a person allowed to run again has a second effect.
     assert Counter(one["number"] for one in paid(log)) == {1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 1, -7: 1}
     assert len(paid(begun)) == 2
+
+
+def test_durable_run_parks_while_a_workers_effect_is_unknown(tmp_path: Path, server: Server) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    call = ("pay_once", {"log": str(log), "gate": str(gate), "number": 1})
+    with parking_run(tmp_path, server.address, call) as parked:
+        with policy_worker(tmp_path, server.address) as worker:
+            wait_until(lambda: len(paid(log)) == 1, "the effect")
+            worker.kill()
+        line = parked.wait_for("session s is parked, run it again after the decision: ")
+        assert parked.wait() == 75
+    assert "is UNKNOWN: attempt 1 by worker" in line
+    decide(server.address, "resolve", asked_in(line), "tool_call", resolved_by="ann", output="receipt 17")
+    with parking_run(tmp_path, server.address, call) as resumed:
+        assert resumed.wait_for("RESULT") == "RESULT receipt 17"
+        assert resumed.wait() == 0
+    assert len(paid(log)) == 1
 
 
 async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, server: Server) -> None:

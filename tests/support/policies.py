@@ -35,6 +35,13 @@ def policy_caller(folder: Path, address: str, *calls: ToolCall, session: str = "
         yield process
 
 
+@contextmanager
+def parking_run(folder: Path, address: str, call: ToolCall) -> Iterator[Process]:
+    """Run a durable program that makes this call in a tool, and that parks while a person has to decide."""
+    with running([PROGRAM, "run", address, "s", json.dumps(call)], cwd=folder) as process:
+        yield process
+
+
 def results(caller: Process) -> list[str]:
     """Wait for the end of a caller; return the result or the error of each of its calls, in their order."""
     assert caller.wait() == 0, caller.output
