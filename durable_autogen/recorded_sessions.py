@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
@@ -30,13 +31,14 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.sent_events import send
 from nexum_engine import jsontext
-from nexum_engine.approvals import how_to_decide
+from nexum_engine.approvals import PATIENCE, how_to_decide
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
+SHOWN_INPUT = 200  # characters of the input of a worker's call in a message
 
 
 @dataclass(frozen=True)
@@ -284,14 +286,23 @@ async def _later_effects(
     Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
     doesn't prove that nothing happened. "reuse" forbids those that are UNKNOWN.
     """
-    later = await _unused(client, source, record.scopes(copied))
+    scopes = record.scopes(copied)
+    later = await _unused(client, source, scopes)
+    of_workers = await _effects_of_workers(client, source, scopes)
     without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
-    if effects == "refuse" and later:
+    if effects == "refuse" and (later or of_workers):
+        made = [(str(input), one) for input, one in later] + [(_in_words(one), one) for one in of_workers]
         failed = (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED)
-        listed = ", ".join(f"{input}{' (failed)' if one.status in failed else ''}" for input, one in later)
+        listed = ", ".join(f"{call}{' (failed)' if one.status in failed else ''}" for call, one in made)
+        reuse = "" if of_workers else "Reuse their results (--effects reuse), or make "
         raise InvalidRequest(
-            f"after call {count}, session {source} has made {len(later)} call(s) whose effect must happen only once: "
-            f"{listed}. Reuse their results (--effects reuse), or make the calls again (--effects again)"
+            f"after call {count}, session {source} has made {len(made)} call(s) whose effect must happen only once: "
+            f"{listed}. {reuse or 'Make '}the calls again (--effects again)"
+        )
+    if effects == "reuse" and of_workers:
+        raise InvalidRequest(
+            f"the result of a worker's call can't be reused: {_in_words(of_workers[0])}. Fork after this call, or make "
+            "the call again (--effects again)"
         )
     if effects == "reuse" and without_result:
         raise InvalidRequest(
@@ -319,6 +330,45 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
                 del kept.get(input.asked_digest, [])[:1]
                 later += (took or [(input, execution)]) if is_later else []
     return [*later, *(one for left in kept.values() for one in left)]
+
+
+async def _effects_of_workers(client: NexumClient, source: str, before: Set[str]) -> list[Execution]:
+    """Return the executions whose effect must happen only once, and which workers ran for a session's calls.
+
+    The executions of the calls in `before` are left out: their keys contain the id of the call.
+    """
+    is_copied = _contains_any([f"{source}/{scope}" for scope in before])
+    has_effect: dict[str, bool] = {}
+    """Whether the executions of a workflow version have an effect that must happen only once."""
+    found: list[Execution] = []
+    for separator in ":/":  # what follows the session in a key of submit_task.py, and in a call's id
+        page: list[Execution] = []
+        while page := await client.list_executions(
+            key_prefix=f"{source}{separator}",
+            before=page[-1].execution_id if page else "",
+            limit=PAGE,
+            patience=PATIENCE,
+        ):
+            for one in page:
+                if one.version_hash not in has_effect:
+                    whole = await client.get_execution(one.execution_id, patience=PATIENCE)
+                    has_effect[one.version_hash] = any(node.once for node in whole.execution.nodes)
+                if (
+                    has_effect[one.version_hash]
+                    and one.workflow_id != TOOL_EFFECT.workflow_id
+                    and not is_copied(one.idempotency_key)
+                ):
+                    found.append((await client.get_execution(one.execution_id, patience=PATIENCE)).execution)
+    return sorted(found, key=lambda one: one.created_ms)
+
+
+def _contains_any(calls: Sequence[str]) -> Callable[[str], bool]:
+    """Return a function that says whether a key of a worker's execution contains the id of one of these calls."""
+    return lambda key: any(f":{call}:" in f":{key}:" or f"/{call}/" in key for call in calls)
+
+
+def _in_words(execution: Execution) -> str:
+    return f"{execution.workflow_id} {textwrap.shorten(execution.input_json, SHOWN_INPUT)} ({execution.execution_id})"
 
 
 async def _keep_results(client: NexumClient, journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:

@@ -349,8 +349,8 @@ class NexumClient:
     ) -> list[Execution]:
         """Return the newest executions, at most `limit` (default 20). `with_nodes` includes inputs and nodes.
 
-        `key_prefix` selects executions by the beginning of their idempotency key, and needs `workflow_id`. `before` is
-        an execution's id, and selects older executions. A page with nodes may be shorter than `limit`: only an empty
+        `key_prefix` selects executions by the beginning of their idempotency key. `before` is an execution's id, and
+        selects older executions. A page with nodes may be shorter than `limit`: only an empty
         page is the end of the list. `since_ms` and `until_ms` select executions by their start, in milliseconds since
         1970. `attributes` selects executions that have all these attributes. With `group_sessions`, a durable session
         is one item, its latest run. `parent` is an execution's id, and selects the executions that its nodes started.
@@ -718,6 +718,7 @@ def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:
             node.progress_json,
             node.due_ms or None,
             node.output_bytes,
+            node.once,
         )
         for node in records
     )

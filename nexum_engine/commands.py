@@ -62,7 +62,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--key",
         default="",
         metavar="PREFIX",
-        help="only those whose idempotency key begins with PREFIX (needs --workflow)",
+        help="only those whose idempotency key begins with PREFIX",
     )
     ps.add_argument(
         "--since",

@@ -161,6 +161,8 @@ class Node:
     """The time at which the wait of a WAITING node is over. None if the node may wait for ever, or does not wait."""
     output_bytes: int = 0
     """If the output is left out: its size in bytes. Otherwise 0."""
+    once: bool = False
+    """Whether the effect of an EFFECT node must happen only once."""
 
 
 @dataclass(frozen=True)

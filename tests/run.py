@@ -105,7 +105,7 @@ def test_on(pythons: dict[str, Path]) -> None:
     for number, (version, python) in enumerate(pythons.items()):
         print(f"\nPython {version}: testing", flush=True)
         half = {"HALF_OF_EVERY_PYTHON": str(number)} if len(pythons) == 2 else {}
-        marked = ["-m", "pytest", "-q", "-m", "every_python", "-n", "2", *map(str, files)]
+        marked = ["-m", "pytest", "-q", "-m", "every_python", *map(str, files)]
         # Don't share pytest's cache: pytest runs on the current Python at the same time.
         command: list[str | Path] = [python, *marked, "-o", f"cache_dir={python.parent}/cache"]
         run_quietly(command, {"POSTGRES_TESTS": "none", **half})

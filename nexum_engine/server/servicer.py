@@ -668,6 +668,7 @@ def _node_messages(execution: Execution) -> list[pb.NodeRecord]:
             progress_json=node.progress_json,
             due_ms=node.due_ms or 0,
             output_bytes=node.output_bytes,
+            once=node.once,
             attempts=[
                 pb.AttemptRecord(
                     attempt=attempt.attempt,

@@ -55,11 +55,9 @@ class _Filter:
     parent: str
 
     def check(self) -> None:
-        """Raise InvalidRequest for an unknown status, a value out of range, and a key prefix without a workflow."""
+        """Raise InvalidRequest for an unknown status or a value out of range."""
         if self.status and self.status not in ExecutionStatus.__members__:
             raise InvalidRequest(f"unknown status {self.status!r}: use one of {', '.join(ExecutionStatus.__members__)}")
-        if self.key_prefix and not self.workflow_id:
-            raise InvalidRequest("keys belong to a workflow: give workflow_id with idempotency_key_prefix")
         if self.since_ms < 0 or self.until_ms < 0:
             raise InvalidRequest("since_ms and until_ms can't be negative")
         if len(self.attributes) > MAX_ATTRIBUTES:
@@ -144,7 +142,9 @@ def _candidates(db: Db, wanted: _Filter) -> tuple[Callable[..., list[Row]], bool
         return partial(db.all, "newest_of_parent", parent=number_of(db, wanted.parent)), not any(conditions)
     if wanted.key_prefix:
         keys = {"first_key": wanted.key_prefix, "end_key": wanted.key_prefix + chr(sys.maxunicode)}
-        return partial(db.all, "newest_of_keys", workflow_id=wanted.workflow_id, **keys), is_only
+        if wanted.workflow_id:
+            return partial(db.all, "newest_of_keys", workflow_id=wanted.workflow_id, **keys), is_only
+        return partial(db.all, "newest_of_keys_of_all", **keys), not any(conditions)
     counts = {
         one: _count(db, "how_many_with_attribute", name=one[0], value=one[1]) for one in wanted.attributes.items()
     }

@@ -135,6 +135,14 @@ WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempoten
   AND +sequence >= :first AND +sequence < :before
 ORDER BY sequence DESC LIMIT :limit;
 
+-- name: newest_of_keys_of_all
+-- The executions of all workflows whose idempotency keys are in [first_key, end_key).
+SELECT executions.sequence FROM (SELECT DISTINCT workflow_id FROM workflow_versions) AS workflows
+JOIN executions ON executions.workflow_id = workflows.workflow_id
+WHERE idempotency_key >= :first_key AND idempotency_key < :end_key
+  AND +executions.sequence >= :first AND +executions.sequence < :before
+ORDER BY executions.sequence DESC LIMIT :limit;
+
 -- name: newest_of_workflow
 -- The executions of a workflow. One index has the executions with a key, and another index those without a key.
 SELECT sequence FROM (
@@ -240,7 +248,7 @@ ORDER BY json_extract(output_json, '$.summary.number') DESC, sequence DESC LIMIT
 
 -- name: nodes
 -- An execution's nodes with their outputs. The outputs of the nodes :left_out are NULL.
-SELECT execution, node_id, node_type, status, error, progress_json, due_ms, limits,
+SELECT execution, node_id, node_type, status, error, progress_json, due_ms, limits, effect,
        CASE WHEN node_id NOT IN (SELECT value FROM json_each(:left_out)) THEN output_json END AS output_json
 FROM nodes WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 ORDER BY node;
 

@@ -93,6 +93,7 @@ def get_execution(
             node["progress_json"] or "",
             node["due_ms"] if node["status"] == NodeStatus.WAITING else None,
             left_out.get(node["node_id"], 0),
+            node["effect"] is not None,
         )
         for node in db.all("nodes", execution=row["sequence"], left_out=json.dumps(list(left_out)))
     )

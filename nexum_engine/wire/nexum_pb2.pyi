@@ -412,7 +412,7 @@ class ListRequest(google.protobuf.message.Message):
     status: builtins.str
     limit: builtins.int
     idempotency_key_prefix: builtins.str
-    """Addition: only executions whose idempotency key begins with this text. Needs workflow_id."""
+    """Addition: only executions whose idempotency key begins with this text."""
     before_execution_id: builtins.str
     """Addition: only executions that are older than the execution with this id. To continue a list, give the id of the
     last execution in the previous answer.
@@ -874,6 +874,7 @@ class NodeRecord(google.protobuf.message.Message):
     PROGRESS_JSON_FIELD_NUMBER: builtins.int
     DUE_MS_FIELD_NUMBER: builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: builtins.int
+    ONCE_FIELD_NUMBER: builtins.int
     node_id: builtins.str
     node_type: builtins.str
     status: builtins.str
@@ -887,6 +888,8 @@ class NodeRecord(google.protobuf.message.Message):
     """The time at which the wait of a WAITING node is over, in milliseconds since 1970; 0 if it may wait for ever."""
     output_bytes: builtins.int
     """The size of the output, if output_json is left out, as in GetExecutionResponse.input_bytes."""
+    once: builtins.bool
+    """Whether the effect of an EFFECT node must happen only once."""
     @property
     def attempts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___AttemptRecord]: ...
     def __init__(
@@ -901,8 +904,9 @@ class NodeRecord(google.protobuf.message.Message):
         progress_json: builtins.str = ...,
         due_ms: builtins.int = ...,
         output_bytes: builtins.int = ...,
+        once: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "due_ms", b"due_ms", "error", b"error", "node_id", b"node_id", "node_type", b"node_type", "output_bytes", b"output_bytes", "output_json", b"output_json", "progress_json", b"progress_json", "status", b"status"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempts", b"attempts", "due_ms", b"due_ms", "error", b"error", "node_id", b"node_id", "node_type", b"node_type", "once", b"once", "output_bytes", b"output_bytes", "output_json", b"output_json", "progress_json", b"progress_json", "status", b"status"]) -> None: ...
 
 global___NodeRecord = NodeRecord
 

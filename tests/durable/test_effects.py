@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import pytest
 from autogen_core import CancellationToken
-from autogen_core.tools import BaseTool, StaticWorkbench, ToolOverride, ToolResult
+from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, Scripted, bench
 from harness import Process, logged, nexum_server, running
 from pydantic import BaseModel, Field, SecretStr
@@ -36,7 +36,7 @@ from durable_autogen.errors import NotDurable
 from durable_autogen.record.guard import TookTooLong, retry_after
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
-from nexum_engine.workflow import RetryPolicy
+from nexum_engine.workflow import RetryPolicy, workflow
 
 PROGRAM = """
 import asyncio, logging, os, signal, sys
@@ -506,6 +506,32 @@ async def test_fork_makes_the_calls_again_on_request(server: ServerThread) -> No
     async with NexumClient(server.address) as client:
         await fork_session(client, "s", 0, "f", effects="again")
     assert await two_charges(server, "f", target) == ["receipt 4", "receipt 5", "receipt 6"]
+
+
+async def test_fork_lists_the_effects_that_workers_have_and_can_not_reuse_them(server: ServerThread) -> None:
+    card = workflow("card").effect("charge", once=True).build()
+    keys = iter(("{}", "s:0a1b:{}", "s:approval/card/{}/2c3d"))  # as in docs/your-own-agent.md, and in submit_task.py
+    async with NexumClient(server.address) as client:
+        await client.register_workflow(card)
+
+        async def submit(cents: int) -> str:
+            key = next(keys).format(call_id())
+            return (await client.start_execution(card, {"cents": cents}, idempotency_key=key)).execution_id
+
+        tool = FunctionTool(submit, "Submit a charge.")
+        async with DurableSession("s", nexum=server.address):
+            begun = [await tool.run_json({"cents": cents}, CancellationToken()) for cents in (10, 20, 30)]
+        await fork_session(client, "s", 3, "all")
+        for count in range(3):
+            listed = ", ".join(f'card {{"cents":{10 * n + 10}}} ({begun[n]})' for n in range(count, 3))
+            with pytest.raises(InvalidRequest) as refused:
+                await fork_session(client, "s", count, "refused")
+            assert f"has made {3 - count} call(s) whose effect must happen only once: {listed}. Make" in str(
+                refused.value
+            )
+            with pytest.raises(InvalidRequest, match="the result of a worker's call can't be reused"):
+                await fork_session(client, "s", count, "refused", effects="reuse")
+        await fork_session(client, "s", 0, "again", effects="again")
 
 
 async def one_charge(server: ServerThread, target: Target) -> None:

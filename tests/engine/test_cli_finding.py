@@ -93,7 +93,6 @@ def test_ps_filters(server: Server, stub: NexumServiceStub) -> None:
         (["--attr", "customer"], 2, "argument --attr: 'customer' is not an attribute: give NAME=VALUE"),
         (["--attr", "=c"], 2, "give NAME=VALUE"),
         (["--attr", "a=1", "--attr", "a=2"], 2, "--attr names 'a' twice"),
-        (["--key", "k/"], 1, "keys belong to a workflow: give workflow_id with idempotency_key_prefix"),
         (["--status", "done"], 1, "unknown status 'DONE'"),
         (["--watch", "--database-url", "sqlite:///x.db"], 1, "--watch and --follow need a server"),
     ],
