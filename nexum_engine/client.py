@@ -632,7 +632,8 @@ class NexumClient:
     ) -> None:
         """Report a task's failure. A `final` failure is not retried. Raises StaleTask.
 
-        With `unknown`, the effect of the EFFECT node may have happened: the node waits for a person.
+        With `unknown`, the effect of the EFFECT node may have happened: the node waits for a person. But first, if a
+        worker can reconcile the node, the task is handed out once more, with `must_reconcile`.
         """
         # An older server ignores `unknown`. Set `final`, so that this server doesn't hand the task out again.
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)

@@ -322,8 +322,9 @@ class FailRequest(google.protobuf.message.Message):
     final: builtins.bool
     """Addition: true if a retry can't fix the failure: the node fails at once."""
     unknown: builtins.bool
-    """Addition: true if the effect of an EFFECT node may have happened. The node then waits for a person (ResolveNode).
-    A client also sets `final`, so that a server that doesn't know this field does not run the effect again.
+    """Addition: true if the effect of an EFFECT node may have happened. The node then waits for a person (ResolveNode);
+    but first, if the node's worker can reconcile, the task is handed out once more (PollResponse.must_reconcile). A
+    client also sets `final`, so that a server that doesn't know this field does not run the effect again.
     """
     def __init__(
         self,
