@@ -12,8 +12,9 @@ from typing import Any
 
 import grpc
 import pytest
-from harness import Server, nexum_server
+from harness import nexum_server
 from nexum_wire import DEADLINE, UNLIMITED, complete, connected, poll, record, refused, start, status
+from server_thread import ServerThread, server_thread
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -23,13 +24,13 @@ Nodes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
-def server(tmp_path: Path, database_url: str) -> Iterator[Server]:
-    with nexum_server(tmp_path, database_url=database_url) as running:
+def server(tmp_path: Path, database_url: str) -> Iterator[ServerThread]:
+    with server_thread(tmp_path, database_url=database_url) as running:
         yield running
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[NexumServiceStub]:
+def stub(server: ServerThread) -> Iterator[NexumServiceStub]:
     with connected(server.address) as connection:
         yield connection
 
@@ -687,7 +688,7 @@ def test_event_for_the_task_of_an_item_is_refused(stub: NexumServiceStub) -> Non
     assert refused(lambda: send(stub, item.execution_id, "e", 1))[0] is Code.NOT_FOUND
 
 
-def test_events_are_bounded_by_the_size_of_the_outputs(server: Server) -> None:
+def test_events_are_bounded_by_the_size_of_the_outputs(server: ServerThread) -> None:
     with connected(server.address, UNLIMITED) as stub:
         execution_id = began(stub, {"a": node("EFFECT"), "one": node("EVENT", "a", event="e")})
         for _ in range(4):
@@ -696,7 +697,7 @@ def test_events_are_bounded_by_the_size_of_the_outputs(server: Server) -> None:
     assert (code, "over the limit" in words) == (Code.RESOURCE_EXHAUSTED, True)
 
 
-def test_map_with_too_large_results_fails_and_is_not_retried(server: Server) -> None:
+def test_map_with_too_large_results_fails_and_is_not_retried(server: ServerThread) -> None:
     with connected(server.address, UNLIMITED) as stub:
         execution_id = began(stub, {"each": node("MAP")})
         run_task(stub, "each", [1] * 5)
