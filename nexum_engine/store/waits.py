@@ -148,10 +148,12 @@ def resolve(
     With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
     has not happened, and the node is handed out again. Otherwise the node and its execution fail, for the reason
     `failed`. Raises NotFound if there is no such node, Conflict if its effect is not unknown now, InvalidRequest for a
-    result that isn't JSON, and TooLarge for a long reason or result.
+    result that isn't JSON or an empty reason, and TooLarge for a long reason or result.
     """
     if output_json is not None:
         jsontext.parse(output_json, "output_json")
+    elif not not_done and not failed:
+        raise InvalidRequest("failed needs a reason: say why the node fails")
     node, _ = _node_of(db, execution_id, node_id, by, failed)
     if node["status"] != NodeStatus.WAITING or node["outcome"] != Outcome.UNKNOWN:
         raise Conflict(
@@ -163,7 +165,7 @@ def resolve(
         flow.check_outputs_fit(db, execution_id, output_json)
         outcome, reason = Outcome.COMPLETED, ""
     else:
-        outcome, reason = Outcome.FAILED, NOT_DONE if not_done else failed or "the effect has failed"
+        outcome, reason = Outcome.FAILED, NOT_DONE if not_done else failed
     db.run("keep_attempt", node=number)
     db.run(
         "add_resolution",

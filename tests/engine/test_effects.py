@@ -342,6 +342,8 @@ async def test_only_an_unknown_effect_can_be_resolved_and_only_once(store: Store
         await store.run(waits.resolve, execution_id, "other", "Ann", not_done=True)
     with pytest.raises(InvalidRequest, match="output_json"):
         await store.run(waits.resolve, execution_id, "pay", "Ann", output_json="{")
+    with pytest.raises(InvalidRequest, match="failed needs a reason"):
+        await store.run(waits.resolve, execution_id, "pay", "Ann", failed="")
     await store.run(waits.resolve, execution_id, "pay", "Ann", output_json="1")
     with pytest.raises(Conflict, match="it is COMPLETED"):
         await store.run(waits.resolve, execution_id, "pay", "Bob", not_done=True)
