@@ -24,7 +24,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import Conflict, ExecutionNotFound, WorkflowNotFound
 from nexum_engine.policy import call_digest
-from nexum_engine.records import Execution, ExecutionStatus, Outcome
+from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
 
 NODE = "approval"
@@ -108,9 +108,10 @@ class Decision:
     @property
     def refusal(self) -> str:
         """The text that tells the model why the call may not be made."""
+        because = f": {self.reason}" if self.reason else ""
         if not self.by:
-            return f"this call was not approved: {self.reason}"
-        return f"{self.by} rejected this call{f': {self.reason}' if self.reason else ''}"
+            return f"this call was not approved{because}"
+        return f"{self.by} rejected this call{because}"
 
 
 async def decided(
@@ -186,12 +187,12 @@ def decision_of(execution: Execution) -> Decision:
     """Return the decision of a question that has ended. Only a COMPLETED execution can be an approval."""
     node = next(one for one in execution.nodes if one.node_id == NODE)
     if execution.status is not ExecutionStatus.COMPLETED:
-        # A rejection is recorded as an attempt, with the person's name and reason. If the time ran out, there is none.
-        rejected = next((one for one in reversed(node.attempts) if one.outcome is Outcome.FAILED), None)
-        if rejected is None:
+        # The rejection is recorded as an attempt, which ends together with the execution. If the time ran out, there is
+        # no such attempt. Earlier attempts are rejections that a person has undone with a retry.
+        last = node.attempts[-1] if node.attempts else None
+        if last is None or last.ended_ms != execution.ended_ms:
             return Decision(False, execution.execution_id, reason=node.error or execution.error)
-        reason = rejected.error.removeprefix("rejected").removeprefix(": ")
-        return Decision(False, execution.execution_id, by=rejected.worker_id, reason=reason)
+        return Decision(False, execution.execution_id, by=last.worker_id, reason=last.error)
     output = jsontext.parse(node.output_json or "{}", "the decision")
     return Decision(
         bool(output.get("approved")),

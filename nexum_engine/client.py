@@ -489,20 +489,21 @@ class NexumClient:
         resolved_by: str = "",
         output: object = None,
         not_done: bool = False,
-        failed: str = "",
+        failed: str | None = None,
     ) -> None:
         """Decide about a node whose effect is unknown.
 
         With `not_done`, the effect has not happened, and the node is handed out again. With `failed`, the node and its
         execution fail for this reason. Otherwise the effect has happened, and the node completes with the JSON value
-        `output`. Raises NotFound, or Conflict if the node does not wait for such a decision.
+        `output`. Raises NotFound, Conflict if the node does not wait for such a decision, and InvalidRequest for an
+        empty reason.
         """
         request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=resolved_by)
-        if (not_done and failed) or (output is not None and (not_done or failed)):
+        if [output is not None, not_done, failed is not None].count(True) > 1:
             raise InvalidRequest("a node is resolved in one way: give only one of output, not_done and failed")
         if not_done:
             request.not_done = True
-        elif failed:
+        elif failed is not None:
             request.failed = failed
         else:
             request.output_json = jsontext.dump(output, "the result")
@@ -632,8 +633,8 @@ class NexumClient:
     ) -> None:
         """Report a task's failure. A `final` failure is not retried. Raises StaleTask.
 
-        With `unknown`, the effect of the EFFECT node may have happened: the node waits for a person. But first, if a
-        worker can reconcile the node, the task is handed out once more, with `must_reconcile`.
+        With `unknown`, the effect of the EFFECT node may have happened. If the node has `reconcile`, a worker's next
+        attempt finds out whether it has. Otherwise, or if that attempt can't tell either, the node waits for a person.
         """
         # An older server ignores `unknown`. Set `final`, so that this server doesn't hand the task out again.
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)

@@ -138,11 +138,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
         "for the event yet, the event is kept.",
     )
-    for command in (show, cancel, retry, resolve, send):
-        command.add_argument("execution", metavar="EXECUTION", help="the execution's id, as ps prints it")
+    for command, lister in ((show, "ps"), (cancel, "ps"), (retry, "ps"), (resolve, "unknown"), (send, "ps")):
+        command.add_argument("execution", metavar="EXECUTION", help=f"the execution's id, as {lister} prints it")
     for command in (approve, reject):
         command.add_argument(
             "execution", nargs="?", default="", metavar="EXECUTION", help="the execution's id, as approvals prints it"
+        )
+        command.add_argument(
+            "--session",
+            default="",
+            metavar="ID",
+            help="instead of EXECUTION: decide about all calls of this session that wait",
         )
     for command, lister in ((approve, "approvals"), (reject, "approvals"), (resolve, "unknown")):
         command.add_argument(
@@ -151,13 +157,6 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             default="",
             metavar="NODE",
             help=f"the node's name, as {lister} prints it (needed only if several nodes of the execution wait)",
-        )
-    for command in (approve, reject):
-        command.add_argument(
-            "--session",
-            default="",
-            metavar="ID",
-            help="instead of EXECUTION: decide about all calls of this session that wait",
         )
     for command in (cancel, approve, reject, resolve):
         command.add_argument(
@@ -280,7 +279,7 @@ class _Executions(Protocol):
     async def unknown(self) -> list[UnknownNode]: ...
 
     async def resolve(
-        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str
+        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
     ) -> None: ...
 
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None: ...
@@ -348,11 +347,17 @@ class _InDatabase:
         return await self._store.run(waits.unknown_nodes)
 
     async def resolve(
-        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str
+        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
     ) -> None:
-        output_json = None if not_done or failed else jsontext.dump(output, "the result")
+        is_done = not not_done and failed is None
         await self._store.run(
-            waits.resolve, execution_id, node_id, resolved_by, output_json=output_json, not_done=not_done, failed=failed
+            waits.resolve,
+            execution_id,
+            node_id,
+            resolved_by,
+            output_json=jsontext.dump(output, "the result") if is_done else None,
+            not_done=not_done,
+            failed=failed or "",
         )
 
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None:
@@ -434,8 +439,6 @@ async def _session_of(source: _Executions, pending: PendingApproval) -> object:
 
 
 async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
-    if args.failed == "":
-        raise InvalidRequest("--failed needs a reason")
     node = args.node or await _only_node(source, args.execution, report.waits_for_person, "a decision about its effect")
     await source.resolve(
         args.execution,
@@ -443,11 +446,11 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         resolved_by=args.by,
         output=getattr(args, "result", None),
         not_done=args.not_done,
-        failed=args.failed or "",
+        failed=args.failed,
     )
     if args.not_done:
         return f"{node} of {args.execution} is handed out again"
-    return f"{node} of {args.execution} is {'FAILED' if args.failed else 'COMPLETED'}"
+    return f"{node} of {args.execution} is {'COMPLETED' if args.failed is None else 'FAILED'}"
 
 
 def _is_undecided(node: Node) -> bool:

@@ -178,7 +178,8 @@ class FinalError(NexumError):
 
 
 class UnknownEffect(NexumError):
-    """An effect that may or may not have happened. If a handler raises this error, the node waits for a person.
+    """An effect that may or may not have happened. A handler raises this error if it can't tell.
 
-    Only an EFFECT node can wait like this. A node of another type fails, and is not retried.
+    If the EFFECT node has `reconcile`, the next attempt finds out. Otherwise, or if that attempt raises this error as
+    well, the node waits for a person. A node of another type fails, and is not retried.
     """

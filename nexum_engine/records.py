@@ -70,15 +70,18 @@ class Outcome(str, Enum):
 
 
 class Effect(str, Enum):
-    """What follows if an attempt ends without a report, at an EFFECT node whose effect must happen only once."""
+    """What follows if it is unknown whether an attempt at an EFFECT node had its effect, which must happen only once.
+
+    The effect is unknown if the attempt may have begun and ends without a report, or if its worker reports so.
+    """
 
     ONCE = "ONCE"
-    """If an attempt ends without a report, the attempt is UNKNOWN, and the node waits for a person."""
+    """The attempt is UNKNOWN, and the node waits for a person."""
     RECONCILE = "RECONCILE"
-    """If an attempt ends without a report, the node is handed out again, as MUST_RECONCILE."""
+    """The node is handed out again, as MUST_RECONCILE."""
     MUST_RECONCILE = "MUST_RECONCILE"
-    """Like RECONCILE, after an attempt has ended without a report: each later attempt first finds out whether the
-    effect has happened."""
+    """Each attempt first finds out whether the effect has happened. If an attempt ends without a report, the node is
+    handed out again. If its worker reports that it can't tell, the node waits for a person."""
 
 
 class NodeType(str, Enum):
@@ -243,7 +246,7 @@ class Task:
     map_item_json: str = ""
     """The item, in a task of type MAP_SUBTASK."""
     must_reconcile: bool = False
-    """Whether an earlier attempt ended without a report: the worker must first find out if the effect has happened."""
+    """Whether the effect of an earlier attempt is unknown: the worker must first find out if it has happened."""
 
 
 @dataclass(frozen=True)

@@ -119,8 +119,9 @@ def details(execution: Execution, children: Sequence[Execution] = ()) -> str:
             lines.append(f"  waits    until {_moment(node.due_ms)}, at the longest")
         if waits_for_person(node):
             lines.append("  waits    for a person: its effect is UNKNOWN (nexum resolve)")
+        decisions = _decisions(node)
         for attempt in node.attempts:
-            lines += _attempt(attempt, is_decision=attempt in _decisions(node))
+            lines += _attempt(attempt, is_decision=attempt in decisions)
         if node.error and (not node.attempts or node.attempts[-1].error != node.error):
             lines += _field("  note", node.error)
         if node.progress_json and not execution.status.ended:

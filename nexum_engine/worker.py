@@ -79,7 +79,7 @@ class TaskContext:
     total: int = 0
     """How many items the MAP node has."""
     must_reconcile: bool = False
-    """Whether an earlier attempt ended without a report, and the node has `reconcile`.
+    """Whether the node has `reconcile`, and the effect of an earlier attempt is unknown.
 
     The handler must first find out whether the effect has happened. If so, the handler returns the result. If not, it
     does the work. If it can't tell, it raises UnknownEffect.
@@ -93,7 +93,7 @@ class TaskContext:
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
 """A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
-is retried later, except after FinalError. After UnknownEffect, an EFFECT node waits for a person.
+is retried later, except after FinalError. For UnknownEffect, see there.
 
 The handler of a ROUTER node returns the name of the target. The handler of a SUBWORKFLOW node returns the input of the
 execution to start."""

@@ -240,8 +240,8 @@ class WorkflowBuilder:
     ) -> WorkflowBuilder:
         """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it.
 
-        An attempt that takes longer than `timeout_seconds` counts as failed. `retry` says when the node is retried
-        after a reported failure.
+        An attempt that takes longer than `timeout_seconds` counts as failed or, with `once`, as one without a report.
+        `retry` says when the node is retried after a reported failure.
 
         With `once`, if an attempt may have begun and ends without a report, the node is not handed out again. It waits
         for a person (`nexum unknown`). With `reconcile`, the handler gets another attempt instead, in which

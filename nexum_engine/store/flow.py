@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 
 from nexum_engine import jsontext, scheduling
-from nexum_engine.errors import InvalidRequest, WorkflowNotFound
+from nexum_engine.errors import InvalidRequest, TooLarge, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
@@ -267,6 +267,12 @@ def outputs_fit(db: Db, execution_id: str, size: int) -> bool:
     To save a query, a `size` up to MAX_INLINE_BYTES always counts as fitting.
     """
     return size <= MAX_INLINE_BYTES or output_bytes(db, execution_id) + size <= MAX_OUTPUT_BYTES
+
+
+def check_outputs_fit(db: Db, execution_id: str, output_json: str) -> None:
+    """Raise TooLarge if an execution's outputs, with one more, are over MAX_OUTPUT_BYTES."""
+    if not outputs_fit(db, execution_id, jsontext.size_of(output_json)):
+        raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
 
 
 def _fail_too_large(db: Db, node: Row, size: int, changes: Changes) -> bool:

@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from nexum_engine import jsontext
-from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound, TooLarge
+from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound
 from nexum_engine.records import Effect, ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
 from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import OwnedResult, start_execution
-from nexum_engine.store.flow import MAX_OUTPUT_BYTES, end_execution
+from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.limits import gate_of, pass_through, place_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
@@ -359,8 +359,7 @@ def _was_reported(db: Db, row: Row, output: object, output_json: str) -> bool:
 
 def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     execution_id = row["execution_id"]
-    if not flow.outputs_fit(db, execution_id, len(output_json)):
-        raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
+    flow.check_outputs_fit(db, execution_id, output_json)
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
     place_freed(db, row, changes)
     if row["unrecorded"] > 1:  # this node is still included: above 1, other nodes are unrecorded, too

@@ -80,7 +80,7 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     if answer_json:
         decision["answer"] = jsontext.parse(answer_json, "answer_json")
     output = jsontext.dump(decision, "the decision")
-    _check_fits(db, execution_id, output)
+    flow.check_outputs_fit(db, execution_id, output)
     _note_decision(db, node, approver, Outcome.COMPLETED, "")
     flow.complete_waiting(db, node, output, changes)
     return changes.freeze()
@@ -133,11 +133,6 @@ def _note_decision(db: Db, node: Row, by: str, outcome: Outcome, reason: str) ->
     )
 
 
-def _check_fits(db: Db, execution_id: str, output_json: str) -> None:
-    if not flow.outputs_fit(db, execution_id, jsontext.size_of(output_json)):
-        raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {flow.MAX_OUTPUT_BYTES:,} bytes")
-
-
 def resolve(
     db: Db,
     execution_id: str,
@@ -153,10 +148,12 @@ def resolve(
     With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
     has not happened, and the node is handed out again. Otherwise the node and its execution fail, for the reason
     `failed`. Raises NotFound if there is no such node, Conflict if its effect is not unknown now, InvalidRequest for a
-    result that isn't JSON, and TooLarge for a long reason or result.
+    result that isn't JSON or an empty reason, and TooLarge for a long reason or result.
     """
     if output_json is not None:
         jsontext.parse(output_json, "output_json")
+    elif not not_done and not failed:
+        raise InvalidRequest("failed needs a reason: say why the node fails")
     node, _ = _node_of(db, execution_id, node_id, by, failed)
     if node["status"] != NodeStatus.WAITING or node["outcome"] != Outcome.UNKNOWN:
         raise Conflict(
@@ -165,10 +162,10 @@ def resolve(
         )
     changes, number = Changes(), node["node"]
     if output_json is not None:
-        _check_fits(db, execution_id, output_json)
+        flow.check_outputs_fit(db, execution_id, output_json)
         outcome, reason = Outcome.COMPLETED, ""
     else:
-        outcome, reason = Outcome.FAILED, NOT_DONE if not_done else failed or "the effect has failed"
+        outcome, reason = Outcome.FAILED, NOT_DONE if not_done else failed
     db.run("keep_attempt", node=number)
     db.run(
         "add_resolution",

@@ -262,8 +262,8 @@ class PollResponse(google.protobuf.message.Message):
     progress_json: builtins.str
     """Addition: the last progress that an earlier attempt at the node sent."""
     must_reconcile: builtins.bool
-    """Addition: true if an earlier attempt at this node, which has a `reconcile` function, ended without a report. The
-    worker first looks whether the effect has happened, and runs the effect only if it has not.
+    """Addition: true if the node has `reconcile`, and the effect of an earlier attempt is unknown. The worker first looks
+    whether the effect has happened, and runs the effect only if it has not.
     """
     def __init__(
         self,
@@ -322,9 +322,10 @@ class FailRequest(google.protobuf.message.Message):
     final: builtins.bool
     """Addition: true if a retry can't fix the failure: the node fails at once."""
     unknown: builtins.bool
-    """Addition: true if the effect of an EFFECT node may have happened. The node then waits for a person (ResolveNode);
-    but first, if the node's worker can reconcile, the task is handed out once more (PollResponse.must_reconcile). A
-    client also sets `final`, so that a server that doesn't know this field does not run the effect again.
+    """Addition: true if the effect of an EFFECT node may have happened. If the node has `reconcile`, and the task had no
+    `must_reconcile`, the node is handed out again with `must_reconcile`. Otherwise, or if the task has an owner, the
+    node waits for a person (ResolveNode). A client also sets `final`, so that a server that doesn't know this field does
+    not run the effect again.
     """
     def __init__(
         self,

@@ -1,18 +1,49 @@
-"""The fixtures of a server with TLS and tokens, and of calls that wait at a server."""
+"""The fixtures of a store on a clock that the tests move, of a server with TLS and tokens, and of calls that wait."""
 
 from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from certificates import TOKENS
 from server_thread import Secured, secured_server
 
+from nexum_engine.clock import ManualClock
 from nexum_engine.records import Execution
 from nexum_engine.server.waiters import Waiters
+from nexum_engine.store import Store, open_store
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+async def stores(database_url: str, clock: ManualClock) -> AsyncIterator[list[Store]]:
+    opened = [await open_store(database_url, clock)]
+    yield opened
+    await opened[-1].close()
+
+
+@pytest.fixture
+def store(stores: list[Store]) -> Store:
+    return stores[0]
+
+
+@pytest.fixture
+def reopen(stores: list[Store], database_url: str, clock: ManualClock) -> Callable[[], Awaitable[Store]]:
+    """Close the store and open it again, as a restarted server does."""
+
+    async def again() -> Store:
+        await stores[-1].close()
+        stores.append(await open_store(database_url, clock))
+        return stores[-1]
+
+    return again
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,7 @@ def test_person_rejects_without_a_server(tmp_path: Path) -> None:
         (["resolve", "exec-unknown", "--not-done"], 1, "no execution 'exec-unknown'"),
         (["resolve", "exec-unknown"], 2, "one of the arguments --result --not-done --failed is required"),
         (["resolve", "exec-unknown", "a", "--result", "1", "--not-done"], 2, "not allowed with argument --result"),
-        (["resolve", "exec-unknown", "a", "--failed", ""], 1, "--failed needs a reason"),
+        (["resolve", "exec-unknown", "a", "--failed", ""], 1, "failed needs a reason"),
         (["reject"], 1, "give either an EXECUTION or --session"),
         (["approve", "exec-1", "--session", "s"], 1, "give either an EXECUTION or --session"),
         (["approve", "--session", "s", "--args", "{}"], 1, "--args are the arguments of one call"),

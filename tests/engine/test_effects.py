@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 
 import pytest
 
+from nexum_engine.approvals import approval_workflow, decision_of
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, InvalidRequest, NotFound, StaleTask
 from nexum_engine.records import Attempt, ExecutionStatus, Node, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, leases, open_store, reading, retry, tasks, waits
+from nexum_engine.store import Store, executions, leases, reading, retry, tasks, waits
 from nexum_engine.workflow import MAX_SECONDS, RetryPolicy, workflow
 
 pytestmark = pytest.mark.both_stores
@@ -19,18 +19,6 @@ pytestmark = pytest.mark.both_stores
 LEASE_MS = 30_000
 GRACE_MS = 1_000
 NO_RETRIES = 2**60  # a sweep looks for retries that are due after this time, and finds none
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
-    opened = await open_store(database_url, clock)
-    yield opened
-    await opened.close()
 
 
 async def start(
@@ -354,6 +342,8 @@ async def test_only_an_unknown_effect_can_be_resolved_and_only_once(store: Store
         await store.run(waits.resolve, execution_id, "other", "Ann", not_done=True)
     with pytest.raises(InvalidRequest, match="output_json"):
         await store.run(waits.resolve, execution_id, "pay", "Ann", output_json="{")
+    with pytest.raises(InvalidRequest, match="failed needs a reason"):
+        await store.run(waits.resolve, execution_id, "pay", "Ann", failed="")
     await store.run(waits.resolve, execution_id, "pay", "Ann", output_json="1")
     with pytest.raises(Conflict, match="it is COMPLETED"):
         await store.run(waits.resolve, execution_id, "pay", "Bob", not_done=True)
@@ -519,6 +509,29 @@ async def test_every_decision_stays_on_record(store: Store, clock: ManualClock) 
         Attempt(1, "Bob", asked_ms, rejected_ms, Outcome.FAILED, "too much"),
         Attempt(2, "Ann", again_ms, clock.now_ms(), Outcome.COMPLETED, ""),
     ]
+
+
+async def test_refusal_names_the_rejection_or_that_nobody_decided(store: Store, clock: ManualClock) -> None:
+    built = approval_workflow(timeout=60)
+    await store.run(executions.register_workflow, "ask", "v1", built.ir_json)
+    execution_id = (await store.run(executions.start_execution, "ask", "v1", "{}", "")).execution_id
+
+    async def refusal() -> str:
+        return decision_of(await store.run(reading.get_execution, execution_id, True)).refusal
+
+    for by, reason, said in (
+        ("", "", "this call was not approved"),
+        ("", "too much", "this call was not approved: too much"),
+        ("Bob", "", "Bob rejected this call"),
+        ("Bob", "rejected: too much", "Bob rejected this call: rejected: too much"),
+    ):
+        clock.advance(1)
+        await store.run(waits.reject, execution_id, "approval", by, reason)
+        assert await refusal() == said
+        await store.run(retry.retry_execution, execution_id)
+    clock.advance(61)
+    await sweep(store)
+    assert await refusal() == "this call was not approved: not decided within 60 s"
 
 
 async def test_long_inputs_are_left_out_of_the_lists(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

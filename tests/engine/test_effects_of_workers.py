@@ -292,6 +292,16 @@ async def test_resolution_with_two_decisions_is_refused(client: NexumClient) -> 
             await client.resolve("exec-1", "pay", **options)
 
 
+async def test_empty_reason_does_not_complete_the_node(client: NexumClient) -> None:
+    async with Owner(client) as owner:
+        started = await owner.start(PAY, {}, idempotency_key="k")
+        assert started.task is not None
+        await owner.fail(started.task, "no answer", unknown=True)
+    with pytest.raises(InvalidRequest, match="failed needs a reason"):
+        await client.resolve(started.execution_id, "pay", failed="")
+    assert (await observed(client, started.execution_id)).status is ExecutionStatus.RUNNING
+
+
 async def test_published_server_says_that_it_knows_no_unknown_effects(tmp_path: Path) -> None:
     with published_server(tmp_path) as address:
         async with NexumClient(address) as client:

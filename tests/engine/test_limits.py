@@ -25,35 +25,6 @@ both_stores = pytest.mark.both_stores
 Reopen = Callable[[], Awaitable[Store]]
 
 
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def stores(database_url: str, clock: ManualClock) -> AsyncIterator[list[Store]]:
-    opened = [await open_store(database_url, clock)]
-    yield opened
-    await opened[-1].close()
-
-
-@pytest.fixture
-def store(stores: list[Store]) -> Store:
-    return stores[0]
-
-
-@pytest.fixture
-def reopen(stores: list[Store], database_url: str, clock: ManualClock) -> Reopen:
-    """Close the store and open it again, as a restarted server does."""
-
-    async def again() -> Store:
-        await stores[-1].close()
-        stores.append(await open_store(database_url, clock))
-        return stores[-1]
-
-    return again
-
-
 def limited(rate: str | None = None, concurrency: int | None = None, *, once: bool = False) -> Workflow:
     return workflow("limited").effect("a", rate=rate, concurrency=concurrency, once=once).build()
 

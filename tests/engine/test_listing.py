@@ -19,11 +19,6 @@ ATTRIBUTES: tuple[dict[str, str], ...] = ({}, {"customer": "c-1"}, {"customer": 
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
     store = await open_store(database_url, clock)
     for workflow_id in ("w", "v", "run", "event"):

@@ -31,11 +31,6 @@ OWNED = workflow("owned").effect("a").build()
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
     opened = await open_store(harness.url_of(tmp_path), clock)
     await opened.run(

@@ -35,11 +35,6 @@ NOT_OF_AN_EXECUTION = {"workflow_versions", "limits", "file_mark", "log_stamp", 
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
     store = await open_store(database_url, clock)
     await register(store)

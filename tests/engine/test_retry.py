@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from processes import wait_until
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound
 from nexum_engine.records import NodeStatus, Outcome, Task
-from nexum_engine.store import Store, executions, open_store, reading, tasks
+from nexum_engine.store import Store, executions, reading, tasks
 from nexum_engine.store.retry import retry_execution
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -25,18 +25,6 @@ pytestmark = pytest.mark.both_stores
 
 CHAIN = {"a": [], "b": ["a"], "c": ["b"]}
 FAN = {"root": [], "left": ["root"], "right": ["root"], "end": ["left", "right"], "late": ["right"]}
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def store(database_url: str, clock: ManualClock) -> AsyncIterator[Store]:
-    store = await open_store(database_url, clock)
-    yield store
-    await store.close()
 
 
 async def begin(store: Store, nodes: Mapping[str, Sequence[str]], key: str = "") -> str:

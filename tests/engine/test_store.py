@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -16,12 +16,13 @@ from nexum_engine.errors import (
     InvalidRequest,
     StaleTask,
     TaskNotFound,
+    TooLarge,
     VersionConflict,
     WorkflowNotFound,
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks, waits
+from nexum_engine.store import Store, executions, flow, leases, listing, reading, tasks, waits
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changed, Renewed, Started
 
@@ -36,35 +37,6 @@ CHAIN: dict[str, list[str]] = {"a": [], "b": ["a"]}
 DIAMOND: dict[str, list[str]] = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
 
 Reopen = Callable[[], Awaitable[Store]]
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-async def stores(database_url: str, clock: ManualClock) -> AsyncIterator[list[Store]]:
-    opened = [await open_store(database_url, clock)]
-    yield opened
-    await opened[-1].close()
-
-
-@pytest.fixture
-def store(stores: list[Store]) -> Store:
-    return stores[0]
-
-
-@pytest.fixture
-def reopen(stores: list[Store], database_url: str, clock: ManualClock) -> Reopen:
-    """Close the store and open it again, as a restarted server does."""
-
-    async def again() -> Store:
-        await stores[-1].close()
-        stores.append(await open_store(database_url, clock))
-        return stores[-1]
-
-    return again
 
 
 async def register(
@@ -863,6 +835,15 @@ async def test_executions_are_listed_newest_first_and_filtered(store: Store) -> 
 
 
 # ---- Durability (G1) -------------------------------------------------------------------------------------------------
+
+
+async def test_limit_of_outputs_counts_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "MAX_OUTPUT_BYTES", 100_000)
+    await start(store)
+    task = await taken(store)
+    with pytest.raises(TooLarge, match="over the limit of 100,000 bytes"):
+        await store.run(tasks.complete_task, task.task_id, json.dumps("é" * 70_000, ensure_ascii=False))
+    await store.run(tasks.complete_task, task.task_id, json.dumps("e" * 70_000))
 
 
 async def test_records_survive_reopening_the_store(store: Store, reopen: Reopen) -> None:

@@ -30,11 +30,6 @@ ONE: dict[str, list[str]] = {"a": []}
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 async def stores(postgres_url: str, clock: ManualClock) -> AsyncIterator[tuple[Store, Store]]:
     stores = [await open_store(postgres_url, clock), await open_store(postgres_url, clock)]
     yield stores[0], stores[1]

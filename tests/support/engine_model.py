@@ -608,7 +608,8 @@ class Model:
         node = self.run(run_id).nodes.get(name)
         if node is None or node.kind != "HUMAN_APPROVAL":
             raise NotFound("no such node")
-        if node.status != "WAITING":
+        is_late = node.due is not None and node.due <= self.now  # although no sweep has ended the wait yet
+        if node.status != "WAITING" or is_late:
             raise Conflict("not now")
         return node
 
