@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Server, environment
+from harness import ROOT, environment
+from server_thread import ServerThread
 
 FILES = (
     "test_group_chat_graph",
@@ -78,7 +79,7 @@ def outcomes(tests: Path, more: Mapping[str, str]) -> tuple[dict[str, str], int]
 
 
 @pytest.mark.timeout(400)
-def test_autogen_suite_has_same_outcomes_in_session_and_replay(server: Server, autogen_tests: Path) -> None:
+def test_autogen_suite_has_same_outcomes_in_session_and_replay(server: ServerThread, autogen_tests: Path) -> None:
     plain, asked = outcomes(autogen_tests, {})
     assert (len(plain) > 100, asked > 50) == (True, True)
     inside = {"NEXUM_ADDRESS": server.address, "SESSIONS": "suite"}

@@ -14,13 +14,14 @@ from durable_agents import (
     is_after_a_tool,
     whole,
 )
-from harness import Server, logged
+from harness import logged
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession
 
 
-async def test_live_and_replayed_calls_are_counted_separately(server: Server) -> None:
+async def test_live_and_replayed_calls_are_counted_separately(server: ServerThread) -> None:
     def note() -> str:
         return "noted"
 

@@ -14,8 +14,9 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
 from durable_agents import TIMEOUT, agent, answer, client, named, run, texts
-from harness import Server, logged
+from harness import logged
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions
 from durable_autogen.record.recorder import OnDrift
@@ -28,7 +29,7 @@ from support.models import ModelFailed
 
 @pytest.mark.every_python
 async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
@@ -64,7 +65,7 @@ async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
         assert await asyncio.wait_for(program("b"), TIMEOUT) == said
 
 
-async def test_replay_does_not_wait_for_given_up_call(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_replay_does_not_wait_for_given_up_call(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.3)
 
     async def program(*, more: bool) -> str:
@@ -92,7 +93,7 @@ def alone(model: OpenAIServer, name: str = "a") -> Team:
     return RoundRobinGroupChat([agent(model, name)], max_turns=3)
 
 
-async def test_same_message_can_be_added_to_fork_of_fork(server: Server) -> None:
+async def test_same_message_can_be_added_to_fork_of_fork(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: alone(model))
         async with NexumClient(server.address) as nexum:
@@ -109,7 +110,7 @@ async def test_same_message_can_be_added_to_fork_of_fork(server: Server) -> None
         assert len(model.requests) == asked
 
 
-async def test_added_message_reaches_agent_after_drift(server: Server) -> None:
+async def test_added_message_reaches_agent_after_drift(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: alone(model))
         async with NexumClient(server.address) as nexum:
@@ -135,7 +136,7 @@ async def test_added_message_reaches_agent_after_drift(server: Server) -> None:
     ],
 )
 async def test_fork_into_different_session_is_refused(
-    server: Server, source: str, count: int, message: str, said: str
+    server: ServerThread, source: str, count: int, message: str, said: str
 ) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         for session in ("s", "r"):
@@ -186,7 +187,7 @@ QUESTION = [UserMessage(content="Q", source="user")]
 
 
 async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The replay waits for the given-up call for longer than DRIFT_PATIENCE. That wait must not count as drift.
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
@@ -211,7 +212,7 @@ async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
 
 
 async def test_survived_failure_is_recorded_once_although_next_call_was_given_up(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replies = iter([Reply(status=400), answer("given up"), answer("yes")])
     held = Held(monkeypatch, "reply/2")
@@ -234,7 +235,9 @@ async def test_survived_failure_is_recorded_once_although_next_call_was_given_up
         assert len(model.requests) == 3
 
 
-async def test_duration_of_call_does_not_extend_drift_patience(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_duration_of_call_does_not_extend_drift_patience(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.2)
     lines: list[str] = []
 
@@ -256,7 +259,7 @@ async def test_duration_of_call_does_not_extend_drift_patience(server: Server, m
             await asyncio.wait_for(program("b"), 2)
 
 
-async def test_fork_keeps_external_stop(server: Server) -> None:
+async def test_fork_keeps_external_stop(server: ServerThread) -> None:
     def build() -> Team:
         stopped = ExternalTermination()
         stopped.set()
@@ -274,7 +277,7 @@ async def test_fork_keeps_external_stop(server: Server) -> None:
 
 @pytest.mark.every_python
 @pytest.mark.parametrize("is_team", [False, True])
-async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Server, is_team: bool) -> None:
+async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: ServerThread, is_team: bool) -> None:
     answers = threading.Event()
 
     def reply(_: dict[str, Any]) -> Reply:
@@ -305,7 +308,7 @@ async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Ser
 
 
 @pytest.mark.every_python
-async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> None:
+async def test_cancelled_tool_is_called_again_in_next_run(server: ServerThread) -> None:
     begun: list[asyncio.Event] = [asyncio.Event(), asyncio.Event()]
     runs = 0
 
@@ -340,7 +343,7 @@ async def test_cancelled_tool_is_called_again_in_next_run(server: Server) -> Non
 
 
 @pytest.mark.every_python
-def test_token_can_be_cancelled_after_run(server: Server) -> None:
+def test_token_can_be_cancelled_after_run(server: ServerThread) -> None:
     token = CancellationToken()
     with OpenAIServer(lambda _: answer("yes")) as model:
         asyncio.run(run(server, lambda: agent(model, "a"), cancellation_token=token))

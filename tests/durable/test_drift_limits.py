@@ -22,8 +22,8 @@ from durable_agents import (
     texts,
     whole,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession, list_sessions
 from durable_autogen.record.recorder import OnDrift
@@ -31,7 +31,7 @@ from nexum_engine.client import NexumClient
 
 
 async def test_programs_own_work_does_not_use_up_drift_patience(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
 
@@ -53,7 +53,7 @@ async def test_programs_own_work_does_not_use_up_drift_patience(
         assert len(model.requests) == 2
 
 
-async def test_new_call_gets_short_drift_patience(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_new_call_gets_short_drift_patience(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", HOURS)
 
@@ -68,7 +68,7 @@ async def test_new_call_gets_short_drift_patience(server: Server, monkeypatch: p
         assert len(model.requests) == 1
 
 
-async def test_program_that_continues_live_is_reported_once(server: Server) -> None:
+async def test_program_that_continues_live_is_reported_once(server: ServerThread) -> None:
     lines: list[str] = []
 
     def build(system: str) -> RoundRobinGroupChat:
@@ -82,7 +82,7 @@ async def test_program_that_continues_live_is_reported_once(server: Server) -> N
         assert len(model.requests) == 6
 
 
-async def test_replay_knows_where_another_program_continued_session(server: Server) -> None:
+async def test_replay_knows_where_another_program_continued_session(server: ServerThread) -> None:
     def build(system: str) -> RoundRobinGroupChat:
         one, other = client(model), client(model)
         return RoundRobinGroupChat(
@@ -99,7 +99,7 @@ async def test_replay_knows_where_another_program_continued_session(server: Serv
         assert len(model.requests) == 5
 
 
-async def test_undelivered_failure_is_retried_after_drift(server: Server) -> None:
+async def test_undelivered_failure_is_retried_after_drift(server: ServerThread) -> None:
     broken = True
 
     async def program(prompt: str, on_drift: OnDrift = "stop") -> list[Any]:
@@ -116,7 +116,7 @@ async def test_undelivered_failure_is_retried_after_drift(server: Server) -> Non
         assert len(model.requests) == 3
 
 
-async def test_session_that_continued_after_its_end_is_not_finished(server: Server) -> None:
+async def test_session_that_continued_after_its_end_is_not_finished(server: ServerThread) -> None:
     broken = True
 
     def build(turns: int) -> RoundRobinGroupChat:

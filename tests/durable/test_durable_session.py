@@ -17,8 +17,9 @@ from autogen_agentchat.tools import TeamTool
 from autogen_core.models import CreateResult, UserMessage
 from autogen_core.tools import FunctionTool
 from durable_agents import answer, bench, client, named
-from harness import ROOT, Server
+from harness import ROOT
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
 from nexum_engine.errors import InvalidRequest
@@ -30,7 +31,7 @@ def said(text: str) -> list[UserMessage]:
     return [UserMessage(content=text, source="user")]
 
 
-async def test_calls_of_bare_model_client_are_recorded(server: Server) -> None:
+async def test_calls_of_bare_model_client_are_recorded(server: ServerThread) -> None:
     async def program() -> list[str]:
         async with DurableSession("s", nexum=server.address):
             durable = named(client(model), "me")
@@ -44,7 +45,7 @@ async def test_calls_of_bare_model_client_are_recorded(server: Server) -> None:
         assert len(model.requests) == 2
 
 
-async def test_streamed_reply_is_recorded_before_its_last_piece(server: Server) -> None:
+async def test_streamed_reply_is_recorded_before_its_last_piece(server: ServerThread) -> None:
     async def program(*, leave: bool) -> str:
         async with DurableSession("s", nexum=server.address):
             durable = named(client(model), "me")
@@ -62,7 +63,7 @@ async def test_streamed_reply_is_recorded_before_its_last_piece(server: Server) 
         assert len(model.requests) == 1
 
 
-async def test_program_that_runs_agents_itself_continues_after_crash(server: Server) -> None:
+async def test_program_that_runs_agents_itself_continues_after_crash(server: ServerThread) -> None:
     done: list[str] = []
 
     def plain(text: str) -> str:
@@ -103,7 +104,7 @@ async def test_program_that_runs_agents_itself_continues_after_crash(server: Ser
     assert sorted(done) == ["a", "a", "b"]
 
 
-async def test_drift_error_names_the_difference(server: Server) -> None:
+async def test_drift_error_names_the_difference(server: ServerThread) -> None:
     async def program(question: str, *, ask: bool = True) -> None:
         async with DurableSession("s", nexum=server.address):
             if ask:
@@ -119,7 +120,7 @@ async def test_drift_error_names_the_difference(server: Server) -> None:
         assert len(model.requests) == 1
 
 
-async def test_session_has_one_owner_and_is_entered_once(server: Server) -> None:
+async def test_session_has_one_owner_and_is_entered_once(server: ServerThread) -> None:
     with pytest.raises(InvalidRequest):
         DurableSession("not/an/id")
     session = DurableSession("s", nexum=server.address)
@@ -132,7 +133,7 @@ async def test_session_has_one_owner_and_is_entered_once(server: Server) -> None
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_replay_has_ids_and_times_of_first_run(server: Server, stream: bool) -> None:
+async def test_replay_has_ids_and_times_of_first_run(server: ServerThread, stream: bool) -> None:
     def note() -> str:
         return "noted"
 
@@ -173,7 +174,7 @@ async def test_replay_has_ids_and_times_of_first_run(server: Server, stream: boo
         assert [message.id for message in again.messages] == ["my own", *(message.id for message in live.messages[1:])]
 
 
-async def test_other_sessions_and_programs_have_other_ids(server: Server) -> None:
+async def test_other_sessions_and_programs_have_other_ids(server: ServerThread) -> None:
     def build(system: str = "Be brief.") -> AssistantAgent:
         return AssistantAgent("one", client(model), system_message=system)
 
@@ -189,7 +190,7 @@ async def test_other_sessions_and_programs_have_other_ids(server: Server) -> Non
         assert await last_id("b", "s") == ids[2]
 
 
-async def test_replay_has_same_transcript(server: Server) -> None:
+async def test_replay_has_same_transcript(server: ServerThread) -> None:
     begun = datetime.now(timezone.utc)
 
     async def program() -> list[Any]:
@@ -210,7 +211,7 @@ async def test_replay_has_same_transcript(server: Server) -> None:
         assert min(message["created_at"] for message in messages) >= begun
 
 
-async def test_streams_of_agents_in_tool_have_same_transcript_in_replay(server: Server) -> None:
+async def test_streams_of_agents_in_tool_have_same_transcript_in_replay(server: ServerThread) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "outer" and body["messages"][-1]["role"] != "tool":
             return Reply(calls=[("crew", {"task": "help"})])
@@ -233,7 +234,7 @@ async def test_streams_of_agents_in_tool_have_same_transcript_in_replay(server: 
         assert len(model.requests) == 5
 
 
-async def test_input_requests_have_same_transcript_in_replay(server: Server) -> None:
+async def test_input_requests_have_same_transcript_in_replay(server: ServerThread) -> None:
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([UserProxyAgent("user", input_func=lambda _: "go on")], max_turns=2)
 

@@ -35,8 +35,8 @@ from durable_agents import (
     run,
     texts,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession, call_id
 from durable_autogen.record.events import Kind, read_record
@@ -53,7 +53,7 @@ class Flaky(Exception):
         self.status = status
 
 
-async def test_survived_failure_is_replayed(server: Server) -> None:
+async def test_survived_failure_is_replayed(server: ServerThread) -> None:
     seen: list[tuple[type[BaseException], str, object]] = []
 
     class FailsTwice(LiveModel):
@@ -87,7 +87,7 @@ async def test_survived_failure_is_replayed(server: Server) -> None:
         assert len(model.requests) == 1
 
 
-async def test_failure_of_agent_tool_is_replayed(server: Server) -> None:
+async def test_failure_of_agent_tool_is_replayed(server: ServerThread) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "helper":
             return Reply(status=400)
@@ -106,7 +106,7 @@ async def test_failure_of_agent_tool_is_replayed(server: Server) -> None:
         assert len(model.requests) == asked
 
 
-async def test_failure_that_ended_run_is_retried_although_other_agents_continued(server: Server) -> None:
+async def test_failure_that_ended_run_is_retried_although_other_agents_continued(server: ServerThread) -> None:
     failing = True
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -174,7 +174,7 @@ class EndsBadly(Workbench):
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), KeyboardInterrupt(), SystemExit(), ValueError("no")])
-async def test_workbench_that_raises_anything_is_recorded_failure(server: Server, error: BaseException) -> None:
+async def test_workbench_that_raises_anything_is_recorded_failure(server: ServerThread, error: BaseException) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         return answer("end") if is_after_a_tool(body) else Reply(calls=[("end", {})])
 
@@ -197,7 +197,7 @@ class Hopeless(BaseException):
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless] if sys.version_info >= (3, 11) else [Hopeless])
 async def test_custom_agent_that_raises_anything_ends_run_with_error(
-    server: Server, error: type[BaseException]
+    server: ServerThread, error: type[BaseException]
 ) -> None:
     async def ends(_: str) -> str:
         raise error
@@ -208,7 +208,7 @@ async def test_custom_agent_that_raises_anything_ends_run_with_error(
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError, Hopeless])
 async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
-    server: Server, error: type[BaseException]
+    server: ServerThread, error: type[BaseException]
 ) -> None:
     class Unlisted(StaticWorkbench):
         async def list_tools(self) -> list[ToolSchema]:
@@ -223,7 +223,7 @@ async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
         assert not model.requests
 
 
-async def test_stop_iteration_of_tool_in_thread_is_recorded_failure(server: Server) -> None:
+async def test_stop_iteration_of_tool_in_thread_is_recorded_failure(server: ServerThread) -> None:
     def look() -> str:
         return next(row for row in ("a", "b") if row == "c")
 
@@ -238,7 +238,7 @@ async def test_stop_iteration_of_tool_in_thread_is_recorded_failure(server: Serv
         assert len(model.requests) == 2
 
 
-async def test_half_surrogate_pair_in_reply_is_replaced(server: Server) -> None:
+async def test_half_surrogate_pair_in_reply_is_replaced(server: ServerThread) -> None:
     with OpenAIServer(lambda _: Reply("a\ud83d")) as model:
         for _ in range(2):
             assert texts(await run(server, lambda: agent(model, "one")))[-1] == "a\ufffd"
@@ -270,7 +270,7 @@ def fan(middle: Sequence[Any], first: Any, last: Any) -> GraphFlow:
     return GraphFlow([first, *middle, last], builder.build())
 
 
-async def test_survived_failure_is_kept_if_later_failure_has_same_text(server: Server) -> None:
+async def test_survived_failure_is_kept_if_later_failure_has_same_text(server: ServerThread) -> None:
     broken = True
 
     async def falls_back(own: Caller) -> str:
@@ -296,7 +296,7 @@ async def test_survived_failure_is_kept_if_later_failure_has_same_text(server: S
         assert [request.body["model"] for request in model.requests] == ["two", "three"]
 
 
-async def test_failure_raised_after_other_results_is_retried(server: Server) -> None:
+async def test_failure_raised_after_other_results_is_retried(server: ServerThread) -> None:
     failures = [Offline("no")]
 
     async def all_or_nothing(own: Caller) -> str:
@@ -317,7 +317,7 @@ async def test_failure_raised_after_other_results_is_retried(server: Server) -> 
         assert len(model.requests) == 3
 
 
-async def test_agent_that_failed_while_others_continued_is_retried(server: Server) -> None:
+async def test_agent_that_failed_while_others_continued_is_retried(server: ServerThread) -> None:
     broken = True
     heard = asyncio.Event()
 
@@ -351,7 +351,7 @@ async def test_agent_that_failed_while_others_continued_is_retried(server: Serve
     assert sorted(asked) == ["a", "b", "c", "d"]
 
 
-async def test_failure_is_retried_although_other_branch_worked_longer(server: Server) -> None:
+async def test_failure_is_retried_although_other_branch_worked_longer(server: ServerThread) -> None:
     failures = [Offline("busy")]
 
     async def works(_: str) -> str:
@@ -370,7 +370,7 @@ async def test_failure_is_retried_although_other_branch_worked_longer(server: Se
         assert sorted(request.body["model"] for request in model.requests) == ["a", "b", "d"]
 
 
-async def test_finished_session_replays_failure_at_its_end(server: Server) -> None:
+async def test_finished_session_replays_failure_at_its_end(server: ServerThread) -> None:
     tried: list[int] = []
 
     def failing() -> Exception:
@@ -389,7 +389,7 @@ async def test_finished_session_replays_failure_at_its_end(server: Server) -> No
     assert tried == [1]
 
 
-async def test_programs_own_error_is_raised_unchanged(server: Server) -> None:
+async def test_programs_own_error_is_raised_unchanged(server: ServerThread) -> None:
     async def survives(own: Caller) -> str:
         try:
             return await own.ask()
@@ -442,7 +442,7 @@ FAILURES: list[Exception] = [
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-async def test_replayed_failure_has_its_class(server: Server, error: Exception) -> None:
+async def test_replayed_failure_has_its_class(server: ServerThread, error: Exception) -> None:
     seen: list[tuple[str, object, object]] = []
     failures = [error]
 
@@ -463,7 +463,7 @@ async def test_replayed_failure_has_its_class(server: Server, error: Exception) 
     assert seen == [seen[0]] * 2
 
 
-async def test_failure_in_team_tool_has_same_text_in_replay(server: Server) -> None:
+async def test_failure_in_team_tool_has_same_text_in_replay(server: ServerThread) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "inner":
             return Reply(status=400)
@@ -480,7 +480,7 @@ async def test_failure_in_team_tool_has_same_text_in_replay(server: Server) -> N
         assert len(model.requests) == asked
 
 
-async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -> None:
+async def test_agents_with_same_name_keep_their_calls_separate(server: ServerThread) -> None:
     def note(text: str) -> str:
         return f"noted {text} {random.random()}"
 
@@ -509,7 +509,7 @@ async def test_agents_with_same_name_keep_their_calls_separate(server: Server) -
 
 
 async def test_slow_branch_is_no_drift_if_killed_run_had_call_in_flight(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     stop = True
@@ -546,7 +546,7 @@ async def test_slow_branch_is_no_drift_if_killed_run_had_call_in_flight(
         assert texts(await run(server, build)) == texts(first)
 
 
-async def test_timeout_ends_team_without_calls(server: Server) -> None:
+async def test_timeout_ends_team_without_calls(server: ServerThread) -> None:
     async def waits(_: str) -> str:
         await asyncio.sleep(0.2)
         return "on"
@@ -560,7 +560,7 @@ async def test_timeout_ends_team_without_calls(server: Server) -> None:
     assert texts(await run(server, build)) == texts(first)
 
 
-async def test_stop_during_replay_stops_live_part(server: Server) -> None:
+async def test_stop_during_replay_stops_live_part(server: ServerThread) -> None:
     stop = ExternalTermination()
 
     def build(turns: int) -> RoundRobinGroupChat:
@@ -582,7 +582,7 @@ async def test_stop_during_replay_stops_live_part(server: Server) -> None:
         assert len(model.requests) == asked
 
 
-async def test_call_made_again_after_its_failure_keeps_its_id(server: Server) -> None:
+async def test_call_made_again_after_its_failure_keeps_its_id(server: ServerThread) -> None:
     ids: list[str] = []
 
     async def charge() -> str:
@@ -603,7 +603,7 @@ async def test_call_made_again_after_its_failure_keeps_its_id(server: Server) ->
     assert ids[0] == ids[1] != ""
 
 
-async def test_cancelled_call_that_is_made_again_keeps_its_id(server: Server) -> None:
+async def test_cancelled_call_that_is_made_again_keeps_its_id(server: ServerThread) -> None:
     ids: list[str] = []
     gave_up = asyncio.Event()
 
@@ -648,7 +648,7 @@ async def test_cancelled_call_that_is_made_again_keeps_its_id(server: Server) ->
     assert ids[0] == ids[1] != ""
 
 
-async def test_call_of_another_program_gets_another_id(server: Server) -> None:
+async def test_call_of_another_program_gets_another_id(server: ServerThread) -> None:
     ids: list[str] = []
 
     async def charge(cents: int) -> str:

@@ -17,14 +17,14 @@ from durable_agents import (
     named,
     whole,
 )
-from harness import Server
 from openai_server import OpenAIServer
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession
 from durable_autogen.record.failures import MAX_TEXT, Failure, RecordedFailure
 
 
-async def test_call_of_outer_agent_shows_that_failure_was_survived(server: Server) -> None:
+async def test_call_of_outer_agent_shows_that_failure_was_survived(server: ServerThread) -> None:
 
     async def program() -> str:
         async with DurableSession("s", nexum=server.address):
@@ -43,7 +43,7 @@ async def test_call_of_outer_agent_shows_that_failure_was_survived(server: Serve
         assert len(model.requests) == 1
 
 
-async def test_call_of_agent_with_similar_name_does_not_show_survival(server: Server) -> None:
+async def test_call_of_agent_with_similar_name_does_not_show_survival(server: ServerThread) -> None:
     broken = True
 
     async def program() -> list[Any]:
@@ -72,7 +72,7 @@ async def test_call_of_agent_with_similar_name_does_not_show_survival(server: Se
         assert len(model.requests) == 4
 
 
-async def test_survived_failure_is_kept_and_ending_failure_is_retried(server: Server) -> None:
+async def test_survived_failure_is_kept_and_ending_failure_is_retried(server: ServerThread) -> None:
     broken = True
 
     async def program() -> list[Any]:
@@ -98,7 +98,7 @@ async def test_survived_failure_is_kept_and_ending_failure_is_retried(server: Se
         assert len(model.requests) == 2
 
 
-async def test_failure_with_long_text_does_not_end_run(server: Server) -> None:
+async def test_failure_with_long_text_does_not_end_run(server: ServerThread) -> None:
     async def program() -> list[str]:
         async with DurableSession("s", nexum=server.address):
             failing = Failing(model, "m", lambda: LookupError("x" * 20_000_000))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from autogen_core import CancellationToken
 from durable_agents import QUESTION, Scripted
-from harness import Process, Server, logged, running
+from harness import Process, logged, running
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession, Policy, durable_tool
 from nexum_engine.client import NexumClient
@@ -50,7 +51,7 @@ def program(folder: Path, *arguments: str) -> Iterator[Process]:
         yield process
 
 
-async def places(server: Server, name: str) -> list[Attempt]:
+async def places(server: ServerThread, name: str) -> list[Attempt]:
     """Return an attempt for each call of a limited tool or model that its limits have let pass, in their order."""
     found: list[Attempt] = []
     async with NexumClient(server.address) as client:
@@ -61,14 +62,14 @@ async def places(server: Server, name: str) -> list[Attempt]:
     return sorted(found, key=lambda one: one.started_ms)
 
 
-async def running_places(server: Server, count: int) -> None:
+async def running_places(server: ServerThread, count: int) -> None:
     """Wait until at least `count` calls have a place or wait for one."""
     async with NexumClient(server.address) as client:
         while len(await client.list_executions(workflow_id="limited-call:work", status="RUNNING")) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
-async def test_rate_and_concurrency_of_a_tool_count_its_calls_and_retries(server: Server) -> None:
+async def test_rate_and_concurrency_of_a_tool_count_its_calls_and_retries(server: ServerThread) -> None:
     at_work, most = 0, 0
     calls: list[int] = []
 
@@ -105,7 +106,7 @@ async def test_rate_and_concurrency_of_a_tool_count_its_calls_and_retries(server
     assert len(await places(server, "work")) == 6, "a replayed call took a place"
 
 
-async def test_rate_of_a_model_counts_over_sessions(server: Server) -> None:
+async def test_rate_of_a_model_counts_over_sessions(server: ServerThread) -> None:
     lines: list[str] = []
     policies = {"model": Policy(rate="1/1.2s")}
     with logged(lines):
@@ -122,7 +123,7 @@ async def test_rate_of_a_model_counts_over_sessions(server: Server) -> None:
 
 
 @pytest.mark.parametrize("effect", ["idempotent", "once"])
-async def test_killed_process_gives_its_place_back(server: Server, tmp_path: Path, effect: str) -> None:
+async def test_killed_process_gives_its_place_back(server: ServerThread, tmp_path: Path, effect: str) -> None:
     with program(tmp_path, "one", server.address, effect, "hangs") as holder:
         holder.wait_for("AT WORK")
         with program(tmp_path, "two", server.address, effect, "works") as waiting:
@@ -136,7 +137,7 @@ async def test_killed_process_gives_its_place_back(server: Server, tmp_path: Pat
     assert {one.status for one in found} == {ExecutionStatus.COMPLETED, ExecutionStatus.RUNNING}
 
 
-async def test_run_killed_while_it_waits_has_made_no_call(server: Server, tmp_path: Path) -> None:
+async def test_run_killed_while_it_waits_has_made_no_call(server: ServerThread, tmp_path: Path) -> None:
     with program(tmp_path, "one", server.address, "once", "hangs") as holder:
         holder.wait_for("AT WORK")
         with program(tmp_path, "two", server.address, "once", "works") as waiting:

@@ -10,9 +10,9 @@ import pytest
 from autogen_agentchat.base import Team
 from autogen_agentchat.teams import RoundRobinGroupChat
 from durable_agents import agent, answer, run
-from harness import Server
 from openai_server import OpenAIServer, Reply
 from processes import command_line
+from server_thread import ServerThread
 
 from durable_autogen import fork_session, list_sessions
 from durable_autogen.record.events import read_record
@@ -28,12 +28,12 @@ def team(model: OpenAIServer, name: str = "a") -> Team:
     return RoundRobinGroupChat([agent(model, name)], max_turns=3)
 
 
-async def listed(server: Server, *arguments: str) -> list[Execution]:
+async def listed(server: ServerThread, *arguments: str) -> list[Execution]:
     async with NexumClient(server.address) as nexum:
         return await nexum.list_executions(group_sessions=True)
 
 
-async def tokens(server: Server, session: str) -> int:
+async def tokens(server: ServerThread, session: str) -> int:
     """Return the number of tokens that the models reported for all replies that were not revoked."""
     async with NexumClient(server.address) as nexum:
         values: list[Any] = [
@@ -43,7 +43,7 @@ async def tokens(server: Server, session: str) -> int:
     return sum(usage["prompt_tokens"] + usage["completion_tokens"] for usage in usages)
 
 
-async def test_session_is_listed_with_question_calls_and_tokens(server: Server) -> None:
+async def test_session_is_listed_with_question_calls_and_tokens(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: team(model), task="How many\n people?")
         await run(server, lambda: team(model), task="How many\n people?")  # a replay, which is the session's latest run
@@ -71,7 +71,7 @@ async def test_session_is_listed_with_question_calls_and_tokens(server: Server) 
     assert len(events) > session.session.events + fork.session.events
 
 
-async def test_failed_call_that_is_revoked_does_not_count(server: Server) -> None:
+async def test_failed_call_that_is_revoked_does_not_count(server: ServerThread) -> None:
     replies = iter([answer("one"), Reply(status=400), answer("two"), answer("three")])
     with OpenAIServer(lambda _: next(replies)) as model:
         with pytest.raises(Exception, match="400"):
@@ -86,7 +86,7 @@ async def test_failed_call_that_is_revoked_does_not_count(server: Server) -> Non
     assert finished.session.tokens == await tokens(server, "s")
 
 
-async def test_running_session_is_listed_as_running(server: Server) -> None:
+async def test_running_session_is_listed_as_running(server: ServerThread) -> None:
     waiting, going = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from durable_agents import agent, answer, inside, is_after_a_tool, new_session, run, texts
-from harness import Server, logged
+from harness import logged
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 
-async def test_library_logs_and_prints_nothing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_library_logs_and_prints_nothing(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     with OpenAIServer(lambda _: answer("yes")) as model:
         for _ in range(2):
@@ -19,7 +20,7 @@ async def test_library_logs_and_prints_nothing(server: Server, capsys: pytest.Ca
     assert "reply 1 of one: replayed from the record ✓" in lines
 
 
-async def test_function_gets_the_lines_of_its_session_and_the_logger_gets_none(server: Server) -> None:
+async def test_function_gets_the_lines_of_its_session_and_the_logger_gets_none(server: ServerThread) -> None:
     told: list[str] = []
     lines: list[str] = []
     session = new_session()
@@ -31,7 +32,7 @@ async def test_function_gets_the_lines_of_its_session_and_the_logger_gets_none(s
 
 
 @pytest.mark.parametrize("line", ["note for one: replayed", "reply 1 of one: replayed", "reply 2 of one: replayed"])
-async def test_error_of_the_function_ends_the_run(server: Server, line: str) -> None:
+async def test_error_of_the_function_ends_the_run(server: ServerThread, line: str) -> None:
     def note() -> str:
         return "noted"
 

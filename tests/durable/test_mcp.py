@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.messages import ToolCallExecutionEvent
-from harness import ROOT, Server, logged
+from harness import ROOT, logged
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession, Policy
 from nexum_engine.approvals import NODE
@@ -61,7 +62,7 @@ def mcp_server(log: Path, transport: str) -> Iterator[Any]:
 @pytest.mark.parametrize("transport", ["stdio", "sse", "http"])
 @pytest.mark.parametrize("is_opened_inside", [False, True])
 async def test_mcp_tool_is_executed_once_and_its_failure_is_replayed(
-    server: Server, tmp_path: Path, transport: str, is_opened_inside: bool
+    server: ServerThread, tmp_path: Path, transport: str, is_opened_inside: bool
 ) -> None:
     from autogen_ext.tools.mcp import McpWorkbench
 
@@ -98,7 +99,7 @@ async def test_mcp_tool_is_executed_once_and_its_failure_is_replayed(
     assert first[0] != first[1]
 
 
-async def test_policy_of_an_mcp_tool_applies_by_name(server: Server, tmp_path: Path) -> None:
+async def test_policy_of_an_mcp_tool_applies_by_name(server: ServerThread, tmp_path: Path) -> None:
     from autogen_ext.tools.mcp import McpWorkbench
 
     log = tmp_path / "log"

@@ -21,14 +21,14 @@ from durable_agents import (
     is_after_a_tool,
     run,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import run_durable_stream
 from support.models.live import LiveModel
 
 
-async def test_values_set_by_program_in_message_are_kept(server: Server) -> None:
+async def test_values_set_by_program_in_message_are_kept(server: ServerThread) -> None:
     made = datetime(2020, 1, 2, tzinfo=timezone.utc)
 
     def build() -> AssistantAgent:
@@ -45,7 +45,7 @@ async def test_values_set_by_program_in_message_are_kept(server: Server) -> None
         assert [one.model_dump() for one in results] == [results[0].model_dump()] * 3
 
 
-async def test_chunk_without_message_id_gets_none(server: Server) -> None:
+async def test_chunk_without_message_id_gets_none(server: ServerThread) -> None:
     class Pieces(Own):
         async def on_messages_stream(
             self, messages: Sequence[BaseChatMessage], cancellation_token: CancellationToken
@@ -70,7 +70,7 @@ class Streaming(LiveModel):
         yield await self.create(*args, **more)
 
 
-async def test_messages_keep_ids_if_streamed_pieces_are_not_in_reply(server: Server) -> None:
+async def test_messages_keep_ids_if_streamed_pieces_are_not_in_reply(server: ServerThread) -> None:
     def note() -> str:
         return "noted"
 

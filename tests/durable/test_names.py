@@ -27,8 +27,8 @@ from durable_agents import (
     texts,
     whole,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession, fork_session
 from durable_autogen.autogen.session_state import AgentState
@@ -36,7 +36,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 
 
-async def test_two_agents_of_one_name_have_two_recorded_names(server: Server) -> None:
+async def test_two_agents_of_one_name_have_two_recorded_names(server: ServerThread) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "outer" and not is_after_a_tool(body):
             return Reply(calls=[("crew_one", {"task": "a"}), ("crew_two", {"task": "b"})])
@@ -56,7 +56,7 @@ async def test_two_agents_of_one_name_have_two_recorded_names(server: Server) ->
         assert len(model.requests) == 6
 
 
-async def test_parallel_agents_of_one_name_keep_their_calls_separate(server: Server) -> None:
+async def test_parallel_agents_of_one_name_keep_their_calls_separate(server: ServerThread) -> None:
     def build() -> Own:
         async def both(_: str) -> str:
             found = await asyncio.gather(*(one.run(task=str(n)) for n, one in enumerate(own.writers)))  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ class Kept:
 
 
 @pytest.mark.parametrize("place", ["list", "dict", "object"])
-async def test_clients_and_agents_are_recorded_wherever_agent_keeps_them(server: Server, place: str) -> None:
+async def test_clients_and_agents_are_recorded_wherever_agent_keeps_them(server: ServerThread, place: str) -> None:
     def build() -> Own:
         async def ask(said: str) -> str:
             kept: Any = own
@@ -116,7 +116,7 @@ async def test_clients_and_agents_are_recorded_wherever_agent_keeps_them(server:
         assert len(model.requests) == 2
 
 
-async def test_run_without_recorded_calls_is_reported(server: Server) -> None:
+async def test_run_without_recorded_calls_is_reported(server: ServerThread) -> None:
     async def nothing(_: str) -> str:
         return "said on its own"
 
@@ -125,7 +125,7 @@ async def test_run_without_recorded_calls_is_reported(server: Server) -> None:
     assert "nothing was recorded" in lines[-1]
 
 
-async def test_second_run_of_running_team_is_refused(server: Server) -> None:
+async def test_second_run_of_running_team_is_refused(server: ServerThread) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
@@ -182,7 +182,7 @@ def test_tool_call_has_position_of_reply_that_asked_for_it(
     assert [agents.position_of_call(*call) for call in calls] == [f"reply/{place}" for place in places]
 
 
-async def test_added_messages_keep_order_if_agent_forgets_messages(server: Server) -> None:
+async def test_added_messages_keep_order_if_agent_forgets_messages(server: ServerThread) -> None:
     async def program(name: str) -> None:
         async with DurableSession(name, nexum=server.address):
             llm = named(client(model), "a")
@@ -200,7 +200,7 @@ async def test_added_messages_keep_order_if_agent_forgets_messages(server: Serve
         assert prompts == [*("1", "12", "123", "4"), *("12A", "12A3", "4A"), *("12A3B", "4AB")]
 
 
-async def test_added_message_is_in_all_requests_after_drift(server: Server) -> None:
+async def test_added_message_is_in_all_requests_after_drift(server: ServerThread) -> None:
     def build() -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model, "a")], max_turns=2)
 

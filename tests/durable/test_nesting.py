@@ -21,13 +21,13 @@ from durable_agents import (
     texts,
     whole,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession
 
 
-async def test_model_call_inside_tool_is_not_recorded_separately(server: Server) -> None:
+async def test_model_call_inside_tool_is_not_recorded_separately(server: ServerThread) -> None:
     def build() -> Own:
         async def digest(text: str) -> str:
             reply = await own.llm.create([UserMessage(content=text, source="user")])  # type: ignore[attr-defined]
@@ -57,7 +57,7 @@ async def test_model_call_inside_tool_is_not_recorded_separately(server: Server)
 
 
 @pytest.mark.parametrize("is_slow_first", [True, False])
-async def test_graph_members_end_turns_in_recorded_order(server: Server, is_slow_first: bool) -> None:
+async def test_graph_members_end_turns_in_recorded_order(server: ServerThread, is_slow_first: bool) -> None:
     pause = 0.0
 
     async def read(_: str) -> str:
@@ -86,7 +86,7 @@ async def test_graph_members_end_turns_in_recorded_order(server: Server, is_slow
         assert len(model.requests) == 3
 
 
-async def test_changed_text_of_graph_member_raises_drift_error(server: Server) -> None:
+async def test_changed_text_of_graph_member_raises_drift_error(server: ServerThread) -> None:
     said = "the file says 42"
 
     async def read(_: str) -> str:
@@ -105,7 +105,7 @@ async def test_changed_text_of_graph_member_raises_drift_error(server: Server) -
 
 
 async def test_tool_call_inside_tool_is_not_recorded_separately(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     noted = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,13 @@ from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server process: some tests kill it."""
+    with nexum_server(tmp_path) as running:
+        yield running
 
 
 async def test_stopped_run_can_resume_at_once(server: Server) -> None:

@@ -23,14 +23,14 @@ from durable_agents import (
     run,
     texts,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import run_durable_stream
 from nexum_engine.errors import InvalidRequest
 
 
-async def test_user_input_manager_answer_is_replayed(server: Server) -> None:
+async def test_user_input_manager_answer_is_replayed(server: ServerThread) -> None:
     asked = 0
 
     async def person(prompt: str, cancellation_token: CancellationToken | None) -> str:
@@ -54,7 +54,7 @@ async def test_user_input_manager_answer_is_replayed(server: Server) -> None:
         assert (len(model.requests), asked) == (2, 2)
 
 
-async def test_external_stop_is_replayed_at_same_message(server: Server) -> None:
+async def test_external_stop_is_replayed_at_same_message(server: ServerThread) -> None:
     stop = ExternalTermination()
     count = 0
 
@@ -86,7 +86,7 @@ async def test_external_stop_is_replayed_at_same_message(server: Server) -> None
         MultiModalMessage(content=["Q", "R"], source="alice"),
     ],
 )
-async def test_any_task_can_be_omitted_if_session_has_one(server: Server, task: Any) -> None:
+async def test_any_task_can_be_omitted_if_session_has_one(server: ServerThread, task: Any) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         first = await run(server, lambda: agent(model, "one"), task)
         again = await run(server, lambda: agent(model, "one"), None)
@@ -94,12 +94,12 @@ async def test_any_task_can_be_omitted_if_session_has_one(server: Server, task: 
         assert len(model.requests) == 1
 
 
-async def test_task_messages_can_be_omitted_from_output(server: Server) -> None:
+async def test_task_messages_can_be_omitted_from_output(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         result = await run(server, lambda: agent(model, "one"), output_task_messages=False)
         assert [message.source for message in result.messages] == ["one"]
 
 
-async def test_misspelt_on_drift_is_refused(server: Server) -> None:
+async def test_misspelt_on_drift_is_refused(server: ServerThread) -> None:
     with pytest.raises(InvalidRequest, match="on_drift is 'Stop': give one of stop, continue"):
         await run(server, lambda: None, on_drift="Stop")

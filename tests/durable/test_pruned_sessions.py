@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from autogen_core.models import UserMessage
 from durable_agents import answer, client, named
-from harness import Server
 from openai_server import OpenAIServer
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession
 from durable_autogen.recorded_sessions import list_sessions
 from nexum_engine.client import NexumClient
 
 
-async def test_session_is_kept_while_it_runs_and_pruned_as_a_whole_later(server: Server) -> None:
+async def test_session_is_kept_while_it_runs_and_pruned_as_a_whole_later(server: ServerThread) -> None:
     async def program(*, pruning: bool) -> list[str]:
         replies = []
         async with DurableSession("s", nexum=server.address):

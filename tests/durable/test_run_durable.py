@@ -25,9 +25,10 @@ from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, Tool
 from autogen_ext.agents.openai import OpenAIAgent
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from durable_agents import TIMEOUT, answer, client, run, texts
-from harness import Server, tool_worker
+from harness import tool_worker
 from openai import AsyncOpenAI
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 import demo
 from durable_autogen import (
@@ -51,7 +52,7 @@ def agent(model: OpenAIServer, tools: Sequence[Any] = (), *, name: str = "writer
     return AssistantAgent(name, arguments.pop("model_client", None) or client(model), **arguments)
 
 
-async def test_finished_session_is_replayed_without_live_call(server: Server) -> None:
+async def test_finished_session_is_replayed_without_live_call(server: ServerThread) -> None:
     done: list[str] = []
     lines: list[str] = []
 
@@ -72,7 +73,7 @@ async def test_finished_session_is_replayed_without_live_call(server: Server) ->
     assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in lines[-1]
 
 
-async def test_task_can_be_omitted_if_session_has_one(server: Server) -> None:
+async def test_task_can_be_omitted_if_session_has_one(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         first = await run(server, lambda: agent(model))
         assert texts(await run(server, lambda: agent(model), None)) == texts(first)
@@ -80,7 +81,7 @@ async def test_task_can_be_omitted_if_session_has_one(server: Server) -> None:
             await run(server, lambda: agent(model), None, "other")
 
 
-async def test_failed_tool_result_is_replayed_as_failure(server: Server) -> None:
+async def test_failed_tool_result_is_replayed_as_failure(server: ServerThread) -> None:
     count = 0
 
     def fails() -> str:
@@ -103,7 +104,7 @@ async def test_failed_tool_result_is_replayed_as_failure(server: Server) -> None
 @pytest.mark.parametrize(
     ("result", "why"), [("a\udc80", "surrogates not allowed"), ("x" * 9_000_000, "the limit is 8")]
 )
-async def test_result_that_cannot_be_recorded_is_recorded_failure(server: Server, result: str, why: str) -> None:
+async def test_result_that_cannot_be_recorded_is_recorded_failure(server: ServerThread, result: str, why: str) -> None:
     count = 0
 
     def returns() -> str:
@@ -127,7 +128,7 @@ async def test_result_that_cannot_be_recorded_is_recorded_failure(server: Server
 @pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_tool_that_raises_anything_returns_error(
-    server: Server, error: type[BaseException], is_async: bool
+    server: ServerThread, error: type[BaseException], is_async: bool
 ) -> None:
     async def in_the_loop() -> str:
         raise error
@@ -151,7 +152,7 @@ async def test_tool_that_raises_anything_returns_error(
 
 
 @pytest.mark.parametrize("place", ["tool", "model"])
-async def test_cancelled_run_ends_at_once_and_resumes(server: Server, place: str) -> None:
+async def test_cancelled_run_ends_at_once_and_resumes(server: ServerThread, place: str) -> None:
     token = CancellationToken()
     begun = asyncio.Event()
     slow = True
@@ -182,7 +183,7 @@ async def test_cancelled_run_ends_at_once_and_resumes(server: Server, place: str
         assert "end" in texts(await run(server, lambda: RoundRobinGroupChat([agent(model, [wait])], max_turns=1)))[-1]
 
 
-async def test_cancelled_task_ends_at_once(server: Server) -> None:
+async def test_cancelled_task_ends_at_once(server: ServerThread) -> None:
     begun = asyncio.Event()
 
     async def wait() -> str:
@@ -198,14 +199,14 @@ async def test_cancelled_task_ends_at_once(server: Server) -> None:
             await asyncio.wait_for(running, TIMEOUT)
 
 
-async def test_failed_model_call_is_retried_by_next_run(server: Server) -> None:
+async def test_failed_model_call_is_retried_by_next_run(server: ServerThread) -> None:
     with OpenAIServer([Reply(status=400), answer("better")]) as model:
         with pytest.raises(Exception, match="the model gave no usable answer"):
             await run(server, lambda: agent(model))
         assert "better" in texts(await run(server, lambda: agent(model)))[-1]
 
 
-async def test_stream_is_recorded_whole_and_replayed(server: Server) -> None:
+async def test_stream_is_recorded_whole_and_replayed(server: ServerThread) -> None:
     async def streamed() -> tuple[list[str], str]:
         pieces, last = [], ""
         stream = run_durable_stream(
@@ -239,7 +240,7 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("question", "change", "said"), CHANGES)
 @pytest.mark.parametrize("on_drift", ["stop", "continue"])
 async def test_drift_error_names_the_difference(
-    server: Server,
+    server: ServerThread,
     question: str,
     change: dict[str, Any],
     said: str,
@@ -277,7 +278,7 @@ async def test_drift_error_names_the_difference(
 
 @pytest.mark.filterwarnings("ignore:Resolved model mismatch")
 @pytest.mark.parametrize("change", ["streaming", "order of tools", "description", "timeout"])
-async def test_change_that_no_reply_depends_on_is_no_drift(server: Server, change: str) -> None:
+async def test_change_that_no_reply_depends_on_is_no_drift(server: ServerThread, change: str) -> None:
     def first() -> str:
         """Do one thing."""
         return "one"
@@ -303,7 +304,7 @@ async def test_change_that_no_reply_depends_on_is_no_drift(server: Server, chang
 
 
 @pytest.mark.filterwarnings("ignore:Resolved model mismatch")
-async def test_drift_error_names_a_setting_of_the_model(server: Server) -> None:
+async def test_drift_error_names_a_setting_of_the_model(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: AssistantAgent("writer", settings(model)))
         with pytest.raises(DriftError, match=r"the option temperature was none, now it is 0\.2"):
@@ -312,7 +313,7 @@ async def test_drift_error_names_a_setting_of_the_model(server: Server) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Resolved model mismatch")
-async def test_drift_error_names_a_description_that_the_model_sees(server: Server) -> None:
+async def test_drift_error_names_a_description_that_the_model_sees(server: ServerThread) -> None:
     def build(description: str) -> Team:
         members: list[ChatAgent | Team] = [
             AssistantAgent(name, settings(model), description=description) for name in ("one", "two")
@@ -335,14 +336,14 @@ def settings(model: OpenAIServer, **more: Any) -> OpenAIChatCompletionClient:
     return OpenAIChatCompletionClient(model="m", base_url=model.base_url, api_key="k", model_info=info, **more)
 
 
-async def test_run_with_fewer_calls_raises_drift_error(server: Server) -> None:
+async def test_run_with_fewer_calls_raises_drift_error(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=2))
         with pytest.raises(DriftError, match="the run ended without asking for reply 2 of writer"):
             await run(server, lambda: RoundRobinGroupChat([agent(model)], max_turns=1))
 
 
-async def test_run_with_more_calls_than_recorded_raises_drift_error(server: Server) -> None:
+async def test_run_with_more_calls_than_recorded_raises_drift_error(server: ServerThread) -> None:
     def build(turns: int) -> RoundRobinGroupChat:
         return RoundRobinGroupChat([agent(model)], max_turns=turns)
 
@@ -358,7 +359,7 @@ async def test_run_with_more_calls_than_recorded_raises_drift_error(server: Serv
         assert len(model.requests) == 2
 
 
-async def test_timeout_ends_replay_where_it_ended_run(server: Server) -> None:
+async def test_timeout_ends_replay_where_it_ended_run(server: ServerThread) -> None:
     async def wait() -> str:
         await asyncio.sleep(0.5)
         return "waited"
@@ -379,7 +380,7 @@ async def test_timeout_ends_replay_where_it_ended_run(server: Server) -> None:
         assert len(model.requests) == asked
 
 
-async def test_timeout_does_not_count_time_between_runs(server: Server) -> None:
+async def test_timeout_does_not_count_time_between_runs(server: ServerThread) -> None:
     count = 0
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -398,7 +399,7 @@ async def test_timeout_does_not_count_time_between_runs(server: Server) -> None:
         assert ended.stop_reason == "Maximum number of turns 3 reached."
 
 
-async def test_second_process_gets_session_busy_with_owners_name(server: Server) -> None:
+async def test_second_process_gets_session_busy_with_owners_name(server: ServerThread) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def wait() -> str:
@@ -449,7 +450,7 @@ class Mailbox(Workbench):
     async def load_state(self, state: Any) -> None: ...
 
 
-async def test_custom_workbench_is_recorded(server: Server) -> None:
+async def test_custom_workbench_is_recorded(server: ServerThread) -> None:
     mailbox = Mailbox()
 
     def reply(body: dict[str, Any]) -> Reply:
@@ -465,7 +466,7 @@ async def test_custom_workbench_is_recorded(server: Server) -> None:
     assert sorted(mailbox.sent) == ["a", "b"]  # calls of one reply run at the same time
 
 
-async def test_calls_of_agent_tool_are_recorded(server: Server) -> None:
+async def test_calls_of_agent_tool_are_recorded(server: ServerThread) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["model"] == "outer" and body["messages"][-1]["role"] != "tool":
             return Reply(calls=[("helper", {"task": "help"})])
@@ -501,7 +502,7 @@ class Shell(CodeExecutor):
     async def restart(self) -> None: ...
 
 
-async def test_executed_code_is_recorded(server: Server) -> None:
+async def test_executed_code_is_recorded(server: ServerThread) -> None:
     shell = Shell()
     task = "```python\nprint(1)\n```"
 
@@ -515,7 +516,7 @@ async def test_executed_code_is_recorded(server: Server) -> None:
 
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
-async def test_connection_of_custom_agent_is_reported(server: Server, on_unrecorded: Any) -> None:
+async def test_connection_of_custom_agent_is_reported(server: ServerThread, on_unrecorded: Any) -> None:
     lines: list[str] = []
 
     def build() -> OpenAIAgent:
@@ -540,7 +541,7 @@ async def test_connection_of_custom_agent_is_reported(server: Server, on_unrecor
         assert any(line.startswith("session s: outside the record: own connected to") for line in lines)
 
 
-async def test_run_leaves_agent_unchanged(server: Server) -> None:
+async def test_run_leaves_agent_unchanged(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         plain = agent(model)
         before = dict(vars(plain))
@@ -555,7 +556,7 @@ async def test_missing_server_error_says_how_to_start_one() -> None:
         await run_durable(lambda: None, task="Q", session_id="s", nexum="127.0.0.1:1")  # type: ignore[arg-type, return-value]
 
 
-async def test_same_call_made_twice_on_purpose_runs_twice_in_worker(server: Server, tmp_path: Path) -> None:
+async def test_same_call_made_twice_on_purpose_runs_twice_in_worker(server: ServerThread, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         searches = [("web_search", {"query": "Tokyo"})] * 2
         return answer("end") if body["messages"][-1]["role"] == "tool" else Reply(calls=searches)

@@ -13,6 +13,7 @@ import pytest
 from durable_agents import answer
 from harness import Server, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import list_sessions
 from nexum_engine.client import NexumClient
@@ -63,7 +64,7 @@ def model() -> Iterator[OpenAIServer]:
 class Folder:
     """A script in its own folder, with the ways to run it."""
 
-    def __init__(self, path: Path, server: Server | None, env: dict[str, str]) -> None:
+    def __init__(self, path: Path, server: ServerThread | None, env: dict[str, str]) -> None:
         self.path, self.server, self.env, self.script = path, server, env, "script.py"
 
     def write(self, code: str, name: str = "script.py") -> None:
@@ -99,7 +100,7 @@ class Folder:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, server: Server, model: OpenAIServer) -> Folder:
+def folder(tmp_path: Path, server: ServerThread, model: OpenAIServer) -> Folder:
     return Folder(tmp_path, server, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
 
 
@@ -212,7 +213,7 @@ def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:
     assert done.stderr.splitlines() == ["error: there is no script script.py: check the path"]
 
 
-async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: Server, model: OpenAIServer) -> None:
+async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
     folder.write(
         f"{AGENT}\nasyncio.run(main('one'))\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
         "loop.run_until_complete(main('two'))\nloop.run_until_complete(loop.shutdown_asyncgens())\nloop.close()\n"

@@ -15,8 +15,8 @@ from durable_agents import (
     named,
     run,
 )
-from harness import Server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DurableSession
 from support.models.live import LiveModel
@@ -36,7 +36,7 @@ class InPieces(LiveModel):
 @pytest.mark.parametrize("pieces", [("hm", "so"), ()])
 @pytest.mark.parametrize("iterations", [1, 3])
 async def test_streamed_messages_keep_their_ids_in_replay(
-    server: Server, pieces: Sequence[str], iterations: int
+    server: ServerThread, pieces: Sequence[str], iterations: int
 ) -> None:
     def note() -> str:
         return "noted"
@@ -66,7 +66,7 @@ class Refusing(LiveModel):
         raise Refused("no")
 
 
-async def test_replayed_failure_has_values_made_by_its_constructor(server: Server) -> None:
+async def test_replayed_failure_has_values_made_by_its_constructor(server: ServerThread) -> None:
     async def program() -> str:
         async with DurableSession("s", nexum=server.address):
             llm = Refusing(vendor="v", model="m", base_url=model.base_url, api_key="k")

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness import Process, Server, running
+from harness import Process, running
+from server_thread import ServerThread
 
 from durable_autogen import send_event
 from durable_autogen.record.events import Waiting
@@ -64,7 +65,7 @@ def waits(address: str = "") -> list[Waiting]:
     return asyncio.run(read())
 
 
-def test_sleep_of_killed_process_ends_at_recorded_time(server: Server, folder: Path) -> None:
+def test_sleep_of_killed_process_ends_at_recorded_time(server: ServerThread, folder: Path) -> None:
     with program(folder, "sleep", 2, server.address) as killed:
         killed.wait_for("sleeping until")
         killed.kill()

@@ -218,7 +218,7 @@ def new_session() -> str:
 
 
 async def inside(
-    server: Server,
+    server: HasAddress,
     program: Callable[[], Awaitable[Any]],
     session: str,
     logs: list[str] | None = None,
