@@ -1,4 +1,4 @@
-"""The fixtures of a store on a clock that the tests move, of a server with TLS and tokens, and of calls that wait."""
+"""The fixtures of the command `nexum`, a store on a clock that the tests move, a secured server, and calls that wait."""
 
 from __future__ import annotations
 
@@ -6,15 +6,47 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import harness
 import pytest
 from certificates import TOKENS
-from server_thread import Secured, secured_server
+from harness import MODEL_VARIABLES
+from processes import Command
+from server_thread import Secured, secured_server, server_thread
 
+from nexum_engine.__main__ import main
 from nexum_engine.clock import ManualClock
 from nexum_engine.records import Execution
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with a database of its own: no process, so a test starts it quickly, but can't kill it."""
+    with server_thread(tmp_path, database_url=harness.url_of(tmp_path)) as server:
+        yield server.address
+
+
+@pytest.fixture
+def nexum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command `nexum` in the test's folder, run in the test's process: a new process takes half a second to start.
+
+    Don't start a server with it: the server would take over the signals of the test's process.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name in MODEL_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        try:
+            code = main(list(arguments))
+        except SystemExit as ended:  # argparse
+            code = int(str(ended.code))
+        return code, "".join(capsys.readouterr()).rstrip()
+
+    return run
 
 
 @pytest.fixture

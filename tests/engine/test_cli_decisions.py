@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Server, nexum_server
+from harness import nexum_server
 from nexum_wire import DEADLINE, complete, connected, poll, start, status
-from processes import run_script
+from processes import Command
 
-from nexum_engine.__main__ import main
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -23,8 +22,8 @@ NODES = {
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[NexumServiceStub]:
-    with connected(server.address) as connection:
+def stub(address: str) -> Iterator[NexumServiceStub]:
+    with connected(address) as connection:
         register(connection)
         yield connection
 
@@ -43,59 +42,49 @@ def start_unknown(stub: NexumServiceStub, input_json: str = "{}") -> str:
     return execution_id
 
 
-def nexum(folder: Path, *arguments: str, server: Server | None = None) -> tuple[int, str]:
-    where = [] if server is None else ["--nexum", server.address]
-    code, output = run_script(["-m", "nexum_engine", *arguments, *where], folder, {})
-    assert code or max(map(len, output.splitlines())) <= 80, output
-    return code, output
+def of(nexum: Command, *where: str) -> Command:
+    """Return the command `nexum` with the option that says which server or database it asks."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        code, output = nexum(*arguments, *where)
+        assert code or max(map(len, output.splitlines())) <= 80, output
+        return code, output
+
+    return run
 
 
-def test_person_approves_and_sends_events_in_a_terminal(tmp_path: Path, server: Server, stub: NexumServiceStub) -> None:
+@pytest.fixture
+def terminal(address: str, nexum: Command) -> Command:
+    return of(nexum, "--nexum", address)
+
+
+def test_person_approves_and_sends_events_in_a_terminal(terminal: Command, stub: NexumServiceStub) -> None:
     execution_id = start(stub)
-    code, output = nexum(tmp_path, "approvals", server=server)
+    code, output = terminal("approvals")
     first, second = output.splitlines()
     assert (code, first, second.startswith("    of w, began to wait ")) == (0, f"{execution_id} boss", True)
-    code, output = nexum(tmp_path, "approvals", "--json", server=server)
+    code, output = terminal("approvals", "--json")
     assert (json.loads(output)[0]["node_id"], code) == ("boss", 0)
     complete(stub, poll(stub), "[1, 2, 3]")
     complete(stub, poll(stub))
-    code, output = nexum(tmp_path, "show", execution_id, server=server)
+    code, output = terminal("show", execution_id)
     assert "  items    3: 1 COMPLETED, 2 RUNNING" in output.replace("2 RUNNING, 1 COMPLETED", "1 COMPLETED, 2 RUNNING")
     assert "node boss (HUMAN_APPROVAL) WAITING" in output
     assert "  waits    until " in output
     arguments = ("approve", execution_id, "boss", "--by", "Ann", "--comment", "fine")
-    assert nexum(tmp_path, *arguments, server=server) == (0, f"boss of {execution_id} is approved")
-    code, output = nexum(tmp_path, *arguments, server=server)
+    assert terminal(*arguments) == (0, f"boss of {execution_id} is approved")
+    code, output = terminal(*arguments)
     assert (code, "it is COMPLETED" in output, len(output.splitlines())) == (1, True, 1)
-    assert nexum(tmp_path, "approvals", server=server) == (0, "nothing waits for approval")
+    assert terminal("approvals") == (0, "nothing waits for approval")
     for _ in range(2):
         sent = ("send", execution_id, "payment", '{"cents": 5}', "--key", "k1")
-        assert nexum(tmp_path, *sent, server=server) == (0, f"sent payment to {execution_id}")
+        assert terminal(*sent) == (0, f"sent payment to {execution_id}")
     outputs = status(stub, execution_id)[1]
     assert outputs["boss"].pop("decided_ms") > 0
     assert outputs == {"boss": {"approved": True, "approver": "Ann", "comment": "fine"}, "paid": {"cents": 5}}
 
 
-class Terminal:
-    """The command `nexum`, run in the test's process: a new process takes half a second to start."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], *where: str) -> None:
-        self._capsys = capsys
-        self._where = where
-
-    def __call__(self, *arguments: str) -> tuple[int, str]:
-        code = main([*arguments, *self._where])
-        out, err = self._capsys.readouterr()
-        assert code or max(map(len, out.splitlines())) <= 80, out
-        return code, (out + err).rstrip()
-
-
-@pytest.fixture
-def terminal(server: Server, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(capsys, "--nexum", server.address)
-
-
-def test_approvals_show_the_whole_call_and_the_answer_is_stored(server: Server, terminal: Terminal) -> None:
+def test_approvals_show_the_whole_call_and_the_answer_is_stored(address: str, terminal: Command) -> None:
     call = {
         "session": "order-7",
         "tool": "charge",
@@ -103,7 +92,7 @@ def test_approvals_show_the_whole_call_and_the_answer_is_stored(server: Server, 
         "reason": "",
         "digest": "ab" * 32,
     }
-    with connected(server.address) as stub:
+    with connected(address) as stub:
         register(stub, {"approval": {"type": "HUMAN_APPROVAL", "timeout_seconds": 3600}})
         execution_id = start(stub, json.dumps(call))
         code, output = terminal("approvals")
@@ -123,9 +112,9 @@ def test_approvals_show_the_whole_call_and_the_answer_is_stored(server: Server, 
 
 @pytest.mark.parametrize(("command", "status_after"), [("approve", "COMPLETED"), ("reject", "FAILED")])
 def test_all_calls_of_a_session_are_decided_together(
-    server: Server, terminal: Terminal, command: str, status_after: str
+    address: str, terminal: Command, command: str, status_after: str
 ) -> None:
-    with connected(server.address) as stub:
+    with connected(address) as stub:
         register(stub, {"approval": {"type": "HUMAN_APPROVAL"}})
         asked = [
             start(stub, json.dumps({"session": session, about: "x" * size}))
@@ -143,8 +132,8 @@ def test_all_calls_of_a_session_are_decided_together(
         assert terminal(command, "--session", "s") == (1, "error: no call of session s waits for approval")
 
 
-def test_rejection_stays_on_record_after_a_retry(server: Server, terminal: Terminal) -> None:
-    with connected(server.address) as stub:
+def test_rejection_stays_on_record_after_a_retry(address: str, terminal: Command) -> None:
+    with connected(address) as stub:
         register(stub, {"boss": {"type": "HUMAN_APPROVAL"}})
         execution_id = start(stub)
     rejected = ("reject", execution_id, "--by", "Bob", "--reason", "too much")
@@ -163,18 +152,16 @@ def test_rejection_stays_on_record_after_a_retry(server: Server, terminal: Termi
 
 
 @pytest.mark.parametrize("uses_server", [True, pytest.param(False, marks=pytest.mark.sqlite)])
-def test_person_resolves_an_unknown_effect(
-    tmp_path: Path, uses_server: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_person_resolves_an_unknown_effect(tmp_path: Path, uses_server: bool, nexum: Command) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         execution_id, other, third = start_unknown(stub, '{"tool": "charge"}'), start_unknown(stub), start_unknown(stub)
         if uses_server:
-            resolve(Terminal(capsys, "--nexum", server.address), execution_id, other, third)
+            resolve(of(nexum, "--nexum", server.address), execution_id, other, third)
     if not uses_server:
-        resolve(Terminal(capsys, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"), execution_id, other, third)
+        resolve(of(nexum, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"), execution_id, other, third)
 
 
-def resolve(terminal: Terminal, execution_id: str, other: str, third: str) -> None:
+def resolve(terminal: Command, execution_id: str, other: str, third: str) -> None:
     assert terminal("resolve", third, "--result", "null") == (0, f"pay of {third} is COMPLETED")
     code, output = terminal("unknown")
     lines = output.splitlines()
@@ -196,8 +183,8 @@ def resolve(terminal: Terminal, execution_id: str, other: str, third: str) -> No
     assert terminal("unknown") == (0, "no effect is unknown")
 
 
-def test_node_must_be_named_if_several_wait(server: Server, terminal: Terminal) -> None:
-    with connected(server.address) as stub:
+def test_node_must_be_named_if_several_wait(address: str, terminal: Command) -> None:
+    with connected(address) as stub:
         register(stub, {"a": {"type": "HUMAN_APPROVAL"}, "b": {"type": "HUMAN_APPROVAL"}})
         execution_id = start(stub)
     code, output = terminal("approve", execution_id)
@@ -207,16 +194,16 @@ def test_node_must_be_named_if_several_wait(server: Server, terminal: Terminal) 
 
 
 @pytest.mark.sqlite
-def test_person_rejects_without_a_server(tmp_path: Path) -> None:
+def test_person_rejects_without_a_server(tmp_path: Path, nexum: Command) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         register(stub)
         execution_id = start(stub)
-    url = ["--database-url", f"sqlite:///{tmp_path / 'nexum.db'}"]
-    code, output = nexum(tmp_path, "approvals", *url)
+    terminal = of(nexum, "--database-url", f"sqlite:///{tmp_path / 'nexum.db'}")
+    code, output = terminal("approvals")
     assert (code, output.splitlines()[0]) == (0, f"{execution_id} boss")
-    code, output = nexum(tmp_path, "reject", execution_id, "boss", "--by", "Bob", "--reason", "too much", *url)
+    code, output = terminal("reject", execution_id, "boss", "--by", "Bob", "--reason", "too much")
     assert (code, output) == (0, f"boss of {execution_id} is rejected")
-    code, output = nexum(tmp_path, "show", execution_id, *url)
+    code, output = terminal("show", execution_id)
     assert "error      boss: rejected by Bob: too much" in output
 
 
@@ -236,7 +223,7 @@ def test_person_rejects_without_a_server(tmp_path: Path) -> None:
         (["approve", "--session", "s", "--args", "{}"], 1, "--args are the arguments of one call"),
     ],
 )
-def test_wrong_decision_is_one_line(tmp_path: Path, server: Server, arguments: list[str], code: int, said: str) -> None:
-    ended, output = run_script(["-m", "nexum_engine", *arguments, "--nexum", server.address], tmp_path, {})
+def test_wrong_decision_is_one_line(terminal: Command, arguments: list[str], code: int, said: str) -> None:
+    ended, output = terminal(*arguments)
     assert (ended, "Traceback" in output) == (code, False)
     assert said in output.splitlines()[-1]

@@ -41,8 +41,8 @@ AT_ONCE = 2.0  # seconds; much less than LONG_MS
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[NexumServiceStub]:
-    with connected(server.address) as connection:
+def stub(address: str) -> Iterator[NexumServiceStub]:
+    with connected(address) as connection:
         yield connection
 
 
@@ -174,11 +174,11 @@ def outcomes(stub: NexumServiceStub, execution_id: str) -> list[str]:
 
 
 def test_dead_workers_task_goes_to_a_waiting_worker(
-    server: Server, stub: NexumServiceStub, pool: ThreadPoolExecutor
+    address: str, stub: NexumServiceStub, pool: ThreadPoolExecutor
 ) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
-    dying = Stream(server.address, "dying")
+    dying = Stream(address, "dying")
     assert dying.beat().lease_ms == 30_000
     first = poll(dying.stub, "dying")
     waiting = pool.submit(poll, stub, "other", wait_ms=LONG_MS)
@@ -193,14 +193,14 @@ def test_dead_workers_task_goes_to_a_waiting_worker(
     complete(stub, second)
 
 
-def test_worker_that_reconnects_in_time_keeps_its_task(server: Server, stub: NexumServiceStub) -> None:
+def test_worker_that_reconnects_in_time_keeps_its_task(address: str, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
-    first = Stream(server.address, "w1")
+    first = Stream(address, "w1")
     first.beat()
     task = poll(first.stub, "w1")
     first.dies()
-    again = Stream(server.address, "w1")
+    again = Stream(address, "w1")
     again.beat(task.task_id)
     assert not poll(stub, "other", wait_ms=2500).has_task  # longer than the time within which a worker must reconnect
     complete(stub, task)
@@ -249,11 +249,11 @@ def test_worker_without_stream_has_twice_the_lease(tmp_path: Path) -> None:
 
 
 def test_draining_worker_gets_its_polls_answered_and_no_tasks(
-    server: Server, stub: NexumServiceStub, pool: ThreadPoolExecutor
+    address: str, stub: NexumServiceStub, pool: ThreadPoolExecutor
 ) -> None:
     register(stub, {"a": []})
     held = start(stub)
-    leaving = Stream(server.address, "leaving")
+    leaving = Stream(address, "leaving")
     leaving.beat()
     task = poll(leaving.stub, "leaving")
     waiting = [pool.submit(poll, leaving.stub, "leaving", wait_ms=LONG_MS) for _ in range(3)]
@@ -269,8 +269,8 @@ def test_draining_worker_gets_its_polls_answered_and_no_tasks(
     assert outcomes(stub, held) == ["COMPLETED"]
 
 
-def test_stream_without_worker_id_is_refused(server: Server) -> None:
-    nameless = Stream(server.address, "")
+def test_stream_without_worker_id_is_refused(address: str) -> None:
+    nameless = Stream(address, "")
     code, words = refused(nameless.beat)
     assert (code, words) == (grpc.StatusCode.INVALID_ARGUMENT, "worker_id is empty")
     nameless.dies()
@@ -406,17 +406,17 @@ def test_start_with_result_is_answered_without_task_and_result(stub: NexumServic
     assert (code, "give owner" in words) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
-def test_concurrent_starts_with_one_key_get_one_execution(server: Server) -> None:
+def test_concurrent_starts_with_one_key_get_one_execution(address: str) -> None:
     ready = threading.Barrier(16)
 
     def race(_: int) -> tuple[str, bool]:
-        with connected(server.address) as stub:
+        with connected(address) as stub:
             ready.wait(DEADLINE)
             request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json="{}", idempotency_key="key")
             answer = stub.StartExecution(request, timeout=DEADLINE)
             return answer.execution_id, answer.existing
 
-    with connected(server.address) as stub, ThreadPoolExecutor(16) as pool:
+    with connected(address) as stub, ThreadPoolExecutor(16) as pool:
         register(stub, {"a": []})
         answers = list(pool.map(race, range(16)))
         assert len({execution_id for execution_id, _ in answers}) == 1
@@ -444,7 +444,7 @@ def send(channel: Any, method: Any, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", MALFORMED)
-def test_malformed_message_is_an_invalid_argument(server: Server, data: bytes) -> None:
+def test_malformed_message_is_an_invalid_argument(address: str, data: bytes) -> None:
     methods = [
         method
         for method in pb.DESCRIPTOR.services_by_name["NexumService"].methods
@@ -452,15 +452,15 @@ def test_malformed_message_is_an_invalid_argument(server: Server, data: bytes) -
         if (first := method.input_type.fields_by_number.get(1)) is not None and first.type in (TEXT, MESSAGE)
     ]
     assert "WorkerStream" in {method.name for method in methods}
-    with grpc.insecure_channel(server.address) as channel:
+    with grpc.insecure_channel(address) as channel:
         for method in methods:
             code, words = refused(partial(send, channel, method, data))
             assert (code, method.name) == (grpc.StatusCode.INVALID_ARGUMENT, method.name)
             assert f"the request is not a {method.input_type.name} message" in words
 
 
-def test_call_for_a_database_with_a_zero_byte_in_its_name_is_refused(server: Server) -> None:
-    with connected(server.address) as stub:
+def test_call_for_a_database_with_a_zero_byte_in_its_name_is_refused(address: str) -> None:
+    with connected(address) as stub:
         metadata = (("nexum-database-bin", b"/tmp/a\0b"),)
         code, words = refused(lambda: stub.ListExecutions(pb.ListRequest(), metadata=metadata, timeout=DEADLINE))
     assert (code, "open" in words) == (grpc.StatusCode.UNAVAILABLE, True)

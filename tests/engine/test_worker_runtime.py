@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from engine_server import engine_server, raises
 from google.protobuf.message import Message
-from harness import ROOT, Server, free_port, nexum_server, running
+from harness import ROOT, free_port, nexum_server, running
 from lossy_client import LossyClient
 from pydantic import BaseModel
 from server_thread import server_thread
@@ -39,11 +39,6 @@ class Number(BaseModel):
 ONE = workflow("one").effect("a").build()
 TYPED = workflow("typed").effect("a", Number).build()
 CHAIN = workflow("chain").effect("a").effect("b").build()
-
-
-@pytest.fixture
-def address(server: Server) -> str:
-    return server.address
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Server, environment, running, tool_worker
+from harness import ROOT, environment, running, tool_worker
 from openai_server import OpenAIServer, Reply
 from processes import answer, read_one_line, run_demo, run_script, submitter
+from server_thread import ServerThread
 
 from support.console import printable, say
 
@@ -31,7 +32,7 @@ def test_control_characters_are_escaped_except_newlines_and_tabs() -> None:
     assert printable(CLEAR) == SHOWN
 
 
-def test_model_output_cannot_control_the_terminal(server: Server, tmp_path: Path) -> None:
+def test_model_output_cannot_control_the_terminal(server: ServerThread, tmp_path: Path) -> None:
     replies = [Reply(calls=[(f"no_such_tool{CLEAR}", {})]), Reply(f"An answer.{CLEAR}\nWith a second line.")]
     with OpenAIServer(replies) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
@@ -42,7 +43,7 @@ def test_model_output_cannot_control_the_terminal(server: Server, tmp_path: Path
     assert CONTROLS.findall(output.replace("\n", "")) == []
 
 
-def test_team_output_cannot_control_the_terminal(server: Server, tmp_path: Path) -> None:
+def test_team_output_cannot_control_the_terminal(server: ServerThread, tmp_path: Path) -> None:
     # The demo streams the replies of a single agent, and prints the replies of a team whole.
     with OpenAIServer([Reply(f"A report.{CLEAR}")]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
@@ -52,7 +53,7 @@ def test_team_output_cannot_control_the_terminal(server: Server, tmp_path: Path)
     assert CONTROLS.findall(output.replace("\n", "")) == []
 
 
-def test_tool_name_cannot_control_the_terminal_of_caller_or_worker(server: Server, tmp_path: Path) -> None:
+def test_tool_name_cannot_control_the_terminal_of_caller_or_worker(server: ServerThread, tmp_path: Path) -> None:
     with tool_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, f"no{CLEAR}", {"x": 1}) as caller:
             assert caller.wait() == 1
@@ -183,7 +184,7 @@ def test_full_disk_under_the_output_is_a_one_line_error(tmp_path: Path, script: 
 
 
 @pytest.mark.every_python
-def test_worker_with_a_closed_log_pipe_ends_normally(server: Server, tmp_path: Path) -> None:
+def test_worker_with_a_closed_log_pipe_ends_normally(server: ServerThread, tmp_path: Path) -> None:
     # The worker logs that it is connected, and the reader closes the pipe. Then the worker logs a line about a task.
     with running(["-c", READER.format(worker=str(ROOT / "worker.py"), address=server.address)], cwd=tmp_path) as reader:
         reader.wait_for("CLOSED")

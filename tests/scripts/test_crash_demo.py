@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Server, running
+from harness import ROOT, running
 from openai_server import OpenAIServer, Reply
 from pipelines import (
     CRASH_DEMO,
@@ -27,6 +27,7 @@ from pipelines import (
     start_pipeline,
 )
 from processes import children, is_alive, read_one_line, run_script, send, wait_until
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
@@ -75,7 +76,7 @@ def assert_timeline_is_the_record(output: str, execution: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("step", STEPS[:-1])
 def test_worker_2_runs_exactly_the_remaining_steps_and_every_step_is_recorded_once(
-    server: Server, tmp_path: Path, step: str
+    server: ServerThread, tmp_path: Path, step: str
 ) -> None:
     code, output = run_crash_demo(tmp_path, "--crash-after", step, "--nexum", server.address)
     assert code == 0, output
@@ -92,7 +93,7 @@ def test_worker_2_runs_exactly_the_remaining_steps_and_every_step_is_recorded_on
 
 
 @pytest.mark.parametrize("step", ["research", "report"])
-def test_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path: Path, step: str) -> None:
+def test_kill_within_a_step_is_shown_as_a_repetition(server: ServerThread, tmp_path: Path, step: str) -> None:
     code, output = run_crash_demo(tmp_path, "--crash-during", step, "--nexum", server.address)
     assert code == 0, output
     (execution,) = pipelines(tmp_path, server.address)
@@ -108,7 +109,7 @@ def test_kill_within_a_step_is_shown_as_a_repetition(server: Server, tmp_path: P
     assert_no_worker_is_left(output)
 
 
-def test_option_all_prints_a_verdict_for_each_crash_point(server: Server, tmp_path: Path) -> None:
+def test_option_all_prints_a_verdict_for_each_crash_point(server: ServerThread, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--all", "--nexum", server.address)
     assert code == 0, output
     verdicts = output.partition("crash points, from the server's records:\n")[2].splitlines()
@@ -138,7 +139,7 @@ def test_crash_demo_without_a_server_takes_under_30_s_and_leaves_no_process(tmp_
     assert_timeline_is_the_record(demo.output, execution)
 
 
-def test_page_added_to_the_offline_pages_is_found_and_cited(server: Server, tmp_path: Path) -> None:
+def test_page_added_to_the_offline_pages_is_found_and_cited(server: ServerThread, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "__pycache__"))
     fact = "The zorblax turbine was invented in 1987 by Mira Tannhauser, who ran it on rainwater."
@@ -156,7 +157,7 @@ def test_page_added_to_the_offline_pages_is_found_and_cited(server: Server, tmp_
 # ---- Several demos, workers and pipelines ----------------------------------------------------------------------------
 
 
-def test_pipeline_of_a_killed_demo_does_not_affect_later_demos(server: Server, tmp_path: Path) -> None:
+def test_pipeline_of_a_killed_demo_does_not_affect_later_demos(server: ServerThread, tmp_path: Path) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
         demo.wait_for("validate   recorded")
         demo.kill()
@@ -170,7 +171,7 @@ def test_pipeline_of_a_killed_demo_does_not_affect_later_demos(server: Server, t
     assert attempts(executions[1]) == as_planned("validate")
 
 
-def test_drill_leaves_other_pipelines_alone(server: Server, tmp_path: Path) -> None:
+def test_drill_leaves_other_pipelines_alone(server: ServerThread, tmp_path: Path) -> None:
     start_pipeline(server.address)
     code, output = run_crash_demo(tmp_path, "--nexum", server.address)
     assert code == 0, output
@@ -179,7 +180,7 @@ def test_drill_leaves_other_pipelines_alone(server: Server, tmp_path: Path) -> N
     assert attempts(drilled) == as_planned("validate")
 
 
-def test_other_worker_takes_no_step_of_a_drill(server: Server, tmp_path: Path) -> None:
+def test_other_worker_takes_no_step_of_a_drill(server: ServerThread, tmp_path: Path) -> None:
     with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "stranger"], cwd=tmp_path) as stranger:
         stranger.wait_for("connected to")
         code, output = run_crash_demo(tmp_path, "--nexum", server.address)
@@ -191,7 +192,7 @@ def test_other_worker_takes_no_step_of_a_drill(server: Server, tmp_path: Path) -
     assert {worker for _, _, worker, _ in attempts(plain)} == {"stranger"}
 
 
-def test_two_demos_at_once_have_a_pipeline_and_workers_each(server: Server, tmp_path: Path) -> None:
+def test_two_demos_at_once_have_a_pipeline_and_workers_each(server: ServerThread, tmp_path: Path) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as first:
         first.wait_for("worker-1 started")
         code, output = run_crash_demo(tmp_path, "--nexum", server.address, "--crash-after", "research")
@@ -220,7 +221,9 @@ def assert_output_agrees_with_record(output: str, execution: dict[str, Any]) -> 
 
 @on_linux
 @pytest.mark.parametrize("seed", range(4))
-def test_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Server, tmp_path: Path, seed: int) -> None:
+def test_worker_killed_from_outside_at_a_random_moment_is_replaced(
+    server: ServerThread, tmp_path: Path, seed: int
+) -> None:
     # Try again at an earlier moment if the worker had ended before the kill.
     moment = random.Random(seed).uniform(0.0, 1.2)
     name = f"worker-{1 + seed % 2}"
@@ -236,7 +239,7 @@ def test_worker_killed_from_outside_at_a_random_moment_is_replaced(server: Serve
     raise AssertionError(f"seed {seed}: no kill hit {name}")
 
 
-def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> str:
+def run_with_a_kill(server: ServerThread, folder: Path, name: str, moment: float) -> str:
     """Run the demo, kill its worker of this name some seconds after the worker's start, and return the output."""
     with running([CRASH_DEMO, "--nexum", server.address], cwd=folder) as demo:
         line = demo.wait_for(f"{name} started")
@@ -247,7 +250,7 @@ def run_with_a_kill(server: Server, folder: Path, name: str, moment: float) -> s
 
 
 @on_linux
-def test_drill_fails_after_too_many_killed_workers(server: Server, tmp_path: Path) -> None:
+def test_drill_fails_after_too_many_killed_workers(server: ServerThread, tmp_path: Path) -> None:
     killed: set[int] = set()
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
 
@@ -270,7 +273,7 @@ def test_drill_fails_after_too_many_killed_workers(server: Server, tmp_path: Pat
 
 @on_linux
 @pytest.mark.parametrize("moment", ["worker-1 started", "research   recorded", "worker-2 started"])
-def test_ctrl_c_cancels_the_execution_and_leaves_no_process(server: Server, tmp_path: Path, moment: str) -> None:
+def test_ctrl_c_cancels_the_execution_and_leaves_no_process(server: ServerThread, tmp_path: Path, moment: str) -> None:
     with running([CRASH_DEMO, "--nexum", server.address], cwd=tmp_path) as demo:
         demo.wait_for(moment)
         demo.interrupt()
@@ -285,7 +288,7 @@ def test_ctrl_c_cancels_the_execution_and_leaves_no_process(server: Server, tmp_
 # ---- Failed checks and errors ----------------------------------------------------------------------------------------
 
 
-def test_failed_pipeline_exits_with_1_and_the_reason(server: Server, tmp_path: Path) -> None:
+def test_failed_pipeline_exits_with_1_and_the_reason(server: ServerThread, tmp_path: Path) -> None:
     with OpenAIServer([Reply(status=401)]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m"}
         code, output = run_crash_demo(tmp_path, "--nexum", server.address, env=env)
@@ -295,7 +298,7 @@ def test_failed_pipeline_exits_with_1_and_the_reason(server: Server, tmp_path: P
     assert_no_worker_is_left(output)
 
 
-def test_live_model_runs_the_same_four_steps(server: Server, tmp_path: Path) -> None:
+def test_live_model_runs_the_same_four_steps(server: ServerThread, tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if body["messages"][-1]["role"] == "user":
             return Reply(calls=[("visit_webpage", {"url": "http://10.0.0.1/"})])
@@ -337,12 +340,12 @@ def test_model_without_its_key_is_refused(tmp_path: Path) -> None:
     assert "NEXUM_MODEL=gpt-x needs OPENAI_API_KEY" in output
 
 
-def test_offline_option_needs_no_key(server: Server, tmp_path: Path) -> None:
+def test_offline_option_needs_no_key(server: ServerThread, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--offline", "--nexum", server.address, env={"NEXUM_MODEL": "gpt-x"})
     assert code == 0, output
 
 
-def test_closed_output_ends_the_script_without_a_traceback(server: Server, tmp_path: Path) -> None:
+def test_closed_output_ends_the_script_without_a_traceback(server: ServerThread, tmp_path: Path) -> None:
     line, code, errors = read_one_line([CRASH_DEMO, "--nexum", server.address], tmp_path)
     assert line.startswith("[demo] Model")
     assert (code, errors) == (1, "")
@@ -365,7 +368,7 @@ def test_effects_under_three_policies_are_counted_in_the_ledger(tmp_path: Path) 
     assert re.search(r"^\$ python -m nexum_engine resolve exec-\S+ --result '\"receipt 4\"'", output, re.MULTILINE)
 
 
-async def test_charge_whose_call_fails_ends_the_drill(tmp_path: Path, server: Server) -> None:
+async def test_charge_whose_call_fails_ends_the_drill(tmp_path: Path, server: ServerThread) -> None:
     async def fail(_: str) -> tuple[str, str]:
         raise InvalidRequest("refused")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, free_port
+from harness import free_port
 from openai_server import OpenAIServer, Reply
 from processes import (
     QUESTION,
@@ -22,13 +22,14 @@ from processes import (
     run_demo,
     run_script,
 )
+from server_thread import ServerThread
 
 TOKYO = "https://offline.example/tokyo-population"
 NEW_YORK = "https://offline.example/new-york-population"
 
 
 @pytest.fixture
-def address(server: Server, tmp_path: Path) -> Iterator[str]:
+def address(server: ServerThread, tmp_path: Path) -> Iterator[str]:
     """Run a server with a worker."""
     with counting_worker(tmp_path, server.address):
         yield server.address
@@ -114,7 +115,7 @@ def test_model_with_wrong_calls_sees_the_errors_and_continues(tmp_path: Path, ad
         (429, "RateLimitError: Error code: 429 - scripted failure"),
     ],
 )
-def test_model_error_is_one_line_and_exit_code_1(tmp_path: Path, server: Server, status: int, said: str) -> None:
+def test_model_error_is_one_line_and_exit_code_1(tmp_path: Path, server: ServerThread, status: int, said: str) -> None:
     with OpenAIServer([Reply(status=status)]) as model:
         code, output = ask(tmp_path, model, server.address)
         assert model.requests
@@ -138,7 +139,7 @@ def test_calls_before_a_model_failure_are_recorded(tmp_path: Path, address: str)
     assert "Tool calls: 0 executed, 1 cached" in output
 
 
-def test_absent_model_server_is_one_line_and_exit_code_1(tmp_path: Path, server: Server) -> None:
+def test_absent_model_server_is_one_line_and_exit_code_1(tmp_path: Path, server: ServerThread) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     env = {"OPENAI_BASE_URL": url, "NEXUM_MODEL": "test-model"}
     code, output = run_demo(tmp_path, "--nexum", server.address, env=env)
@@ -146,7 +147,7 @@ def test_absent_model_server_is_one_line_and_exit_code_1(tmp_path: Path, server:
     assert "APIConnectionError" in output.splitlines()[-1]
 
 
-def test_an_empty_answer_is_an_error(tmp_path: Path, server: Server) -> None:
+def test_an_empty_answer_is_an_error(tmp_path: Path, server: ServerThread) -> None:
     with OpenAIServer([Reply("")]) as model:
         code, output = ask(tmp_path, model, server.address)
     assert code == 1
@@ -162,7 +163,7 @@ def test_model_that_only_calls_tools_is_stopped_after_its_rounds(tmp_path: Path,
     assert "12 rounds of tool calls" in output.splitlines()[-1]
 
 
-def test_model_is_not_asked_beyond_the_budget_until_a_person_raises_it(tmp_path: Path, server: Server) -> None:
+def test_model_is_not_asked_beyond_the_budget_until_a_person_raises_it(tmp_path: Path, server: ServerThread) -> None:
     with OpenAIServer([Reply("Hello.")]) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "gpt-4o"}
         options = ("--nexum", server.address, "--session-id", "s", "--budget", "0")
@@ -178,7 +179,7 @@ def test_model_is_not_asked_beyond_the_budget_until_a_person_raises_it(tmp_path:
         assert (code, output.partition("session s has used $0.0")[0]) == (0, "")
 
 
-def test_a_compatible_server_gets_the_openai_key_and_no_other(tmp_path: Path, server: Server) -> None:
+def test_a_compatible_server_gets_the_openai_key_and_no_other(tmp_path: Path, server: ServerThread) -> None:
     keys = {name: f"{name}-secret" for name in ("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY")}
     with OpenAIServer([Reply("Hello.")]) as model:
         code, output = ask(tmp_path, model, server.address, **keys)
@@ -190,7 +191,7 @@ def test_a_compatible_server_gets_the_openai_key_and_no_other(tmp_path: Path, se
     assert "secret" not in output
 
 
-def test_a_compatible_server_needs_no_key(tmp_path: Path, server: Server) -> None:
+def test_a_compatible_server_needs_no_key(tmp_path: Path, server: ServerThread) -> None:
     with OpenAIServer([Reply("Hello.")]) as model:
         code, _ = ask(tmp_path, model, server.address)
         assert code == 0

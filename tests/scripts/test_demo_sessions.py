@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, environment, running, tool_worker
+from harness import environment, running, tool_worker
 from openai_server import OpenAIServer, Reply
 from processes import DEMO, QUESTION, answer, recorded, run_demo
+from server_thread import ServerThread
 
 RUST = "What does Rust change in systems programming?"
 
 
 @pytest.fixture
-def address(server: Server, tmp_path: Path) -> Iterator[str]:
+def address(server: ServerThread, tmp_path: Path) -> Iterator[str]:
     """Run a server with a worker."""
     with tool_worker(tmp_path, server.address):
         yield server.address
@@ -51,7 +52,7 @@ def test_team_continues_after_a_crash(tmp_path: Path, address: str) -> None:
     ]
 
 
-def test_ctrl_c_ends_a_team_at_once_and_names_the_session_that_continues(tmp_path: Path, server: Server) -> None:
+def test_ctrl_c_ends_a_team_at_once_and_names_the_session_that_continues(tmp_path: Path, server: ServerThread) -> None:
     command = [DEMO, "--offline", "--nexum", server.address, "--team", "--new-session", QUESTION]
     with running(command, cwd=tmp_path) as process:
         process.wait_for("Submitted")  # without a worker, the call would wait for ever

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 from durable_agents import answer
-from harness import ROOT, Server
+from harness import ROOT
 from openai_server import OpenAIServer
 from processes import counting_worker, effects, recorded, run_script
+from server_thread import ServerThread
 
 PROGRAM = str(ROOT / "tests" / "programs" / "embedding_program.py")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 
 
-def embedded(mode: str, folder: Path, server: Server, *more: str) -> list[str]:
+def embedded(mode: str, folder: Path, server: ServerThread, *more: str) -> list[str]:
     """Run a mode of embedding_program.py; return the lines that it prints. Fail if a line names an error."""
     log = folder / "log"
     code, output = run_script([PROGRAM, mode, str(log), *more], folder, {"NEXUM_ADDRESS": server.address})
@@ -27,7 +28,9 @@ def embedded(mode: str, folder: Path, server: Server, *more: str) -> list[str]:
 
 @forks
 @pytest.mark.every_python
-def test_forked_children_make_calls_of_their_own_and_find_those_of_the_parent(tmp_path: Path, server: Server) -> None:
+def test_forked_children_make_calls_of_their_own_and_find_those_of_the_parent(
+    tmp_path: Path, server: ServerThread
+) -> None:
     with counting_worker(tmp_path, server.address):
         lines = embedded("forked_call", tmp_path, server)
     assert {"GRANDCHILD 0", "CHILDREN 0 0"} <= set(lines)
@@ -39,7 +42,7 @@ def test_forked_children_make_calls_of_their_own_and_find_those_of_the_parent(tm
 
 
 @forks
-def test_child_makes_a_call_while_a_thread_of_the_parent_waits_for_one(tmp_path: Path, server: Server) -> None:
+def test_child_makes_a_call_while_a_thread_of_the_parent_waits_for_one(tmp_path: Path, server: ServerThread) -> None:
     with counting_worker(tmp_path, server.address):
         lines = embedded("fork_during_call", tmp_path, server)
     assert {"CHILD 0", "WAITED True", "SLOW attempt 1"} <= set(lines)
@@ -47,7 +50,7 @@ def test_child_makes_a_call_while_a_thread_of_the_parent_waits_for_one(tmp_path:
 
 
 @forks
-def test_forked_child_ends_as_a_script_ends(tmp_path: Path, server: Server) -> None:
+def test_forked_child_ends_as_a_script_ends(tmp_path: Path, server: ServerThread) -> None:
     with counting_worker(tmp_path, server.address):
         lines = embedded("fork_with_end", tmp_path, server)
     assert "CHILD 0" in lines
@@ -56,19 +59,21 @@ def test_forked_child_ends_as_a_script_ends(tmp_path: Path, server: Server) -> N
 
 @forks
 @pytest.mark.every_python
-def test_client_of_the_parent_works_in_the_child_while_the_parent_is_connected(tmp_path: Path, server: Server) -> None:
+def test_client_of_the_parent_works_in_the_child_while_the_parent_is_connected(
+    tmp_path: Path, server: ServerThread
+) -> None:
     lines = embedded("fork_with_client", tmp_path, server)
     assert {"OWNED c COMPLETED", "CHILD 0", "OWNED p COMPLETED"} <= set(lines)
 
 
 @forks
-def test_child_writes_a_session_file_that_was_locked_at_the_fork(tmp_path: Path, server: Server) -> None:
+def test_child_writes_a_session_file_that_was_locked_at_the_fork(tmp_path: Path, server: ServerThread) -> None:
     lines = embedded("fork_with_locked_file", tmp_path, server)
     assert {"CHILD 0", "KEYS ['of the child', 'of the parent']"} <= set(lines)
 
 
 @forks
-def test_forked_child_runs_and_replays_durable_runs(tmp_path: Path, server: Server) -> None:
+def test_forked_child_runs_and_replays_durable_runs(tmp_path: Path, server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("said")) as model:
         lines = embedded("fork_durable", tmp_path, server, model.base_url)
         assert len(model.requests) == 3
@@ -79,11 +84,11 @@ def test_forked_child_runs_and_replays_durable_runs(tmp_path: Path, server: Serv
 
 
 @pytest.mark.every_python
-def test_one_client_serves_several_event_loops(tmp_path: Path, server: Server) -> None:
+def test_one_client_serves_several_event_loops(tmp_path: Path, server: ServerThread) -> None:
     assert "PINGED" in embedded("loops_one_client", tmp_path, server)
 
 
-def test_tool_calls_and_durable_runs_share_a_process(tmp_path: Path, server: Server) -> None:
+def test_tool_calls_and_durable_runs_share_a_process(tmp_path: Path, server: ServerThread) -> None:
     with counting_worker(tmp_path, server.address), OpenAIServer(lambda _: answer("said")) as model:
         lines = embedded("two_loops", tmp_path, server, model.base_url)
     assert len([line for line in lines if line.startswith("RUN")]) == 3

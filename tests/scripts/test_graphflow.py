@@ -8,8 +8,9 @@ from pathlib import Path
 
 import autogen_agentchat
 import pytest
-from harness import ROOT, Server
+from harness import ROOT
 from processes import run_script
+from server_thread import ServerThread
 
 DEMO = str(ROOT / "crash_demo.py")
 REPAIRS = (
@@ -43,13 +44,13 @@ def fixed(tmp_path: Path) -> Path:
     return folder
 
 
-def show(server: Server, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
+def show(server: ServerThread, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
     code, output = run_script([DEMO, "--offline", "--nexum", server.address, *arguments], folder, env)
     assert code == 0, output
     return output
 
 
-def test_interrupted_graph_does_not_resume_and_the_durable_run_finishes(server: Server, tmp_path: Path) -> None:
+def test_interrupted_graph_does_not_resume_and_the_durable_run_finishes(server: ServerThread, tmp_path: Path) -> None:
     output = show(server, tmp_path, "--graphflow")
     assert "no agent called its model; ended normally" in output
     assert "the team did not resume: analyst, editor, publisher never spoke" in output
@@ -59,7 +60,9 @@ def test_interrupted_graph_does_not_resume_and_the_durable_run_finishes(server: 
     assert "1 recorded call(s) were replayed, none was repeated; 3 were made live" in output
 
 
-def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(server: Server, tmp_path: Path) -> None:
+def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(
+    server: ServerThread, tmp_path: Path
+) -> None:
     output = show(server, tmp_path, "--cyclic")
     assert "model calls by planner, author, reviewer; ended normally" in output
     assert "model calls by author, reviewer; ended normally" in output
@@ -69,7 +72,7 @@ def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(serve
 
 
 @pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
-def test_fixed_autogen_resumes(server: Server, tmp_path: Path, fixed: Path, kind: str) -> None:
+def test_fixed_autogen_resumes(server: ServerThread, tmp_path: Path, fixed: Path, kind: str) -> None:
     output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{fixed}"})
     assert "[plain] the team resumed: after loading," in output
     assert "did not resume" not in output

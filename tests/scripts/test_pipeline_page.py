@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server
 from pipelines import BEGUN_MS, ONE, TWO, Try, attempts, made_run, pipelines, recorded_outputs, run_crash_demo
+from server_thread import ServerThread
 
 from crash_demo import finish
 from nexum_engine.records import Outcome
@@ -133,7 +133,7 @@ def test_failed_run_is_marked_as_failed() -> None:
     assert having(page([run]), "class", "bad")
 
 
-def test_page_of_the_demo_shows_the_servers_records(server: Server, tmp_path: Path) -> None:
+def test_page_of_the_demo_shows_the_servers_records(server: ServerThread, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--nexum", server.address, "--html", "page.html")
     assert code == 0, output
     assert f"Timeline as a page: {tmp_path / 'page.html'}" in output

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import Server, running
+from harness import running
 from openai_server import OpenAIServer, Reply
 from pipelines import (
     PIPELINE_WORKER,
@@ -23,13 +23,14 @@ from pipelines import (
     start_pipeline,
 )
 from processes import run_script, wait_until
+from server_thread import ServerThread
 
 from pipeline_workflow import STEPS
 
 KILLED = -signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
 
 
-def finish(folder: Path, server: Server) -> dict[str, object]:
+def finish(folder: Path, server: ServerThread) -> dict[str, object]:
     """Run a worker until the only pipeline is done; return the pipeline's record."""
     with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "second"], cwd=folder):
         wait_until(lambda: pipelines(folder, server.address)[0]["status"] != "RUNNING", "the pipeline ends")
@@ -37,7 +38,9 @@ def finish(folder: Path, server: Server) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_crash_after_kills_the_worker_before_it_takes_another_step(server: Server, tmp_path: Path, step: str) -> None:
+def test_crash_after_kills_the_worker_before_it_takes_another_step(
+    server: ServerThread, tmp_path: Path, step: str
+) -> None:
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first"]
     code, output = run_script(command, tmp_path, {"CRASH_AFTER": step})
     assert code == KILLED
@@ -53,7 +56,7 @@ def test_crash_after_kills_the_worker_before_it_takes_another_step(server: Serve
         ]
 
 
-def test_crash_during_kills_the_worker_between_effect_and_record(server: Server, tmp_path: Path) -> None:
+def test_crash_during_kills_the_worker_between_effect_and_record(server: ServerThread, tmp_path: Path) -> None:
     log = tmp_path / "effects"
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first", "--effects", str(log)]
     code, output = run_script(command, tmp_path, {"CRASH_DURING": "validate"})
@@ -73,7 +76,7 @@ def test_crash_during_kills_the_worker_between_effect_and_record(server: Server,
     ]
 
 
-def test_false_quote_in_recorded_research_is_dropped(server: Server, tmp_path: Path) -> None:
+def test_false_quote_in_recorded_research_is_dropped(server: ServerThread, tmp_path: Path) -> None:
     execution_id = start_pipeline(server.address)
     true = {"statement": "The Rust Foundation looks after Rust.", "url": RUST_PAGE, "quote": RUST_QUOTE}
     false = {"statement": "Rust is from 1921.", "url": RUST_PAGE, "quote": "Rust reached version 1.0 in May 1921."}
@@ -89,7 +92,7 @@ def test_false_quote_in_recorded_research_is_dropped(server: Server, tmp_path: P
     assert "Rust is from 1921." in dropped
 
 
-def test_failed_attempt_does_not_trigger_crash_after(server: Server, tmp_path: Path) -> None:
+def test_failed_attempt_does_not_trigger_crash_after(server: ServerThread, tmp_path: Path) -> None:
     replies = [Reply(status=500)] * 3 + [Reply('{"claims": [], "note": "nothing found"}')]
     with OpenAIServer(replies) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m", "CRASH_AFTER": "research"}
@@ -125,7 +128,7 @@ def test_wrong_argument_is_a_one_line_error(
     assert told in output
 
 
-def test_offline_worker_ignores_wrong_model_settings(server: Server, tmp_path: Path) -> None:
+def test_offline_worker_ignores_wrong_model_settings(server: ServerThread, tmp_path: Path) -> None:
     start_pipeline(server.address)
     command = [PIPELINE_WORKER, "--nexum", server.address, "--offline"]
     code, output = run_script(command, tmp_path, {"NEXUM_MODEL": "gpt-x", "CRASH_AFTER": "report"})
@@ -134,7 +137,7 @@ def test_offline_worker_ignores_wrong_model_settings(server: Server, tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-def test_stop_signal_ends_the_worker_normally(server: Server, tmp_path: Path) -> None:
+def test_stop_signal_ends_the_worker_normally(server: ServerThread, tmp_path: Path) -> None:
     with running([PIPELINE_WORKER, "--nexum", server.address], cwd=tmp_path) as worker:
         worker.wait_for("connected to")
         begun = time.monotonic()

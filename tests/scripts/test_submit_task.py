@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, Server, nexum_server, running, tool_worker
+from harness import ROOT, Process, nexum_server, running, tool_worker
 from nexum_wire import connected, register, start
 from processes import (
     attempts,
@@ -25,7 +25,7 @@ from processes import (
     submitter,
     wait_until,
 )
-from server_thread import server_thread
+from server_thread import ServerThread, server_thread
 
 import submit_task
 from nexum_engine.client import NexumClient, Observed, Started
@@ -64,7 +64,7 @@ print("THREADS", seen[-1] - seen[0])
 
 
 @pytest.fixture
-def address(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def address(server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run a server with a worker. This process works in their folder and uses that server by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEXUM_ADDRESS", server.address)
@@ -173,7 +173,7 @@ def test_different_sessions_and_scopes_have_different_executions(tmp_path: Path)
     assert len(effects(tmp_path / "log")) == 4
 
 
-async def test_a_live_call_is_never_answered_with_an_offline_result(tmp_path: Path, server: Server) -> None:
+async def test_a_live_call_is_never_answered_with_an_offline_result(tmp_path: Path, server: ServerThread) -> None:
     with tool_worker(tmp_path, server.address):
         offline = Session("s", nexum=server.address, workflow=OFFLINE_TOOL_CALL)
         result = await offline.call("web_search", {"query": "population of Tokyo"})
@@ -406,7 +406,7 @@ def test_call_to_a_server_with_a_full_queue_names_the_full_queue(
 # ---- Servers and workers that come and go ----------------------------------------------------------------------------
 
 
-def test_waiting_line_without_a_worker_names_the_command_to_start_one(tmp_path: Path, server: Server) -> None:
+def test_waiting_line_without_a_worker_names_the_command_to_start_one(tmp_path: Path, server: ServerThread) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 1}
     with submitter(tmp_path, server.address, "count_effect", arguments) as process:
         line = process.wait_for("waiting:")
@@ -416,7 +416,7 @@ def test_waiting_line_without_a_worker_names_the_command_to_start_one(tmp_path: 
             assert process.wait() == 0
 
 
-def test_waiting_line_of_a_retry_has_the_failures_reason(tmp_path: Path, server: Server) -> None:
+def test_waiting_line_of_a_retry_has_the_failures_reason(tmp_path: Path, server: ServerThread) -> None:
     gate = tmp_path / "gate"
     with (
         counting_worker(tmp_path, server.address),
@@ -432,7 +432,7 @@ def test_waiting_line_of_a_retry_has_the_failures_reason(tmp_path: Path, server:
     assert process.lines[-1] == "RESULT attempt 2"
 
 
-def test_waiting_line_reports_the_attempt_of_a_killed_worker_as_lost(tmp_path: Path, server: Server) -> None:
+def test_waiting_line_reports_the_attempt_of_a_killed_worker_as_lost(tmp_path: Path, server: ServerThread) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     with submitter(tmp_path, server.address, "effect_then_gate", {"log": str(log), "gate": str(gate)}) as process:
         with counting_worker(tmp_path, server.address) as worker:
@@ -485,7 +485,7 @@ def test_execution_unknown_to_a_new_database_is_restarted_by_its_key(tmp_path: P
     assert len({effect.key for effect in effects(log)}) == 1
 
 
-def test_console_without_the_check_mark_prints_a_question_mark(tmp_path: Path, server: Server) -> None:
+def test_console_without_the_check_mark_prints_a_question_mark(tmp_path: Path, server: ServerThread) -> None:
     command = [
         str(ROOT / "tests" / "programs" / "submitter.py"),
         "s",
@@ -505,7 +505,7 @@ def test_console_without_the_check_mark_prints_a_question_mark(tmp_path: Path, s
 
 
 @pytest.mark.every_python
-def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
+def test_one_call_from_the_command_line(server: ServerThread, tmp_path: Path) -> None:
     command = ["submit_task.py", "web_search", '{"query": "population of Tokyo"}', "--offline", "--session-id", "s"]
     with tool_worker(tmp_path, server.address):
         lines = []
@@ -529,7 +529,7 @@ def test_one_call_from_the_command_line(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_call_is_a_one_line_error(
-    server: Server, tmp_path: Path, arguments: list[str], code: int, said: str
+    server: ServerThread, tmp_path: Path, arguments: list[str], code: int, said: str
 ) -> None:
     with tool_worker(tmp_path, server.address):
         found, output = run_command(["submit_task.py", *arguments], tmp_path, server.address)

@@ -8,9 +8,10 @@ from typing import Any
 
 import harness
 import pytest
-from harness import Process, Server, nexum_server
+from harness import Process, nexum_server
 from policies import asked_in, decide, paid, parking_run, policy_caller, policy_worker, results
 from processes import run_script
+from server_thread import ServerThread
 
 from nexum_engine.approvals import approval_workflow
 from nexum_engine.client import NexumClient
@@ -56,7 +57,7 @@ def test_decision_that_was_made_while_nothing_ran_counts_once(tmp_path: Path) ->
     assert [(one["cents"], one["to"]) for one in paid(log)] == [(LARGE, "c-17")]
 
 
-def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, server: Server) -> None:
+def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, server: ServerThread) -> None:
     log = tmp_path / "log"
     approved, rejected, edited, badly_edited, small = 500, 501, 502, 503, 100
     cents = (approved, rejected, edited, badly_edited, small)
@@ -84,7 +85,7 @@ def test_each_call_gets_its_own_decision_also_in_a_second_run(tmp_path: Path, se
     assert sorted(one["cents"] for one in paid(log)) == [7, small, approved]
 
 
-def test_durable_run_parks_while_a_workers_tool_waits_for_an_approval(tmp_path: Path, server: Server) -> None:
+def test_durable_run_parks_while_a_workers_tool_waits_for_an_approval(tmp_path: Path, server: ServerThread) -> None:
     log = tmp_path / "log"
     call = ("pay", {"log": str(log), "cents": LARGE})
     with policy_worker(tmp_path, server.address):
@@ -102,7 +103,7 @@ def test_durable_run_parks_while_a_workers_tool_waits_for_an_approval(tmp_path: 
 
 @pytest.mark.parametrize("asks_first", [True, False])
 def test_once_tool_runs_once_if_its_approval_changes_and_the_session_file_is_lost(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, asks_first: bool
+    tmp_path: Path, server: ServerThread, monkeypatch: pytest.MonkeyPatch, asks_first: bool
 ) -> None:
     log = tmp_path / "log"
     call = ("pay_once_or_ask", {"log": str(log), "cents": LARGE})
@@ -241,7 +242,7 @@ ATTEMPTS = {
 }
 
 
-async def test_worker_refuses_a_call_unless_a_person_approved_it(tmp_path: Path, server: Server) -> None:
+async def test_worker_refuses_a_call_unless_a_person_approved_it(tmp_path: Path, server: ServerThread) -> None:
     with policy_worker(tmp_path, server.address):
         async with NexumClient(server.address) as client:
             for attempt, reason in ATTEMPTS.items():

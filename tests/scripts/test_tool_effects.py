@@ -8,16 +8,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from harness import Server, published_server
+from harness import published_server
 from policies import asked_in, decide, paid, parking_run, policy_caller, policy_worker, results
 from processes import call_of, recorded, wait_until
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from support.tools import TOOLS
 from workflow import TOOL_CALL, ToolCallInput
 
 
-def test_lost_effect_is_looked_up_or_waits_for_a_person(tmp_path: Path, server: Server) -> None:
+def test_lost_effect_is_looked_up_or_waits_for_a_person(tmp_path: Path, server: ServerThread) -> None:
     log, gate, begun = tmp_path / "log", tmp_path / "gate", tmp_path / "begun"
 
     def call(number: int) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_lost_effect_is_looked_up_or_waits_for_a_person(tmp_path: Path, server: 
     assert len(paid(begun)) == 2
 
 
-def test_durable_run_parks_while_a_workers_effect_is_unknown(tmp_path: Path, server: Server) -> None:
+def test_durable_run_parks_while_a_workers_effect_is_unknown(tmp_path: Path, server: ServerThread) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     call = ("pay_once", {"log": str(log), "gate": str(gate), "number": 1})
     with parking_run(tmp_path, server.address, call) as parked:
@@ -86,7 +87,7 @@ def test_durable_run_parks_while_a_workers_effect_is_unknown(tmp_path: Path, ser
     assert len(paid(log)) == 1
 
 
-async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, server: Server) -> None:
+async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, server: ServerThread) -> None:
     tools = {"pay_and_fail": 1, "fail_twice": 2, "refuse": 1, "pay_slowly": 1}
     calls = [(tool, {"log": str(tmp_path / tool)}) for tool in tools]
     with policy_worker(tmp_path, server.address):
@@ -114,7 +115,7 @@ async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, se
     assert {tool: len(paid(tmp_path / tool)) for tool in tools} == tools
 
 
-async def test_limits_of_a_tool_count_over_its_workers(tmp_path: Path, server: Server) -> None:
+async def test_limits_of_a_tool_count_over_its_workers(tmp_path: Path, server: ServerThread) -> None:
     log = tmp_path / "log"
     calls = [("pay_in_turn", {"log": str(log), "number": number}) for number in range(5)]
     address = server.address

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, Server, free_port, nexum_server, running, tool_worker
+from harness import ROOT, Process, free_port, nexum_server, running, tool_worker
 from processes import (
     attempts,
     children,
@@ -21,6 +21,7 @@ from processes import (
     submitter,
     wait_until,
 )
+from server_thread import ServerThread
 
 WORKER = str(ROOT / "worker.py")
 HAND_OVER_WITHIN_MS = 2000  # after the death of the worker that had the task
@@ -89,7 +90,7 @@ def test_ctrl_c_ends_a_worker_that_waits_for_a_server(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
 @pytest.mark.usefixtures("loop_of_processes")
-def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: Callable[[Process], None]) -> None:
+def test_an_idle_worker_ends_at_once(tmp_path: Path, server: ServerThread, end: Callable[[Process], None]) -> None:
     with tool_worker(tmp_path, server.address) as worker:
         end(worker)
         assert worker.wait(5) == 0
@@ -98,7 +99,7 @@ def test_an_idle_worker_ends_at_once(tmp_path: Path, server: Server, end: Callab
 
 @pytest.mark.every_python
 @pytest.mark.usefixtures("loop_of_processes")
-def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: Server) -> None:
+def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: ServerThread) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     held = {"log": str(log), "gate": str(gate)}
     with (
@@ -120,7 +121,7 @@ def test_ctrl_c_lets_the_task_finish_and_takes_no_other(tmp_path: Path, server: 
 
 
 @pytest.mark.every_python
-def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, server: Server) -> None:
+def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, server: ServerThread) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     with submitter(tmp_path, server.address, "effect_then_gate", {"log": str(log), "gate": str(gate)}) as process:
         with counting_worker(tmp_path, server.address) as worker:
@@ -138,7 +139,7 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
 
 
 @pytest.mark.every_python
-def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: Server) -> None:
+def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: ServerThread) -> None:
     # A parent process starts the worker and is then killed.
     parent = (
         "import subprocess, sys; "
@@ -156,7 +157,7 @@ def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Pa
 
 
 @pytest.mark.every_python
-def test_hanging_tool_fails_one_attempt_and_does_not_block_the_worker(tmp_path: Path, server: Server) -> None:
+def test_hanging_tool_fails_one_attempt_and_does_not_block_the_worker(tmp_path: Path, server: ServerThread) -> None:
     log = tmp_path / "log"
     with counting_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, "hang_once", {"log": str(log)}) as process:
@@ -174,7 +175,7 @@ def test_hanging_tool_fails_one_attempt_and_does_not_block_the_worker(tmp_path: 
     assert len({effect.key for effect in effects(log)}) == 1
 
 
-def test_the_log_has_a_line_for_the_begin_and_the_end_of_each_task(tmp_path: Path, server: Server) -> None:
+def test_the_log_has_a_line_for_the_begin_and_the_end_of_each_task(tmp_path: Path, server: ServerThread) -> None:
     arguments = {"log": str(tmp_path / "log"), "number": 1}
     with counting_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, "count_effect", arguments) as process:
@@ -187,7 +188,7 @@ def test_the_log_has_a_line_for_the_begin_and_the_end_of_each_task(tmp_path: Pat
 
 @pytest.mark.parametrize("held", ["before its effect", "after its effect"])
 def test_the_task_of_a_killed_worker_goes_to_a_waiting_one_within_two_seconds(
-    tmp_path: Path, server: Server, held: str
+    tmp_path: Path, server: ServerThread, held: str
 ) -> None:
     tool = "gate_then_effect" if held == "before its effect" else "effect_then_gate"
     log, arrivals, gate = tmp_path / "log", tmp_path / "arrivals", tmp_path / "gate"

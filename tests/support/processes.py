@@ -41,6 +41,10 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 20)
 # ---- Scripts ---------------------------------------------------------------------------------------------------------
 
 
+Command = Callable[..., tuple[int, str]]
+"""A function that runs a command with its arguments; it returns the exit code and the output."""
+
+
 def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Run a script to its end; return its exit code and its output, which must hold no traceback."""
     with running(command, cwd=folder, env=env) as process:
