@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import harness
 import pytest
 from harness import Server, nexum_server
+from server_thread import ServerThread, server_thread
 
 from nexum_engine.event_loop import CHOICE
 
@@ -113,8 +114,15 @@ def database_url(new_database: Callable[[], str]) -> str:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A real server process with its own database."""
+def server(tmp_path: Path) -> Iterator[ServerThread]:
+    """A server with a database of its own. It is no process, so a test starts it quickly, but can't kill it."""
+    with server_thread(tmp_path, database_url=harness.url_of(tmp_path)) as running:
+        yield running
+
+
+@pytest.fixture
+def server_process(tmp_path: Path) -> Iterator[Server]:
+    """A server process with a database of its own."""
     with nexum_server(tmp_path) as running:
         yield running
 

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, Server, running
+from harness import ROOT, Process, running
 from policies import asked_in, decide
+from server_thread import ServerThread
 
 from durable_autogen.__main__ import build_parser
 from nexum_engine.__main__ import build_parser as build_engine_parser
@@ -61,7 +62,7 @@ def programs(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-def libraries(server: Server) -> dict[str, str]:
+def libraries(server: ServerThread) -> dict[str, str]:
     """Return the environment variables with which a program finds both libraries and this server."""
     return {"NEXUM_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
 
@@ -84,7 +85,7 @@ def worker_of(folder: Path, env: dict[str, str]) -> Iterator[None]:
         assert worker.wait() == 0, worker.output
 
 
-def test_tool_in_a_custom_worker_is_executed_once(server: Server, tmp_path: Path) -> None:
+def test_tool_in_a_custom_worker_is_executed_once(server: ServerThread, tmp_path: Path) -> None:
     shop, worker, agent, _, _ = programs(OWN_AGENT)
     given = agent.replace(
         "model_client=...", 'model_client=model(("charge", \'{"customer": "c-17", "cents": 990}\'), "ok")'
@@ -102,7 +103,7 @@ def test_tool_in_a_custom_worker_is_executed_once(server: Server, tmp_path: Path
         run_twice(tmp_path, libraries(server), "AGENT ok", "receipt for c-17")
 
 
-def test_tool_added_to_this_project_is_executed_once(server: Server, tmp_path: Path) -> None:
+def test_tool_added_to_this_project_is_executed_once(server: ServerThread, tmp_path: Path) -> None:
     _, _, _, tool, without_an_agent = programs(OWN_AGENT)
     own = tmp_path / "own"
     shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
@@ -117,7 +118,7 @@ def test_tool_added_to_this_project_is_executed_once(server: Server, tmp_path: P
         run_twice(own, env, "TEXT receipt for c-17")
 
 
-def test_program_of_workflows_runs_as_printed(server: Server, tmp_path: Path) -> None:
+def test_program_of_workflows_runs_as_printed(server: ServerThread, tmp_path: Path) -> None:
     (program,) = programs((ROOT / "docs" / "workflows.md").read_text(encoding="utf-8"))
     (tmp_path / "program.py").write_text(program)
     for _ in range(2):
@@ -143,7 +144,7 @@ def build_team():
 
 
 @pytest.mark.every_python
-def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path) -> None:
+def test_programs_of_durable_runs_run_as_printed(server: ServerThread, tmp_path: Path) -> None:
     one_line, with_result, branches = programs(DURABLE_RUNS)[:3]
     (tmp_path / "program.py").write_text(
         f"{MODEL}\nfrom autogen_core.models import UserMessage\n{TEAM}\n"
@@ -168,7 +169,7 @@ def test_programs_of_durable_runs_run_as_printed(server: Server, tmp_path: Path)
 
 
 @pytest.mark.every_python
-def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_path: Path) -> None:
+def test_command_of_durable_runs_continues_killed_script(server: ServerThread, tmp_path: Path) -> None:
     command = next(one for one in durable_commands() if one[:2] == ["run", "--session"])
     script = f"{MODEL}\n{TEAM}".replace("from durable_autogen import DurableSession, run_durable\n", "")
     assert "durable" not in script
@@ -189,7 +190,7 @@ def test_command_of_durable_runs_continues_killed_script(server: Server, tmp_pat
     assert (tmp_path / "charged").read_text() == "c-17"
 
 
-def test_program_of_durable_runs_waits_for_an_approval(server: Server, tmp_path: Path) -> None:
+def test_program_of_durable_runs_waits_for_an_approval(server: ServerThread, tmp_path: Path) -> None:
     (program,) = (one for one in programs(DURABLE_RUNS) if "durable_tool(" in one)
     charge = '(\'charge\', \'{"customer": "c-17", "cents": 20000}\')'
     given = program.replace("model_client=...", f"model_client=model({charge}, 'paid')")
@@ -219,7 +220,7 @@ def test_policies_of_durable_runs_are_valid(tmp_path: Path) -> None:
     assert read_policies(tmp_path / "policies.toml").keys() == {"charge", "model"}
 
 
-def test_program_of_durable_runs_waits_at_its_budget(server: Server, tmp_path: Path) -> None:
+def test_program_of_durable_runs_waits_at_its_budget(server: ServerThread, tmp_path: Path) -> None:
     (program,) = (one for one in programs(DURABLE_RUNS) if "Budget(" in one)
     charge = "('charge', '{\"customer\": \"c-17\"}')"
     team = TEAM.replace(
@@ -241,7 +242,7 @@ def test_program_of_durable_runs_waits_at_its_budget(server: Server, tmp_path: P
     assert stopped[2] == "--stop"
 
 
-def test_waiting_program_of_durable_runs_continues_after_kill(server: Server, tmp_path: Path) -> None:
+def test_waiting_program_of_durable_runs_continues_after_kill(server: ServerThread, tmp_path: Path) -> None:
     waiting = programs(DURABLE_RUNS)[-1]
     (tmp_path / "program.py").write_text(
         "import asyncio\nfrom durable_autogen import DurableSession\n"
@@ -295,7 +296,7 @@ def build_team():
 
 @pytest.mark.parametrize(("number", "receipt"), [(0, "receipt for c-17"), (1, "receipt 17")])
 def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
-    server: Server, tmp_path: Path, number: int, receipt: str
+    server: ServerThread, tmp_path: Path, number: int, receipt: str
 ) -> None:
     # The second process replays the first reply, so its model begins with the second one.
     client = 'model_client=model(*replies["DIES" not in os.environ :])'
@@ -321,7 +322,7 @@ def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
     assert len((tmp_path / "charged").read_text().splitlines()) == 1
 
 
-def test_tool_of_tools_runs_in_a_worker_after_its_approval(server: Server, tmp_path: Path) -> None:
+def test_tool_of_tools_runs_in_a_worker_after_its_approval(server: ServerThread, tmp_path: Path) -> None:
     declaration = programs(TOOLS)[2]
     find_charge = re.search(r"^def find_charge.*?NOT_DONE\n", TOOLS, re.DOTALL | re.MULTILINE)
     assert find_charge

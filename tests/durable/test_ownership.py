@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from durable_agents import (
     texts,
     whole,
 )
-from harness import Server, logged, nexum_server
+from harness import logged, nexum_server
 from openai_server import OpenAIServer, Reply
+from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession, SessionBusy, list_sessions
 from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
@@ -38,14 +39,7 @@ from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A server process: some tests kill it."""
-    with nexum_server(tmp_path) as running:
-        yield running
-
-
-async def test_stopped_run_can_resume_at_once(server: Server) -> None:
+async def test_stopped_run_can_resume_at_once(server: ServerThread) -> None:
     """Wherever a run was stopped, the calls that it had begun don't block the next run."""
 
     def build() -> RoundRobinGroupChat:
@@ -65,7 +59,7 @@ async def test_stopped_run_can_resume_at_once(server: Server) -> None:
     assert stopped
 
 
-async def test_process_that_lost_session_records_nothing(server: Server) -> None:
+async def test_process_that_lost_session_records_nothing(server: ServerThread) -> None:
     """Simulate a process that SIGSTOP stops for longer than its lease, while another process takes over its session."""
 
     async def program() -> None:
@@ -90,7 +84,7 @@ async def test_process_that_lost_session_records_nothing(server: Server) -> None
         assert len(model.requests) == 2
 
 
-async def test_finished_session_stays_finished_after_refused_run(server: Server) -> None:
+async def test_finished_session_stays_finished_after_refused_run(server: ServerThread) -> None:
     from durable_autogen import list_sessions
 
     def build(turns: int = 1) -> RoundRobinGroupChat:
@@ -110,7 +104,7 @@ async def test_finished_session_stays_finished_after_refused_run(server: Server)
 
 @pytest.mark.parametrize("answers", ["before the end", "during the end"])
 async def test_begun_event_of_cancelled_caller_is_closed(
-    server: Server, monkeypatch: pytest.MonkeyPatch, answers: str
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch, answers: str
 ) -> None:
     start = Owner.start
     begun, hold = asyncio.Event(), asyncio.Event()
@@ -148,7 +142,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
 
 
 @asynccontextmanager
-async def killed(server: Server) -> AsyncIterator[Journal]:
+async def killed(server: ServerThread) -> AsyncIterator[Journal]:
     """Yield a journal whose process sends no more heartbeats after the `with`."""
     async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal(nexum, "s"))
@@ -158,7 +152,7 @@ async def killed(server: Server) -> AsyncIterator[Journal]:
 
 
 @asynccontextmanager
-async def next_run(server: Server) -> AsyncIterator[Journal]:
+async def next_run(server: ServerThread) -> AsyncIterator[Journal]:
     """Yield the journal of the next run."""
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
         yield journal
@@ -170,7 +164,7 @@ TOOL = Call(Kind.TOOL, "a", "reply/1/tool/1")
 
 
 async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[str] = []
     start, complete = NexumClient.start_execution, NexumClient.complete_task
@@ -201,7 +195,7 @@ async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
     assert sent == ["start run", "start begin", "start reply/1", *tool, "start reply/2", "complete"]
 
 
-async def test_failure_at_end_of_killed_run_is_retried(server: Server) -> None:
+async def test_failure_at_end_of_killed_run_is_retried(server: ServerThread) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Returned(value="yes"))
         assert await dead.before(REPLIES[1]) is None
@@ -210,7 +204,7 @@ async def test_failure_at_end_of_killed_run_is_retried(server: Server) -> None:
         assert [event.position for event in journal.events if event.kind is Kind.REPLY] == ["reply/1"]
 
 
-async def test_failure_followed_by_call_of_killed_run_is_kept(server: Server) -> None:
+async def test_failure_followed_by_call_of_killed_run_is_kept(server: ServerThread) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Raised(failure=Failure.of(Offline("no"))))
         assert await dead.before(REPLIES[1]) is not None, "its beginning shows that the run continued after the failure"
@@ -228,7 +222,7 @@ async def test_failure_followed_by_call_of_killed_run_is_kept(server: Server) ->
     assert not record.begun
 
 
-async def test_call_in_flight_at_kill_is_known_from_later_event(server: Server) -> None:
+async def test_call_in_flight_at_kill_is_known_from_later_event(server: ServerThread) -> None:
     async with killed(server) as dead:
         for call in REPLIES:
             assert await dead.before(call) is None
@@ -241,7 +235,7 @@ async def test_call_in_flight_at_kill_is_known_from_later_event(server: Server) 
         assert [event.under_way for event in journal.events] == [["a/reply/1", "a/reply/3"], []]
 
 
-async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Server) -> None:
+async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: ServerThread) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as hung:
         assert await hung.before(REPLIES[0]) is None
         await hung._owner.__aexit__()
@@ -254,7 +248,7 @@ async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Ser
         assert not (await read_record(nexum, "s")).events
 
 
-async def test_begun_event_of_dead_run_fails_if_not_called_again(server: Server) -> None:
+async def test_begun_event_of_dead_run_fails_if_not_called_again(server: ServerThread) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
         await dead.begin(Call(Kind.REPLY, "a", "reply/1"))
         await dead._owner.__aexit__()  # this owner sends no more heartbeats

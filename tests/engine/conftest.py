@@ -1,4 +1,4 @@
-"""The fixtures of the command `nexum`, a store on a clock that the tests move, a secured server, and calls that wait."""
+"""The fixtures of the command `nexum`, a store on a manual clock, a secured server, and calls that wait."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import harness
 import pytest
 from certificates import TOKENS
 from harness import MODEL_VARIABLES
 from processes import Command
-from server_thread import Secured, secured_server, server_thread
+from server_thread import Secured, ServerThread, secured_server
 
 from nexum_engine.__main__ import main
 from nexum_engine.clock import ManualClock
@@ -23,10 +22,8 @@ from nexum_engine.store import Store, open_store
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
-    """The address of a server with a database of its own: no process, so a test starts it quickly, but can't kill it."""
-    with server_thread(tmp_path, database_url=harness.url_of(tmp_path)) as server:
-        yield server.address
+def address(server: ServerThread) -> str:
+    return server.address
 
 
 @pytest.fixture

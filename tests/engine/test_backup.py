@@ -12,8 +12,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness import Server
 from processes import run_script
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
@@ -213,7 +213,7 @@ async def test_backup_that_cannot_be_written_is_refused(
 
 
 @pytest.mark.sqlite
-async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, server: Server) -> None:
+async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, server: ServerThread) -> None:
     async with NexumClient(server.address) as client:
         await client.register_workflow(ECHO)
         await client.start_execution(ECHO, {}, idempotency_key="k")
@@ -229,7 +229,7 @@ async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, serv
 
 
 @pytest.mark.sqlite
-def test_backup_command_with_and_without_server(tmp_path: Path, server: Server) -> None:
+def test_backup_command_with_and_without_server(tmp_path: Path, server: ServerThread) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
         return run_script(["-m", "nexum_engine", "backup", *arguments], tmp_path, {})
 

@@ -34,6 +34,11 @@ MEMORY_LIMIT = 1_000_000  # kB
 
 
 @pytest.fixture
+def server(server_process: Server) -> Server:
+    return server_process
+
+
+@pytest.fixture
 def stub(server: Server) -> Iterator[NexumServiceStub]:
     with connected(server.address, UNLIMITED) as stub:
         yield stub

@@ -8,8 +8,8 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from harness import Server
 from processes import run_script
+from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused
@@ -289,7 +289,7 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
 
 
 @pytest.mark.sqlite
-def test_check_command_reads_database_in_use_and_backup(tmp_path: Path, server: Server) -> None:
+def test_check_command_reads_database_in_use_and_backup(tmp_path: Path, server: ServerThread) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
         return run_script(["-m", "nexum_engine", "check", *arguments], tmp_path, {})
 

@@ -24,6 +24,11 @@ from processes import (
 WIDTH = 80
 
 
+@pytest.fixture
+def server(server_process: Server) -> Server:
+    return server_process
+
+
 def nexum(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
     return run_script(["-m", "nexum_engine", *arguments], folder, env)
 

@@ -18,6 +18,7 @@ import pytest
 from harness import Server, environment, free_port, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, register
 from processes import command_line, run_script
+from server_thread import ServerThread
 
 from nexum_engine.__main__ import main
 from nexum_engine.commands import look
@@ -28,7 +29,7 @@ WIDTH = 80
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[NexumServiceStub]:
+def stub(server: ServerThread) -> Iterator[NexumServiceStub]:
     with connected(server.address) as connection:
         register(connection, {"a": [], "b": ["a"]})
         yield connection
@@ -40,11 +41,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def nexum(folder: Path, server: Server, *arguments: str) -> tuple[int, str]:
+def nexum(folder: Path, server: Server | ServerThread, *arguments: str) -> tuple[int, str]:
     return run_script(["-m", "nexum_engine", *arguments, "--nexum", server.address], folder, {})
 
 
-def listed(server: Server, *arguments: str) -> list[str]:
+def listed(server: ServerThread, *arguments: str) -> list[str]:
     """Return the ids that `ps` lists, and check that its table has the same ids. Run `ps` in this process."""
     where = ("--nexum", server.address)
     ids = [
@@ -69,7 +70,7 @@ def fail(stub: NexumServiceStub) -> str:
     return str(task.node_id)
 
 
-def test_ps_filters(server: Server, stub: NexumServiceStub) -> None:
+def test_ps_filters(server: ServerThread, stub: NexumServiceStub) -> None:
     failed = begin(stub, attributes={"customer": "c-17", "env": "prod"})
     fail(stub)
     other = begin(stub, attributes={"customer": "c-18", "env": "prod"}, idempotency_key="k/1")
@@ -111,7 +112,9 @@ def test_wrong_filter_is_refused_in_one_line(
 # ---- Watching --------------------------------------------------------------------------------------------------------
 
 
-def test_watch_prints_what_changes_and_ends_with_130(tmp_path: Path, server: Server, stub: NexumServiceStub) -> None:
+def test_watch_prints_what_changes_and_ends_with_130(
+    tmp_path: Path, server: ServerThread, stub: NexumServiceStub
+) -> None:
     first = begin(stub)
     with running(["-m", "nexum_engine", "ps", "--watch", "--nexum", server.address], cwd=tmp_path) as watching:
         assert "RUNNING" in watching.wait_for(first)
@@ -153,7 +156,7 @@ def test_watch_of_a_named_server_that_does_not_answer_fails(tmp_path: Path) -> N
     assert (code, output.startswith("error: no Nexum server answers on")) == (2, True)
 
 
-def test_json_of_watch_is_a_line_for_each_change(tmp_path: Path, server: Server, stub: NexumServiceStub) -> None:
+def test_json_of_watch_is_a_line_for_each_change(tmp_path: Path, server: ServerThread, stub: NexumServiceStub) -> None:
     first = begin(stub)
     command = ["-m", "nexum_engine", "ps", "--watch", "--json", "--nexum", server.address]
     with running(command, cwd=tmp_path) as watching:
@@ -164,7 +167,9 @@ def test_json_of_watch_is_a_line_for_each_change(tmp_path: Path, server: Server,
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("command", ["ps", "show"])
-def test_terminal_is_redrawn_in_place(tmp_path: Path, server: Server, stub: NexumServiceStub, command: str) -> None:
+def test_terminal_is_redrawn_in_place(
+    tmp_path: Path, server: ServerThread, stub: NexumServiceStub, command: str
+) -> None:
     import pty
 
     first = begin(stub)
@@ -208,7 +213,7 @@ def test_terminal_is_redrawn_in_place(tmp_path: Path, server: Server, stub: Nexu
 
 @pytest.mark.parametrize(("status", "code"), [("COMPLETED", 0), ("FAILED", 1), ("CANCELLED", 1)])
 def test_follow_prints_what_happens_until_the_end(
-    tmp_path: Path, server: Server, stub: NexumServiceStub, status: str, code: int
+    tmp_path: Path, server: ServerThread, stub: NexumServiceStub, status: str, code: int
 ) -> None:
     execution_id = begin(stub)
     command = ["-m", "nexum_engine", "show", execution_id, "--follow", "--nexum", server.address]
@@ -230,7 +235,7 @@ def test_follow_prints_what_happens_until_the_end(
     assert ("    it broke" in following.lines) == (status == "FAILED")
 
 
-def test_follow_of_unknown_execution_fails(tmp_path: Path, server: Server) -> None:
+def test_follow_of_unknown_execution_fails(tmp_path: Path, server: ServerThread) -> None:
     code, output = nexum(tmp_path, server, "show", "exec-9", "--follow")
     assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from engine_server import engine_server, hangs, raises
-from harness import ROOT, Process, Server, nexum_server, published_server, running
+from harness import ROOT, Process, nexum_server, published_server, running
 from processes import wait_until
 from programs.paying_worker import WORKFLOWS, payments
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, InvalidRequest, ServerError, UnknownEffect
@@ -32,7 +33,7 @@ QUICK_RECONCILED = workflow("quick-r").effect("pay", once=True, reconcile=True, 
 
 
 @pytest.fixture
-async def client(server: Server) -> AsyncIterator[NexumClient]:
+async def client(server: ServerThread) -> AsyncIterator[NexumClient]:
     async with NexumClient(server.address) as connected:
         yield connected
 

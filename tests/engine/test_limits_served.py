@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Process, Server, nexum_server, running
+from harness import ROOT, Process, nexum_server, running
 from programs.limited_worker import limited
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
@@ -98,7 +99,7 @@ async def test_rate_counts_over_two_servers(tmp_path: Path, postgres_url: str) -
     check_rate(attempts, rate)
 
 
-async def test_concurrency_counts_over_two_workers_of_which_one_is_killed(server: Server, tmp_path: Path) -> None:
+async def test_concurrency_counts_over_two_workers_of_which_one_is_killed(server: ServerThread, tmp_path: Path) -> None:
     limits: dict[str, Any] = {"concurrency": 2, "takes": 0.2}
     async with NexumClient(server.address) as client:
         with worker(tmp_path, server.address, **limits) as first:
@@ -118,7 +119,7 @@ async def test_concurrency_counts_over_two_workers_of_which_one_is_killed(server
 
 
 @pytest.fixture
-async def owners(server: Server) -> AsyncIterator[Callable[[], Owner]]:
+async def owners(server: ServerThread) -> AsyncIterator[Callable[[], Owner]]:
     clients: list[NexumClient] = []
 
     def new() -> Owner:
@@ -137,7 +138,7 @@ async def until_running(client: NexumClient, count: int) -> None:
 
 
 async def test_owners_get_their_places_in_the_order_of_their_starts(
-    owners: Callable[[], Owner], server: Server
+    owners: Callable[[], Owner], server: ServerThread
 ) -> None:
     built = limited(None, 1)
     async with owners() as one, owners() as other, NexumClient(server.address) as client:
@@ -162,7 +163,7 @@ async def test_place_of_a_lost_owner_becomes_free(owners: Callable[[], Owner]) -
         await asyncio.wait_for(waiting, SOON)
 
 
-async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], server: Server) -> None:
+async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], server: ServerThread) -> None:
     built = limited(None, 1)
     async with owners() as lost:
         await lost.complete(await lost.take_place(built, {}, key="one"), {})
@@ -176,7 +177,7 @@ async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], se
         assert await client.list_executions(status="RUNNING") == []
 
 
-async def test_cancelled_owner_leaves_no_execution(owners: Callable[[], Owner], server: Server) -> None:
+async def test_cancelled_owner_leaves_no_execution(owners: Callable[[], Owner], server: ServerThread) -> None:
     built = limited(None, 1)
     async with owners() as one, owners() as other, NexumClient(server.address) as client:
         task = await one.take_place(built, {}, key="one")
@@ -188,7 +189,7 @@ async def test_cancelled_owner_leaves_no_execution(owners: Callable[[], Owner], 
         assert [one.execution_id for one in await client.list_executions(status="RUNNING")] == [task.execution_id]
 
 
-async def test_owner_waits_for_a_rate(owners: Callable[[], Owner], server: Server) -> None:
+async def test_owner_waits_for_a_rate(owners: Callable[[], Owner], server: ServerThread) -> None:
     rate = "2/0.5s"
     built = limited(rate, None)
 

@@ -46,7 +46,7 @@ def servers(tmp_path: Path, postgres_url: str) -> Iterator[list[Server]]:
 
 
 @contextmanager
-def worker_stream(server: Server, worker_id: str, *task_ids: str) -> Iterator[Stream]:
+def worker_stream(server: Server | ServerThread, worker_id: str, *task_ids: str) -> Iterator[Stream]:
     """Open a worker's stream with a heartbeat. The worker dies at the end of the `with`."""
     stream = Stream(server.address, worker_id)
     try:

@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 import harness
 import pytest
-from harness import Server, running
+from harness import running
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.client import Started as ClientStarted
@@ -245,7 +246,7 @@ async def test_executions_are_listed_by_key_prefix_page_by_page(store: Store) ->
 
 
 @pytest.mark.parametrize("prefix", ["", "a/"])
-async def test_page_before_unknown_execution_is_an_error(server: Server, prefix: str) -> None:
+async def test_page_before_unknown_execution_is_an_error(server: ServerThread, prefix: str) -> None:
     async with NexumClient(server.address) as client:
         with pytest.raises(ExecutionNotFound, match="'typo'"):
             await client.list_executions(workflow_id="owned", key_prefix=prefix, before="typo")
@@ -296,7 +297,7 @@ asyncio.run(main())
 """
 
 
-async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: Server, tmp_path: Path) -> None:
+async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: ServerThread, tmp_path: Path) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         with running(["-c", DIES, server.address], cwd=tmp_path) as process:
             name = process.wait_for("OWNED").split()[1]
@@ -320,7 +321,7 @@ async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: Server, 
         assert again.ended.outputs() == {"a": '{"done":true}'}
 
 
-async def test_owner_cancels_execution_on_server_without_owners(server: Server) -> None:
+async def test_owner_cancels_execution_on_server_without_owners(server: ServerThread) -> None:
     class Ownerless(NexumClient):
         async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
             return await super().start_execution(*args, **{**options, "owner": ""})
@@ -332,7 +333,7 @@ async def test_owner_cancels_execution_on_server_without_owners(server: Server) 
     assert execution.status is ExecutionStatus.CANCELLED
 
 
-async def test_start_with_result_wakes_callers_that_wait(server: Server) -> None:
+async def test_start_with_result_wakes_callers_that_wait(server: ServerThread) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         started = await owner.start(OWNED, {}, idempotency_key="k")
         waiting = asyncio.create_task(client.get_execution(started.execution_id, wait=20))
@@ -344,7 +345,7 @@ async def test_start_with_result_wakes_callers_that_wait(server: Server) -> None
             await owner.record(OWNED, {}, {"n": 2}, idempotency_key="k")
 
 
-async def test_owner_completes_the_task_on_an_older_server(server: Server) -> None:
+async def test_owner_completes_the_task_on_an_older_server(server: ServerThread) -> None:
     class Older(NexumClient):
         """A client whose server ignores `output_json`."""
 
@@ -359,7 +360,7 @@ async def test_owner_completes_the_task_on_an_older_server(server: Server) -> No
             await owner.record(OWNED, {}, {"n": 1}, idempotency_key="k")
 
 
-async def test_published_poll_gets_no_owned_task(server: Server) -> None:
+async def test_published_poll_gets_no_owned_task(server: ServerThread) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         await owner.start(OWNED, {}, idempotency_key="k")
         with grpc.insecure_channel(server.address) as channel:

@@ -346,8 +346,8 @@ def test_server_with_waiting_calls_stops_at_once_without_log(
 
 
 @pytest.mark.sqlite
-def test_first_line_names_address_database_and_version(server: Server) -> None:
-    (line,) = server.process.lines
+def test_first_line_names_address_database_and_version(server_process: Server) -> None:
+    (line,) = server_process.process.lines
     assert re.fullmatch(
         r"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:\d+, database /\S+/nexum\.db \(Ctrl\+C to stop\)", line
     )

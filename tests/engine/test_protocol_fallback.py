@@ -15,8 +15,9 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.message import Message
-from harness import ROOT, Server, running
+from harness import ROOT, running
 from published_protocol import PUBLISHED_RPCS, published
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ExecutionNotFound, ServerError
@@ -78,7 +79,7 @@ def proxied(address: str) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def old(server: Server) -> Iterator[Proxy]:
+def old(server: ServerThread) -> Iterator[Proxy]:
     with proxied(server.address) as proxy:
         yield proxy
 
@@ -159,7 +160,7 @@ async def test_fallback_waits_no_longer_than_requested(old: Proxy) -> None:
         assert 0.5 <= asyncio.get_running_loop().time() - before < 3
 
 
-async def test_failed_execution_on_published_server_has_no_reason(server: Server, old: Proxy) -> None:
+async def test_failed_execution_on_published_server_has_no_reason(server: ServerThread, old: Proxy) -> None:
     async with NexumClient(old.address) as client, NexumClient(server.address) as worker:
         await client.register_workflow(CHAIN)
         started = await client.start_execution(CHAIN, {})

@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from harness import Server, free_port, nexum_server, running
+from harness import free_port, nexum_server, running
 from nexum_wire import (
     DEADLINE,
     UNLIMITED,
@@ -29,6 +29,7 @@ from nexum_wire import (
     start,
     status,
 )
+from server_thread import ServerThread
 
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -40,7 +41,7 @@ INTERNALS = re.compile(
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[NexumServiceStub]:
+def stub(server: ServerThread) -> Iterator[NexumServiceStub]:
     with connected(server.address) as connection:
         yield connection
 
@@ -290,7 +291,7 @@ def test_bad_input_is_refused_in_one_line_and_not_stored(shared: NexumServiceStu
     assert list(shared.ListWorkflowVersions(pb.ListVersionsRequest(workflow_id="w2"), timeout=DEADLINE).versions) == []
 
 
-def test_bytes_that_are_not_utf8_are_refused(server: Server, stub: NexumServiceStub) -> None:
+def test_bytes_that_are_not_utf8_are_refused(server: ServerThread, stub: NexumServiceStub) -> None:
     with grpc.insecure_channel(server.address) as channel:
         call: Any = channel.unary_unary("/nexum.NexumService/StartExecution")
         for raw in (b"\x0a\x02\xff\xfe", b"\xff" * 50):
@@ -335,7 +336,7 @@ def text_of(size: int) -> str:
     return '"' + "x" * (size - 2) + '"'
 
 
-def test_result_above_16_megabytes_is_refused(server: Server, stub: NexumServiceStub) -> None:
+def test_result_above_16_megabytes_is_refused(server: ServerThread, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     execution_id = start(stub)
     task = poll(stub)
@@ -352,7 +353,7 @@ def left_out(size: int) -> dict[str, Any]:
     return {"__nexum_claim_check__": True, "size": size, "rpc": "GetOutput"}
 
 
-def test_default_client_reads_an_execution_with_large_outputs(server: Server, stub: NexumServiceStub) -> None:
+def test_default_client_reads_an_execution_with_large_outputs(server: ServerThread, stub: NexumServiceStub) -> None:
     sizes = {"a": 3 * MEGABYTE, "b": 2 * MEGABYTE, "c": MEGABYTE, "d": 5 * MEGABYTE, "é": 10, "f": MEGABYTE}
     register(stub, {name: [] for name in sizes})
     execution_id = start(stub, text_of(MEGABYTE))
@@ -427,7 +428,7 @@ def test_part_of_missing_output_is_refused(
     assert (past.data, past.total_bytes) == (b"", 5)
 
 
-def test_input_that_no_worker_can_receive_is_refused(server: Server, stub: NexumServiceStub) -> None:
+def test_input_that_no_worker_can_receive_is_refused(server: ServerThread, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     with connected(server.address, UNLIMITED) as large:
         for worker in (None, "small"):
@@ -454,7 +455,7 @@ def test_known_key_of_large_input_is_found_after_restart(tmp_path: Path) -> None
         assert refused(lambda: start(stub, text_of(5 * MEGABYTE)))[0] is Code.RESOURCE_EXHAUSTED
 
 
-def test_task_too_large_for_default_client_waits_for_larger_one(server: Server, stub: NexumServiceStub) -> None:
+def test_task_too_large_for_default_client_waits_for_larger_one(server: ServerThread, stub: NexumServiceStub) -> None:
     register(stub, {"a": []})
     say_large(stub)
     with connected(server.address, UNLIMITED) as large:
@@ -480,7 +481,7 @@ def test_default_client_receives_its_largest_task(stub: NexumServiceStub) -> Non
 # ---- Concurrency -----------------------------------------------------------------------------------------------------
 
 
-def test_fifty_pollers_get_each_of_200_tasks_once(server: Server) -> None:
+def test_fifty_pollers_get_each_of_200_tasks_once(server: ServerThread) -> None:
     tasks, pollers = 200, 50
     handed_out: list[tuple[str, str]] = []
     guard = threading.Lock()

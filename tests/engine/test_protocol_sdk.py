@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import Server, environment
+from harness import environment
 from nexum_wire import connected, record
+from server_thread import ServerThread
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="nexum-py 0.2.0 needs Python 3.11")
 
@@ -102,7 +103,7 @@ def sdk_python(pytestconfig: pytest.Config) -> Path:
     return python
 
 
-def run(python: Path, program: str, server: Server, folder: Path) -> object:
+def run(python: Path, program: str, server: ServerThread, folder: Path) -> object:
     """Run the program; return its output, read as JSON."""
     env = {name: value for name, value in environment().items() if name != "PYTHONPATH"}
     command = [str(python), "-c", program, server.address]
@@ -112,7 +113,9 @@ def run(python: Path, program: str, server: Server, folder: Path) -> object:
 
 
 @pytest.mark.timeout(700)
-def test_published_client_and_worker_run_their_workflows(sdk_python: Path, server: Server, tmp_path: Path) -> None:
+def test_published_client_and_worker_run_their_workflows(
+    sdk_python: Path, server: ServerThread, tmp_path: Path
+) -> None:
     said = run(sdk_python, PROGRAM, server, tmp_path)
     assert isinstance(said, dict)
     one_id, one_compatibility, one_outputs, one_status = said["sdk-one"]
@@ -140,7 +143,7 @@ def test_published_client_and_worker_run_their_workflows(sdk_python: Path, serve
 
 
 @pytest.mark.timeout(700)
-def test_published_client_gets_clear_errors(sdk_python: Path, server: Server, tmp_path: Path) -> None:
+def test_published_client_gets_clear_errors(sdk_python: Path, server: ServerThread, tmp_path: Path) -> None:
     assert run(sdk_python, REFUSED, server, tmp_path) == [
         ["NOT_FOUND", "version 'v' of workflow 'nowhere' is not registered: call RegisterWorkflow first"],
         ["NOT_FOUND", "no execution 'exec-x' in this server's database"],

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, nexum_server, running
+from harness import nexum_server, running
 from processes import run_script
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
@@ -490,7 +491,7 @@ async def start_on(client: NexumClient, *keys: str) -> list[str]:
     return found
 
 
-async def test_server_prunes_while_calls_are_answered(server: Server) -> None:
+async def test_server_prunes_while_calls_are_answered(server: ServerThread) -> None:
     async with NexumClient(server.address) as client:
         (pruned,) = await start_on(client, "k")
         await client.start_execution(ECHO, {}, idempotency_key="running")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import grpc
 import pytest
-from harness import Server, nexum_server
+from harness import nexum_server
 from nexum_wire import DEADLINE, complete, connected, poll, record, refused, register, start
 from processes import wait_until
+from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound
@@ -170,7 +171,7 @@ async def test_owned_execution_is_not_retried(store: Store) -> None:
 
 
 @pytest.fixture
-def stub(server: Server) -> Iterator[NexumServiceStub]:
+def stub(server: ServerThread) -> Iterator[NexumServiceStub]:
     with connected(server.address) as connection:
         yield connection
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Server, environment, nexum_server, running
+from harness import ROOT, environment, nexum_server, running
+from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused, StoreUnavailable
@@ -215,7 +216,7 @@ async def test_hard_link_without_the_log_of_a_killed_server_is_refused(tmp_path:
     assert await stored(tmp_path / "nexum.db") == acknowledged
 
 
-def test_link_to_a_database_finds_its_server(tmp_path: Path, server: Server) -> None:
+def test_link_to_a_database_finds_its_server(tmp_path: Path, server: ServerThread) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(tmp_path / "nexum.db")
     assert read_address(link) == server.address
@@ -352,7 +353,7 @@ async def test_bad_backup_is_refused_and_database_left_untouched(tmp_path: Path,
 
 
 @pytest.mark.parametrize("lock", ["lock file", "no lock file"])
-def test_database_of_a_running_server_is_not_restored(tmp_path: Path, server: Server, lock: str) -> None:
+def test_database_of_a_running_server_is_not_restored(tmp_path: Path, server: ServerThread, lock: str) -> None:
     shutil.copyfile(tmp_path / "nexum.db", tmp_path / "backup.db")
     if lock == "no lock file":
         (tmp_path / "nexum.db.lock").unlink()

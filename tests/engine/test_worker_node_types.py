@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from harness import ROOT, Server, running
+from harness import ROOT, running
 from pydantic import BaseModel
+from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, InvalidRequest
@@ -30,7 +31,7 @@ class Length(BaseModel):
 
 
 @pytest.fixture
-async def client(server: Server) -> AsyncIterator[NexumClient]:
+async def client(server: ServerThread) -> AsyncIterator[NexumClient]:
     async with NexumClient(server.address) as connected:
         yield connected
 
@@ -243,7 +244,7 @@ async def test_progress_reaches_the_next_attempt(client: NexumClient) -> None:
 
 
 async def test_progress_of_a_killed_worker_reaches_the_next_one(
-    server: Server, client: NexumClient, tmp_path: Path
+    server: ServerThread, client: NexumClient, tmp_path: Path
 ) -> None:
     built = workflow("w").effect("long").build()
     program = tmp_path / "dies.py"
