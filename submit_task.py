@@ -503,7 +503,7 @@ def main() -> int:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
         parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
-    say_after_ctrl_c("the tool call continues; run the same command again for its result")
+    say_after_ctrl_c("a submitted call continues; run the same command again for its result")
     try:
         say(asyncio.run(_call_once(args, tool_args)))
     except (ToolCallFailed, WaitTimeout) as error:

@@ -73,12 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--policies",
         type=Path,
         metavar="FILE",
-        help="a TOML file with the policies of tools, one table for each tool: approval, effect, retry, timeout",
+        help="a TOML file with the policies of tools: for each tool, a table with approval, approval_timeout, effect, "
+        "retry, timeout, rate, concurrency; the table [model] is for all model clients (docs/tools.md)",
     )
     run.add_argument(
         "--approve",
         action="store_true",
-        help="ask for approvals in this terminal, too, and not only with nexum approve",
+        help="ask for approvals in this terminal, too, and not only with python -m nexum_engine approve",
     )
     run.add_argument(
         "--park",

@@ -35,6 +35,11 @@ internals, because the server sends the message to clients.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 START_A_SERVER = "start one with python -m nexum_engine, or check the address"
 """The next step if no server answers."""
 
@@ -183,3 +188,15 @@ class UnknownEffect(NexumError):
     If the EFFECT node has `reconcile`, the next attempt finds out. Otherwise, or if that attempt raises this error as
     well, the node waits for a person. A node of another type fails, and is not retried.
     """
+
+
+def first_problem(error: ValidationError, *place: str) -> str:
+    """Return the first problem that pydantic has found in a value, with the value's place, such as `charge.retry: ...`.
+
+    `place` names what the whole value belongs to.
+    """
+    first = error.errors(include_url=False)[0]
+    names = [*place, *(str(part) for part in first["loc"] if str(part).isidentifier())]
+    is_unknown = first["type"] == "extra_forbidden"
+    message = "there is no such field" if is_unknown else first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(names)}: {message}" if names else message

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.workflow import MAX_SECONDS, Concurrency, Rate, RetryPolicy
 
 
@@ -162,7 +162,5 @@ def read_policies(file: Path) -> dict[str, Policy]:
         try:
             found[tool] = Policy.model_validate(table)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join([tool, *(str(part) for part in first["loc"] if str(part).isidentifier())])
-            raise InvalidRequest(f"{file}: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+            raise InvalidRequest(f"{file}: {first_problem(error, tool)}") from error
     return found

@@ -16,7 +16,7 @@ from autogen_core.code_executor import CodeBlock, CodeResult
 from autogen_core.memory import MemoryQueryResult
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema, Workbench
-from pydantic import PydanticUserError
+from pydantic import PydanticUserError, ValidationError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
 from durable_autogen.autogen.policies import (
@@ -49,7 +49,7 @@ from durable_autogen.record.guard import Guard, GuardedCall, ToolError
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.approvals import noted_by
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 from nexum_engine.policy import Policy
 
@@ -450,7 +450,8 @@ class Calls:
                 raise InvalidRequest("they must be a JSON object")
             edited = await checked_arguments(made.source, made.name, answer, will_run=True)
         except ValueError as error:
-            raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {error}") from error
+            why = first_problem(error) if isinstance(error, ValidationError) else error
+            raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {why}") from error
         shown = json.dumps(edited, ensure_ascii=False)
         self._recorder.journal.log.warning("%s: %s changed the arguments to %s", made.name, by, shown)
         return edited, f"({by} changed the arguments to {shown})"

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from durable_autogen.autogen.values import value_again
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.place import Place
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.policy import Policy
 
 
@@ -75,9 +75,7 @@ def durable_tool(tool: Callable[..., Any] | BaseTool[Any, Any], **policy: Any) -
     try:
         checked = Policy(**policy)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"] if str(part).isidentifier()) or "policy"
-        raise InvalidRequest(f"durable_tool: {place}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise InvalidRequest(f"durable_tool: {first_problem(error)}") from error
     if not isinstance(tool, BaseTool):
         tool = FunctionTool(tool, description=inspect.getdoc(tool) or "")
     if isinstance(tool, (AgentTool, TeamTool)):

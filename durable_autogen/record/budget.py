@@ -34,7 +34,7 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.prices import price_of
 from nexum_engine.approvals import NODE, PATIENCE, ask, decided
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, NexumError
+from nexum_engine.errors import Conflict, NexumError, first_problem
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
 
@@ -217,6 +217,8 @@ class BudgetQuestion(BaseModel):
     number: int
     reason: str = ""
     """The limits that are reached. Empty if a person decided before the session asked."""
+    decide_with: str = ""
+    """The command that decides. `nexum approvals` shows it."""
 
     @property
     def key(self) -> str:
@@ -317,7 +319,10 @@ class BudgetCheck:
 
     def _warn_of_models(self) -> None:
         for model in self._spent.unpriced:
-            self._warn(f"no price is known for the model {model!r}: its tokens count, but not what they cost")
+            self._warn(
+                f"no price is known for the model {model!r}: the budget's limit in dollars doesn't count its replies. "
+                "Limit the tokens or the model calls, too"
+            )
         if self._is_in_usd or self._budget.tokens is not None:
             for model in self._spent.unmetered:
                 self._warn(
@@ -343,8 +348,10 @@ class BudgetCheck:
             for question, _ in await questions_of(self._client, session, patience=PATIENCE)
             if question.number > self._decided
         ]
-        question = ahead[0] if ahead else BudgetQuestion(session=session, number=self._decided + 1, reason=words)
         options = " ".join(use.raised for use in exceeded)
+        command = f"{self._command} {options}, or --stop"
+        new = BudgetQuestion(session=session, number=self._decided + 1, reason=words, decide_with=command)
+        question = ahead[0] if ahead else new
         line = (
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
@@ -373,7 +380,8 @@ class BudgetCheck:
             raised = Budget.model_validate(decision.answer or {})
         except ValidationError as error:
             self._journal.log.warning(
-                "the decision %s about the budget holds no limits that can be read: %s", decision.execution_id, error
+                "the decision %s about the budget holds no limits that can be read: %s",
+                *(decision.execution_id, first_problem(error)),
             )
             return
         self._budget = self._budget.raised_by(raised)

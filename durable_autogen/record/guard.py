@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -52,6 +53,8 @@ T = TypeVar("T")
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
+SIMILAR = 0.8
+"""From this similarity on, the name of a policy may be a mistyped name of a tool (difflib's ratio)."""
 MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
 RESOLVE_INTERVAL = 1.0  # seconds between questions: --not-done doesn't end an execution, so it wakes no wait
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
@@ -154,7 +157,28 @@ class Guard:
     def of_tool(self, *names: str, own: Policy | None = None) -> Policy | None:
         """Return the session's policy for one of a tool's names; if there is none, the tool's `own` policy."""
         self._known.update(names)
-        return next((self._policies[name] for name in names if name in self._policies), own)
+        found = next((self._policies[name] for name in names if name in self._policies), own)
+        if found is None:
+            self._check_name(names[0])
+        return found
+
+    def _check_name(self, tool: str) -> None:
+        """Raise InvalidRequest if a tool without a policy has nearly the name of a policy that no tool is known for.
+
+        Without this check, a typing error would let the tool run unguarded.
+        """
+        similar = difflib.get_close_matches(tool, self._unknown_names(), n=1, cutoff=SIMILAR)
+        if similar:
+            error = InvalidRequest(
+                f"{tool} has no policy, and no tool is known yet for the policy of {similar[0]}. If that name is "
+                f"mistyped, correct it. If {tool} needs no policy, give it an empty one"
+            )
+            self._recorder.stop(error)
+            raise error
+
+    def _unknown_names(self) -> list[str]:
+        """Return the names of the policies that belong to no tool or model that the run has seen."""
+        return sorted(self._policies.keys() - self._known - {MODEL})
 
     def of_model(self, name: Callable[[], str]) -> Policy | None:
         """Return the policy of a model client. `name` returns its model's name."""
@@ -176,9 +200,11 @@ class Guard:
         if self._has_asked:
             with contextlib.suppress(NexumError):  # if no server answers, the next run without an error does it
                 await self._withdraw()
-        unknown = sorted(self._policies.keys() - self._known - {MODEL})
-        if unknown:
-            self._log.warning("policies for unknown tools: %s. Check the names", ", ".join(unknown))
+        if unknown := self._unknown_names():
+            self._log.warning(
+                "policies for unknown tools: %s. Check the names. Known: %s",
+                *(", ".join(unknown), ", ".join(sorted(self._known)) or "no tool"),
+            )
 
     # ---- Retries and time limits -------------------------------------------------------------------------------------
 

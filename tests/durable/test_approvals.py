@@ -29,7 +29,7 @@ from durable_autogen.autogen.fingerprints import describe_call
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
-from nexum_engine.errors import Conflict
+from nexum_engine.errors import Conflict, InvalidRequest
 from nexum_engine.policy import call_digest
 from nexum_engine.workflow import RetryPolicy
 
@@ -521,7 +521,21 @@ async def test_policies_of_unknown_tools_are_told_once(server: ServerThread) -> 
     with OpenAIServer([Reply("nothing to do")]) as model:
         policies = {"charge": Policy(), "chrage": Policy(), "model": Policy(), "clerk": Policy()}
         await run(server, shop.clerk(model), logs=lines, policies=policies)
-    assert [line for line in lines if "polic" in line] == ["policies for unknown tools: chrage. Check the names"]
+    assert [line for line in lines if "polic" in line] == [
+        "policies for unknown tools: chrage. Check the names. Known: charge, clerk"
+    ]
+
+
+async def test_call_of_a_tool_whose_policy_has_a_mistyped_name_is_refused(server: ServerThread) -> None:
+    shop = Shop()
+    policies = {"chrage": Policy(approval="always")}
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        with pytest.raises(InvalidRequest, match="charge has no policy, and no tool is known yet for the policy of ch"):
+            await run(server, lambda: agent(model, "clerk", [shop.charge]), policies=policies)
+        assert shop.charged == []
+        # Both names may be right.
+        await run(server, lambda: agent(model, "clerk", [shop.charge]), policies={**policies, "charge": Policy()})
+    assert len(shop.charged) == 1
 
 
 async def test_call_without_policy_costs_no_request(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,8 @@ async def test_model_without_a_price_is_told_once_and_its_tokens_count(shared_se
     assert (await run.decide(Budget(tokens=20))).reason == "10 of 10 tokens"
     await running
     assert run.told("no price") == [
-        "no price is known for the model 'Scripted': its tokens count, but not what they cost"
+        "no price is known for the model 'Scripted': the budget's limit in dollars doesn't count its replies. "
+        "Limit the tokens or the model calls, too"
     ]
 
 

@@ -120,7 +120,7 @@ def test_policies_are_read_from_toml(tmp_path: Path) -> None:
     [
         ('[charge]\napproval = "sometimes"', "charge.approval: Input should be 'always'"),
         ('[charge]\nreconcile = "find"', "charge.reconcile: Input should be callable"),
-        ("[charge]\naproval = 1", "charge.aproval: Extra inputs are not permitted"),
+        ("[charge]\naproval = 1", "charge.aproval: there is no such field"),
         ("[charge]\napproval_timeout = 3", "charge: approval_timeout needs approval"),
         ('[charge.retry]\nmax_attempts = "3"', "charge.retry.max_attempts: Input should be a valid integer"),
         ("charge = 1", "charge must be a table: [charge]"),
