@@ -350,10 +350,10 @@ class NexumClient:
         """Return the newest executions, at most `limit` (default 20). `with_nodes` includes inputs and nodes.
 
         `key_prefix` selects executions by the beginning of their idempotency key. `before` is an execution's id, and
-        selects older executions. A page with nodes may be shorter than `limit`: only an empty
-        page is the end of the list. `since_ms` and `until_ms` select executions by their start, in milliseconds since
-        1970. `attributes` selects executions that have all these attributes. With `group_sessions`, a durable session
-        is one item, its latest run. `parent` is an execution's id, and selects the executions that its nodes started.
+        selects older executions. A page with nodes may be shorter than `limit`: only an empty page is the end of the
+        list. `since_ms` and `until_ms` select executions by their start, in milliseconds since 1970. `attributes`
+        selects executions that have all these attributes. With `group_sessions`, a durable session is one item, its
+        latest run. `parent` is an execution's id, and selects the executions that its nodes started.
         Raises ExecutionNotFound for an unknown `before`, and ServerError if a published server would have to select by
         time or attributes, which it can't do.
         """
