@@ -477,6 +477,7 @@ class NexumClient:
                 attempt=item.attempt,
                 worker_id=item.worker_id,
                 started_ms=item.started_ms,
+                heartbeat_ms=item.heartbeat_ms,
             )
             for item in answer.items
         ]

@@ -290,3 +290,5 @@ class UnknownNode:
     worker_id: str
     started_ms: int
     """When the attempt began."""
+    heartbeat_ms: int
+    """When the attempt's worker last sent a heartbeat that named the task; 0 if it sent none."""

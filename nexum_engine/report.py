@@ -173,6 +173,7 @@ def unknown(nodes: Sequence[UnknownNode], now_ms: int) -> str:
             *_asked(one.input_json),
             f"    attempt    {one.attempt}, began {_moment(one.started_ms)}",
             f"    worker     {_cut(one.worker_id, WIDTH - 20)}",
+            f"    heartbeat  {f'{_moment(one.heartbeat_ms)}, the last' if one.heartbeat_ms else 'none'}",
             *_wrapped(one.error, " " * 15),
         ]
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def renew(
 
 def _renewed(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
     task = {"node": number_of(db, task_id), "task_id": task_id, "worker_id": worker_id}
-    return bool(db.changes("renew_lease", **task, lease_expires_ms=until_ms))
+    return bool(db.changes("renew_lease", **task, lease_expires_ms=until_ms, now=db.now_ms))
 
 
 def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
@@ -67,7 +67,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
     ):
         return False
     lost = _counted_losses(Outcome(row["outcome"]), row)
-    resumed = db.changes("resume_node", node=row["node"], attempt=row["attempt"], lease_expires_ms=until_ms, lost=lost)
+    attempt = {"node": row["node"], "attempt": row["attempt"]}
+    resumed = db.changes("resume_node", **attempt, lease_expires_ms=until_ms, lost=lost, now=db.now_ms)
     return resumed > 0  # a claim of another server may have been first
 
 

@@ -399,7 +399,7 @@ SELECT node, attempts, task_id, worker_id, started_ms, ended_ms, outcome, attemp
 -- Hand a READY node out as a new attempt, which has its own task id.
 UPDATE nodes SET status = 'RUNNING', error = '', attempts = attempts + 1, task_id = :task_id, worker_id = :worker_id,
                  streamed = :streamed, started_ms = :now, ended_ms = NULL, outcome = 'RUNNING', attempt_error = '',
-                 due_ms = :lease_expires_ms, lease_loss = 'EXPIRED'
+                 due_ms = :lease_expires_ms, lease_loss = 'EXPIRED', heartbeat_ms = NULL
 WHERE node = :node AND status = 'READY';
 
 -- name: recorded_outputs
@@ -489,7 +489,7 @@ UPDATE nodes SET effect = 'MUST_RECONCILE' WHERE node = :node;
 -- name: unknown_nodes
 -- The nodes whose effect is unknown, the longest waiting first.
 SELECT execution_id, node_id, workflow_id, nodes.ended_ms AS since_ms, attempt_error AS error, attempts AS attempt,
-       worker_id, started_ms,
+       worker_id, started_ms, coalesce(heartbeat_ms, 0) AS heartbeat_ms,
        CASE WHEN length(CAST(input_json AS BLOB)) <= :max_input THEN input_json ELSE '' END AS input_json
 FROM nodes JOIN executions ON sequence = execution
 WHERE nodes.status = 'WAITING' AND node_type = 'EFFECT' ORDER BY nodes.ended_ms, node LIMIT :limit;
@@ -724,7 +724,7 @@ RETURNING execution_id, workflow_id, version_hash, status, created_ms, ended_ms,
 -- Extend the lease of a task that a heartbeat names.
 UPDATE nodes SET due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
                               THEN started_ms + timeout_ms ELSE :lease_expires_ms END,
-                 lease_loss = 'EXPIRED', streamed = TRUE
+                 lease_loss = 'EXPIRED', streamed = TRUE, heartbeat_ms = :now
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: store_progress
@@ -736,7 +736,7 @@ WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status 
 -- Give a node's newest attempt a new lease: the old lease ran out, and the worker is back. If an attempt became
 -- UNKNOWN by a report or by its time limit, it is not resumed.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
-                 attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE,
+                 attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE, heartbeat_ms = :now,
                  due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
                               THEN started_ms + timeout_ms ELSE :lease_expires_ms END
 WHERE node = :node AND attempts = :attempt

@@ -1370,6 +1370,7 @@ class UnknownItem(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     WORKER_ID_FIELD_NUMBER: builtins.int
     STARTED_MS_FIELD_NUMBER: builtins.int
+    HEARTBEAT_MS_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     node_id: builtins.str
     workflow_id: builtins.str
@@ -1383,6 +1384,8 @@ class UnknownItem(google.protobuf.message.Message):
     """The attempt's number and its worker, and when it began."""
     worker_id: builtins.str
     started_ms: builtins.int
+    heartbeat_ms: builtins.int
+    """When the worker's last heartbeat that named the task came; 0 if none came."""
     def __init__(
         self,
         *,
@@ -1395,8 +1398,9 @@ class UnknownItem(google.protobuf.message.Message):
         attempt: builtins.int = ...,
         worker_id: builtins.str = ...,
         started_ms: builtins.int = ...,
+        heartbeat_ms: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "error", b"error", "execution_id", b"execution_id", "input_json", b"input_json", "node_id", b"node_id", "since_ms", b"since_ms", "started_ms", b"started_ms", "worker_id", b"worker_id", "workflow_id", b"workflow_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "error", b"error", "execution_id", b"execution_id", "heartbeat_ms", b"heartbeat_ms", "input_json", b"input_json", "node_id", b"node_id", "since_ms", b"since_ms", "started_ms", b"started_ms", "worker_id", b"worker_id", "workflow_id", b"workflow_id"]) -> None: ...
 
 global___UnknownItem = UnknownItem
 

@@ -166,7 +166,7 @@ def resolve(terminal: Command, execution_id: str, other: str, third: str) -> Non
     code, output = terminal("unknown")
     lines = output.splitlines()
     assert (code, lines[0], lines[2]) == (0, f"{execution_id} pay", "    tool       charge")
-    assert lines[5] == "               the bank did not answer"
+    assert lines[5:7] == ["    heartbeat  none", "               the bank did not answer"]
     code, output = terminal("unknown", "--json")
     assert [(one["execution_id"], one["attempt"]) for one in json.loads(output)] == [(execution_id, 1), (other, 1)]
     code, output = terminal("show", execution_id)

@@ -116,6 +116,36 @@ async def test_silent_worker_and_restart_of_the_server_leave_the_effect_unknown(
     assert "the server was restarted" in reasons[2]
 
 
+async def test_last_heartbeat_of_an_unknown_attempt_is_kept(store: Store, clock: ManualClock) -> None:
+    execution_id = await start(store)
+
+    async def last_heartbeat() -> int:
+        assert await is_unknown(store, execution_id)
+        (one,) = await store.run(waits.unknown_nodes)
+        return one.heartbeat_ms
+
+    async def beat(task: Task) -> int:
+        clock.advance(1)
+        await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)
+        return clock.now_ms()
+
+    first = await taken(store)
+    await beat(first)
+    beat_ms = await beat(first)
+    await lose(store, clock)
+    assert await last_heartbeat() == beat_ms
+    beat_ms = await beat(first)  # the worker comes back, which resumes the attempt
+    assert await status(store, execution_id) is ExecutionStatus.RUNNING
+    await store.run(leases.restart, GRACE_MS, 2 * LEASE_MS)
+    clock.advance(GRACE_MS / 1000)
+    await sweep(store)
+    assert await last_heartbeat() == beat_ms
+    await store.run(waits.resolve, execution_id, "pay", "Ann", not_done=True)
+    await taken(store)
+    await lose(store, clock)
+    assert await last_heartbeat() == 0, "no heartbeat named the task of the second attempt"
+
+
 async def test_attempt_that_took_too_long_leaves_the_effect_unknown(store: Store, clock: ManualClock) -> None:
     execution_id = await start(store, timeout=5, retry=RetryPolicy(max_attempts=3))
     task = await taken(store)

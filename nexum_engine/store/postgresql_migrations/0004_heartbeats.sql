@@ -1,0 +1,2 @@
+-- When the last heartbeat came that named the newest attempt's task. NULL if none came.
+ALTER TABLE nodes ADD COLUMN heartbeat_ms bigint;
