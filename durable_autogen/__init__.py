@@ -45,6 +45,7 @@ from durable_autogen.recorded_sessions import (
 )
 from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession, current_session
+from nexum_engine.deadline import heartbeat
 from nexum_engine.policy import NOT_DONE, Policy
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "durable_tool",
     "fork_session",
     "fork_source",
+    "heartbeat",
     "list_sessions",
     "question_of",
     "run_durable",

@@ -74,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="a TOML file with the policies of tools: for each tool, a table with approval, approval_timeout, effect, "
-        "retry, timeout, rate, concurrency; the table [model] is for all model clients (docs/tools.md)",
+        "retry, timeout, heartbeat, rate, concurrency; the table [model] is for all model clients (docs/tools.md)",
     )
     run.add_argument(
         "--approve",

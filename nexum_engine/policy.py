@@ -63,6 +63,9 @@ class Policy(BaseModel):
     """Errors after which no retry follows."""
     timeout: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may take."""
+    heartbeat: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    """Seconds that one attempt may go on without a heartbeat: a call of `heartbeat()` in the tool, an item that the
+    tool streams, or a part of a streamed model reply. It doesn't apply to a model reply that isn't streamed."""
     rate: Rate | None = None
     """How often the tool may be called, retries included: for instance "10/min". The server counts the calls of all
     processes. A call above the rate waits."""

@@ -33,6 +33,6 @@ async def run_tool(client: NexumClient, shared: Workflow, own: Workflow, web: We
             f"{own.workflow_id}: let the caller declare the tool as this worker does"
         )
     note = await check(client, tool, call.tool_args, call.approval, own.workflow_id, task)
-    context = ToolContext(idempotency_key=task.idempotency_key, attempt=task.attempt, web=web)
+    context = ToolContext(task.idempotency_key, task.attempt, web, task.heartbeat)
     result = await tool.run(call.tool_args, context, must_reconcile=task.must_reconcile)
     return ToolCallOutput(result=note + result)

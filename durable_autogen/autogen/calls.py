@@ -49,6 +49,7 @@ from durable_autogen.record.guard import Guard, GuardedCall, ToolError
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.approvals import noted_by
+from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
 from nexum_engine.policy import Policy
@@ -131,7 +132,8 @@ class Calls:
                 replied = await ask(messages)
             else:
                 turn = self._guard.turn(call, self._agent_state.conversation.model, policy)
-                replied = await self._guard.attempts(turn, str(call), policy, lambda: ask(messages))
+                waits_silently = policy.model_copy(update={"heartbeat": None})
+                replied = await self._guard.attempts(turn, str(call), waits_silently, lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -164,6 +166,7 @@ class Calls:
             releasing: asyncio.TimerHandle | None = None
             try:
                 async for piece in ask(messages):
+                    heartbeat()
                     if releasing is not None:
                         releasing.cancel()
                     if isinstance(piece, CreateResult):
@@ -291,6 +294,7 @@ class Calls:
         async def last(edited: Mapping[str, Any] | None) -> ToolResult:
             result: ToolResult | None = None
             async for item in run(edited):
+                heartbeat()
                 if isinstance(item, ToolResult):
                     result = item
                 else:
@@ -324,6 +328,7 @@ class Calls:
         async def last(edited: Mapping[str, Any] | None) -> Any:
             previous: Any = _END
             async for item in run(edited):
+                heartbeat()
                 if previous is not _END:
                     self._streams(stream, previous)
                 previous = item

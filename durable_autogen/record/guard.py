@@ -44,6 +44,7 @@ from nexum_engine.approvals import (
     key_of,
 )
 from nexum_engine.client import Started
+from nexum_engine.deadline import Deadline
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
@@ -78,7 +79,7 @@ class ToolError(Exception):
 
 
 class TookTooLong(TimeoutError):
-    """An attempt took longer than the time limit of its policy."""
+    """An attempt exceeded a time limit of its policy: `timeout` or `heartbeat`."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ class Guard:
         model = policies.get(MODEL, Policy())
         if model.approval is not None or model.is_once:
             raise InvalidRequest(
-                "a model's policy has only retry, final, timeout, rate and concurrency: approval and effect are for "
-                "tools"
+                "a model's policy has only retry, final, timeout, heartbeat, rate and concurrency: approval and effect "
+                "are for tools"
             )
         self._policies = policies
         self._nexum = nexum
@@ -222,8 +223,8 @@ class Guard:
     ) -> T:
         """Make a call. If it fails, retry it as its policy says.
 
-        At the policy's time limit, an attempt fails with TookTooLong. During each attempt, the call holds a place under
-        the policy's rate and concurrency.
+        If an attempt exceeds a time limit of the policy, it fails with TookTooLong. During each attempt, the call holds
+        a place under the policy's rate and concurrency.
         """
         number = 0
         while True:
@@ -232,7 +233,7 @@ class Guard:
                 await turn.take()
             try:
                 try:
-                    return await _within(policy.timeout, name, attempt)
+                    return await _in_time(policy, name, attempt)
                 finally:
                     with self._servers_errors():
                         await turn.free()
@@ -532,18 +533,19 @@ def _failed(ended: Execution, guarded: GuardedCall) -> CallFailed:
     return CallFailed(f"{guarded.tool} has failed, and is not called again, because its effect is once: {error}")
 
 
-async def _within(timeout: float | None, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Make an attempt. Raises TookTooLong if it takes longer than `timeout` seconds."""
-    if timeout is None:
+async def _in_time(policy: Policy, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Make an attempt. Raises TookTooLong if it exceeds the policy's `timeout` or `heartbeat`."""
+    deadline = Deadline(policy.timeout, policy.heartbeat)
+    if not deadline.is_limited:
         return await attempt()
-    running = asyncio.ensure_future(attempt())
+    running = deadline.start(attempt)
     try:
-        await asyncio.wait({running}, timeout=timeout)
-        if running.done():
+        if await deadline.in_time(running):
             return await running
+        late = TookTooLong(f"{name} {deadline.exceeded()}")
         running.cancel()
         await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
-        raise TookTooLong(f"{name} took longer than its time limit of {timeout:g} s")
+        raise late
     finally:
         if not running.done():
             running.cancel()

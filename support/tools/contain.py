@@ -1,4 +1,4 @@
-"""Run a function within a time limit, so that a failing or hung function can't end or block the process."""
+"""Run a function within its time limits, so that a failing or hung function can't end or block the process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from nexum_engine.deadline import Deadline
+
 
 class StillRunning(Exception):
-    """The function has not returned within its time limit."""
+    """The function has not returned within its time limits."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,11 @@ class _Outcome:
     error: BaseException | None = None
 
 
-async def run_contained(function: Callable[[], object], name: str, time_limit: float) -> object:
+async def run_contained(function: Callable[[], object], name: str, deadline: Deadline) -> object:
     """Call the function, in a new thread unless it is async. Return its result or raise its error.
 
-    At the time limit, abandon the function and raise StillRunning. A BaseException from the function becomes a
-    RuntimeError, so that a tool's CancelledError or SystemExit doesn't cancel or end the worker.
+    When a limit of `deadline` is exceeded, abandon the function and raise StillRunning. A BaseException from the
+    function becomes a RuntimeError, so that a tool's CancelledError or SystemExit doesn't cancel or end the worker.
     """
     running: asyncio.Future[_Outcome]
     if inspect.iscoroutinefunction(_innermost(function)):
@@ -34,7 +36,7 @@ async def run_contained(function: Callable[[], object], name: str, time_limit: f
         running = _in_thread(function, name)
     try:
         # Don't use wait_for: it would wait until the function has handled its cancellation.
-        done, _ = await asyncio.wait({running}, timeout=time_limit)
+        done = await deadline.in_time(running)
     finally:
         running.cancel()
     if not done:

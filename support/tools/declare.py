@@ -6,12 +6,13 @@ import inspect
 import json
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from nexum_engine.deadline import Deadline
 from nexum_engine.errors import FinalError, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy, Reconcile
 from nexum_engine.workflow import Rate, RetryPolicy
@@ -25,12 +26,7 @@ NO_POLICY = Policy()
 
 
 class ToolTimeout(TimeoutError):
-    """A tool ran longer than its time limit. The attempt fails; a retry may succeed."""
-
-    def __init__(self, tool_name: str, time_limit: float) -> None:
-        super().__init__(f"{tool_name} ran longer than its time limit of {time_limit:g} s")
-        self.tool_name = tool_name
-        self.time_limit = time_limit
+    """A tool exceeded its time limit, or sent no heartbeat in time. The attempt fails; a retry may succeed."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,8 @@ class ToolContext:
     idempotency_key: str  # the same at every attempt, so that a service that the tool calls can recognize a retry
     attempt: int  # from 1
     web: Web
+    heartbeat: Callable[[object], None] = lambda _: None
+    """Say how far the tool is, with a small JSON value: `nexum show` prints it. May be called from any thread."""
 
 
 @dataclass(frozen=True)
@@ -141,19 +139,25 @@ class Tool:
             found = await self._reconciled(arguments, context.idempotency_key)
             if found is not NOT_DONE:
                 return self.as_text(found)
+        deadline = Deadline(self.time_limit, self.policy.heartbeat)
+
+        def beat(progress: object) -> None:
+            deadline.beat()
+            context.heartbeat(progress)
+
         if self.context_parameter is not None:
-            keywords[self.context_parameter] = context
+            keywords[self.context_parameter] = replace(context, heartbeat=beat)
         try:
-            result = await run_contained(partial(self.function, **keywords), self.name, self.time_limit)
+            result = await run_contained(partial(self.function, **keywords), self.name, deadline)
         except StillRunning:
-            return await self._late_result(arguments, context.idempotency_key)
+            late = ToolTimeout(f"{self.name} {deadline.exceeded()}")
+            return await self._late_result(late, arguments, context.idempotency_key)
         except self.policy.final as error:
             raise FinalError(f"{type(error).__name__}: {error}") from error
         return self.as_text(result)
 
-    async def _late_result(self, arguments: object, idempotency_key: str) -> str:
+    async def _late_result(self, late: ToolTimeout, arguments: object, idempotency_key: str) -> str:
         """Return the result of an attempt that ran out of time, if `reconcile` finds it. Otherwise raise an error."""
-        late = ToolTimeout(self.name, self.time_limit)
         if not self.policy.is_once:
             raise late
         found = NOT_DONE if self.policy.reconcile is None else await self._reconciled(arguments, idempotency_key)
@@ -164,7 +168,7 @@ class Tool:
     async def _reconciled(self, arguments: object, idempotency_key: str) -> object:
         reconcile = partial(self.policy.reconciled, self.complete(arguments), idempotency_key)
         try:
-            return await run_contained(reconcile, f"reconcile of {self.name}", self.time_limit)
+            return await run_contained(reconcile, f"reconcile of {self.name}", Deadline(self.time_limit))
         except StillRunning:
             raise UnknownEffect(f"reconcile of {self.name} took longer than {self.time_limit:g} s") from None
         except Exception as error:
@@ -194,6 +198,7 @@ def tool(
     reconcile: Reconcile | None = None,
     retry: RetryPolicy | None = None,
     final: tuple[type[Exception], ...] = (),
+    heartbeat: float | None = None,
     rate: Rate | str | None = None,
     concurrency: int | None = None,
 ) -> Callable[[Callable[..., object]], Tool]:
@@ -208,6 +213,7 @@ def tool(
                 reconcile=reconcile,
                 retry=retry,
                 final=final,
+                heartbeat=heartbeat,
                 rate=rate,
                 concurrency=concurrency,
             )

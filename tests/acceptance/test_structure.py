@@ -84,6 +84,7 @@ ENGINE = {
     "jsontext": ("errors",),
     "workflow": ("jsontext", "records", "errors"),
     "policy": ("workflow", "jsontext", "errors"),
+    "deadline": (),
     "scheduling": ("workflow", "records"),
     "report": ("records",),
     "location": ("errors",),

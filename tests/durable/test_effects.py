@@ -461,7 +461,7 @@ def test_retry_after_of_a_response_is_read(headers: dict[str, str], seconds: flo
 
 @pytest.mark.parametrize("policy", [{"approval": "always"}, {"effect": "once"}])
 async def test_model_can_not_have_the_policy_of_a_tool(server: ServerThread, policy: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest, match="a model's policy has only retry, final, timeout, rate and concurrency"):
+    with pytest.raises(InvalidRequest, match="a model's policy has only retry, final, timeout, heartbeat, rate"):
         async with DurableSession("s", nexum=server.address, policies={"model": Policy(**policy)}):
             pass
 

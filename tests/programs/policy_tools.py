@@ -120,6 +120,18 @@ def pay_slowly(log: str, *, call: ToolContext) -> str:
     return "never"
 
 
+@tool(heartbeat=1, retry=RetryPolicy(max_attempts=2, first_delay_seconds=0.01))
+def count_slowly(log: str, *, call: ToolContext) -> str:
+    """Hang at the first attempt. At the second, count for longer than the heartbeat's limit, and say how far."""
+    write_down(log, call)
+    if call.attempt == 1:
+        time.sleep(3600)
+    for number in range(1, 31):
+        call.heartbeat({"counted": number})
+        time.sleep(0.05)
+    return "counted"
+
+
 @tool(effect="once")
 def pay_and_fail(log: str, *, call: ToolContext) -> str:
     """Pay, and fail."""

@@ -88,7 +88,7 @@ def test_durable_run_parks_while_a_workers_effect_is_unknown(tmp_path: Path, ser
 
 
 async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, server: ServerThread) -> None:
-    tools = {"pay_and_fail": 1, "fail_twice": 2, "refuse": 1, "pay_slowly": 1}
+    tools = {"pay_and_fail": 1, "fail_twice": 2, "refuse": 1, "pay_slowly": 1, "count_slowly": 2}
     calls = [(tool, {"log": str(tmp_path / tool)}) for tool in tools]
     with policy_worker(tmp_path, server.address):
         with policy_caller(tmp_path, server.address, *calls) as caller:
@@ -96,17 +96,22 @@ async def test_failed_tool_runs_again_only_as_its_policy_says(tmp_path: Path, se
             await asyncio.to_thread(
                 decide, server.address, "resolve", asked_in(late), "tool_call", output="it happened"
             )
-            failed, retried, refused, resolved = results(caller)
+            failed, retried, refused, resolved, number = results(caller)
         with policy_caller(tmp_path, server.address, *calls[:1]) as again:
             assert results(again) == [failed]
         async with NexumClient(server.address) as client:
             call = ToolCallInput(tool_name="pay_and_fail", tool_args={"log": str(tmp_path / "pay_and_fail")})
             started = await client.start_execution(TOOL_CALL, call)
             elsewhere = (await client.get_execution(started.execution_id, wait=20)).execution
+            (counted,) = await client.list_executions(workflow_id="tool-call:count_slowly", with_nodes=True)
+            counting = (await client.get_execution(counted.execution_id, with_attempts=True)).execution.nodes[0]
+    assert number == "counted"
+    assert [one.error for one in counting.attempts] == ["ToolTimeout: count_slowly sent no heartbeat for 1 s", ""]
+    assert counting.progress_json == '{"counted":30}'
     assert failed.startswith("ERROR pay_and_fail failed: ConnectionError: no answer")
     assert retried.startswith("ERROR fail_twice failed: ConnectionError: no answer")
     assert refused.startswith("ERROR refuse failed: PermissionError: not yours")
-    assert "pay_slowly ran longer than its time limit of 0.2 s, and may still have its effect" in late
+    assert "pay_slowly took longer than its time limit of 0.2 s, and may still have its effect" in late
     assert resolved == "it happened"
     assert (
         "the policy of pay_and_fail needs a call of workflow tool-call:pay_and_fail, and this is one of tool-call"

@@ -80,7 +80,7 @@ async def test_hung_tool_ends_at_its_limit_and_blocks_no_other_tool() -> None:
         assert await returning("quick").run({}, context()) == "quick"
         errors = await asyncio.gather(*calls, return_exceptions=True)
         assert all(started.acquire(timeout=30) for _ in calls)
-        assert {str(error) for error in errors} == {"hang ran longer than its time limit of 0.2 s"}
+        assert {str(error) for error in errors} == {"hang took longer than its time limit of 0.2 s"}
         assert all(isinstance(error, ToolTimeout) for error in errors)
     finally:
         release.set()
@@ -98,7 +98,7 @@ async def test_an_async_tool_that_ignores_its_cancellation_ends_at_the_limit() -
                 continue
         return "late"
 
-    with pytest.raises(ToolTimeout, match="stubborn ran longer"):
+    with pytest.raises(ToolTimeout, match="stubborn took longer"):
         await Tool.from_function(stubborn, time_limit=0.1).run({}, context())
     release.set()
 
@@ -165,4 +165,4 @@ except ToolTimeout as error:
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert (done.returncode, done.stdout) == (0, "hang ran longer than its time limit of 0.1 s\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "hang took longer than its time limit of 0.1 s\n"), done.stderr

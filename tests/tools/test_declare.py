@@ -366,7 +366,7 @@ async def test_effect_is_unknown_if_reconcile_fails() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "result"),
-    [("receipt 7", "receipt 7"), (NOT_DONE, "sleep ran longer than its time limit of 0.01 s, and may still have its")],
+    [("receipt 7", "receipt 7"), (NOT_DONE, "sleep took longer than its time limit of 0.01 s, and may still have its")],
     ids=["found", "not found"],
 )
 async def test_late_once_tool_is_looked_up(answer: Any, result: str) -> None:
