@@ -9,6 +9,7 @@
     python -m nexum_engine approve EXECUTION      complete a node that waits for approval; reject fails it
     python -m nexum_engine unknown                list the nodes whose effect may or may not have happened
     python -m nexum_engine resolve EXECUTION      say whether the effect of such a node has happened
+    python -m nexum_engine tools                  list the tools of connected workers and runs, with their policies
     python -m nexum_engine send EXECUTION NAME    send an event to an execution
     python -m nexum_engine prune --older-than 30d delete executions that ended long ago
     python -m nexum_engine backup FILE            write a copy of the database to a file

@@ -152,6 +152,10 @@ class Guard:
         """Whether the session is a fork with results to reuse. None if that isn't known yet."""
         self._taking = asyncio.Lock()
         self._has_asked = False
+        self._declared: set[str] = set()
+        """The names of the tools with policies that the server knows of."""
+        for name, policy in policies.items():
+            self._declare(name, policy)
 
     # ---- Policies ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +165,15 @@ class Guard:
         found = next((self._policies[name] for name in names if name in self._policies), own)
         if found is None:
             self._check_name(names[0])
+        else:
+            self._declare(names[0], found)
         return found
+
+    def _declare(self, name: str, policy: Policy) -> None:
+        """Let `nexum tools` list the tool, or the model clients, while the run is connected."""
+        if name not in self._declared:
+            self._declared.add(name)
+            self._journal.declare_tool(name, policy)
 
     def _check_name(self, tool: str) -> None:
         """Raise InvalidRequest if a tool without a policy has nearly the name of a policy that no tool is known for.
