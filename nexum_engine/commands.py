@@ -1,6 +1,6 @@
 """The commands about executions and tools: ps, show, cancel, retry, approvals, approve, ..., tools, send.
 
-They ask a server. If no server is named, and no server answers, they open the database themselves.
+The commands ask a server. If no server is named, and no server answers, they open the database themselves.
 """
 
 from __future__ import annotations
@@ -332,7 +332,8 @@ class _InDatabase:
         )
         if self._store.file is None:
             return found
-        # No server has the file open, so no process runs a session, whatever is recorded.
+        # No server has the file open, so no process runs a session. Show none as running: a killed run left its session
+        # recorded as running.
         return [
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found

@@ -84,7 +84,7 @@ class Policy(BaseModel):
 
     @property
     def is_limited(self) -> bool:
-        """Whether a limit may let a call wait."""
+        """Whether the policy has a limit (rate or concurrency) that a call may have to wait for."""
         return self.rate is not None or self.concurrency is not None
 
     @property
@@ -99,7 +99,10 @@ class Policy(BaseModel):
         return self.approval is not None
 
     def described(self) -> dict[str, Any]:
-        """Return the policy as data, without its defaults. Functions and error classes are given by name."""
+        """Return the policy's fields as data, without those that have their default value.
+
+        Functions and error classes are replaced by their names.
+        """
         found: dict[str, Any] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)

@@ -154,7 +154,7 @@ class NodeDefinition:
 
     @property
     def is_limited(self) -> bool:
-        """Whether a limit may hold the node back although it is ready."""
+        """Whether the node has a rate or a concurrency limit, which may hold the node back while it is READY."""
         return self.rate is not None or self.concurrency is not None
 
     @property
@@ -277,7 +277,7 @@ class WorkflowBuilder:
         rate: Rate | str | None = None,
         concurrency: int | None = None,
     ) -> WorkflowBuilder:
-        """Add a node that only computes. Its arguments are those of `effect`."""
+        """Add a node that only computes. The parameters mean the same as those of `effect`."""
         return self._add(
             node_id,
             NodeType.COMPUTE,

@@ -24,7 +24,7 @@ class Space:
     free: int
     """The part of `total` that is not in use. New executions are stored in it."""
     given_back: int = 0
-    """The bytes that `compact` has just given back to the disk."""
+    """The bytes that `compact` has just released to the disk."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Store(ABC):
     def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
         """Begin to tell the other servers on this database that this one is alive, and to hear what they change.
 
-        `on_news` is called on the event loop: soon after a transaction of another server, and also from time to time,
-        in case the news of a transaction were lost.
+        `on_news` is called on the event loop soon after each transaction of another server. It is also called from time
+        to time, because the news of a transaction may be lost.
         """
 
     @abstractmethod
@@ -88,10 +88,10 @@ class Store(ABC):
 
     @abstractmethod
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Give the database's free space back to the disk, unless more than `max_bytes` are in use.
+        """Release the database's free space to the disk, but not if more than `max_bytes` are in use.
 
-        Without `always`, do so only if at least a quarter of the database is free. The compaction takes about a second
-        for each 100 MB in use, and no transition runs meanwhile. Return the database's space at the end.
+        Without `always`, at least a quarter of the database must be free. A compaction takes about a second for each
+        100 MB in use, and no transition runs meanwhile. Return the database's space at the end.
         """
 
     @abstractmethod

@@ -107,7 +107,7 @@ SELECT 1 FROM executions WHERE sequence = (
 ) FOR NO KEY UPDATE;
 
 -- name: beat
--- Note that this server is alive, and return how many others are.
+-- Note that this server is alive, and return how many other servers are alive.
 WITH mine AS (
     INSERT INTO servers VALUES (:server, now() + make_interval(secs => :seconds))
     ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until

@@ -94,10 +94,10 @@ def open_database(url: str) -> Connection:
 
 
 def _check_session(url: str, connection: Connection) -> None:
-    """Raise StoreRefused if the connection is not a session of its own, in which notifications arrive.
+    """Raise StoreRefused if no notification arrives, because a pooler shares the connection's session among clients.
 
-    Some poolers lend the sessions of PostgreSQL for one transaction at a time. Then settings, prepared statements and
-    notifications get to the wrong client.
+    Some poolers lend the sessions of PostgreSQL to their clients for one transaction at a time. Then settings, prepared
+    statements and notifications get to the wrong client.
     """
     channel = sql.Identifier(f"nexum_{secrets.token_hex(8)}")
     connection.execute(sql.SQL("LISTEN {}").format(channel))
@@ -112,7 +112,7 @@ def _check_session(url: str, connection: Connection) -> None:
 
 
 def _migrate(url: str, connection: Connection) -> None:
-    """Create or update the tables. If several servers start, one of them does this, and the others wait."""
+    """Create or update the tables. If several servers start together, one of them updates, and the others wait."""
     folder = files("nexum_engine.store") / "postgresql_migrations"
     scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
     with connection.transaction():

@@ -143,6 +143,6 @@ def send(connection: Connection, channel: str, server: int, now_ms: int, news: N
 
 
 def _received(payload: str) -> tuple[int, int, News]:
-    """Return the server that sent news, its time, and the news."""
+    """Return the number of the server that sent news, the server's time when it sent them, and the news."""
     sender, sent_ms, ready, ended, due_ms = json.loads(payload)
     return sender, sent_ms, News(tuple(ready), tuple(ended), due_ms, anything=not (ready or ended or due_ms))

@@ -1,5 +1,5 @@
--- Every query of the store, by name. What PostgreSQL needs in another form is in postgresql.sql and
--- postgresql_queries.py.
+-- Every query of the store, by name. If PostgreSQL needs a query in another form, that form is in postgresql.sql, or
+-- postgresql_queries.py makes it.
 -- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999 (ids.py).
 -- Some conditions are here only to choose an index: node_type > '' is always true, and the + of +sequence keeps SQLite
 -- from using an index of sequence.
@@ -342,19 +342,19 @@ WHERE nodes.status = 'RUNNING' AND limits IS NOT NULL AND node_id = :node_id
   AND workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution);
 
 -- name: versions_of_limit
--- Those versions of an execution's workflow that have a due task, or an owned node that is READY.
+-- The versions that have a due task or a READY owned node, of the workflow of an execution.
 SELECT version_hash FROM workflow_versions
 WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution)
   AND ((SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms <= :now LIMIT 1) IS NOT NULL
        OR (SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms IS NULL LIMIT 1) IS NOT NULL);
 
 -- name: versions_with_task
--- Those of some versions that have a due task.
+-- The versions in the list :version_hashes that have a due task.
 SELECT value AS version_hash FROM json_each(:version_hashes) AS versions
 WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = versions.value AND due_ms <= :now);
 
 -- name: ended_of
--- Those of some executions that have ended.
+-- The executions in the list :sequences that have ended.
 SELECT sequence FROM executions
 WHERE sequence IN (SELECT value FROM json_each(:sequences)) AND status <> 'RUNNING';
 
@@ -475,8 +475,8 @@ UPDATE nodes SET status = 'SKIPPED', outcome = 'EXPIRED', error = :error, ended_
 WHERE node = :node AND status = 'WAITING';
 
 -- name: wait_for_person
--- End a node's newest attempt, whose effect is unknown. The node now waits for a person. If the attempt's lease ran
--- out, :lease_loss says how, and if the attempt's worker then comes back, the attempt is resumed.
+-- End a node's newest attempt, whose effect is unknown. The node now waits for a person. :lease_loss says how the
+-- attempt's lease ran out. If :lease_loss is NULL, the attempt is not resumed when its worker comes back.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'UNKNOWN', attempt_error = :error,
                  lease_loss = :lease_loss, ended_ms = :now
 WHERE node = :node AND attempts = :attempt
@@ -733,8 +733,8 @@ UPDATE nodes SET progress_json = :progress_json
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: resume_node
--- Give a node's newest attempt a new lease: the old lease ran out, and the worker is back. If an attempt became
--- UNKNOWN by a report or by its time limit, it is not resumed.
+-- Give a node's newest attempt a new lease: the old lease ran out, and the worker is back. An attempt that became
+-- UNKNOWN by a report or by its time limit is not resumed.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
                  attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE, heartbeat_ms = :now,
                  due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
@@ -743,8 +743,8 @@ WHERE node = :node AND attempts = :attempt
   AND (status = 'READY' OR (status = 'WAITING' AND outcome = 'UNKNOWN' AND lease_loss IS NOT NULL));
 
 -- name: handed_out
--- The tasks that a worker was handed, must have received by now, and has not reported. The columns are those of
--- expired_lease. Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
+-- The unreported tasks of a worker that must have reached the worker by now. The columns are those of expired_lease.
+-- Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
        task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect, limits
 FROM nodes

@@ -1,6 +1,6 @@
 """The transition that continues a FAILED execution.
 
-It runs inside one transaction, and is the same for every database.
+The transition runs inside one transaction, and is the same for every database.
 """
 
 from __future__ import annotations

@@ -329,7 +329,7 @@ def _check_log(path: Path, timeout: float) -> None:
 def _has_own_log(path: Path, timeout: float) -> bool:
     """Return whether the log beside the file belongs to the file. Raises sqlite3.OperationalError.
 
-    The files are not changed, except that SQLite may delete a log without a transaction.
+    The files are not changed. But if the log holds no transaction, SQLite may delete the log.
     """
     with path.open("rb") as file:
         version = int.from_bytes(file.read(100)[60:64], "big")
@@ -564,7 +564,10 @@ def _copy_backup(backup: Path, new: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Give the database a second name, and return that name. `restore` then moves the log."""
+    """Give the database file a second name. Return that name, or None if there is no database.
+
+    `restore` then moves the log to the same name.
+    """
     real = Path(os.path.realpath(path))
     if not real.exists() and not _size(log_of(real)):
         return None
