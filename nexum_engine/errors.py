@@ -117,7 +117,7 @@ class StoreError(NexumError):
 
 
 class StoreUnavailable(StoreError):
-    """The database may or may not have stored the transaction: retry the call. No acknowledged call is lost."""
+    """The database may or may not have stored the change: retry the call. No acknowledged change is lost."""
 
 
 class StoreLocked(StoreError):

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each answer after the first; a third of the lease, if that is longer
-MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
+MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long, so that they stay few
 # At most this many seconds pass between the first two heartbeats of a stream, and between a heartbeat that `beat` sends
 # and the next one. The server waits longer than this before it reassigns the tasks of a disconnected worker.
 SECOND_BEAT_AFTER = 0.5
@@ -131,7 +131,7 @@ class Heartbeat:
     def is_holding(self) -> bool:
         """Whether it is certain that the worker still holds its tasks. If False, only the server knows.
 
-        If the server answers a heartbeat, this is certain for half a lease after the heartbeat was sent.
+        Each answered heartbeat makes it certain for half a lease, counted from the sending of the heartbeat.
         """
         return time.monotonic() < self._held_until
 
@@ -162,8 +162,8 @@ class Heartbeat:
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
 
-        They show the server which tasks have reached this worker. A task that neither heartbeat names is handed out
-        again.
+        The two heartbeats show the server which tasks have reached this worker. The server hands out again each task
+        of this worker that neither heartbeat names.
         """
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)

@@ -599,7 +599,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of a failed attempt, as text that can be sent. Any exception is accepted."""
+    """Return the message of a handler's exception, as text that can be sent to the server. Never raises an error."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__

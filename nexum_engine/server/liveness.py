@@ -97,8 +97,8 @@ class Liveness:
                     self.task_handed_out()
                 unnamed_before, unnamed = unnamed, renewed.unnamed
                 # If two heartbeats in a row don't name a task, the task never arrived: end its attempt. One heartbeat
-                # isn't enough, because the worker may send it before the task arrives. The second one is later: the
-                # server acknowledges the first one after it has sent the task, and only then the second one comes.
+                # isn't enough, because the worker may send it before the task arrives. The worker sends the second one
+                # after the acknowledgement of the first one, and the server sends this acknowledgement after the task.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms, lost_task_ids=renewed.lost)

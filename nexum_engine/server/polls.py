@@ -20,7 +20,7 @@ from nexum_engine.store.results import Claim, ReadyTask, Started
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
 HELD_MS = 500
-"""The pause before an owner asks again, if its node must wait until another attempt ends: nobody knows that time."""
+"""The pause before an owner asks again, if its node must wait until another attempt ends. Nobody knows when it ends."""
 MAX_REMEMBERED_VERSIONS = 1000
 """Above this number of versions, the server forgets the versions without a recent poll.
 
@@ -29,7 +29,10 @@ There is a limit, because clients can invent versions.
 
 
 class _WaitingPoll:
-    """One poll of a worker. The poll waits for a due task, or for the result of a claim that it submitted."""
+    """A worker's poll, which waits for a due task or for the result of its claim.
+
+    A claim is a submitted transaction that takes a due task, if there still is one.
+    """
 
     def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
         self.worker_id = worker_id

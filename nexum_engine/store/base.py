@@ -1,4 +1,7 @@
-"""The interface of a store. `Store.run` runs one transition inside a transaction."""
+"""The interface of a store. `Store.run` runs one transition inside a transaction.
+
+A transition is a function that reads or changes the database through a `Db`, for example `tasks.complete_task`.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,7 @@ class Store(ABC):
     """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
 
     def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
-        """Begin to tell the other servers on this database that this one is alive, and to hear what they change.
+        """Begin to tell the other servers on this database that this server is alive, and to hear what they change.
 
         `on_news` is called on the event loop soon after each transaction of another server. It is also called from time
         to time, because the news of a transaction may be lost.

@@ -159,7 +159,7 @@ def database_ms(connection: Connection) -> tuple[int, int]:
 
 
 def is_conflict(error: psycopg.Error) -> bool:
-    """Return whether another server was in the way, so that a second try can succeed."""
+    """Return whether the error comes from a conflict with another server's transaction, so that a retry can succeed."""
     return isinstance(
         error,
         (

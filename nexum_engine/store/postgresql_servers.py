@@ -34,7 +34,7 @@ MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 
 class OtherServers:
-    """A thread with its own connection. It tells the other servers that this one is alive, and receives their news."""
+    """A thread with its own connection. It tells other servers that this server is alive, and receives their news."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class OtherServers:
 
 
 def hold_server(connection: Connection, server: int) -> None:
-    """Show to the other servers, for as long as the connection is open, that this server's process has not ended."""
+    """Show the other servers that this server's process has not ended, for as long as the connection is open."""
     connection.execute(dialect()["hold_server"], {"server": server})
 
 

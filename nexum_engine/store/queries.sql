@@ -712,7 +712,7 @@ UPDATE nodes SET status = 'PENDING', due_ms = NULL, error = '', failed_attempts 
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED');
 
 -- name: end_execution
--- End a running execution. Return it, with its input if that is short.
+-- End a running execution. Return the execution, with its input if the input is short.
 UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE sequence = :execution AND status = 'RUNNING'
 RETURNING execution_id, workflow_id, version_hash, status, created_ms, ended_ms, error, idempotency_key,

@@ -266,7 +266,10 @@ class DatabaseFile:
 
 
 def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
-    """Return the device and inode of the open file. Return None if the file system gives the path other numbers."""
+    """Return the device and inode of the open file. They tell later whether the path still names this file.
+
+    Return None if the file system gives other numbers for the path than for the open file: they can't tell then.
+    """
     opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
     return named if named == opened else None
 

@@ -412,9 +412,9 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
     With `unknown`, the effect of an EFFECT node may have happened: the node waits for a person. But if a worker's next
-    attempt can find out whether the effect has happened, the node is handed out again. An owned node waits in
-    any case: its owner must find out before it reports. A second report with the same error changes nothing. Raises
-    TaskNotFound for an unknown task, and StaleTask if the attempt may not report.
+    attempt can find out whether the effect has happened, the node is handed out again. An owned node waits for a person
+    in any case: its owner has to find out before it reports. A second report with the same error changes nothing.
+    Raises TaskNotFound for an unknown task, and StaleTask if the attempt may not report.
     """
     row = _reported_attempt(db, task_id)
     error = _shortened(error) or "the worker gave no reason"
