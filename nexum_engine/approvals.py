@@ -44,8 +44,8 @@ long as the wait takes.
 def waiting_for_a_person(line: str, tell: Callable[[str], object]) -> Iterator[None]:
     """Announce that the body of a `with` waits for a person. `line` says what the person decides, and how.
 
-    A durable run gets the line from `noted_by`: the run logs it, and may park, which means to end until the decision is
-    made. Outside of a durable run, `tell` gets the line.
+    In a durable run, the function in `noted_by` gets the line: the run logs it, and may park, which means that the run
+    ends and is continued after the decision. Outside of a durable run, `tell` gets the line.
     """
     note = noted_by.get()
     if note is None:

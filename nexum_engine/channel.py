@@ -55,7 +55,7 @@ class Channel:
 
     @property
     def stub(self) -> NexumServiceAsyncStub:
-        """The stub of the running event loop's channel. It sends the metadata with every call."""
+        """The stub of the running event loop's channel. The stub sends the metadata with every call."""
         loop = asyncio.get_running_loop()
         server, opened = server_at(self.target), self._by_loop.get(loop)
         # Open another channel if a server of this process has ended, or begun to listen, since this one was opened.

@@ -69,9 +69,9 @@ class Route(NamedTuple):
 class Connection:
     """A connection to the server at `address`. Without `address`, it searches in the order that NexumClient describes.
 
-    If there are several addresses, it tries them in a random order. It uses the first server that answers, until that
-    server is lost. Because the order is random, processes that start together spread over the servers. If a server
-    dies, its clients spread over the other servers.
+    If there are several addresses, the connection tries them in a random order. It uses the first server that answers,
+    until that server is lost. Because the order is random, processes that start together spread over the servers. If a
+    server dies, its clients spread over the other servers.
     """
 
     def __init__(self, address: str | None) -> None:

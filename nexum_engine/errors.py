@@ -29,8 +29,8 @@
     |-- FinalError                        raised by a worker's handler: a retry can't fix it
     `-- UnknownEffect                     raised by a worker's handler: its effect may or may not have happened
 
-An error's message names the thing, the cause and the next step. It is written for a person or a model. It contains no
-internals, because the server sends the message to clients.
+An error's message names the thing, the cause and the next step. The message is written for a person or a model. It
+contains no internals, because the server sends the message to clients.
 """
 
 from __future__ import annotations

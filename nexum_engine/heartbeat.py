@@ -75,8 +75,8 @@ class Heartbeat:
     called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
     server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
-    `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for BLOCKED_AFTER
-    seconds. Its argument is the number of seconds since the block began. Each block is reported once.
+    `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
+    BLOCKED_AFTER seconds. Its argument is the number of seconds since the block began. Each block is reported once.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Heartbeat:
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     async def may_begin(self, task_id: str, requested: float, *, ask: bool) -> bool:
-        """Return whether this worker still holds the task. `requested` is the monotonic time when it was polled for.
+        """Return whether this worker still holds the task, which it polled for at the monotonic time `requested`.
 
         If the event loop was blocked, or the process was suspended, the process reads the answer to a poll late.
         Meanwhile, the server may have given the task to another worker. The network may delay the answer, too, and only

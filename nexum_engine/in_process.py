@@ -193,7 +193,7 @@ class _Exchange:
 
 
 def _after_fork() -> None:
-    """Forget the servers: a forked process doesn't have their threads. It reaches the servers over TCP."""
+    """Forget the servers: a forked process doesn't have their threads, and calls them over TCP."""
     global _servers
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_servers))
     _servers = {}

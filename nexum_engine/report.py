@@ -68,7 +68,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return lines that say what has started and ended in `execution`. A later call returns these lines again."""
+    """Return lines that say what has started and ended in `execution`. A later call has these lines and new ones."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)

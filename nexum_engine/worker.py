@@ -241,7 +241,7 @@ class Worker:
         self._told_to_stop.set()
         self._heartbeat.draining = True
         self._heartbeat.beat()
-        # Wake the slots that wait for a connection, so that they end. They hold no task.
+        # Wake the slots that wait for a connection, so that these slots end. They hold no task.
         self._heartbeat.connected.set()
         await asyncio.wait(slots)
         for slot in slots:

@@ -243,7 +243,7 @@ class WorkflowBuilder:
         An attempt that takes longer than `timeout_seconds` counts as failed or, with `once`, as one without a report.
         `retry` says when the node is retried after a reported failure.
 
-        With `once`, if an attempt may have begun and ends without a report, the node is not handed out again. It waits
+        With `once`, if an attempt may have begun and ends without a report, the node is not handed out again: it waits
         for a person (`nexum unknown`). With `reconcile`, the handler gets another attempt instead, in which
         `task.must_reconcile` is true: the handler first finds out whether the effect has happened. With `once`, a
         reported failure is final, unless `retry` says otherwise.

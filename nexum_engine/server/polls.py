@@ -285,9 +285,9 @@ class Polls:
         self._answer_waiting(worker_id)
 
     def worker_beats(self, worker_id: str, came_ms: int) -> None:
-        """Note a heartbeat that came at `came_ms`. First renew the leases of the tasks that the heartbeat names.
+        """Note a heartbeat that came at `came_ms`. If the worker was silent before, its polls now claim tasks again.
 
-        If the worker was silent before, its waiting polls now claim tasks again.
+        The caller must first renew the leases of the tasks that the heartbeat names.
         """
         was_silent = self._is_silent(worker_id)
         self._last_beat_ms[worker_id] = came_ms

@@ -65,7 +65,7 @@ class Store(ABC):
         """How many transitions were submitted so far."""
 
     on_unknown: Sequence[Callable[[], None]] = ()
-    """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
+    """Callbacks that make waiting calls query the store. They run when it is unknown whether a transaction was stored."""
 
     def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
         """Begin to tell the other servers on this database that this server is alive, and to hear what they change.
@@ -76,10 +76,10 @@ class Store(ABC):
 
     @abstractmethod
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Submit a transition. It runs in one transaction, after the transitions submitted before it.
+        """Submit a transition. The transition runs in one transaction, after the transitions submitted before it.
 
-        When the transaction is durable, the awaitable returns the transition's result. It raises the transition's
-        error, or StoreUnavailable if it is unknown whether the transaction was stored.
+        When the transaction is durable, the awaitable returns the transition's result. The awaitable raises the
+        transition's error, or StoreUnavailable if it is unknown whether the transaction was stored.
         """
 
     @abstractmethod

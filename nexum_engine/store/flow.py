@@ -1,6 +1,6 @@
 """The flow of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
 
-Each function is a part of a transition, and runs inside the transition's transaction. It adds its effects to `changes`.
+Each function is a part of a transition, runs inside the transition's transaction, and adds its effects to `changes`.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ RECONNECT_SECONDS = 10.0
 CONFLICT_SECONDS = 20.0
 """How long to retry a transition that can't get its locks."""
 TOGETHER_LOCK_MS = 200
-"""How long transitions that share a transaction wait for a lock. They lock executions in any order, so two servers may
-wait for each other. After this wait, each transition gets a transaction of its own."""
+"""How long transitions that share a transaction wait for a lock. Such transitions lock executions in any order, so
+two servers may wait for each other. After this wait, each transition gets a transaction of its own."""
 CLOCK_INTERVAL = 5.0  # seconds between two comparisons with the database's clock
 
 logger = logging.getLogger(__name__)

@@ -148,7 +148,7 @@ def vacuum(url: str) -> None:
 
 
 def database_ms(connection: Connection) -> tuple[int, int]:
-    """Return a lower and an upper bound of the database's time now. They differ by the time that the query took."""
+    """Return a lower and an upper bound of the database's time now, which differ by the time that the query took."""
     begun = time.monotonic()
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None

@@ -85,7 +85,7 @@ FROM json_each(:items), (SELECT max((SELECT coalesce(max(sequence), 0) FROM exec
                                     (SELECT highest FROM pruned WHERE one = 1)) AS highest);
 
 -- name: add_item_nodes
--- Add the nodes of the executions of a MAP node's items. They are due.
+-- Add the nodes of the executions of a MAP node's items. The nodes are due.
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
                    timeout_ms, retry)
 SELECT 1000 * sequence, :node_id || '__' || child_index, 'MAP_SUBTASK', '[]', version_hash, 'READY', :now,
@@ -373,7 +373,7 @@ FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
 -- name: task_payload
--- The parts of a task's input. They are the same for every attempt at the node.
+-- The parts of a task's input. The parts are the same for every attempt at the node.
 SELECT node, node_type, execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution
 WHERE node = :node;
 
@@ -408,7 +408,7 @@ SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
 
 -- name: attempt
--- The attempt with a task id, with its node and execution. It is the node's newest attempt or an earlier one.
+-- The attempt with a task id, with its node and execution: the node's newest attempt or an earlier one.
 -- `unrecorded` counts the execution's nodes that are neither recorded nor skipped.
 SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, attempts) AS attempt,
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
@@ -743,7 +743,7 @@ WHERE node = :node AND attempts = :attempt
   AND (status = 'READY' OR (status = 'WAITING' AND outcome = 'UNKNOWN' AND lease_loss IS NOT NULL));
 
 -- name: handed_out
--- The unreported tasks of a worker that must have reached the worker by now. The columns are those of expired_lease.
+-- The tasks that a worker has not reported and must have received by now. The columns are those of expired_lease.
 -- Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
        task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect, limits

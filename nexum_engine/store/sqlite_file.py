@@ -309,7 +309,7 @@ def lock(path: Path, timeout: float) -> FileLock:
 
 
 def _check_log(path: Path, timeout: float) -> None:
-    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy it into the file."""
+    """Raise StoreRefused if a log beside the file doesn't belong to it. SQLite would copy that log into the file."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
         raise StoreRefused(
