@@ -63,7 +63,7 @@ class Route(NamedTuple):
     """HOST:PORT."""
     metadata: Metadata
     security: Security | None
-    """None unless the server is named by HOST:PORT."""
+    """The TLS settings and the token, if the server is named by HOST:PORT. Otherwise None."""
 
 
 class Connection:

@@ -38,7 +38,7 @@ Reconcile = Callable[[Mapping[str, Any], str], Any]
 
 
 class Policy(BaseModel):
-    """What has to happen before a tool runs, and when it may run again. A policy can also limit the calls to a model."""
+    """What has to happen before a tool runs, and when it may run again. Policies can also limit calls to a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 

@@ -27,7 +27,7 @@ class Queue:
     async def full_at(self) -> int | None:
         """Return the limit if the queue is full, otherwise None.
 
-        If the queue may be full, count its tasks, unless the last count is less than a second old.
+        If the queue may be full, count its tasks again, but at most once in COUNT_INTERVAL.
         """
         if self._tasks < self._limit:
             return None

@@ -65,7 +65,7 @@ class Store(ABC):
         """How many transitions were submitted so far."""
 
     on_unknown: Sequence[Callable[[], None]] = ()
-    """Callbacks that make waiting calls query the store. They run when it is unknown whether a transaction was stored."""
+    """Callbacks that make waiting calls query the store. They run if nobody knows whether a transaction was stored."""
 
     def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
         """Begin to tell the other servers on this database that this server is alive, and to hear what they change.

@@ -61,7 +61,7 @@ class OtherServers:
         self._thread.start()
 
     def leave(self) -> None:
-        """Tell the other servers that this one ends, and end the thread."""
+        """Tell the other servers that this server ends, and end the thread."""
         self._stopping.set()
         with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
             send(connection, self._channel, self._server, self._clock.now_ms(), News())  # this wakes the thread

@@ -191,7 +191,7 @@ SELECT count(*) AS number FROM (
 ) AS found;
 
 -- name: started_up_to
--- When the execution with the number :sequence was started, or, if there is no such execution, the last one before it.
+-- The start time of the execution with the number :sequence. If the number is missing: of the last execution before it.
 SELECT created_ms FROM executions WHERE sequence <= :sequence ORDER BY sequence DESC LIMIT 1;
 
 -- name: matching
