@@ -53,7 +53,7 @@ from support.approvals import ApprovedCall
 from support.console import complain, let_ctrl_c_cancel, run_script, say, say_after_ctrl_c, say_what_is_logged
 from support.options import add_nexum_option
 from support.session_file import SessionFile
-from support.tools import NO_POLICY, TOOLS, Tool
+from support.tools import NO_POLICY, TOOLS, Tool, find_tool
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput, workflow_of
 
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
@@ -471,7 +471,7 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tool", help="name of the tool: web_search, visit_webpage, or a custom tool")
+    parser.add_argument("tool", help=f"name of a tool that support/tools declares: {', '.join(sorted(TOOLS))}")
     parser.add_argument("arguments", nargs="?", default="{}", help='a JSON object, such as {"query": "Tokyo"}')
     parser.add_argument(
         "--session-id", metavar="ID", default="default", help="session of the call (default: %(default)s)"
@@ -503,6 +503,11 @@ def main() -> int:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
         parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
+    try:
+        find_tool(args.tool).validate(tool_args)
+    except FinalError as error:
+        complain(f"error: {error}")
+        return 2
     say_after_ctrl_c("a submitted call continues; run the same command again for its result")
     try:
         say(asyncio.run(_call_once(args, tool_args)))
