@@ -24,6 +24,11 @@ database and ask no server.
 
 from __future__ import annotations
 
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c, interrupt_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # before the slow imports
+
 import argparse
 import asyncio
 import contextlib
@@ -215,6 +220,14 @@ def _complain(error: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `nexum` or `python -m nexum_engine`; return the exit code."""
+    try:
+        interrupt_on_ctrl_c()
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: list[str] | None) -> int:
     open_closed_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for stream in (sys.stdout, sys.stderr):
@@ -251,8 +264,6 @@ def main(argv: list[str] | None = None) -> int:
         # Discard the rest of the output. Otherwise, Python would try to write it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
