@@ -505,7 +505,11 @@ async def watch(args: argparse.Namespace) -> int:
                 return code
         is_first = False
         # Don't keep the database open while waiting: the next run's embedded server must be able to open it.
-        screen.note("no server answers: waiting for one (Ctrl+C ends this)")
+        screen.note(
+            f"no server answers on {address}: waiting for it (Ctrl+C ends this)"
+            if address
+            else "no server or run is active here: this shows the changes when one is (Ctrl+C ends this)"
+        )
         await asyncio.sleep(WATCH_INTERVAL)
 
 
