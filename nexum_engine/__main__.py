@@ -50,7 +50,7 @@ from nexum_engine import (
     report,
 )
 from nexum_engine import commands as about_executions
-from nexum_engine.commands import look, on_server_or_database, say, watch
+from nexum_engine.commands import PartlyDecided, look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
@@ -254,7 +254,14 @@ def _run(argv: list[str] | None) -> int:
         elif getattr(args, "watch", False) or getattr(args, "follow", False):
             return asyncio.run(watch(args))
         else:
-            say(asyncio.run(look(args)))
+            try:
+                say(asyncio.run(look(args)))
+            except PartlyDecided as partly:
+                for line in partly.done:
+                    say(line)
+                for failure in partly.failures:
+                    _complain(failure)
+                return 1
     except NexumError as error:
         _complain(str(error))
         return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
