@@ -89,7 +89,7 @@ class Drill:
 
     async def run(self) -> list[Charged]:
         """Make the calls, one after the other."""
-        charged = []
+        charged: list[Charged] = []
         for tool, why in TOOLS.items():
             say(f"\n[demo] {len(charged) + 1} of {len(TOOLS)}: {tool.name} ({_policy(tool)}): {why}")
             charged.append(await self._charge(tool))
