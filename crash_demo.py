@@ -182,7 +182,7 @@ async def charge(nexum_address: str | None) -> int:
         async with (
             NexumForRun(nexum_address, workers=(), owners=True) as nexum,
             NexumClient(nexum.address) as client,
-            # The drill prints what happens. The caller's own lines would come between them at any time.
+            # Drop the session's own lines about progress: they would appear in the middle of the drill's output.
             Session(name, client=client, workflow=charges(name), tell=lambda _: None) as session,
         ):
             session.file = SessionFile(name, Path(folder))

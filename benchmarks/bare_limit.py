@@ -65,7 +65,7 @@ async def _work(address: str) -> None:
 
 
 class BareLimit:
-    """The client of the program that measures the bare limit: a call without an engine."""
+    """The client that makes the calls of the bare limit. No engine takes part in these calls."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -160,7 +160,7 @@ def block(argument: str) -> str:
 
 
 def alternating(number: int) -> str | list[FunctionCall]:
-    """Return a reply: every second one calls a tool."""
+    """Return the reply with this number: a tool call for an odd number, and a text for an even one."""
     return call("look_up", number) if number % 2 else text(number)
 
 

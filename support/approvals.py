@@ -1,6 +1,7 @@
 """Ask a person before a tool call, and let the worker check that the person approved this very call.
 
-The call's execution gets the key of the question that the person answered. So one approval allows one execution.
+The call's execution gets the idempotency key of the question that the person answered. The server starts one execution
+per key, so one approval allows one execution.
 """
 
 from __future__ import annotations
@@ -81,16 +82,18 @@ async def ask(
 ) -> ApprovedCall | None:
     """Ask a person whether the tool may run, and wait for the decision. Return None if the call needs no approval.
 
-    If nobody has decided yet, `tell` gets a line with the commands that decide, for the server `nexum`. In a durable
-    run, the run logs the line instead, and may park. `unasked_key` is the key of the call's execution if the call needs
-    no approval. Raises FinalError for wrong arguments, and if a person rejected the call or nobody decided in time.
+    If nobody has decided yet, `tell` gets a line with the commands by which a person decides on the server `nexum`. In
+    a durable run, the run logs the line instead, and may park. `unasked_key` is the key of the call's execution if the
+    call needs no approval. Raises FinalError for wrong arguments, and if a person rejected the call or nobody decided
+    in time.
     """
     complete = tool.complete(arguments)
     is_asked = needs_approval(tool, complete)
     question = Question.about(tool.name, complete, session_id, workflow)
     key = question.key(scope)
     if tool.policy.is_once:
-        # If the policy's approval has changed since an earlier run, the call may have been begun under the other key.
+        # A call with an approval has another key than a call without one. In an earlier run, the policy may have been
+        # different. Look for an execution under the key that the call had then: its effect must not happen twice.
         begun = await _begun(client, workflow, unasked_key if is_asked else key)
         if begun is not None:
             return begun
@@ -117,7 +120,7 @@ async def ask(
 async def _begun(client: NexumClient, workflow: str, key: str) -> ApprovedCall | None:
     """Return the call whose execution has this key, or None."""
     before = ""
-    while page := await client.list_executions(  # a key with a scope may begin with a key without one
+    while page := await client.list_executions(  # by prefix, so the pages also hold longer keys
         workflow_id=workflow, key_prefix=key, before=before, with_nodes=True, patience=PATIENCE
     ):
         for execution in page:
@@ -131,7 +134,7 @@ async def _begun(client: NexumClient, workflow: str, key: str) -> ApprovedCall |
 async def check(
     client: NexumClient, tool: Tool, arguments: Mapping[str, Any], approval: str, workflow: str, task: TaskContext
 ) -> str:
-    """Raise FinalError unless the call needs no approval, or a person approved it with these arguments.
+    """Raise FinalError if the call needs an approval and no person approved it with these arguments.
 
     `approval` is the id of the execution in which a person approved the call, or empty. Return a line for the model if
     the person edited the arguments, else "".

@@ -47,10 +47,11 @@ async def recorded_question(session_id: str, question: str, fork_of: str | None,
 
 
 def count_only_model_calls(record: logging.LogRecord) -> bool:
-    """Reword a session's counts, as a filter of its logger: leave out the tool calls, which the demo counts itself.
+    """Remove the tool calls from the line with a session's counts, because the demo counts the tool calls itself.
 
-    The two counts differ after a crash. A result that only the worker had recorded is live for the session, and cached
-    for the demo.
+    This function is a filter of the session's logger. After a crash, the session and the demo count tool calls
+    differently: if a result was recorded on the server but not in the session, the session counts the call as live,
+    and the demo counts it as cached.
     """
     live, replayed = getattr(record, "live", None), getattr(record, "replayed", None)
     if live is not None and replayed is not None:

@@ -86,7 +86,7 @@ class LangGraph(Peer):
         self.setup = "One thread a run, one step of the graph a call; SqliteSaver. A restart loads the last checkpoint."
 
     async def serve(self, host: Host) -> Settings:
-        """Name the database."""
+        """Start nothing; return the path of the database."""
         return {"path": str(host.folder / "langgraph.sqlite")}
 
     @asynccontextmanager

@@ -169,11 +169,11 @@ class Processes:
         self._settings = await self._peer.serve(self)
 
     async def start_worker(self) -> Child:
-        """Start a worker process. Its first `answer` tells that it is ready."""
+        """Start a worker process. The first `answer` of the process says that the worker is ready."""
         return await self._start("worker", "worker", self._peer.name, json.dumps(self._settings))
 
     async def start_caller(self) -> Child:
-        """Start a caller process. Its first `answer` tells that it is ready."""
+        """Start a caller process. The first `answer` of the process says that the caller is ready."""
         return await self._start("caller", "caller", self._peer.name, json.dumps(self._settings))
 
     async def wait_for(self, path: Path, patience: float = CALL_PATIENCE) -> str:
@@ -194,8 +194,8 @@ class Processes:
                 children[int(parent)].append(int(stat.parent.name))
         found: list[int] = []
         left = [root for child in self._children for root in child.roots]
-        # Search below the programs of the peer, which are the children of a guard. PostgreSQL makes itself a daemon, so
-        # it is no child of its guard: it is one of the `roots`, where the search begins, too.
+        # Begin with the roots and with the children of each guard. PostgreSQL has to be one of the roots: it makes
+        # itself a daemon, so it is not a child of its guard.
         left += [pid for child in self._children if child.guard for pid in children[child.guard]]
         while left:
             pid = left.pop()

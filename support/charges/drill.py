@@ -138,7 +138,7 @@ class Drill:
         dying = asyncio.ensure_future(worker.process.wait())
         await asyncio.wait((dying, calling), return_when=asyncio.FIRST_COMPLETED)
         if calling.done():
-            calling.result()  # raises why the call failed: the worker would wait for it for ever
+            calling.result()  # raises the call's error, if any: the worker would then get no call, and never die
         death = death_in_words(await dying)
         charged = self._ledger.requests()[before:]
         if len(charged) != 1:

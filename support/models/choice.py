@@ -44,7 +44,7 @@ class ModelChoice(BaseModel):
 
     @property
     def slug(self) -> str:
-        """A name of this choice in letters, digits and dashes. `derived_session_id` puts it into its hash."""
+        """A name of this choice in letters, digits and dashes. The id of a demo's session is derived from this name."""
         if self.offline:
             return "offline"
         parts = [self.vendor, self.model]

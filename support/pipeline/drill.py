@@ -180,7 +180,7 @@ class Drill:
                 f"cancel it with: python -m nexum_engine cancel {self._execution_id}"
             )
         except BrokenPipeError:
-            return  # the execution is cancelled; only the message about it can't be printed
+            return  # raised by `say`, so the execution is already cancelled
 
 
 async def _end(child: Child) -> None:

@@ -14,7 +14,7 @@ CALLS = 60
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the test kills a group of processes, which Windows doesn't have")
-@pytest.mark.usefixtures("postgres")  # skips the test without PostgreSQL; the test starts another one
+@pytest.mark.usefixtures("postgres")  # skips the test if PostgreSQL isn't installed; the test starts its own pair
 def test_failover_to_a_replica_loses_and_changes_nothing(tmp_path: Path) -> None:
     from replicated_postgres import replicated_postgres
 

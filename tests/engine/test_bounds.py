@@ -236,12 +236,12 @@ def test_clients_that_do_not_read_take_bounded_memory(server: Server, stub: Nexu
         calls = []
         for _ in range(40):
             channel = stack.enter_context(grpc.insecure_channel(server.address, options=options))
-            # Call the method as if it had a stream of answers: gRPC reads an answer of a stream only when asked for it.
+            # Call the method as if its answer were a stream: gRPC doesn't read a stream until the program asks for it.
             method: Any = channel.unary_stream(
                 "/nexum.NexumService/ListExecutions", request_serializer=pb.ListRequest.SerializeToString
             )
             calls.append(method(request))
-        # Nobody reads the few answers that the server sends. So the server refuses the other calls.
+        # The server sends a few answers, which nobody reads, and refuses the other calls.
         wait_until(lambda: sum(not call.is_active() for call in calls) >= 30, "the server refuses", timeout=60)
         assert start(stub)  # small calls are still answered
         assert peak_memory(server) < MEMORY_LIMIT

@@ -279,7 +279,7 @@ async def test_calls_open_a_new_stream_after_the_server_has_restarted(tmp_path: 
 
 
 async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
-    """If it didn't count, a thousand clients that don't read would fill the server's memory."""
+    """If an unread answer didn't count, a thousand clients that don't read would fill the server's memory."""
     ended = asyncio.Event()
 
     async def large(_: object, context: calls.CallContext) -> pb.ServerInfo:
@@ -300,7 +300,7 @@ async def test_a_large_answer_counts_until_its_client_has_read_it() -> None:
 
 
 async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -> None:
-    """If it did, a client that doesn't read could fill the server's memory."""
+    """If the server read on, its unread refusals could fill its memory."""
     count, sent = 3000, 0
     may_end = asyncio.Event()
 

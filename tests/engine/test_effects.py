@@ -242,7 +242,7 @@ async def test_attempt_after_a_lost_one_must_reconcile(store: Store, clock: Manu
     await lose(store, clock)
     task = await taken(store, "w2")
     assert task.must_reconcile
-    # Attempts must reconcile until one reports a result. A failure, or an attempt that never began, doesn't end this.
+    # Each later attempt must reconcile until one reports a result, also after an attempt that failed or never began.
     await store.run(tasks.release, task.task_id, "the poll was cancelled")
     task = await taken(store, "w3")
     assert task.must_reconcile
@@ -390,7 +390,7 @@ async def test_owner_finds_an_unknown_effect_and_gets_the_task_after_the_decisio
     await lose(store, clock, "one")
     assert await is_unknown(store, execution_id)
     (lost,) = await attempts(store, execution_id)
-    assert lost.error == "process one ended, or lost its connection"  # a program that owns its call has no worker
+    assert lost.error == "process one ended, or lost its connection"  # an owner is no worker
     found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True)
     assert (found.execution_id, found.unknown, found.task) == (execution_id, True, None)
     assert found.status is ExecutionStatus.RUNNING
@@ -416,7 +416,7 @@ async def test_next_owner_must_reconcile(store: Store, clock: ManualClock) -> No
 
 
 async def test_owner_that_reports_unknown_waits_for_a_person_at_once(store: Store) -> None:
-    """An owner reconciles on its own before it reports: no worker would take the task to reconcile it."""
+    """No worker gets an owner's task. So the task isn't handed out again, although the node allows a reconciliation."""
     execution_id = await start(store, owner="one", key="k", reconcile=True)
     found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "one", LEASE_MS, True)
     assert found.task is not None
@@ -499,7 +499,7 @@ async def test_approval_that_nobody_decides_fails_in_time_and_has_no_decision(st
     execution_id = await ask(store, 60)
     clock.advance(60)
     await sweep(store)
-    assert await status(store, execution_id) is ExecutionStatus.RUNNING  # never early
+    assert await status(store, execution_id) is ExecutionStatus.RUNNING  # the 60 s must be over
     clock.advance(0.001)
     await sweep(store)
     execution = await store.run(reading.get_execution, execution_id, True)

@@ -178,7 +178,7 @@ async def test_time_limit_leaves_the_effect_unknown_and_reconcile_decides(client
 async def test_report_that_gets_no_answer_is_sent_until_it_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """If no heartbeat names a task, it counts as never begun. So the worker must not drop the task's result."""
+    """If the worker dropped the task, its heartbeats wouldn't name it, and the server would hand it out again."""
     monkeypatch.setattr("nexum_engine.worker.FAULT_DELAY", 0.5)
     paid: list[int] = []
 

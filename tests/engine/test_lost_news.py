@@ -33,7 +33,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture
 async def silent(postgres_url: str, lost: list[Any]) -> AsyncIterator[Store]:
-    """A store that acts as another server. What it tells the other servers never reaches them."""
+    """A store that acts as another server. Its messages to the other servers are lost."""
     store = await open_store(postgres_url, SystemClock())
     yield store
     await store.close()

@@ -62,7 +62,7 @@ def attempts(stub: NexumServiceStub, execution_id: str) -> list[tuple[int, str]]
 
 @pytest.fixture
 def told(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ServerThread]]:
-    """Two servers that look for changes by themselves so rarely that the tests end before."""
+    """Two servers that must tell each other of changes: each looks for changes itself only after the tests' end."""
     servers = pytest.importorskip("nexum_engine.store.postgresql_servers", reason="psycopg isn't installed")
     monkeypatch.setattr(servers, "BEAT_SECONDS", RARELY)
     with ExitStack() as stack:

@@ -203,7 +203,8 @@ async def test_changed_certificate_is_used_for_new_connections(tmp_path: Path, m
             await client.ping()
         certificates.server_tls(by="other")
         if sys.platform != "win32":
-            # Correct a wrong mode only after the server has seen it. This changes neither the file's text nor its time.
+            # Give the key's file a wrong mode, and correct the mode after the server has reported it. The server must
+            # notice the correction, although it changes neither the file's text nor its time.
             key = tmp_path / "server.key"
             key.chmod(0o644)
             with logged(errors, "nexum_engine.server.tls"):

@@ -135,7 +135,7 @@ def test_thousand_timers_of_one_execution_end_together(stub: NexumServiceStub) -
     assert answer.status == "COMPLETED"
     for one in answer.nodes:
         waited_until = datetime.fromisoformat(json.loads(one.output_json)["waited_until"])
-        assert waited_until.timestamp() >= begun + 0.499  # in whole milliseconds
+        assert waited_until.timestamp() >= begun + 0.499  # recorded times have whole milliseconds
 
 
 def test_many_executions_with_timers_all_end(stub: NexumServiceStub) -> None:
@@ -671,7 +671,7 @@ def test_event_with_the_same_key_counts_once(stub: NexumServiceStub) -> None:
     assert refused(lambda: send(stub, execution_id, "e", 2, key="k1"))[0] is Code.ALREADY_EXISTS
     send(stub, execution_id, "e", 2, key="k2")
     assert status(stub, execution_id)[0] == "COMPLETED"
-    send(stub, execution_id, "e", 2, key="k2")  # also after the end
+    send(stub, execution_id, "e", 2, key="k2")  # accepted even after the execution's end
 
 
 def test_event_that_no_node_waits_for_is_refused(stub: NexumServiceStub) -> None:

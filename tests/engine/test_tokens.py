@@ -201,7 +201,7 @@ def test_cancel_without_tokens_records_what_the_client_says(tmp_path: Path, caps
 async def test_client_that_searches_does_not_use_a_server_with_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client raises ServerUnavailable: its folder's server may start later. A run opens the database itself."""
+    """The client raises ServerUnavailable: its folder's own server may start later. A run opens the database itself."""
     for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NEXUM_TOKEN", USE)
@@ -306,7 +306,7 @@ async def test_changed_token_file_counts_soon_also_for_calls_and_streams_under_w
             start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
             assert errors[0].startswith(f"{start} {tokens}")
             tokens.write_text(TOKENS)
-            # Calls that wait are refused although no other call arrives: they could still get a task.
+            # A waiting poll could still get a task. So the server refuses it at once, not only at the next call.
             with pytest.raises(TokenRefused):
                 await asyncio.wait_for(waiting, PROMPT)
             assert await asyncio.wait_for(alone.code(), PROMPT) is grpc.StatusCode.UNAUTHENTICATED

@@ -29,7 +29,7 @@ async def do(task: TaskContext) -> object:
 
 
 async def listed(client: NexumClient, are_there: Callable[[list[DeclaredTool]], bool]) -> list[DeclaredTool]:
-    """Ask until the list is as wanted. The test's time limit ends a wait for nothing."""
+    """Return the list as soon as `are_there` accepts it. If it never does, the test's time limit ends the wait."""
     while not are_there(tools := await client.tools()):  # noqa: ASYNC110 - the server sets no event
         await asyncio.sleep(0.02)
     return tools

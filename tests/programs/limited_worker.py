@@ -22,7 +22,7 @@ def limited(rate: str | None, concurrency: int | None) -> Workflow:
 
 
 async def main() -> None:
-    """Run the worker until it is told to stop."""
+    """Run the worker until a signal stops it."""
     limits = json.loads(sys.argv[3])
 
     async def work(task: TaskContext) -> None:

@@ -1,4 +1,4 @@
-"""A worker whose effects are lines of a ledger, a file that stands for the outside world. One workflow for each policy.
+"""A worker whose effects are lines of a ledger, a file that stands for the outside world. Each policy has a workflow.
 
 A payment is one line: the name of the workflow, and the idempotency key. After a payment, the handler waits until the
 gate, a file, exists.

@@ -36,7 +36,7 @@ SOON = RetryPolicy(max_attempts=2, first_delay_seconds=0.05)
 
 
 def write_down(log: str, call: ToolContext, **arguments: Any) -> str:
-    """Have the effect."""
+    """Add a line to the log, which is the effect of a call. Return a receipt."""
     line = json.dumps({"attempt": call.attempt, "key": call.idempotency_key, **arguments}) + "\n"
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(descriptor, line.encode())
@@ -122,7 +122,7 @@ def pay_slowly(log: str, *, call: ToolContext) -> str:
 
 @tool(heartbeat=1, retry=RetryPolicy(max_attempts=2, first_delay_seconds=0.01))
 def count_slowly(log: str, *, call: ToolContext) -> str:
-    """Hang at the first attempt. At the second, count for longer than the heartbeat's limit, and say how far."""
+    """Hang at the first attempt. At the second one, count for longer than a heartbeat may take, with heartbeats."""
     write_down(log, call)
     if call.attempt == 1:
         time.sleep(3600)

@@ -608,7 +608,7 @@ class Model:
         node = self.run(run_id).nodes.get(name)
         if node is None or node.kind != "HUMAN_APPROVAL":
             raise NotFound("no such node")
-        is_late = node.due is not None and node.due <= self.now  # although no sweep has ended the wait yet
+        is_late = node.due is not None and node.due <= self.now  # even if no sweep has ended the wait yet
         if node.status != "WAITING" or is_late:
             raise Conflict("not now")
         return node
@@ -623,7 +623,7 @@ def kind_of(error: NexumError) -> type[NexumError]:
 
 
 def specs_in(order: Sequence[str], nodes: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the nodes in the engine's order, after a check that each node follows those that it waits for."""
+    """Check that the engine's order has each node after the nodes that it waits for. Return the nodes in this order."""
     assert sorted(order) == sorted(nodes)
     place = {name: position for position, name in enumerate(order)}
     for name, spec in nodes.items():

@@ -70,7 +70,7 @@ def record(stub: NexumServiceStub, execution_id: str, **more: Any) -> pb.GetExec
 
 
 def cancelled(stub: NexumServiceStub) -> str:
-    """Start an execution and cancel it. Return its id, for `until_polled`: a poll gets no task of it."""
+    """Start an execution, cancel it, and return its id for `until_polled`. No poll gets a task of this execution."""
     execution_id = start(stub)
     stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
     return execution_id

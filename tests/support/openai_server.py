@@ -170,7 +170,7 @@ def _chunks(number: int, body: dict[str, Any], reply: Reply) -> Iterator[dict[st
         yield chunk({"content": word + " "})
     for at, call in enumerate(_tool_calls(number, reply)):
         arguments = call["function"]["arguments"]
-        half = len(arguments) // 2  # in two pieces, as vendors do
+        half = len(arguments) // 2  # send the arguments in pieces, as vendors' servers do
         yield chunk({"tool_calls": [{**call, "index": at, "function": {**call["function"], "arguments": ""}}]})
         for piece in (arguments[:half], arguments[half:]):
             yield chunk({"tool_calls": [{"index": at, "function": {"arguments": piece}}]})

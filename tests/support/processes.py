@@ -77,7 +77,7 @@ def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None
 
 @contextmanager
 def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
-    """Run the demo for the length of a `with`. Then resume its worker: a stopped worker can't end."""
+    """Run the demo for the length of a `with`. Then resume its worker: a test may have stopped it with SIGSTOP."""
     with running([DEMO, *arguments], cwd=folder, env=env) as process:
         try:
             yield process

@@ -77,8 +77,8 @@ def _run(name: str, *arguments: str | Path) -> None:
 def replicated_postgres() -> Iterator[tuple[Node, Node]]:
     """Run a primary and its replica for the length of a `with`.
 
-    The test needs the fixture `postgres`: for root, only that creates the user who runs PostgreSQL, and lets the user
-    read PostgreSQL's programs.
+    The test must also use the fixture `postgres`. If root runs the tests, that fixture creates the user who runs
+    PostgreSQL, and lets this user read PostgreSQL's programs.
     """
     # Don't use pytest's folder: if root runs the tests, PostgreSQL runs as another user, who may not enter that folder.
     folder = Path(tempfile.mkdtemp(prefix="nexum-replicated-"))

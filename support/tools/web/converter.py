@@ -136,7 +136,7 @@ def main() -> None:
     _limit_memory(int(sys.argv[1]))
     pages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read_pages, args=(pages,), daemon=True).start()
-    _answer(Page("https://example.org/", 200, "text/html", b"<p>text"))  # imports the parsers
+    _answer(Page("https://example.org/", 200, "text/html", b"<p>text"))  # import the parsers before a page comes
     while True:
         answer = _answer(_PAGE.validate_json(pages.get()))
         sys.stdout.buffer.write(answer.model_dump_json().encode() + b"\n")

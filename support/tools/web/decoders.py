@@ -106,7 +106,7 @@ def _iso_2022_jp(characters: str) -> str:
     text: list[str] = []
     for index, (escape, part) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
         if index > 1 and parts[2 * index - 1] == "":
-            text.append(_ERROR)  # no character stands between this escape sequence and the one before it
+            text.append(_ERROR)  # the standard makes two escape sequences without a character between them an error
         if escape == _KATAKANA:
             text.append(part.translate(_IN_KATAKANA))
         elif escape == _ASCII:

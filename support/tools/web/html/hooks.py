@@ -98,7 +98,7 @@ class SeenPageHooks:
 
     def convert_a(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         if not el.get_text(strip=True):
-            return text  # write no link around a picture, which has an address itself
+            return text  # write no link around a picture, because the picture is written with its own address
         before, words, after = _chomped(text)
         address = str(el["href"])
         return f"{before}<{address}>{after}" if words == address else f"{before}[{words}]({address}){after}"

@@ -46,7 +46,8 @@ def is_unseen(element: Element, name: str, style: Style) -> bool:
         return True
     if name == "dialog" and "open" not in element.attrs:
         return True
-    # Skip what is hidden from screen readers, but not a picture: a formula's picture is often hidden from them.
+    # Skip elements that are hidden from screen readers, except pictures. Pages often hide the picture of a formula from
+    # screen readers, although it is visible.
     if element.attrs.get("aria-hidden") == "true" and name != "img":
         return True
     return bool(style) and hides_all(style)
