@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from support.console import begin_script
 
-begin_script(__name__)  # before the slow imports
+begin_script(__name__)  # first, so that Ctrl+C during the slow imports prints no traceback
 
 import argparse
 import asyncio
@@ -207,9 +207,8 @@ class Session:
                 try:
                     return await self._result_of(execution_id, call, origin, deadline, started.ended)
                 finally:
-                    # Wait until the session file is written, unless the answer to StartExecution reported the
-                    # execution's end. Only this project's server reports that end, and it also finds a call by its key.
-                    # So the call can be found without the session file.
+                    # If StartExecution has already reported the execution's end, don't wait for the session file. Only
+                    # this project's server reports the end so early, and this server also finds a call by its key.
                     if started.ended is None:
                         await writing
             except ExecutionNotFound as gone:
@@ -379,7 +378,7 @@ def _result(call: _Call, execution: Execution) -> str:
         return ToolCallOutput.model_validate_json(output).result
     except ValidationError as error:
         if call.tool is not None and call.is_once:
-            return call.tool.as_text(json.loads(output))  # a person gave the result
+            return call.tool.as_text(json.loads(output))  # a person resolved the call with a text of any form
         raise ToolCallFailed(
             f"the output of {call.tool_name} in execution {execution.execution_id} does not match ToolCallOutput: "
             f"{error.errors()[0]['msg']}"

@@ -27,7 +27,7 @@ import sys
 from nexum_engine.ctrl_c import end_on_ctrl_c
 
 if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # the process runs `python -m durable_autogen`
-    end_on_ctrl_c()  # before the slow imports
+    end_on_ctrl_c()  # first, so that Ctrl+C during the slow imports prints no traceback
 
 from durable_autogen.autogen.policies import durable_tool
 from durable_autogen.errors import (

@@ -29,7 +29,7 @@ from __future__ import annotations
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c, interrupt_on_ctrl_c
 
 if __name__ == "__main__":
-    end_on_ctrl_c()  # before the slow imports
+    end_on_ctrl_c()  # first, so that Ctrl+C during the slow imports prints no traceback
 
 import argparse
 import asyncio

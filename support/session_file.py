@@ -81,10 +81,10 @@ class SessionFile:
         _files.add(self)
 
     def new_locks(self) -> None:
-        """Make new locks. A forked process needs them: a lock that another thread held at the fork stays locked."""
+        """Make new locks, as a forked process must: if another thread held a lock at the fork, it stays locked here."""
         one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
-        # When Python deletes a FileLock, the FileLock unlocks the file. In a forked process, that would also end the
-        # parent's lock. So keep the old locks.
+        # Keep the old locks: a deleted FileLock unlocks its file. If a forked process deleted one, the parent process
+        # would lose its lock, too.
         self._locks.append(
             (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
         )
@@ -174,7 +174,7 @@ class SessionFile:
             self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")
 
     def _merge(self, entries: Iterable[tuple[str, str, str]]) -> None:
-        # Read the file again only if another process has written to it.
+        # Read the file again only if another process has changed it, or if this process has not read it yet.
         if self._signature() != self._seen or self._seen is None:
             self._known = self._read() or SessionRecord.new()
         for workflow_id, key, execution_id in entries:

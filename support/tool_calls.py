@@ -14,9 +14,10 @@ from workflow import ToolCallInput, ToolCallOutput, workflow_of
 
 
 def bindings(client: NexumClient, shared: Workflow, web: Web) -> list[Binding]:
-    """Return the bindings of a worker: for `shared`, the workflow of most tools, and for each tool's own workflow.
+    """Return a worker's bindings: one for `shared`, the workflow of most tools, and one for each tool's own workflow.
 
-    A tool has its own workflow if its policy needs one. The tools use `web`. `client` reads what people have approved.
+    A tool has its own workflow if its policy needs one. The tools use `web`. The worker asks the server by `client`
+    whether a person has approved a call.
     """
     workflows = {workflow_of(name, tool.policy, shared) for name, tool in TOOLS.items()} | {shared}
     return [Binding(one, {"tool_call": partial(run_tool, client, shared, one, web)}) for one in workflows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from support.console import begin_script
 
-begin_script(__name__)  # before the slow imports
+begin_script(__name__)  # first, so that Ctrl+C during the slow imports prints no traceback
 
 import argparse
 

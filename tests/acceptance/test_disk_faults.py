@@ -230,7 +230,7 @@ def test_acknowledged_changes_survive_a_failing_disk(
     is_migrated, totals = undisturbed
     for position, call in enumerate(CALLS):
         assert totals[call] > 0
-        # If the database is migrated, begin with the first system calls of a run: the migration makes them.
+        # The migration of an old database makes the first system calls of a run. So disturb these calls, too.
         for number in chosen(totals[call], 0 if is_migrated else (position + 1) / (len(CALLS) + 1)):
             folder, told = tmp_path / f"{call}-{number}", Told()
             folder.mkdir()

@@ -45,7 +45,7 @@ def disturb(proxy: FaultyProxy, kind: str, gates: list[Path], what: str, choose:
         gate.touch()
     time.sleep(choose.uniform(0, 0.06))
     KINDS[kind](proxy)
-    # During the fault, let one more call begin to run: each connection then carries data in both directions.
+    # During the fault, let one more call begin to run, so that each connection carries data in both directions.
     gates[-1].touch()
     wait_until(lambda: proxy.hits > before, f"{what} is hit")
     time.sleep(choose.uniform(0, LONGEST))

@@ -228,7 +228,7 @@ async def poll_that_waits(stub: Any) -> asyncio.Task[Any]:
     """Begin a poll; return when the server has received it."""
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
     polling: asyncio.Task[Any] = asyncio.ensure_future(stub.PollTask(poll))
-    await asyncio.sleep(0)  # send the poll first
+    await asyncio.sleep(0)  # so that the poll is sent before the next call
     await stub.GetServerInfo(pb.EmptyRequest())
     return polling
 
@@ -243,7 +243,7 @@ async def test_a_task_goes_to_the_next_poll_after_a_caller_is_cancelled(server: 
         cancelled = await poll_that_waits(stub)
         living = await poll_that_waits(other)
         cancelled.cancel()
-        await asyncio.sleep(0)  # send the cancellation first
+        await asyncio.sleep(0)  # so that the cancellation is sent before the start
         execution_id = await started(stub)
         assert (await asyncio.wait_for(living, SOON)).execution_id == execution_id
 
@@ -314,8 +314,8 @@ async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -
             method = "GetServerInfo" if sent == 1 else "x" * 200
             yield pb.CallFrames(frames=[pb.CallFrame(call=sent, method=method)])
 
-    # The first call takes a place and keeps it. All other calls name a method that doesn't exist. If there is a second
-    # place, each of them is refused because of its method. If there is none, each is refused as too many.
+    # The first call takes a place and keeps it. All other calls name a method that doesn't exist. With two places, the
+    # server refuses each of these calls because of its method. With one place, the server refuses each as one too many.
     for places in (2, 1):
         may_end.clear()
         answers = calls.CallStreams({"GetServerInfo": waits}, places).serve(requests(), ())
@@ -339,7 +339,7 @@ async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatc
         async with RawStream(server.address) as unread:
             await unread.send(request_frame(1, "GetExecution", request))
             await unread.stream.wait_for_connection()
-            # The unread answer has returned its share of the budget: this answer needs the whole budget.
+            # The budget has room for one such answer. So this call succeeds only after the unread answer is dropped.
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
 
 
@@ -363,7 +363,7 @@ for _ in range(400):
 
 @pytest.mark.parametrize("program", [UNCLOSED, CLOSED], ids=["unclosed", "closed"])
 async def test_a_client_prints_nothing_when_its_event_loops_end(server: EngineServer, program: str) -> None:
-    """Without precautions, grpcio reports an ended operation to a closed loop. The next loop prints a traceback."""
+    """Without the client's precautions, grpcio reports to a closed loop, and the next loop prints a traceback."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", program, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
     )

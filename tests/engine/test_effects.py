@@ -153,7 +153,7 @@ async def test_attempt_that_took_too_long_leaves_the_effect_unknown(store: Store
     await sweep(store)
     assert await is_unknown(store, execution_id)
     assert "longer than its time limit of 5 s" in (await attempts(store, execution_id))[0].error
-    # The worker is still running the task, but its heartbeat doesn't renew the lease.
+    # The worker still runs the task and names it in its heartbeat. But the attempt has ended: no lease is renewed.
     renewed = await store.run(leases.renew, "w1", (task.task_id,), LEASE_MS)
     assert renewed.lost == (task.task_id,)
     await store.run(tasks.complete_task, task.task_id, '"paid"')
@@ -281,7 +281,7 @@ async def test_node_that_loses_every_worker_waits_for_a_person_in_the_end(store:
         await lose(store, clock)
     task = await taken(store)
     clock.advance(GRACE_MS / 1000)
-    await store.run(leases.lose, "w1", frozenset([task.task_id]))  # this attempt never began, but earlier ones may have
+    await store.run(leases.lose, "w1", frozenset([task.task_id]))  # never began, but earlier attempts may have
     assert await is_unknown(store, execution_id)
 
 

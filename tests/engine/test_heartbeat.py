@@ -134,7 +134,7 @@ async def test_silent_stream_is_reopened_before_the_lease_runs_out(tmp_path: Pat
 async def test_heartbeats_keep_a_lease_shorter_than_second_heartbeat_delay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Lengthen the delay instead of shortening the lease: a busy machine needs a lease of 2.5 s.
+    # The lease must be shorter than the delay. Lengthen the delay, because a busy machine would lose a shorter lease.
     monkeypatch.setattr("nexum_engine.heartbeat.SECOND_BEAT_AFTER", 4.0)
     async with engine_server(tmp_path, lease=2.5) as server, NexumClient(server.address) as client:
         await client.register_workflow(ONE)
@@ -152,7 +152,7 @@ async def test_heartbeats_keep_a_lease_shorter_than_second_heartbeat_delay(
 
 async def test_owner_keeps_its_task_beyond_its_lease(tmp_path: Path) -> None:
     async with (
-        engine_server(tmp_path, lease=2.5) as server,  # a busy machine needs a lease this long
+        engine_server(tmp_path, lease=2.5) as server,  # a busy machine would lose a shorter lease
         NexumClient(server.address) as client,
         Owner(client) as owner,
     ):

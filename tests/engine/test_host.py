@@ -236,7 +236,7 @@ async def test_recorded_event_costs_one_commit_and_no_grpc_call(folder: Path, mo
         commit(file)
 
     async with EmbeddedNexum(None, owners=True) as nexum:
-        monkeypatch.setattr(grpc.aio, "insecure_channel", None)  # a call of it raises TypeError
+        monkeypatch.setattr(grpc.aio, "insecure_channel", None)  # so that a connection over gRPC raises TypeError
         async with NexumClient(nexum.address) as client, Owner(client) as owner:
             await owner.record(EVENT, {}, {"n": 0}, idempotency_key="0")
             monkeypatch.setattr(DatabaseFile, "commit", counted)

@@ -263,7 +263,7 @@ async def never_arrived(store: Store, task: Task, clock: ManualClock) -> Changed
 async def expired(store: Store, task: Task, clock: ManualClock) -> Changed:
     clock.advance(LEASE_MS / 1000 - 0.001)
     early = await store.run(leases.sweep, NO_RETRIES)
-    assert not early.changed.ready  # a lost attempt counts until its lease has run out
+    assert not early.changed.ready  # a silent attempt counts until its lease runs out
     clock.advance(0.001)
     return (await store.run(leases.sweep, NO_RETRIES)).changed
 
@@ -431,8 +431,9 @@ async def test_two_servers_hand_out_one_burst_together(two: tuple[Store, Store],
 async def test_end_of_an_attempt_waits_for_a_claim_that_counts_it(two: tuple[Store, Store], postgres_url: str) -> None:
     """One server starts a task and tries to claim it, while the other ends the attempt that holds the only place.
 
-    The claim finds no free place, because the end isn't committed. The end must see the new task and announce it as
-    ready, so it waits until the claim's transaction is committed.
+    The claim finds no free place, because the end of the attempt isn't committed yet. Nothing would wake a poll for the
+    new task if the end didn't see this task. So the end waits until the claim's transaction is committed, and then
+    announces the new task as ready.
     """
     built = limited(concurrency=1)
     await start(two[0], built)

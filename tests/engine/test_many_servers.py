@@ -74,7 +74,7 @@ def test_poll_on_one_server_gets_the_task_of_the_other_at_once(told: list[Server
         register(one, {"a": []})
         probe = cancelled(other)
         waiting = pool.submit(poll, other, wait_ms=20_000)
-        until_polled(other, probe)  # if the task were ready earlier, the poll would simply take it
+        until_polled(other, probe)  # so that the poll waits: else it would simply find the task
         begun = time.monotonic()
         execution_id = start(one)
         assert waiting.result().execution_id == execution_id

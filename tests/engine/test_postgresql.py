@@ -150,7 +150,7 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
 async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(
     store: PostgresStore, postgres_url: str
 ) -> None:
-    """Each server runs two transitions in one transaction. The servers lock the two executions in opposite order."""
+    """Each server runs two transitions in one transaction. The two servers lock the executions in opposite order."""
     other = await opened(postgres_url)
     ids = [(await store.run(executions.start_execution, "w", "v1", "{}", "")).execution_id for _ in range(2)]
     numbers = [int(one.split("-")[1]) for one in ids]
@@ -373,7 +373,7 @@ def test_clock_that_is_ahead_stands_still() -> None:
 
 
 def test_clock_within_the_uncertainty_of_the_answer_is_not_changed() -> None:
-    """If the clock were changed, a timer could be early, by as much time as the database takes to answer."""
+    """If the clock followed a slow answer, it could be wrong by the time of the answer, and a timer could end early."""
     clock = SystemClock()
     difference = time.time() * 1000 - clock.now_ms()
     for late in (5, 50, 500):

@@ -368,7 +368,7 @@ def test_default_client_reads_an_execution_with_large_outputs(server: ServerThre
     assert (answer.status, found.status) == ("FAILED", "FAILED")
     assert reason in answer.error
     assert reason in found.error
-    # The largest outputs are left out until the answer has at most 4 MB.
+    # To keep the answer below 4 MB, the server leaves out the largest outputs.
     last = next(node.node_id for node in found.nodes if node.status == "FAILED")
     fits, room = set(), 4 * MEGABYTE - 40_000
     for name, size in sorted([*sizes.items(), ("", MEGABYTE)], key=lambda one: one[1]):

@@ -53,7 +53,7 @@ def test_output_with_long_names_fits_80_columns() -> None:
 
 
 def test_table_has_whole_names() -> None:
-    """Ids of a published server, and long session ids, don't fit into the column."""
+    """The ids of a published server are wider than their column, and so are long session ids. They are not cut."""
     session = replace(EXECUTION, session=SessionSummary("s" * 64, 5, False, "", 0, 0))
     lines = report.table([EXECUTION, session], START + 5000).splitlines()
     assert [line for line in lines if not line.startswith(" ")] == [

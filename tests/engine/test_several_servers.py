@@ -61,8 +61,8 @@ async def test_calls_and_worker_continue_with_another_server(tmp_path: Path) -> 
             worker = Worker(client, [Binding(ONE, {"a": work})])
             working = asyncio.create_task(worker.run(stop))
             await worker._heartbeat.connected.wait()
-            # The owner and the worker must lose the same server. Each client chooses its server at random: open clients
-            # until one has the worker's server.
+            # The owner and the worker must lose the same server. Each client chooses its server at random. So open new
+            # clients for the owner until one has chosen the worker's server.
             while other.address != client.address:
                 other = await stack_client(address)
             await other.register_workflow(ONE)

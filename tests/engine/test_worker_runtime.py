@@ -261,7 +261,7 @@ async def test_stopped_worker_finishes_its_tasks_and_takes_no_more(address: str,
     async with working(address, {ONE: {"a": handler}}) as worker:
         await asyncio.wait_for(begun.wait(), SOON)
         stopping = asyncio.create_task(worker.stop())
-        # The server answers the polls of the other slots when it learns that the worker drains; then no slot polls.
+        # When the server learns that the worker drains, it answers the polls of the other slots. Then no slot polls.
         await nobody_polls(client, first)
         second = await begin(client, ONE)
         assert not stopping.done()
@@ -553,7 +553,7 @@ async def test_task_without_handler_fails(address: str, client: NexumClient) -> 
 
 
 async def test_exception_in_after_report_ends_the_worker(address: str, client: NexumClient) -> None:
-    """The crash demo ends a worker like this after a step: the step's result is already recorded."""
+    """crash_demo.py ends a worker in this way: by an exception after the result of a step is recorded."""
 
     class Crash(Exception):
         pass

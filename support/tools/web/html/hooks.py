@@ -59,7 +59,7 @@ class SeenPageHooks:
 
     def __init__(self, **options: object) -> None:
         super().__init__(**options)
-        self.complete = True  # False if a table's spans were too large to be written out
+        self.complete = True  # False if text is missing, because cells of tables span too much
         # The texts of cells and captions, by `id(element)`. They are kept until their table is written.
         self._texts: dict[int, str] = {}
         self._spare = SPANNED_TEXT

@@ -77,7 +77,7 @@ class Sheets:
 
     def style_of(self, name: str, id_: str, classes: Iterable[str], inline: Style) -> Style:
         """Return the style of an element from the sheets and from its own `style` attribute."""
-        if not self._rules or name in ("html", "body"):  # a body that a sheet hides is shown later by a script
+        if not self._rules or name in ("html", "body"):  # if a sheet hides these, a script shows them
             return inline
         element = (name, id_, frozenset(classes))
         if element not in self._known:
