@@ -107,7 +107,7 @@ class _Deadline:
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Restart the timeout, after or while a person decides: that time doesn't count."""
+        """Restart the timeout. Call this while a person decides, because the time of the decision doesn't count."""
         self._at = time.monotonic() + self.timeout
 
     @property
@@ -388,7 +388,7 @@ def _result(call: _Call, execution: Execution) -> str:
 # ---- For programs ----------------------------------------------------------------------------------------------------
 
 _clients: dict[tuple[asyncio.AbstractEventLoop, str], NexumClient] = {}
-# A SessionFile is needed only until the calls that use it are written to disk. So the dictionary holds it weakly.
+# Weak, because a SessionFile is needed only until its calls have ended and are written to disk.
 _files: WeakValueDictionary[tuple[str, str], SessionFile] = WeakValueDictionary()
 
 
@@ -412,8 +412,8 @@ async def submit_tool_call_async(
 ) -> str:
     """Make a durable tool call in the session `session_id`. Return the tool's text. Raises what `Session.call` raises.
 
-    All sessions of an event loop share one connection. When the loop has been closed, the next call from another loop
-    closes the connection.
+    All sessions of an event loop share one connection. After the loop is closed, the connection stays open until the
+    next call, which comes from another loop.
     """
     async with Session(session_id, client=_client_here()) as session:
         session.file = _files.setdefault((os.getcwd(), session_id), session.file)
@@ -441,9 +441,9 @@ _background_lock = threading.Lock()
 
 
 def _forget_background_loop() -> None:
-    """In a forked process, forget the loop, whose thread runs only in the parent, and make a new lock.
+    """Forget the loop, and make a new lock. A forked process calls this.
 
-    Another thread may have held the old lock at the fork.
+    The loop's thread runs only in the parent process. The old lock may have been held by another thread at the fork.
     """
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()

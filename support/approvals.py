@@ -52,7 +52,7 @@ class Question(Approval):
 
 @dataclass(frozen=True)
 class ApprovedCall:
-    """A call that a person approved: its arguments, which the person may have edited, and the key of its execution."""
+    """A call that may run: its arguments, which a person may have edited, and the idempotency key of its execution."""
 
     arguments: dict[str, Any]
     execution_id: str

@@ -207,8 +207,8 @@ def _exit_code(main: Callable[[], int]) -> int:
 def let_ctrl_c_cancel() -> None:
     """Let Ctrl+C cancel the running task, as `asyncio.run` does since Python 3.11.
 
-    Only Python 3.10 needs this function: its `asyncio.run` would cancel all tasks, and print a traceback for each task
-    that then ends with an error other than CancelledError.
+    Only Python 3.10 needs this function. There, `asyncio.run` cancels all tasks at Ctrl+C, and prints a traceback for
+    each task that then ends with an error other than CancelledError.
     """
     if sys.version_info < (3, 11):
         import asyncio

@@ -55,8 +55,8 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
         await save()
         kill_this_process()
 
-    # Interrupt the chain during a reply, by killing this process. Interrupt the loop between two rounds, by a
-    # termination condition.
+    # The chain is interrupted during a reply: this process kills itself. The loop is interrupted between two rounds: a
+    # termination condition ends the run.
     dies = save_and_die if graph is IN_A_ROW else None
     stop = ExternalTermination()
     team = graph.team(_clients(graph, model, folder / PLAIN, dies), until=stop)

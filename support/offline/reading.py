@@ -55,7 +55,7 @@ _QUALIFIER = re.compile(r"^(\S.*?)(\s+(?:in|for|on|at|during)\s+.+)$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(]*[A-Z0-9À-ÞА-Я])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Dr|Mr|Mrs|Ms|Prof|St|No|approx|ca)|\b[A-Z](?:\.[A-Z])*)\.$")
 _LARGE_NUMBER = re.compile(r"\d{1,3}(?:,\d{3})+|\d (?:million|billion)")
-# A sentence that begins with one of these words refers to another sentence.
+# A sentence that begins with one of these words refers to another sentence, so it is a worse quote on its own.
 _LEANING = ("It ", "They ", "This ", "That ", "These ", "Those ", "He ", "She ", "Such ")
 _QUOTED = re.compile(r'"([^"]+)"\s+\[\d+\]')
 

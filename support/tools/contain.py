@@ -74,7 +74,7 @@ def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Out
             outcome = _Outcome(value=context.run(function))
         except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
             outcome = _Outcome(error=error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits
+        with contextlib.suppress(RuntimeError):  # if the loop is closed, no caller waits for the outcome
             loop.call_soon_threadsafe(deliver, outcome)
 
     # Start a daemon thread instead of using a pool: a hung call must not keep the process alive or block other calls.

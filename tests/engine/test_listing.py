@@ -160,7 +160,7 @@ async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch
     # In the same millisecond, the event `s1/agent/8` began before `s1/agent/9`, and is recorded after it.
     await own(store, "event", "s1/agent/8", {"summary": {**summary, "number": 6}})
     assert (await store.run(reading.get_execution, began_first)).status is ExecutionStatus.COMPLETED
-    await own(store, "event", "s1/agent/10")  # begun, and not recorded
+    await own(store, "event", "s1/agent/10")  # begun, but without a result
     other = await own(store, "run", "s10/1", {"last": 0})
     odd = await own(store, "event", "no-session", {"summary": "odd"})
     expected = [

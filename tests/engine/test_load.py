@@ -122,14 +122,14 @@ async def test_calls_of_all_streams_have_a_limit(tmp_path: Path) -> None:
 
 
 def test_refusal_by_grpc_itself_is_retried() -> None:
-    """gRPC refuses an RPC above the limit before the server's own code sees it."""
+    """The server's code never sees an RPC above gRPC's limit. So the client must know the refusal by gRPC's words."""
     error = error_of(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_RPCS), "here")
     assert isinstance(error, ServerNotReady)
     assert error.retry_after == 1.0
 
 
 def test_stream_that_broke_while_a_request_was_sent_is_a_lost_connection() -> None:
-    """grpcio says only `Internal error from Core`: the server had no error of its own."""
+    """grpcio reports it as `Internal error from Core`, although the server had no error."""
     for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE):
         error = error_of(rpc_error(code, CUT_OFF), "here")
         assert type(error) is ServerUnavailable
@@ -157,7 +157,7 @@ async def test_client_leaves_a_server_with_too_many_rpcs(tmp_path: Path, monkeyp
             async with NexumClient(f"{one.address},{two.address}") as client, NexumClient(one.address) as other:
                 await client.ping()
                 assert client.address == one.address
-                await client.close()  # the next call opens another stream
+                await client.close()  # so that its next call opens a new stream, which `one` refuses
                 await other.ping(patience=20)
                 await client.ping(patience=20)
                 assert client.address == two.address

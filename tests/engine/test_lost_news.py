@@ -19,7 +19,7 @@ from nexum_engine.store import Store, executions, open_store, tasks
 
 postgresql = pytest.importorskip("nexum_engine.store.postgresql", reason="psycopg isn't installed")
 
-SOON = 10.0  # seconds: a server looks for missed changes each second, and the calls wait for much longer
+SOON = 10.0  # seconds; a server looks for missed changes each second, but a call waits for up to LONG_MS
 LONG_MS = 25_000
 
 

@@ -563,7 +563,7 @@ class BothEngines(RuleBasedStateMachine):
 
     @invariant()
     def carry_on(self) -> None:
-        """After each rule, run operations that let executions continue: most operations of the rules are refused."""
+        """After each rule, run operations that let executions continue: most of the rules' operations are refused."""
         for _ in range(self.choose.randint(0, 5)):
             self.compare_all()
             self.choose.choice(self.useful())()

@@ -520,7 +520,7 @@ async def test_draining_worker_gets_polls_answered_and_no_tasks(engine: Engine) 
     await engine.task(other)
     stream.breaks()
     await stream.ended()
-    # The end of the stream has ended the draining, so a poll under this id gets tasks again.
+    # The end of the stream has ended the draining, so a poll with the same worker id gets tasks again.
     back = engine.poll("w1")
     await until_idle(engine, back)
     await engine.start()
@@ -703,7 +703,7 @@ async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None
 
 @pytest.mark.parametrize("hops", range(6))
 async def test_server_stops_while_a_lease_changes(engine: Engine, hops: int) -> None:
-    """The sweep is cancelled while it handles its wake-up. It must end, and not wait for the next lease."""
+    """The server cancels its sweep just when a lease wakes it. The sweep must end, not wait for the next lease."""
     engine.liveness.task_handed_out()
     await until_idle(engine)  # the sweep waits for the end of the lease
     engine.liveness.due_at(0)

@@ -448,7 +448,7 @@ def test_malformed_message_is_an_invalid_argument(address: str, data: bytes) -> 
     methods = [
         method
         for method in pb.DESCRIPTOR.services_by_name["NexumService"].methods
-        # Leave out other types of field 1: for them, some of the malformed bytes are a valid unknown field.
+        # Choose methods whose field 1 is a text or a message. With another type, some MALFORMED bytes would be valid.
         if (first := method.input_type.fields_by_number.get(1)) is not None and first.type in (TEXT, MESSAGE)
     ]
     assert "WorkerStream" in {method.name for method in methods}

@@ -106,7 +106,7 @@ class World:
 
 
 class Model(ReplayChatCompletionClient):
-    """A model whose calls are recorded in the ledger, too."""
+    """A model whose calls add lines to the ledger, as the tools' calls do."""
 
     world: World
 

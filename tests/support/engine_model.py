@@ -615,7 +615,7 @@ class Model:
 
 
 def kind_of(error: NexumError) -> type[NexumError]:
-    """Return the class by which a caller can distinguish an error from others."""
+    """Return the class of an error that a program may catch. The engine and the model must raise the same one."""
     for kind in (IdempotencyConflict, Conflict, NotFound, InvalidRequest):
         if isinstance(error, kind):
             return kind

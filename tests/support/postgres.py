@@ -64,7 +64,7 @@ def postgres_server(session: str) -> Iterator[Databases]:
 
     # Don't use pytest's folder: if root runs the tests, PostgreSQL runs as another user, who may not enter that folder.
     folder = Path(tempfile.gettempdir(), f"nexum-postgres-{session}")
-    # One process must not delete the folder while another one begins to use it.
+    # This lock keeps a process from deleting the folder while another process begins to use it.
     turn = FileLock(Path(tempfile.gettempdir(), "nexum-postgres.lock"))
     with turn:
         # The last process that uses the server also ends the server and deletes its folder.

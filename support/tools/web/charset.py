@@ -99,7 +99,7 @@ def _declared(body: bytes, kind: Kind | None) -> str | None:
             case None:
                 continue
             case "utf-16le" | "utf-16be":
-                return "utf-8"  # the declaration could be read as single bytes, so the text is not UTF-16
+                return "utf-8"  # a declaration that is readable as single bytes can't be in UTF-16
             case "x-user-defined":
                 return "windows-1252"
             case encoding:

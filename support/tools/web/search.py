@@ -70,7 +70,7 @@ def _hit(row: dict[str, Any]) -> SearchHit | None:
     try:
         return SearchHit.model_validate({name: row.get(name) for name in ("title", "href", "body")})
     except ValidationError:
-        return None  # skip the link of an advertisement, or an internal link
+        return None  # not a valid hit, such as an advertisement or a link within the search engine
 
 
 class _WatchedDDGS(DDGS):

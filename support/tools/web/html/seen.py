@@ -83,7 +83,7 @@ class SeenPage:
     """The visible content of a page.
 
     `content` is the root of the tree that `hooks.py` converts. `absolute` returns the full address of a link or a
-    picture, or None if the full address is no web address. `new_element` makes an element from its name.
+    picture, or None if that address is not a web address. `new_element` makes an element from its name.
     """
 
     def __init__(
@@ -278,7 +278,7 @@ class SeenPage:
                 return place
             place = replace(place, levels=place.levels + 1)
             if container.name == "li":
-                container = self._text.new("ul", container)  # an item directly within an item
+                container = self._text.new("ul", container)  # put a list around an item that is directly within an item
         mark = place.items.mark(number(element.attrs.get("value"))) if place.items else "-"
         return replace(place, container=self._new_item(container, mark))
 
