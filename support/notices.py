@@ -55,7 +55,7 @@ def _last_failure(execution: Execution) -> str:
 
 
 def unknown_attempt(execution: Execution) -> Attempt | None:
-    """Return the attempt whose effect is unknown, if the execution waits for a person because of it."""
+    """Return the attempt whose unknown effect a person has to resolve, or None if the execution has no such attempt."""
     return next((node.attempts[-1] for node in execution.nodes if waits_for_person(node)), None)
 
 

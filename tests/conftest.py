@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 os.environ[CHOICE] = "asyncio"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts a background job with SIGINT ignored. The processes under test would inherit that.
+    # In a background job of a shell, SIGINT is ignored. The processes under test would then ignore Ctrl+C, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -41,8 +41,8 @@ DESELECTED = {
     "none": "no test ran on PostgreSQL",
 }
 HALF = os.environ.get("HALF_OF_EVERY_PYTHON")
-"""If set, only every second test that is marked `every_python` runs: from the first on if it is 0, or else from the
-second on."""
+"""If this is set, only every second test that is marked `every_python` runs: from the first one on with 0, and from the
+second one on with 1."""
 assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
 
 

@@ -51,7 +51,7 @@ ALL = json.dumps(
 
 @dataclass
 class Told:
-    """What the server has acknowledged, and what was asked of it."""
+    """The requests that the test made, and what the server has acknowledged."""
 
     started: dict[str, str] = field(default_factory=dict)
     """For each key: the id of its execution."""

@@ -314,8 +314,9 @@ async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -
             method = "GetServerInfo" if sent == 1 else "x" * 200
             yield pb.CallFrames(frames=[pb.CallFrame(call=sent, method=method)])
 
-    # The first call takes a place and keeps it. All other calls name a method that doesn't exist. With two places, the
-    # server refuses each of these calls because of its method. With one place, the server refuses each as one too many.
+    # The server handles `places` calls at a time, and the first call waits until the test's end. All other calls name a
+    # method that doesn't exist. With two places, the server refuses them because of the method. With one place, it
+    # refuses them as too many.
     for places in (2, 1):
         may_end.clear()
         answers = calls.CallStreams({"GetServerInfo": waits}, places).serve(requests(), ())

@@ -429,9 +429,9 @@ async def test_two_servers_hand_out_one_burst_together(two: tuple[Store, Store],
 
 
 async def test_end_of_an_attempt_waits_for_a_claim_that_counts_it(two: tuple[Store, Store], postgres_url: str) -> None:
-    """One server starts a task and tries to claim it, while the other ends the attempt that holds the only place.
+    """One server starts a task and tries to claim it. Meanwhile the other server ends the only attempt that may run.
 
-    The claim finds no free place, because the end of the attempt isn't committed yet. Nothing would wake a poll for the
+    The claim gets no task, because the end of the attempt isn't committed yet. Nothing would wake a poll for the
     new task if the end didn't see this task. So the end waits until the claim's transaction is committed, and then
     announces the new task as ready.
     """

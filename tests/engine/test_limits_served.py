@@ -111,7 +111,7 @@ async def test_concurrency_counts_over_two_workers_of_which_one_is_killed(server
     lost = [one for one in attempts if one.outcome is Outcome.LOST]
     assert lost, "the worker was killed between two tasks"
     assert most_at_once(attempts) == 2
-    # The places of the killed worker were not free before its lease ended.
+    # The attempts of the killed worker counted as running until its lease ended.
     assert all((one.ended_ms or 0) - one.started_ms >= 900 for one in lost)
 
 

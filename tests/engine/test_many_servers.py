@@ -1,4 +1,4 @@
-"""Server processes that share one PostgreSQL: they tell each other of changes, and go on if one of them dies."""
+"""Server processes that share one PostgreSQL: they tell each other of changes, and continue if one server dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TLS between clients and servers, over real sockets: which clients get through, and what the others are told."""
+"""TLS between clients and servers, over real sockets: which clients can connect, and which errors the others get."""
 
 from __future__ import annotations
 

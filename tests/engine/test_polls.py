@@ -808,7 +808,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(
             await die_sometimes("starts", asyncio.create_task(engine.start(version)), 0.2)
             await turns(chance.randrange(20))
 
-    # One more worker polls for all versions, so that no version is without a worker.
+    # `_complete_all` polls for all versions, so that each version has a worker.
     workers = [asyncio.create_task(worker(f"w{n}")) for n in range(8)]
     everything = asyncio.create_task(_complete_all(engine, tuple(graphs), runs))
     await asyncio.gather(*(starter() for _ in range(4)))

@@ -1,4 +1,4 @@
-"""Two servers on one PostgreSQL: what both do at the same time happens once. Each test races them many times."""
+"""Two servers on one PostgreSQL: if both do the same at one time, it happens once. Each test tries this many times."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from nexum_engine.server import ServerTls
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
 USE, ADMIN, FORMER = ("use" + "u" * 40, "administer" + "a" * 40, "former" + "f" * 40)
-"""Three tokens."""
+"""Three tokens: one for each role in TOKENS, and one that isn't in TOKENS."""
 TOKENS = f"# who role token\nci use {USE}\nann administer {ADMIN}\n"
 
 

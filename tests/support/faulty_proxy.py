@@ -56,7 +56,7 @@ class FaultyProxy(Proxy):
 
 
 def postgres_proxy(url: str) -> tuple[FaultyProxy, str]:
-    """Return a proxy for the PostgreSQL at `url`, and the URL of the proxy: it has {port} in place of the port."""
+    """Return a proxy for the PostgreSQL at `url`, and the proxy's URL, in which `{port}` stands for its port."""
     import psycopg.conninfo
 
     given = psycopg.conninfo.conninfo_to_dict(url)
