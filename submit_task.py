@@ -220,7 +220,7 @@ class Session:
                 execution_id = None
 
     async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
-        """Return the server's answer to `ask`. While no server answers, print that and retry until the deadline."""
+        """Return the server's answer to `ask`. If no server answers, print a line, and retry until the deadline."""
         patience = FIRST_NOTICE
         while True:
             try:

@@ -39,7 +39,7 @@ def nexum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def run(*arguments: str) -> tuple[int, str]:
         try:
             code = main(list(arguments))
-        except SystemExit as ended:  # argparse
+        except SystemExit as ended:  # raised by argparse
             code = int(str(ended.code))
         return code, "".join(capsys.readouterr()).rstrip()
 

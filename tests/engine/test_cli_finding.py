@@ -104,7 +104,7 @@ def test_wrong_filter_is_refused_in_one_line(
 ) -> None:
     try:
         found = main(["ps", "--nexum", shared.address, *arguments])
-    except SystemExit as ended:  # argparse
+    except SystemExit as ended:  # raised by argparse
         found = int(str(ended.code))
     printed, said = capsys.readouterr()
     assert (found, printed, words in said.splitlines()[-1]) == (code, "", True), said

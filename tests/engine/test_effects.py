@@ -342,7 +342,7 @@ async def test_person_resolves_as_failed_and_it_stays_failed(store: Store, clock
     # Starting again with the same key doesn't run the effect again.
     again = await store.run(executions.start_execution, "pay", "v1", "{}", "k")
     assert (again.execution_id, again.status, again.existing) == (execution_id, ExecutionStatus.FAILED, True)
-    # A person can run it again, with a retry. The decision stays on record.
+    # A person can run the effect again by retrying the execution. The record keeps the decision.
     await store.run(retry.retry_execution, execution_id)
     await store.run(tasks.complete_task, (await taken(store)).task_id, "1")
     outcomes = [(one.outcome, one.worker_id) for one in await attempts(store, execution_id)]
@@ -507,7 +507,7 @@ async def test_approval_that_nobody_decides_fails_in_time_and_has_no_decision(st
     assert execution.nodes[0].attempts == ()
     with pytest.raises(Conflict, match="can't be decided any more"):
         await store.run(waits.approve, execution_id, "boss", "Ann", "")
-    await store.run(retry.retry_execution, execution_id)  # the time limit of the approval starts again
+    await store.run(retry.retry_execution, execution_id)  # which starts the approval's time limit again
     clock.advance(60)
     await sweep(store)
     await store.run(waits.approve, execution_id, "boss", "Ann", "")

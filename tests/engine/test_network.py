@@ -218,7 +218,7 @@ async def test_changed_certificate_is_used_for_new_connections(tmp_path: Path, m
 
 
 async def test_forked_process_speaks_tls_and_sends_its_token(secured: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use the channel of a forked process, without a fork."""
+    """In a forked process, a client uses another kind of channel. The test sets the flag for it instead of forking."""
     address = use(monkeypatch, secured.env(USE))
     monkeypatch.setattr("nexum_engine.channel._is_forked", True)
     async with NexumClient(address) as client:

@@ -243,7 +243,7 @@ async def test_session_is_pruned_as_a_whole_or_not_at_all(store: Store, clock: M
     clock.advance(31 * 86_400)
     assert await prune(store, dry_run=True) == Pruned(executions=8, sessions=2)
 
-    # A new run of the session begins: all of it is kept.
+    # A new run of the session begins. So the whole session is kept.
     one = ("one", "v1", "0", "s/run", "owner", 30_000, True)
     run = await store.run(tasks.start_owned, *one)
     assert run.task is not None
@@ -251,7 +251,7 @@ async def test_session_is_pruned_as_a_whole_or_not_at_all(store: Store, clock: M
     assert await prune(store, session="s") == Pruned(kept=7)
     assert await ids(store) == {*session, tool_call, run.execution_id}
 
-    # The run ends now. Because this is not long ago, the whole session is kept.
+    # The run ends now. The session is kept, because less than 30 days have passed since this end.
     await store.run(tasks.complete_task, run.task.task_id, '"done"')
     assert await prune(store) == Pruned(kept=6)
     assert not others & await ids(store)
@@ -397,7 +397,7 @@ async def test_compacting_gives_space_back_and_keeps_the_rest(
     check_files(path, space.total)
     assert space.total < 200_000
 
-    # The store continues in the new file. No other process can open this file. After a restart, the file is complete.
+    # The store continues in the new file, which it keeps locked. After a restart, the file has all data.
     later = await record(sqlite_store, "later")
     assert (await sqlite_store.run(reading.get_execution, kept)).outputs() == {"a": json.dumps("z" * 20_000)}
     with pytest.raises(sqlite3.OperationalError, match="locked"):

@@ -539,7 +539,7 @@ async def test_server_fault_at_poll_is_logged_and_worker_continues(
 
 
 async def test_task_without_handler_fails(address: str, client: NexumClient) -> None:
-    """Clients choose version hashes. If two workflows have the same hash, a worker gets tasks of both."""
+    """Clients choose version hashes. If two workflows have one hash, a worker can get tasks without a handler."""
     other = Workflow("other", ONE.version_hash, '{"nodes":{"b":{"type":"EFFECT","dependencies":[]}}}', ())
     execution_id = await begin(client, other)
     async with working(address, {ONE: {"a": _one}}, worker_id="w1"):
