@@ -7,18 +7,19 @@ characters from a model, a page or a file are escaped. Ctrl+C and a closed outpu
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from nexum_engine.streams import in_words, open_closed_streams
 
 # Until `begin_script` runs, Ctrl+C prints a traceback. So don't import typing here: it is slow.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import FrameType
     from typing import NoReturn, TextIO
 
@@ -151,6 +152,7 @@ def begin_script(name: str) -> None:
     """
     if name != "__main__":
         return
+    gc.disable()  # until run_script: see quick_imports
     open_closed_streams()
     # Replace only Python's default handler. Another handler means that the parent process wants Ctrl+C to be ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -159,6 +161,20 @@ def begin_script(name: str) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A library may print a character that the terminal can't encode. `_print` handles this project's own text.
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Collect no garbage within a `with` that only imports modules, and exclude what they made from later collections.
+
+    Imports make many objects and keep nearly all: the import of AutoGen takes a tenth less time like this.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 _after_ctrl_c = ""
@@ -176,6 +192,8 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     After Ctrl+C, print the text of `say_after_ctrl_c` and exit with 130. After an OSError, print the error in one line
     and exit with 1. If the output was closed, exit with 1.
     """
+    gc.freeze()
+    gc.enable()
     try:
         code = _exit_code(main)
         say("", end="")  # flush the buffer
