@@ -165,7 +165,7 @@ def begin_script(name: str) -> None:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Collect no garbage within a `with` that only imports modules, and exclude what they made from later collections.
+    """Collect no garbage within a `with` that only imports modules.
 
     Imports make many objects and keep nearly all: the import of AutoGen takes a tenth less time like this.
     """
@@ -173,7 +173,6 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
 
 
@@ -192,7 +191,6 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     After Ctrl+C, print the text of `say_after_ctrl_c` and exit with 130. After an OSError, print the error in one line
     and exit with 1. If the output was closed, exit with 1.
     """
-    gc.freeze()
     gc.enable()
     try:
         code = _exit_code(main)
