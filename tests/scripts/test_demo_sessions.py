@@ -198,6 +198,7 @@ def test_impossible_fork_is_one_line_and_exit_code_2(tmp_path: Path, address: st
     ask(tmp_path, address, "--session-id", "s", QUESTION)
     ask(tmp_path, address, "--session-id", "s2", RUST)
     said = {
+        ("--fork", "s", "--session-id", "t"): "'s' must be SESSION@N, for example demo1@2",
         ("--fork", "s@8", "--session-id", "t"): "session 's' has 7 recorded call(s): give 0 to 7, not 8",
         ("--fork", "none@1", "--session-id", "t"): "session 'none' has nothing on record here",
         ("--fork", "s@1", "--session-id", "s2"): "session s2 has recorded other events than s",
@@ -211,7 +212,6 @@ def test_impossible_fork_is_one_line_and_exit_code_2(tmp_path: Path, address: st
     ("arguments", "said"),
     [
         (["--fork", "s@1"], "--fork needs the new session's name in --session-id"),
-        (["--fork", "s", "--session-id", "t"], "'s' must be SESSION@N, for example demo1@2"),
         (["--sessions", RUST], "--sessions only lists the sessions: give no question"),
         (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
         (["--sessions", "--budget", "0"], "--sessions only lists the sessions: give no question"),
