@@ -9,13 +9,15 @@
     python -m nexum_engine approve EXECUTION      complete a node that waits for approval; reject fails it
     python -m nexum_engine unknown                list the nodes whose effect may or may not have happened
     python -m nexum_engine resolve EXECUTION      say whether the effect of such a node has happened
+    python -m nexum_engine tools                  list the tools of connected workers and runs, with their policies
     python -m nexum_engine send EXECUTION NAME    send an event to an execution
     python -m nexum_engine prune --older-than 30d delete executions that ended long ago
     python -m nexum_engine backup FILE            write a copy of the database to a file
     python -m nexum_engine check FILE             check a database or a backup for damage
     python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
-If the package is installed, `nexum` is the same command.
+After an installation with pip, `nexum` stands for `python -m nexum_engine`. Any installed package can add a command to
+it, by an entry point of the group `nexum.commands`: durable_autogen adds `nexum budget SESSION`.
 
 The commands ask the server that has this folder's database open, else the server on the default port. If neither
 answers, they open the database themselves, so they also work without a server. With --database-url, they open that
@@ -23,6 +25,11 @@ database and ask no server.
 """
 
 from __future__ import annotations
+
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c, interrupt_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # before the slow imports
 
 import argparse
 import asyncio
@@ -32,6 +39,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from nexum_engine import (
@@ -45,7 +53,7 @@ from nexum_engine import (
     report,
 )
 from nexum_engine import commands as about_executions
-from nexum_engine.commands import look, on_server_or_database, say, watch
+from nexum_engine.commands import PartlyDecided, look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
@@ -58,6 +66,11 @@ SWITCH_INTERVAL = 0.0002  # seconds
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    return _parser_and_commands()[0]
+
+
+def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """Return the parser of the command line, and the names of the commands that it knows."""
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="The Nexum server. Without a command it starts and serves until Ctrl+C.",
@@ -137,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
     _add_database(restore, argparse.SUPPRESS)
-    return parser
+    return parser, commands.choices
 
 
 def _program() -> str:
@@ -155,10 +168,18 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
     )
 
 
+def _added(command: str) -> Callable[[list[str]], int] | None:
+    """Return the function that runs `command`, if an installed package adds this command. Otherwise, return None."""
+    from importlib.metadata import entry_points  # slow, and rarely needed
+
+    found = next(iter(entry_points(group="nexum.commands", name=command)), None)
+    return None if found is None else found.load()
+
+
 async def serve(args: argparse.Namespace) -> None:
     """Run the server until it is stopped."""
-    # Make threads take shorter turns than Python's 5 ms, because each call switches several times between the event
-    # loop and the store's thread.
+    # Let the threads take shorter turns than Python's default of 5 ms: each call switches several times between the
+    # thread of the event loop and the thread of the store.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import Limits, ServerTls, Tokens, run_server
     from nexum_engine.signals import stop_event
@@ -169,8 +190,8 @@ async def serve(args: argparse.Namespace) -> None:
 
     def on_ready(address: str, database: str) -> None:
         say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
-        # A full garbage collection stops the event loop for about 1 ms for each 2,500 objects. Exclude the 60,000
-        # objects of the imports.
+        # Exclude the 60,000 objects of the imports from garbage collection. A full collection stops the event loop for
+        # about 1 ms for each 2,500 objects.
         gc.collect()
         gc.freeze()
 
@@ -215,14 +236,25 @@ def _complain(error: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `nexum` or `python -m nexum_engine`; return the exit code."""
+    try:
+        interrupt_on_ctrl_c()
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: list[str] | None) -> int:
     open_closed_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Print a question mark for a character that the console can't show. By default Python raises an error.
             stream.reconfigure(errors="replace")
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    parser, commands = _parser_and_commands()
+    given = sys.argv[1:] if argv is None else argv
+    if given and not given[0].startswith("-") and given[0] not in commands and (added := _added(given[0])) is not None:
+        return added(given)
+    args = parser.parse_args(given)
     names = [name for name, _ in getattr(args, "attr", ())]
     for name in names:
         if names.count(name) > 1:
@@ -241,7 +273,14 @@ def main(argv: list[str] | None = None) -> int:
         elif getattr(args, "watch", False) or getattr(args, "follow", False):
             return asyncio.run(watch(args))
         else:
-            say(asyncio.run(look(args)))
+            try:
+                say(asyncio.run(look(args)))
+            except PartlyDecided as partly:
+                for line in partly.done:
+                    say(line)
+                for failure in partly.failures:
+                    _complain(failure)
+                return 1
     except NexumError as error:
         _complain(str(error))
         return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
@@ -251,8 +290,6 @@ def main(argv: list[str] | None = None) -> int:
         # Discard the rest of the output. Otherwise, Python would try to write it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The commands about executions: ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send.
+"""The commands about executions and tools: ps, show, cancel, retry, approvals, approve, ..., tools, send.
 
-They ask a server. If no server is named, and no server answers, they open the database themselves.
+The commands ask a server. If no server is named, and no server answers, they open the database themselves.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -22,7 +22,9 @@ from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     Conflict,
     InvalidRequest,
+    NexumError,
     NotANexumServer,
+    NotFound,
     ServerError,
     ServerNotReady,
     ServerUnavailable,
@@ -31,7 +33,16 @@ from nexum_engine.errors import (
 )
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment, user_name
-from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, PendingApproval, UnknownNode
+from nexum_engine.records import (
+    DeclaredTool,
+    Execution,
+    ExecutionStatus,
+    Node,
+    NodeStatus,
+    NodeType,
+    PendingApproval,
+    UnknownNode,
+)
 from nexum_engine.screen import Screen
 from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, waits
 from nexum_engine.store.retry import retry_execution
@@ -132,6 +143,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="say whether the effect of an UNKNOWN node has happened",
         description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
     )
+    tools = commands.add_parser(
+        "tools",
+        help="list the tools of connected workers and runs, with their policies",
+        description="List the tools of the workers and durable runs that are connected to the server, with their "
+        "policies. Of a run, list the tools that have a policy.",
+    )
     send = commands.add_parser(
         "send",
         help="send an event to an execution",
@@ -194,9 +211,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument(
             "--json", action="store_true", help=f"print JSON; with {option}, print a line for each change"
         )
-    for command in (approvals, unknown):
+    for command in (approvals, unknown, tools):
         command.add_argument("--json", action="store_true", help="print JSON")
-    return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send]
+    return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, tools, send]
 
 
 def _json(text: str) -> Any:
@@ -205,6 +222,14 @@ def _json(text: str) -> Any:
         return jsontext.parse(text, "the value")
     except InvalidRequest as error:
         raise argparse.ArgumentTypeError(f"{error}; a text needs quotes: '\"text\"'") from error
+
+
+class PartlyDecided(Conflict):
+    """Some decisions of a command were refused: `failures` says which and why. `done` has a line for each other one."""
+
+    def __init__(self, done: Sequence[str], failures: Sequence[str]) -> None:
+        super().__init__("; ".join(failures))
+        self.done, self.failures = done, failures
 
 
 async def look(args: argparse.Namespace) -> str:
@@ -282,6 +307,8 @@ class _Executions(Protocol):
         self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
     ) -> None: ...
 
+    async def tools(self) -> list[DeclaredTool]: ...
+
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None: ...
 
 
@@ -291,7 +318,7 @@ class _OnServer:
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
         self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
         self.unknown, self.resolve = client.unknown, client.resolve
-        self.send = client.send_event
+        self.tools, self.send = client.tools, client.send_event
 
     async def children(self, execution_id: str, before: str) -> list[Execution]:
         return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
@@ -315,7 +342,8 @@ class _InDatabase:
         )
         if self._store.file is None:
             return found
-        # No server has the file open, so no process runs a session, whatever is recorded.
+        # No server has the file open, so no process runs a session. But a killed run may have left its session recorded
+        # as running.
         return [
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found
@@ -360,6 +388,9 @@ class _InDatabase:
             failed=failed or "",
         )
 
+    async def tools(self) -> list[DeclaredTool]:
+        return []  # no server runs, so no worker and no run is connected
+
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None:
         payload_json = jsontext.dump(payload, "the payload")
         await self._store.run(waits.send_event, execution_id, name, payload_json, idempotency_key)
@@ -388,6 +419,9 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
     if args.command == "unknown":
         nodes = await source.unknown()
         return report.items_as_json(nodes) if args.json else report.unknown(nodes, SystemClock().now_ms())
+    if args.command == "tools":
+        declared = await source.tools()
+        return report.items_as_json(declared) if args.json else report.tools(declared)
     if args.command == "cancel":
         await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"
@@ -415,20 +449,29 @@ async def _decide(
         raise InvalidRequest("--args are the arguments of one call: give its EXECUTION instead of --session")
     if args.execution:
         node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
-        chosen = [(args.execution, node)]
-    else:
-        chosen = [
-            (one.execution_id, one.node_id)
-            for one in await source.approvals()
-            if await _session_of(source, one) == args.session
-        ]
+        await decide(args.execution, node)
+        return f"{node} of {args.execution} is {decision}"
+    chosen = [
+        (one.execution_id, one.node_id)
+        for one in await source.approvals()
+        if await _session_of(source, one) == args.session
+    ]
     if not chosen:
         raise Conflict(f"no call of session {args.session} waits for approval")
-    lines = []
+    done: list[str] = []
+    failures: list[str] = []
     for execution_id, node in chosen:
-        await decide(execution_id, node)
-        lines.append(f"{node} of {execution_id} is {decision}")
-    return "\n".join(lines)
+        try:
+            await decide(execution_id, node)
+        except NexumError as error:  # such as: another person was faster
+            if not done and not isinstance(error, (Conflict, NotFound)):
+                raise  # no decision of this command can succeed
+            failures.append(f"{node} of {execution_id} is not {decision}: {error}")
+        else:
+            done.append(f"{node} of {execution_id} is {decision}")
+    if failures:
+        raise PartlyDecided(done, failures)
+    return "\n".join(done)
 
 
 async def _session_of(source: _Executions, pending: PendingApproval) -> object:
@@ -458,7 +501,7 @@ def _is_undecided(node: Node) -> bool:
 
 
 async def _only_node(source: _Executions, execution_id: str, waits: Callable[[Node], bool], decision: str) -> str:
-    """Return the name of the only node of an execution that waits for a decision. Raises Conflict, InvalidRequest."""
+    """Return the name of the execution's only node that waits for a decision. Raises Conflict, InvalidRequest."""
     execution = await source.get(execution_id)
     names = [node.node_id for node in execution.nodes if waits(node)]
     if not names:
@@ -505,7 +548,11 @@ async def watch(args: argparse.Namespace) -> int:
                 return code
         is_first = False
         # Don't keep the database open while waiting: the next run's embedded server must be able to open it.
-        screen.note("no server answers: waiting for one (Ctrl+C ends this)")
+        screen.note(
+            f"no server answers on {address}: waiting for it (Ctrl+C ends this)"
+            if address
+            else "no server or run is active here: this shows the changes when one is (Ctrl+C ends this)"
+        )
         await asyncio.sleep(WATCH_INTERVAL)
 
 

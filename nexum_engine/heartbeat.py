@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.event_loop import LoopThread
+from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
 
@@ -42,13 +44,14 @@ if TYPE_CHECKING:
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each answer after the first; a third of the lease, if that is longer
-MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
+MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long, so that they stay few
 # At most this many seconds pass between the first two heartbeats of a stream, and between a heartbeat that `beat` sends
 # and the next one. The server waits longer than this before it reassigns the tasks of a disconnected worker.
 SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds is reported
 MAX_PROGRESS_AT_ONCE = 32  # one heartbeat has the progress of at most this many tasks
+MAX_TOOLS_AT_ONCE = 32  # one heartbeat declares at most this many tools
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
@@ -72,8 +75,8 @@ class Heartbeat:
     called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
     server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
-    `on_blocked` is called once each time that the event loop is blocked for BLOCKED_AFTER seconds or longer. It gets
-    the seconds since the block began. It is called from the heartbeat's thread.
+    `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
+    BLOCKED_AFTER seconds. Its argument is the number of seconds since the block began. Each block is reported once.
     """
 
     def __init__(
@@ -107,6 +110,8 @@ class Heartbeat:
         self._progress: dict[str, str] = {}
         """By task id, the progress that the server has not acknowledged yet, as JSON text."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
+        self._tools: list[DeclaredTool] = []
+        """Every tool that was declared, in order. New ones come last, so a stream only counts how many it has sent."""
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
         self._is_urgent = False
@@ -126,7 +131,7 @@ class Heartbeat:
     def is_holding(self) -> bool:
         """Whether it is certain that the worker still holds its tasks. If False, only the server knows.
 
-        If the server answers a heartbeat, this is certain for half a lease after the heartbeat was sent.
+        Each answered heartbeat makes it certain for half a lease, counted from the sending of the heartbeat.
         """
         return time.monotonic() < self._held_until
 
@@ -148,21 +153,27 @@ class Heartbeat:
                 self._progress[task_id] = progress_json
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
+    def declare(self, tools: Iterable[DeclaredTool]) -> None:
+        """Tell the server about tools, now and on each new stream."""
+        self._tools += tools
+        if self.connected_once:
+            _heartbeat_loop().call_soon_threadsafe(self._wake.set)
+
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
 
-        If the server has handed a task to this worker, and neither heartbeat names that task, the server hands out the
-        task again.
+        The two heartbeats show the server which tasks have reached this worker. The server hands out again each task
+        of this worker that neither heartbeat names.
         """
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     async def may_begin(self, task_id: str, requested: float, *, ask: bool) -> bool:
-        """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
+        """Return whether this worker still holds the task, which it polled for at the monotonic time `requested`.
 
         If the event loop was blocked, or the process was suspended, the process reads the answer to a poll late.
-        Meanwhile, the server may have given the task to another worker. With `ask`, always ask the server, because the
-        network may have delayed the answer to the poll.
+        Meanwhile, the server may have given the task to another worker. The network may delay the answer, too, and only
+        the server can tell: with `ask`, always ask the server.
         """
         if not ask and self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
             return True
@@ -276,7 +287,7 @@ class Heartbeat:
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
         call.add_done_callback(lambda _: self._wake.set())
-        is_connected, timeout = False, FIRST_ACK_TIMEOUT
+        is_connected, timeout, told = False, FIRST_ACK_TIMEOUT, 0
         lease = float("inf")
         self._doubtful_until = time.monotonic()
         # Send the second heartbeat soon. The server may have handed out a task during the reconnection, with the short
@@ -295,11 +306,13 @@ class Heartbeat:
                     questions = len(self._questions)
                     held = sorted(self._held)
                     progress = dict(islice(self._progress.items(), MAX_PROGRESS_AT_ONCE))
+                tools = self._tools[told : told + MAX_TOOLS_AT_ONCE]
                 beat = pb.WorkerBeat(
                     worker_id=self._worker_id,
                     task_ids=held,
                     draining=self.draining,
                     progress=[pb.TaskProgress(task_id=one, progress_json=text) for one, text in progress.items()],
+                    tools=[pb.DeclaredTool(**asdict(one)) for one in tools],
                 )
                 ack = await self._exchange(call, beat, timeout)
                 if ack is None:
@@ -307,6 +320,9 @@ class Heartbeat:
                 lease = max(ack.lease_ms, MIN_LEASE_MS) / 1000
                 self._held_until = sent + ack.lease_ms / 2000
                 self._answer(loop, questions, frozenset(ack.lost_task_ids))
+                told += len(tools)
+                if told < len(self._tools):
+                    self._wake.set()
                 with self._lock:
                     for task_id, text in progress.items():
                         if self._progress.get(task_id) == text:
@@ -396,7 +412,7 @@ def _heartbeat_loop() -> asyncio.AbstractEventLoop:
 
 
 def _after_fork() -> None:
-    """Forget the loop: a forked process doesn't have its thread."""
+    """Forget the heartbeat loop: a forked process doesn't have the thread that runs the loop."""
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
 

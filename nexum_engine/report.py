@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 
 from nexum_engine.records import (
     Attempt,
+    DeclaredTool,
     Execution,
     ExecutionStatus,
     Node,
@@ -54,9 +55,11 @@ def row(one: Execution, now_ms: int) -> str:
         name = f"session {session.session}"
         if one.status is ExecutionStatus.RUNNING and not session.is_running:
             status = "interrupted"
-    lines = [
-        f"{_cut(name, 39):<39} {status:<11} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}".rstrip()
-    ]
+    facts = f"{status:<11} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}"
+    name = _cut(name, WIDTH)
+    # Don't cut a name that is longer than its column: a person passes it to another command.
+    first = [name, f"{'':<39} {facts}"] if len(name) > 39 else [f"{name:<39} {facts}"]
+    lines = [line.rstrip() for line in first]
     if session is not None:
         if session.question:
             lines.append(f"    {_cut(session.question, WIDTH - 4)}")
@@ -67,7 +70,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return lines that say what has started and ended in `execution`. A later call repeats them and adds new ones."""
+    """Return lines that say what has started and ended in `execution`. A later call has these lines and new ones."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
@@ -151,7 +154,7 @@ def _children(started: Sequence[Execution]) -> list[str]:
 
 
 def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
-    """Return some lines for each node that waits for approval: how long it has waited, and what is asked."""
+    """Return some lines for each node that waits for approval: how long it has waited, and what it wants to do."""
     if not pending:
         return "nothing waits for approval"
     lines = []
@@ -177,6 +180,25 @@ def unknown(nodes: Sequence[UnknownNode], now_ms: int) -> str:
             *_wrapped(one.error, " " * 15),
         ]
     return "\n".join(lines)
+
+
+def tools(declared: Sequence[DeclaredTool]) -> str:
+    """Return some lines for each tool: how it is called, its policy, and whether a session or workers declared it."""
+    if not declared:
+        return "no connected worker or run has declared a tool"
+    lines = []
+    for one in declared:
+        whose = f"session {one.session}" if one.session else f"{one.senders} worker(s)"
+        lines += [*tool(one), f"    declared by {_cut(whose, WIDTH - 16)}"]
+    return "\n".join(lines)
+
+
+def tool(declared: DeclaredTool) -> list[str]:
+    """Return two lines about a tool: how it is called, and its policy."""
+    policy = json.loads(declared.policy_json or "{}")
+    fields = policy.items() if isinstance(policy, dict) else ()
+    shown = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields)
+    return [printable(declared.signature or declared.name), f"    {printable(shown) or 'no policy'}"]
 
 
 def _ids(one: PendingApproval | UnknownNode) -> str:
@@ -210,8 +232,8 @@ def _whole(name: str, value: str) -> list[str]:
     return [f"    {_cut(name, 10):<10} {parts[0]}", *(f"{' ' * 15}{part}" for part in parts[1:])]
 
 
-def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
-    """Return the nodes that wait for a person as indented JSON."""
+def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode] | Sequence[DeclaredTool]) -> str:
+    """Return the nodes that wait for a person, or the tools, as indented JSON."""
     return json.dumps([asdict(one) for one in items], indent=2, ensure_ascii=True)
 
 

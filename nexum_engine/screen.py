@@ -12,7 +12,9 @@ _END_OF_LINE, _END_OF_SCREEN = "\x1b[K", "\x1b[J"
 
 
 class Screen:
-    """The view on standard output. With `in_place`, a new view is drawn over the old one. `say` prints and flushes.
+    """The view on standard output. With `in_place`, a new view is drawn over the old one.
+
+    `say` is a function that prints a text and flushes the output.
 
     Line wrapping is off only during a drawing, and after each drawing the cursor is below the view. So a program that
     is killed leaves a usable terminal.
@@ -46,15 +48,15 @@ class Screen:
     def note(self, text: str) -> None:
         """Show a note: below a view that is redrawn in place, else once on standard error."""
         if self._in_place:
-            self._draw([*self._lines, text])
+            self._draw(self._lines, text)
         elif text not in self._notes:
             self._notes.add(text)
             print(text, file=sys.stderr, flush=True)
 
-    def _draw(self, lines: Sequence[str]) -> None:
+    def _draw(self, lines: Sequence[str], *notes: str) -> None:
         # Leave a line for the cursor, and cut what doesn't fit: if the terminal scrolled, the next view would be drawn
         # at the wrong line.
-        shown = lines[: max(1, shutil.get_terminal_size().lines - 1)]
+        shown = [*lines[: max(1, shutil.get_terminal_size().lines - 1 - len(notes))], *notes]
         up = f"\x1b[{self._height}F" if self._height else ""
         self._height = len(shown)
         text = "\n".join(f"{line}{_END_OF_LINE}" for line in shown)

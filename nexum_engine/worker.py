@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ from nexum_engine.errors import (
     UnknownEffect,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.records import NodeType, Task
+from nexum_engine.records import DeclaredTool, NodeType, Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
@@ -87,13 +87,15 @@ class TaskContext:
     heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
     """Send the task's progress, a small JSON value. The command `show` prints it. The next attempt gets it, too.
 
-    Call it from any thread. Raises InvalidRequest if the value isn't JSON, or is larger than MAX_PROGRESS_BYTES.
+    Works in any thread. Raises InvalidRequest if the value isn't JSON, or is larger than MAX_PROGRESS_BYTES.
     """
 
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
-"""A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
-is retried later, except after FinalError. For UnknownEffect, see there.
+"""A function that does a node's work and returns a pydantic model or a JSON value.
+
+If the function raises an exception, the node is retried later. After FinalError, the node fails at once. After an
+UnknownEffect of an EFFECT node, a worker or a person must first find out whether the effect has happened.
 
 The handler of a ROUTER node returns the name of the target. The handler of a SUBWORKFLOW node returns the input of the
 execution to start."""
@@ -134,7 +136,8 @@ class _Work:
 class Worker:
     """A worker. It runs tasks of its workflows until it is stopped, and then finishes the tasks that it holds.
 
-    `describe` returns a task's name for the log. The worker calls `after_report` after each acknowledged report, before
+    `tools` are the tools that the handlers run: `nexum tools` lists them while the worker is connected. `describe`
+    returns a task's name for the log. The worker calls `after_report` after each acknowledged report, before
     it takes the next task. `worker_id` must be unique; the default names host and process.
     """
 
@@ -143,6 +146,7 @@ class Worker:
         client: NexumClient,
         bindings: Sequence[Binding],
         *,
+        tools: Iterable[DeclaredTool] = (),
         concurrency: int = 4,
         worker_id: str | None = None,
         describe: Callable[[TaskContext], str] | None = None,
@@ -184,6 +188,7 @@ class Worker:
             on_lost=self._say_lost,
             on_blocked=self._say_blocked,
         )
+        self._heartbeat.declare(tools)
         self._was_connected = False
         self._is_refusal_logged = False
         """Whether the log says that the server refuses polls. Reset at each connection."""
@@ -236,7 +241,7 @@ class Worker:
         self._told_to_stop.set()
         self._heartbeat.draining = True
         self._heartbeat.beat()
-        # Wake the slots that wait for a connection, so that they end. They hold no task.
+        # Wake the slots that wait for a connection, so that these slots end. They hold no task.
         self._heartbeat.connected.set()
         await asyncio.wait(slots)
         for slot in slots:
@@ -263,7 +268,12 @@ class Worker:
         again = "reconnected to" if self._was_connected else "connected to"
         self._was_connected = True
         self._is_refusal_logged = False
-        logger.info("%s %s as worker %s", again, self._client.address, self.worker_id)
+        logger.info("%s %s as worker %s", again, self._place(), self.worker_id)
+
+    def _place(self) -> str:
+        """Return the server's address or, if the client found the server by its database, that database."""
+        address = self._client.address
+        return f"the server of {address}" if "/" in address or "\\" in address else address
 
     def _say_lost(self, error: NexumError) -> None:
         if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
@@ -272,7 +282,7 @@ class Worker:
                 "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address
             )
         else:
-            logger.warning("not connected to %s, retrying: %s", self._client.address, error)
+            logger.warning("not connected to %s, retrying: %s", self._place(), error)
 
     def _say_blocked(self, seconds: float) -> None:
         # The heartbeat's thread calls this while the event loop is blocked.
@@ -439,7 +449,8 @@ class Worker:
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Return the task's handler and node. Raises NotFound if this worker has no handler for the node.
 
-        If another client has registered a second workflow under the same version hash, this worker can get its tasks.
+        This worker can get a task of an unknown workflow, if another client has registered that workflow under the same
+        version hash.
         """
         handler, node = self._work.get((task.version_hash, task.node_id), (None, None))
         if isinstance(handler, MapHandler):
@@ -516,7 +527,8 @@ class Worker:
             await self._failure(task, f"the server refused the result: {error.__cause__}", final=False)
             raise
         except ServerFault:
-            # If the answer to an earlier report was lost, a published server answers this report with INTERNAL.
+            # Check whether the result is recorded: if the answer to an earlier report was lost, a published server
+            # answers this report with INTERNAL.
             if self._streams or not await self._is_recorded(task):
                 raise
 
@@ -592,7 +604,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of a failed attempt, as text that can be sent. Any exception is accepted."""
+    """Return the message of a handler's exception, as text that can be sent to the server. Never raises an error."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__

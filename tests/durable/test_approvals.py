@@ -31,6 +31,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict, InvalidRequest
 from nexum_engine.policy import call_digest
+from nexum_engine.records import DeclaredTool
 from nexum_engine.workflow import RetryPolicy
 
 PROGRAM = """
@@ -132,8 +133,10 @@ def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -
     with OpenAIServer(clerk_model({"cents": 20000})) as model:
         for _ in range(2):  # a parked run parks again
             with script(folder, model, "--park") as parked:
-                line = parked.wait_for("session s is parked, run it again after the decision: waiting for")
+                line = parked.wait_for("waiting for a decision on charge")
                 assert parked.wait() == 75
+                assert parked.lines[-1] == "[Nexum] session s is parked: run the same command again after the decision"
+                assert parked.output.count("waiting for a decision") == 1
         with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
             assert asked_in(line) in listing.wait_for("waits for a decision on charge")
         nexum(folder, "approve", asked_in(line), "--args", '{"cents": 7}', "--by", "ann")
@@ -142,6 +145,9 @@ def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -
             assert resumed.wait() == 0
             assert resumed.lines[-2:-1] == ["charged c-1 7"]
     assert ledger(folder) == ["c-1 7"]
+
+
+PROMPT = "[Nexum] approve it? Type yes, or no, or no and a reason, such as: no, too expensive\r\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
@@ -161,11 +167,15 @@ def test_person_at_the_terminal_is_asked(folder: Path) -> None:
         )
         os.close(its_end)
         try:
-            answers = {"1": b"yes\n", "2": b"one is enough\n"}
+            answers = {"1": b"yes\n", "2": b"no, one is enough\n"}
             while answers:  # the two calls of the reply are made at the same time: either may be asked about first
-                shown = until(terminal, "a reason to reject it: ")
+                # The question's line ends, so that the next line of a log doesn't run into it.
+                shown = until(terminal, PROMPT)
                 asked = re.findall(r'\[Nexum\] charge\(\{"cents": (\d), "customer": "c-1"\}\) of clerk', shown)
                 assert "reason: It is due." in shown
+                if len(answers) == 2:
+                    os.write(terminal, b"sure, do it\n")
+                    until(terminal, f"[Nexum] 'sure, do it' is neither yes nor no\r\n{PROMPT}")
                 os.write(terminal, answers.pop(asked[-1]))
             assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
             assert process.wait(30) == 0
@@ -513,6 +523,31 @@ async def test_policy_of_the_session_replaces_the_tools_own(server: ServerThread
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         result = await run(server, shop.clerk(model), policies={"charge": Policy()})
         assert result.messages[-1].to_text() == "charged c-1 5"
+
+
+async def tools_of(client: NexumClient, count: int) -> list[DeclaredTool]:
+    """Ask until the server lists so many tools. The test's time limit ends a wait for nothing."""
+    while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - the server sets no event
+        await asyncio.sleep(0.02)
+    return tools
+
+
+async def test_server_lists_the_policies_of_a_run(server: ServerThread) -> None:
+    async def look() -> str:
+        """Look."""
+        return "seen"
+
+    policies = {"charge": Policy(approval="always", effect="once"), "model": Policy(timeout=9)}
+    async with NexumClient(server.address) as client:
+        async with DurableSession("s", nexum=server.address, policies=policies):
+            assert await durable_tool(look, rate="9/s").run_json({}, CancellationToken()) == "seen"
+            tools = await tools_of(client, 3)
+        await tools_of(client, 0)  # the run has ended
+    assert [(one.name, json.loads(one.policy_json), one.session) for one in tools] == [
+        ("charge", {"approval": "always", "effect": "once"}, "s"),
+        ("look", {"rate": "9/s"}, "s"),
+        ("model", {"timeout": 9.0}, "s"),
+    ]
 
 
 async def test_policies_of_unknown_tools_are_told_once(server: ServerThread) -> None:
