@@ -13,7 +13,6 @@ from autogen_agentchat.messages import BaseChatMessage, MessageFactory
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.differences import compare
-from durable_autogen.autogen.entry_points import state_of
 from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
@@ -168,7 +167,7 @@ class _Run:
             try:
                 task = await _begin(recorder, runnable, self._task)
                 result = await self._run(runnable, task)
-                added = state_of(session).added
+                added = session.state.added
                 for message in added.messages:
                     if message.seq not in added.delivered:
                         # No request to a model included the message before the run ended. So run the team with the
@@ -217,7 +216,7 @@ class _Run:
             if isinstance(item, TaskResult):
                 result = item
             else:
-                was_replayed = state_of(self._session).was_replayed(item.source)
+                was_replayed = self._session.state.was_replayed(item.source)
                 self._items.put_nowait(marked(item) if was_replayed else item)
         return result
 

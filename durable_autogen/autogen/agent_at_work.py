@@ -28,21 +28,21 @@ from durable_autogen.record.recorder import Recorder
 class AtWork:
     """An agent or a team at work, with the `Place` of its calls."""
 
-    def __init__(self, outer: Place, session_state: SessionState, runnable: Any, *, is_team: bool) -> None:
+    def __init__(self, outer: Place, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
-        self._session_state = session_state
+        self._session_state: SessionState = outer.session.state
         self._recorder: Recorder = outer.session.recorder
         if is_team and not outer.is_inside:
             # The program itself runs this team. So the names of the team's members get no prefix.
             self._path = outer.path
         else:
-            self._path = session_state.names.of(runnable, outer.inside(runnable.name))
+            self._path = self._session_state.names.of(runnable, outer.inside(runnable.name))
         self._label = self._path
         if is_team:
             # Name the team's own calls, such as the call that selects the next speaker.
-            self._label = session_state.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
+            self._label = self._session_state.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
         else:
-            session_state.speaks_as(self._label, runnable.name)
+            self._session_state.speaks_as(self._label, runnable.name)
         self.place = dataclasses.replace(
             outer,
             agent=self._label,

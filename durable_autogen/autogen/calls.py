@@ -104,13 +104,13 @@ Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
 class Calls:
     """The recorded calls of one agent in one session."""
 
-    def __init__(self, place: Place, session_state: SessionState) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
-        self._session_state = session_state
+        self._session_state: SessionState = place.session.state
         self._recorder: Recorder = place.session.recorder
         self._guard: Guard = place.session.guard
         self._agent = place.agent
-        self._agent_state: AgentState = session_state.agent(place.agent)
+        self._agent_state: AgentState = self._session_state.agent(place.agent)
         self._task = asyncio.current_task()
 
     # ---- Models ------------------------------------------------------------------------------------------------------

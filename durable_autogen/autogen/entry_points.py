@@ -10,7 +10,6 @@ import functools
 import inspect
 import logging
 import threading
-import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,23 +30,13 @@ from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
 from durable_autogen.autogen.policies import inside_a_call
-from durable_autogen.autogen.session_state import SessionState, total
+from durable_autogen.autogen.session_state import total
 from durable_autogen.record.failures import ordinary
-from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 
 Original = Callable[..., Any]
 """The original of a wrapped method, bound to an object."""
-
-_states: weakref.WeakKeyDictionary[OpenSession, SessionState] = weakref.WeakKeyDictionary()
-
-
-def state_of(session: OpenSession) -> SessionState:
-    """Return the state that the AutoGen integration keeps for an open session."""
-    if session not in _states:
-        _states[session] = SessionState(session.recorder)
-    return _states[session]
-
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
@@ -81,7 +70,7 @@ def _recorded(recording: Recording) -> Callable[..., Any]:
         place = recording_place()
         if place is None:
             return await original(*args, **kwargs)
-        return await recording(Calls(place, state_of(place.session)), self, original, _Given(args, kwargs))
+        return await recording(Calls(place), self, original, _Given(args, kwargs))
 
     return wrapper
 
@@ -94,7 +83,7 @@ def _streamed(recording: Recording) -> Callable[..., Any]:
         stream = (
             original(*args, **kwargs)
             if place is None
-            else recording(Calls(place, state_of(place.session)), self, original, _Given(args, kwargs))
+            else recording(Calls(place), self, original, _Given(args, kwargs))
         )
         async with closing(stream) as items:
             async for item in items:
@@ -223,7 +212,7 @@ async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any
         with at(replace(place, owner=self)):
             return await original(*args, **kwargs)
 
-    return await conditions.look(self, place, state_of(place.session), ask)
+    return await conditions.look(self, place, ask)
 
 
 def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -233,7 +222,7 @@ def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     with at(replace(place, in_call=True)):
         usage = original(*args, **kwargs)
     # Add the usage of replayed replies: a program may decide by the usage, and a replay must decide the same.
-    return total(usage, state_of(place.session).replayed_usage_of(self))
+    return total(usage, place.session.state.replayed_usage_of(self))
 
 
 async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +240,7 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
     place = recording_place()
     if place is None or place.owner is self:
         return None
-    return AtWork(place, state_of(place.session), self, is_team=is_team)
+    return AtWork(place, self, is_team=is_team)
 
 
 def _whole(method: str) -> Callable[..., Any]:
@@ -293,7 +282,7 @@ async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) 
         return await original(*args, **kwargs)
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
-        name = state_of(place.session).names.of(self, self.id.type)
+        name = place.session.state.names.of(self, self.id.type)
         place = Place(place.session, agent=name, path=name, is_inside=True, owner=self)
     with at(place):
         return await original(*args, **kwargs)

@@ -70,10 +70,13 @@ class Names:
     """Unique names for objects. An object keeps its name, and no two objects have the same name."""
 
     def __init__(self) -> None:
-        self._names: dict[tuple[int, str], str] = {}
+        self._names: dict[tuple[int, str], tuple[str, object]] = {}
+        """For each object's `id()` and wanted name: the name, and a reference to the object.
+
+        The reference is weak, and removes the name when the object is freed. An object that can't be weakly referenced
+        is kept alive, so that no other object gets its `id()`.
+        """
         self._counts: Counter[str] = Counter()
-        self._kept: list[object] = []
-        """Objects that can't be weakly referenced. They are kept alive, so that no other object gets their `id()`."""
 
     def of(self, owner: object, wanted: str) -> str:
         """Return the name of `owner`: `wanted`, followed by a number if another object has that name."""
@@ -81,12 +84,12 @@ class Names:
         if key not in self._names:
             self._counts[wanted] += 1
             number = self._counts[wanted]
-            self._names[key] = wanted if number == 1 else f"{wanted}#{number}"
+            name, names = wanted if number == 1 else f"{wanted}#{number}", self._names
             try:
-                weakref.finalize(owner, self._names.pop, key, None).atexit = False
+                names[key] = name, weakref.ref(owner, lambda _: names.pop(key))
             except TypeError:
-                self._kept.append(owner)
-        return self._names[key]
+                names[key] = name, owner
+        return self._names[key][0]
 
 
 class SessionState:

@@ -47,6 +47,10 @@ class OpenSession(Protocol):
     def guard(self) -> Any:
         """The run's Guard. The type is Any, because guard.py imports this module."""
 
+    @property
+    def state(self) -> Any:
+        """The state that the framework's entry points keep for the session."""
+
     def left_the_record(self, agent: str, what: str) -> None: ...
 
 

@@ -36,7 +36,7 @@ from durable_autogen.record.handled_failures import Caller, Setbacks, continues
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, current, started_at
-from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
+from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 
@@ -100,10 +100,10 @@ class Recorder:
         journal: Journal,
         session: OpenSession,
         *,
-        on_drift: OnDrift = "stop",
-        compare: Compare = same_request,
-        budget: BudgetCheck | None = None,
-        park: bool = False,
+        on_drift: OnDrift,
+        compare: Compare,
+        budget: BudgetCheck | None,
+        park: bool,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
