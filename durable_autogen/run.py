@@ -19,6 +19,7 @@ from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind, representable
+from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
@@ -147,11 +148,7 @@ class _Run:
                 yield item
             await running
         finally:
-            if not running.done():
-                running.cancel()
-                await asyncio.wait({running})
-            if not running.cancelled():
-                running.exception()  # mark the error as retrieved: asyncio would log it if the consumer has left
+            await end(running)
 
     async def _whole(self) -> None:
         session, result = self._session, TaskResult(messages=[])

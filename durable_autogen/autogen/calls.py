@@ -44,7 +44,7 @@ from durable_autogen.autogen.values import (
 )
 from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
-from durable_autogen.record.failures import in_a_task, ordinary
+from durable_autogen.record.failures import end, in_a_task, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall, ToolError
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
@@ -75,11 +75,7 @@ class _Stream:
                 self.passed_on.append(item)
                 yield item
         finally:
-            if not running.done():
-                running.cancel()
-                await asyncio.wait({running})
-            if not running.cancelled():
-                running.exception()  # mark the exception as retrieved: asyncio would log it if the consumer has left
+            await end(running)
 
 
 _END = object()
@@ -526,8 +522,8 @@ class Calls:
         try:
             answer = await self._answer(call, perform, token)
         finally:
-            if asking is not None and not asking.done():
-                asking.cancel()
+            if asking is not None:
+                await end(asking)
         self._count(answer.replayed, "inputs")
         if answer.replayed:
             self._log_replayed(call)

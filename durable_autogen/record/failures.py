@@ -202,12 +202,20 @@ async def in_a_task(running: asyncio.Future[T], name: str) -> T:
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await end(running)
         raise
     if running.cancelled():
         raise RuntimeError(f"{name} ended with CancelledError")
     return running.result()
+
+
+async def end(running: asyncio.Future[Any]) -> None:
+    """Cancel a task if it isn't done, and wait for its end. Mark its error as retrieved: asyncio would log it."""
+    if not running.done():
+        running.cancel()
+        await asyncio.wait({running})
+    if not running.cancelled():
+        running.exception()
 
 
 def made_ordinary(error: BaseException, name: str) -> RuntimeError:

@@ -31,7 +31,7 @@ from durable_autogen.record.events import (
     Returned,
     representable,
 )
-from durable_autogen.record.failures import Failure, in_a_task, ordinary
+from durable_autogen.record.failures import Failure, end, in_a_task, ordinary
 from durable_autogen.record.handled_failures import Caller, Setbacks, continues
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
@@ -557,13 +557,14 @@ class Recorder:
     async def _completed(self, record: Coroutine[Any, Any, Event]) -> Event:
         recording = asyncio.ensure_future(record)
         try:
-            return await asyncio.shield(recording)
+            await asyncio.wait({recording})
+            return recording.result()
         except asyncio.CancelledError:
             # Wait for the server's answer: if the server has recorded the event, the journal must have it, too.
             await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
             raise
         finally:
-            recording.cancel()
+            await end(recording)
 
     def _check_not_failed(self) -> None:
         if self.failed.done():
