@@ -12,13 +12,11 @@ from typing import Any
 
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
-from autogen_core.code_executor import CodeBlock, CodeResult
-from autogen_core.memory import MemoryQueryResult
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema, Workbench
 from pydantic import PydanticUserError, ValidationError
 
-from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
+from durable_autogen.autogen.fingerprints import describe_call, hashed
 from durable_autogen.autogen.policies import (
     ToolForm,
     UnderPolicy,
@@ -497,13 +495,6 @@ class Calls:
         self._agent_state.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
-    async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
-        """Return the recorded list of a workbench's tools, or ask the workbench and record the list."""
-        request = hashed({"workbench": type(workbench).__name__})
-        label = f"the tools of {self._agent or 'the program'}"
-        found: list[ToolSchema] = await self._other(Kind.TOOLS, "tools", request, run, None, None, label=label)
-        return found
-
     # ---- People, code, memory ----------------------------------------------------------------------------------------
 
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
@@ -529,42 +520,28 @@ class Calls:
             self._log_replayed(call)
         return str(self._value(answer, str))
 
-    async def code(
-        self, run: Callable[[], Awaitable[CodeResult]], blocks: Sequence[CodeBlock], token: CancellationToken | None
-    ) -> CodeResult:
-        """Return the recorded result of executed code, or execute the code and record its result."""
-        request = hashed({"code": "\n".join(block.code for block in blocks)})
-        found: CodeResult = await self._other(Kind.CODE, "code", request, run, CodeResult, token, counts="tool calls")
-        return found
-
-    async def memory(
-        self, run: Callable[[], Awaitable[MemoryQueryResult]], query: Any, token: CancellationToken | None
-    ) -> MemoryQueryResult:
-        """Return a memory's recorded answer, or query the memory and record the answer."""
-        request = hashed({"query": plain(query)})
-        found: MemoryQueryResult = await self._other(Kind.MEMORY, "memory", request, run, MemoryQueryResult, token)
-        return found
-
-    async def _other(
+    async def other(
         self,
         kind: Kind,
-        what: str,
         request: Mapping[str, Any],
         run: Callable[[], Awaitable[Any]],
         declared: Any,
-        token: CancellationToken | None,
-        *,
-        counts: str = "",
-        label: str = "",
+        token: CancellationToken | None = None,
     ) -> Any:
+        """Return the recorded value of a call of another kind, or make the call and record its value.
+
+        `declared` is the value's type, if the value isn't plain JSON.
+        """
+
         async def perform() -> Performed:
             value = await run()
             return Performed(value, Returned(value=representable(written_value(value))))
 
-        call = Call(kind, self._agent, self._agent_state.next(what), request, label=label)
+        label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
+        call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
         answer = await self._answer(call, perform, token)
-        if counts:
-            self._count(answer.replayed, counts)
+        if kind is Kind.CODE:
+            self._count(answer.replayed, "tool calls")
         return self._value(answer, declared)
 
     # ---- All of them -------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from autogen_agentchat.base import ChatAgent, Team, TerminationCondition
 from autogen_agentchat.teams._group_chat._base_group_chat_manager import BaseGroupChatManager
 from autogen_agentchat.teams._group_chat._chat_agent_container import ChatAgentContainer
 from autogen_core import AgentRuntime, BaseAgent
-from autogen_core.code_executor import CodeExecutor
-from autogen_core.memory import ListMemory, Memory
+from autogen_core.code_executor import CodeExecutor, CodeResult
+from autogen_core.memory import ListMemory, Memory, MemoryQueryResult
 from autogen_core.models import ChatCompletionClient
 from autogen_core.tools import BaseTool, StaticWorkbench, Workbench
 from pydantic import BaseModel
@@ -29,62 +29,66 @@ from pydantic import BaseModel
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
+from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import inside_a_call
 from durable_autogen.autogen.session_state import total
+from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 
-Original = Callable[..., Any]
-"""The original of a wrapped method, bound to an object."""
-
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
 
-class _Given:
-    """The arguments of a call to a wrapped method."""
+class _Made:
+    """A call to a wrapped method: the original method, bound to its object, and the arguments.
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+    Call this object to call the original method.
+    """
 
-    def __call__(self, number: int, name: str) -> Any:
+    def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.original, self.args, self.kwargs = original, args, kwargs
+
+    def __call__(self) -> Any:
+        return self.original(*self.args, **self.kwargs)
+
+    def given(self, number: int, name: str) -> Any:
         """Return the argument at position `number` or with the name `name`, however the caller passed it."""
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
-    def replaced(self, number: int, name: str, value: Any) -> _Given:
+    def with_argument(self, number: int, name: str, value: Any) -> _Made:
         """Return a copy in which `value` is the argument at position `number` or with the name `name`."""
         if number < len(self.args):
-            return _Given((*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
-        return _Given(self.args, {**self.kwargs, name: value})
+            return _Made(self.original, (*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
+        return _Made(self.original, self.args, {**self.kwargs, name: value})
 
 
-Recording = Callable[[Calls, Any, Original, _Given], Any]
-"""A function that records a call. Its parameters are the `Calls`, the object, the object's original method and the
-arguments. It returns an awaitable or a stream."""
+Wrapper = Callable[[Any, _Made], Any]
+"""A function that replaces a method. Its parameters are the object whose method is called, and the call."""
+
+Recording = Callable[[Calls, Any, _Made], Any]
+"""A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the call. It
+returns an awaitable or a stream."""
 
 
-def _recorded(recording: Recording) -> Callable[..., Any]:
+def _recorded(recording: Recording) -> Wrapper:
     """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    async def wrapper(self: Any, made: _Made) -> Any:
         place = recording_place()
         if place is None:
-            return await original(*args, **kwargs)
-        return await recording(Calls(place), self, original, _Given(args, kwargs))
+            return await made()
+        return await recording(Calls(place), self, made)
 
     return wrapper
 
 
-def _streamed(recording: Recording) -> Callable[..., Any]:
+def _streamed(recording: Recording) -> Wrapper:
     """Return a wrapper for a method that returns a stream, as `_recorded` does for other methods."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def wrapper(self: Any, made: _Made) -> AsyncGenerator[Any, None]:
         place = recording_place()
-        stream = (
-            original(*args, **kwargs)
-            if place is None
-            else recording(Calls(place), self, original, _Given(args, kwargs))
-        )
+        stream = made() if place is None else recording(Calls(place), self, made)
         async with closing(stream) as items:
             async for item in items:
                 yield item
@@ -93,143 +97,135 @@ def _streamed(recording: Recording) -> Callable[..., Any]:
 
 
 def _reply(stream: bool) -> Recording:
-    def recording(calls: Calls, client: Any, original: Original, given: _Given) -> Any:
-        messages = given(0, "messages")
+    def recording(calls: Calls, client: Any, made: _Made) -> Any:
+        messages = made.given(0, "messages")
 
         def ask(whole: Any) -> Any:
-            asked = given if whole is messages else given.replaced(0, "messages", whole)
-            return original(*asked.args, **asked.kwargs)
+            return (made if whole is messages else made.with_argument(0, "messages", whole))()
 
-        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, given.kwargs)
+        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, made.kwargs)
 
     return recording
 
 
 def _workbench_tool(stream: bool) -> Recording:
-    def recording(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
-        made = ToolCall(
-            given(0, "name"),
-            given(1, "arguments") or {},
-            given(2, "cancellation_token"),
-            given(3, "call_id"),
+    def recording(calls: Calls, workbench: Any, made: _Made) -> Any:
+        call = ToolCall(
+            made.given(0, "name"),
+            made.given(1, "arguments") or {},
+            made.given(2, "cancellation_token"),
+            made.given(3, "call_id"),
             workbench,
         )
-        if has_agent_as_tool(workbench, made.name):
-            calls.check_no_policy(made.name)
-            inside = original(*given.args, **given.kwargs)
-            place = calls.agent_as_tool(made)
-            return steps_at(place, inside) if stream else inside
+        if has_agent_as_tool(workbench, call.name):
+            calls.check_no_policy(call.name)
+            place = calls.agent_as_tool(call)
+            return steps_at(place, made()) if stream else made()
 
         def run(edited: Mapping[str, Any] | None) -> Any:
-            asked = given if edited is None else given.replaced(1, "arguments", edited)
-            return original(*asked.args, **asked.kwargs)
+            return (made if edited is None else made.with_argument(1, "arguments", edited))()
 
-        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, made)
+        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, call)
 
     return recording
 
 
 def _tool(stream: bool) -> Recording:
-    def recording(calls: Calls, tool: Any, original: Original, given: _Given) -> Any:
+    def recording(calls: Calls, tool: Any, made: _Made) -> Any:
         if is_recorded_inside(tool):
             calls.check_no_policy(tool.name)
-            return original(*given.args, **given.kwargs)
+            return made()
         # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
-        args = given(0, "args")
+        args = made.given(0, "args")
         arguments = args.model_dump(mode="json") if isinstance(args, BaseModel) else args or {}
-        made = ToolCall(tool.name, arguments, given(1, "cancellation_token"), given(2, "call_id"), tool)
+        call = ToolCall(tool.name, arguments, made.given(1, "cancellation_token"), made.given(2, "call_id"), tool)
 
         def run(edited: Mapping[str, Any] | None) -> Any:
             if edited is None:
-                return original(*given.args, **given.kwargs)
+                return made()
             value = tool.args_type().model_validate(edited) if isinstance(args, BaseModel) else edited
-            asked = given.replaced(0, "args", value)
-            return original(*asked.args, **asked.kwargs)
+            return made.with_argument(0, "args", value)()
 
-        return (calls.tool_stream if stream else calls.tool)(tool, run, made)
+        return (calls.tool_stream if stream else calls.tool)(tool, run, call)
 
     return recording
 
 
-def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
+def _tool_list(calls: Calls, workbench: Any, made: _Made) -> Any:
     # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
-        return original(*given.args, **given.kwargs)
-    return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
+        return made()
+    return calls.other(Kind.TOOLS, {"workbench": type(workbench).__name__}, made, None)
 
 
-def _input(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
-    return calls.input(
-        lambda: original(*given.args, **given.kwargs), given(0, "prompt"), given(1, "cancellation_token")
-    )
+def _input(calls: Calls, _: Any, made: _Made) -> Any:
+    return calls.input(made, made.given(0, "prompt"), made.given(1, "cancellation_token"))
 
 
-def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
-    return calls.code(
-        lambda: original(*given.args, **given.kwargs), given(0, "code_blocks"), given(1, "cancellation_token")
-    )
+def _code(calls: Calls, _: Any, made: _Made) -> Any:
+    code = "\n".join(block.code for block in made.given(0, "code_blocks"))
+    return calls.other(Kind.CODE, {"code": code}, made, CodeResult, made.given(1, "cancellation_token"))
 
 
-def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
+def _memory(calls: Calls, memory: Any, made: _Made) -> Any:
     # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
-        return original(*given.args, **given.kwargs)
-    return calls.memory(
-        lambda: original(*given.args, **given.kwargs), given(0, "query"), given(1, "cancellation_token")
-    )
+        return made()
+    query = plain(made.given(0, "query"))
+    return calls.other(Kind.MEMORY, {"query": query}, made, MemoryQueryResult, made.given(1, "cancellation_token"))
 
 
-async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _tool_itself(self: Any, made: _Made) -> Any:
     place = current.get()
     if place is not None and place.in_call:
         with inside_a_call(self, place):
             # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a
             # task would end the event loop.
-            return await ordinary(original(*args, **kwargs), self.name)
-    return await _recorded(_tool(stream=False))(self, original, *args, **kwargs)
+            return await ordinary(made(), self.name)
+    return await _recorded(_tool(stream=False))(self, made)
 
 
-async def _tool_stream_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+async def _tool_stream_itself(self: Any, made: _Made) -> AsyncGenerator[Any, None]:
     place = current.get()
     if place is None or not place.in_call:
-        async with closing(_streamed(_tool(stream=True))(self, original, *args, **kwargs)) as items:
+        async with closing(_streamed(_tool(stream=True))(self, made)) as items:
             async for item in items:
                 yield item
         return
-    async with closing(original(*args, **kwargs)) as items:
+    async with closing(made()) as items:
         with inside_a_call(self, place):
             async for item in items:
                 yield item
 
 
-async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _look(self: Any, made: _Made) -> Any:
     place = recording_place()
     if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
-        return await original(*args, **kwargs)
+        return await made()
 
     async def ask() -> Any:
         # Set the condition as `owner`, so that its call of the base class's method doesn't count as a second check.
         with at(replace(place, owner=self)):
-            return await original(*args, **kwargs)
+            return await made()
 
     return await conditions.look(self, place, ask)
 
 
-def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+def _usage(self: Any, made: _Made) -> Any:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
-        return original(*args, **kwargs)
+        return made()
     with at(replace(place, in_call=True)):
-        usage = original(*args, **kwargs)
+        usage = made()
     # Add the usage of replayed replies: a program may decide by the usage, and a replay must decide the same.
     return total(usage, place.session.state.replayed_usage_of(self))
 
 
-async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _preparation(self: Any, made: _Made) -> Any:
     """Start, stop or reset a workbench or executor. Neither record this call nor report its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
-        return await original(*args, **kwargs)
+        return await made()
 
 
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
@@ -243,27 +239,27 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
     return AtWork(place, self, is_team=is_team)
 
 
-def _whole(method: str) -> Callable[..., Any]:
+def _whole(method: str) -> Wrapper:
     """Return a wrapper for an agent's unstreamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    async def wrapper(self: Any, made: _Made) -> Any:
         working = _at_work(self, is_team=False)
-        found = original(*args, **kwargs)
+        found = made()
         if working is None:
             return await found
-        return await getattr(working, method)(found, _task_or_token(args, kwargs))
+        return await getattr(working, method)(found, _task_or_token(made))
 
     return wrapper
 
 
-def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
+def _steps(method: str, *, is_team: bool = False) -> Wrapper:
     """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def wrapper(self: Any, made: _Made) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
-        stream = original(*args, **kwargs)
+        stream = made()
         if working is not None:
-            stream = getattr(working, method)(stream, _task_or_token(args, kwargs))
+            stream = getattr(working, method)(stream, _task_or_token(made))
         async with closing(stream) as items:
             async for item in items:
                 yield item
@@ -271,21 +267,21 @@ def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
     return wrapper
 
 
-def _task_or_token(args: Any, kwargs: Any) -> Any:
+def _task_or_token(made: _Made) -> Any:
     """Return a run's task, or a turn's cancellation token. The task of a run is always passed by name."""
-    return kwargs["task"] if "task" in kwargs else _Given(args, kwargs)(1, "cancellation_token")
+    return made.kwargs["task"] if "task" in made.kwargs else made.given(1, "cancellation_token")
 
 
-async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = _place_of(_Given(args, kwargs)(0, "message"))
+async def _on_message(self: Any, made: _Made) -> Any:
+    place = _place_of(made.given(0, "message"))
     if place is None or place.in_call or place.session.is_over:
-        return await original(*args, **kwargs)
+        return await made()
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = place.session.state.names.of(self, self.id.type)
         place = Place(place.session, agent=name, path=name, is_inside=True, owner=self)
     with at(place):
-        return await original(*args, **kwargs)
+        return await made()
 
 
 _sent: dict[int, tuple[Any, Place]] = {}
@@ -302,19 +298,19 @@ def _place_of(message: Any) -> Place | None:
     return sent[1] if sent is not None and sent[0] is message else current.get()
 
 
-async def _send(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _send(self: Any, made: _Made) -> Any:
     place = current.get()
     if place is not None and not place.session.is_over:
-        message = _Given(args, kwargs)(0, "message")
+        message = made.given(0, "message")
         _sent[id(message)] = (message, place)
         while len(_sent) > MAX_SENT:
             _sent.pop(next(iter(_sent)))
-    return await original(*args, **kwargs)
+    return await made()
 
 
 # ---- Wrapping --------------------------------------------------------------------------------------------------------
 
-Methods = Mapping[str, Callable[..., Any]]
+Methods = Mapping[str, Wrapper]
 
 ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
@@ -420,7 +416,7 @@ def _with_subclasses(kind: type) -> list[type]:
     return list(found)
 
 
-def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> None:
+def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
@@ -442,17 +438,17 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     setattr(kind, name, wrapped)
 
 
-def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
+def _wrapper_of(original: Any, wrapper: Wrapper) -> Any:
     """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`."""
 
-    def bound(self: Any) -> Original:
+    def made(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Made:
         get = getattr(original, "__get__", None)
-        return original if get is None else get(self, type(self))  # type: ignore[no-any-return]
+        return _Made(original if get is None else get(self, type(self)), args, kwargs)
 
     if inspect.isasyncgenfunction(original):
 
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            async with closing(wrapper(self, bound(self), *args, **kwargs)) as items:
+            async with closing(wrapper(self, made(self, args, kwargs))) as items:
                 async for item in items:
                     yield item
 
@@ -460,15 +456,15 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
     if inspect.iscoroutinefunction(original):
 
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await wrapper(self, bound(self), *args, **kwargs)
+            return await wrapper(self, made(self, args, kwargs))
 
         return functools.wraps(original)(call)
 
     # `original` is a plain function. It may return a coroutine or a stream.
-    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(self, bound(self), *args, **kwargs)
+    def function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(self, made(self, args, kwargs))
 
-    return functools.wraps(original)(plain) if inspect.isfunction(original) else plain
+    return functools.wraps(original)(function) if inspect.isfunction(original) else function
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
