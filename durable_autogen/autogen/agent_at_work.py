@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import Response, TaskResult
-from autogen_agentchat.messages import BaseChatMessage
 from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.session_state import SessionState
+from durable_autogen.autogen.transcript import messages_of
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at
@@ -108,7 +108,7 @@ class AtWork:
         return self._session_state.transcript.result(result) if is_programs_own else result
 
     async def _passes_on(self, item: Any, task: Any = None) -> None:
-        self._session_state.transcript.settle(self._label, item, _given(task))
+        self._session_state.transcript.settle(self._label, item, messages_of(task))
         if isinstance(item, (Response, TaskResult)):
             self._recorder.setbacks.turn_is_over(self._path)
             if self._outer.ends_in_order:
@@ -125,13 +125,6 @@ class AtWork:
         if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
             raise error  # Python 3.10 can't tell whether the caller cancelled the agent
         raise made_ordinary(error, self._label) from error
-
-
-def _given(task: Any) -> list[BaseChatMessage]:
-    """Return the messages that the caller of a run passed as its task."""
-    if isinstance(task, BaseChatMessage):
-        return [task]
-    return [one for one in task if isinstance(one, BaseChatMessage)] if isinstance(task, (list, tuple)) else []
 
 
 def _words(item: Response | TaskResult) -> str:

@@ -31,6 +31,7 @@ from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
 S = TypeVar("S", bound="Session")
+T = TypeVar("T")
 
 
 class Session:
@@ -111,23 +112,17 @@ class Session:
     @property
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
-        if self._recorder is None:
-            raise RuntimeError("the session is not open: use it inside `async with`")
-        return self._recorder
+        return _opened(self._recorder)
 
     @property
     def guard(self) -> Guard:
         """The policies of the run. Raises RuntimeError outside `async with`."""
-        if self._guard is None:
-            raise RuntimeError("the session is not open: use it inside `async with`")
-        return self._guard
+        return _opened(self._guard)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which the session was opened. Raises RuntimeError outside `async with`."""
-        if self._loop is None:
-            raise RuntimeError("the session is not open: use it inside `async with`")
-        return self._loop
+        return _opened(self._loop)
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
@@ -263,6 +258,12 @@ class Session:
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
             self.log.warning("session %s: outside the record: %s", self.session_id, times)
+
+
+def _opened(value: T | None) -> T:
+    if value is None:
+        raise RuntimeError("the session is not open: use it inside `async with`")
+    return value
 
 
 def _counts(counts: Mapping[str, int]) -> str:
