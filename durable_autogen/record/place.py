@@ -77,6 +77,8 @@ class Place:
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     owner: Any = None
     """The agent or team at work."""
+    around: Place | None = None
+    """The place at which the session was opened, if that was inside another session."""
 
     def inside(self, name: str) -> str:
         """Return the name under which an agent inside this agent or team is recorded."""

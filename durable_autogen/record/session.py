@@ -132,12 +132,14 @@ class Session:
         """
         place = self._place()
         label = place.inside(name)
-        with at(Place(self, agent=label, path=label, in_call=place.in_call)):
+        with at(Place(self, agent=label, path=label, in_call=place.in_call, around=place.around)):
             yield
 
     def _place(self) -> Place:
         place = current.get()
-        return Place(self) if place is None or place.session is not self else place
+        while place is not None and place.session is not self:
+            place = place.around
+        return place or Place(self)
 
     # ---- Waits -------------------------------------------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class Session:
             stack.enter_context(watched_threads())
             stack.enter_context(recorded_console())
             stack.enter_context(self.entry_points())
-            stack.enter_context(at(Place(self)))
+            stack.enter_context(at(Place(self, around=current.get())))
             budget = None
             if self._budget is not None:
                 budget = BudgetCheck(self._budget, client, journal, self._command("budget"))
