@@ -14,8 +14,8 @@ from openai_server import OpenAIServer, Reply
 from processes import command_line
 from server_thread import ServerThread
 
-from durable_autogen import fork_session, list_sessions
-from durable_autogen.record.events import read_record
+from durable_autogen import fork_session, list_sessions, recorded_sessions
+from durable_autogen.record.events import Record, read_record
 from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
 from nexum_engine.records import Execution
@@ -69,6 +69,24 @@ async def test_session_is_listed_with_question_calls_and_tokens(server: ServerTh
     assert max(map(len, lines)) <= WIDTH
     events = json.loads(await look(command_line("ps", "--all", "--json", *where)))
     assert len(events) > session.session.events + fork.session.events
+
+
+async def test_shown_session_is_read_without_other_sessions(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    async def noted(client: NexumClient, session: str) -> Record:
+        read.append(session)
+        return await read_record(client, session)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for name in ("s", "s2", "t"):
+            await run(server, lambda: team(model), session=name)
+    monkeypatch.setattr(recorded_sessions, "read_record", noted)
+    async with NexumClient(server.address) as nexum:
+        assert (await recorded_sessions.show_session(nexum, "s")).info.session == "s"
+    assert set(read) == {"s"}
 
 
 async def test_failed_call_that_is_revoked_does_not_count(server: ServerThread) -> None:
