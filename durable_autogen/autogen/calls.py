@@ -248,7 +248,7 @@ class Calls:
 
     def _received(self, client: ChatCompletionClient, answer: Answer) -> CreateResult:
         assert isinstance(answer.content, Returned)
-        result: CreateResult = answer.value if answer.has_value else reply_again(answer.content.value)
+        result: CreateResult = reply_again(answer.content.value) if answer.replayed else answer.value
         self._agent_state.received(answer.position, result, replayed=answer.replayed)
         tokens = result.usage.prompt_tokens + result.usage.completion_tokens
         self._count(answer.replayed, "model calls")
@@ -589,7 +589,7 @@ class Calls:
         return await asking
 
     def _value(self, answer: Answer, declared: Any) -> Any:
-        if answer.has_value:
+        if not answer.replayed:
             return answer.value
         assert isinstance(answer.content, Returned)
         return value_again(answer.content.value, declared)

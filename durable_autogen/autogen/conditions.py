@@ -69,7 +69,7 @@ async def look(
         return Performed(message, Returned(value=written_value(message)))
 
     answer = await recorder.call(Call(Kind.STOP, name, position, {}), stops)
-    if answer.has_value:
+    if not answer.replayed:
         return message
     assert isinstance(answer.content, Returned)
     if message is None and "_terminated" in state:

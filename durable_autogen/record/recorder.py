@@ -44,7 +44,9 @@ OnDrift = Literal["stop", "continue"]
 
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
-_NOTHING: Any = object()
+
+def _ignore(_: Content) -> None:
+    """Do nothing: a call's `on_replay` by default, and after it was called early."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,8 @@ class Answer:
     replayed: bool
     position: str
     """The position at which the call is recorded."""
-    value: Any = _NOTHING
-    """The live call's value; unset for a replayed call, whose value the caller builds from `content`."""
-
-    @property
-    def has_value(self) -> bool:
-        """Whether `value` is set. Only the answer of a live call has a value."""
-        return self.value is not _NOTHING
+    value: Any = None
+    """The live call's value. For a replayed call, the caller builds the value from `content`."""
 
 
 @dataclass(eq=False)
@@ -279,7 +276,7 @@ class Recorder:
         perform: Callable[[], Awaitable[Performed]] | None,
         *,
         streamed: Callable[[], list[Any]] = list,
-        on_replay: Callable[[Content], None] = lambda _: None,
+        on_replay: Callable[[Content], None] = _ignore,
         caller: Caller = None,
         early: bool = False,
         is_cancelled: bool = False,
@@ -302,7 +299,7 @@ class Recorder:
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
-            on_replay = _already_told
+            on_replay = _ignore
         answer = await self._replayed(call, on_replay, caller)
         if answer is None:
             answer = await self._made_live(call, perform, streamed, caller)
@@ -606,7 +603,3 @@ class Recorder:
             )
         await self.journal.revoke_after(after, what)
         self._replay.leave()
-
-
-def _already_told(_: Content) -> None:
-    """Do nothing. This function replaces an `on_replay` that was called early."""
