@@ -17,7 +17,7 @@ import argparse
 import logging
 import sys
 
-from nexum_engine import event_loop
+from nexum_engine import event_loop, report
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import NexumError
 from nexum_engine.options import count
@@ -51,7 +51,7 @@ async def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.tools:
         for tool in TOOLS.values():
-            say(f"{tool.signature}\n    {tool.declaration}")
+            say("\n".join(report.tool(tool.declared)))
         return 0
 
     from support.offline.web import OfflineWeb
@@ -63,6 +63,7 @@ async def main(argv: list[str] | None = None) -> int:
             worker = Worker(
                 client,
                 [*bindings(client, TOOL_CALL, LiveWeb()), *bindings(client, OFFLINE_TOOL_CALL, OfflineWeb())],
+                tools=[tool.declared for tool in TOOLS.values()],
                 concurrency=args.concurrency,
                 describe=describe,
             )

@@ -9,13 +9,15 @@
     python -m nexum_engine approve EXECUTION      complete a node that waits for approval; reject fails it
     python -m nexum_engine unknown                list the nodes whose effect may or may not have happened
     python -m nexum_engine resolve EXECUTION      say whether the effect of such a node has happened
+    python -m nexum_engine tools                  list the tools of connected workers and runs, with their policies
     python -m nexum_engine send EXECUTION NAME    send an event to an execution
     python -m nexum_engine prune --older-than 30d delete executions that ended long ago
     python -m nexum_engine backup FILE            write a copy of the database to a file
     python -m nexum_engine check FILE             check a database or a backup for damage
     python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
-If the package is installed, `nexum` is the same command.
+If the package is installed, `nexum` is the same command. It then also has `nexum budget SESSION`, which is the command
+`budget` of durable_autogen. A package adds such a command by an entry point of the group `nexum.commands`.
 
 The commands ask the server that has this folder's database open, else the server on the default port. If neither
 answers, they open the database themselves, so they also work without a server. With --database-url, they open that
@@ -32,6 +34,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from nexum_engine import (
@@ -58,6 +61,11 @@ SWITCH_INTERVAL = 0.0002  # seconds
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    return _parser_and_commands()[0]
+
+
+def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """Return the parser of the command line, and the names of the commands that it knows."""
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="The Nexum server. Without a command it starts and serves until Ctrl+C.",
@@ -137,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
     _add_database(restore, argparse.SUPPRESS)
-    return parser
+    return parser, commands.choices
 
 
 def _program() -> str:
@@ -153,6 +161,14 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
         help="the database, as sqlite:///path or postgresql://user@host/name "
         f"(default: $DATABASE_URL, else {DEFAULT_DATABASE_URL} in this folder)",
     )
+
+
+def _added(command: str) -> Callable[[list[str]], int] | None:
+    """Return the function of a command that an installed package adds (entry points `nexum.commands`), or None."""
+    from importlib.metadata import entry_points  # slow, and rarely needed
+
+    found = next(iter(entry_points(group="nexum.commands", name=command)), None)
+    return None if found is None else found.load()
 
 
 async def serve(args: argparse.Namespace) -> None:
@@ -221,8 +237,11 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # Print a question mark for a character that the console can't show. By default Python raises an error.
             stream.reconfigure(errors="replace")
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    parser, commands = _parser_and_commands()
+    given = sys.argv[1:] if argv is None else argv
+    if given and not given[0].startswith("-") and given[0] not in commands and (added := _added(given[0])) is not None:
+        return added(given)
+    args = parser.parse_args(given)
     names = [name for name, _ in getattr(args, "attr", ())]
     for name in names:
         if names.count(name) > 1:

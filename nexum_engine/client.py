@@ -42,6 +42,7 @@ from nexum_engine.errors import (
 from nexum_engine.records import (
     Attempt,
     Compatibility,
+    DeclaredTool,
     Execution,
     ExecutionStatus,
     Node,
@@ -480,6 +481,13 @@ class NexumClient:
                 heartbeat_ms=item.heartbeat_ms,
             )
             for item in answer.items
+        ]
+
+    async def tools(self, *, patience: float = 0.0) -> list[DeclaredTool]:
+        """Return the tools that the workers and owners have declared that are connected to this server, by name."""
+        answer = await self._of_this_project(lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
+        return [
+            DeclaredTool(one.name, one.signature, one.policy_json, one.session, one.senders) for one in answer.tools
         ]
 
     async def resolve(

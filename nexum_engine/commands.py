@@ -1,4 +1,4 @@
-"""The commands about executions: ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send.
+"""The commands about executions and tools: ps, show, cancel, retry, approvals, approve, ..., tools, send.
 
 They ask a server. If no server is named, and no server answers, they open the database themselves.
 """
@@ -31,7 +31,16 @@ from nexum_engine.errors import (
 )
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment, user_name
-from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, PendingApproval, UnknownNode
+from nexum_engine.records import (
+    DeclaredTool,
+    Execution,
+    ExecutionStatus,
+    Node,
+    NodeStatus,
+    NodeType,
+    PendingApproval,
+    UnknownNode,
+)
 from nexum_engine.screen import Screen
 from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, waits
 from nexum_engine.store.retry import retry_execution
@@ -132,6 +141,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="say whether the effect of an UNKNOWN node has happened",
         description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
     )
+    tools = commands.add_parser(
+        "tools",
+        help="list the tools of connected workers and runs, with their policies",
+        description="List the tools of the workers and durable runs that are connected to the server, with their "
+        "policies. Of a run, list the tools that have a policy.",
+    )
     send = commands.add_parser(
         "send",
         help="send an event to an execution",
@@ -194,9 +209,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         command.add_argument(
             "--json", action="store_true", help=f"print JSON; with {option}, print a line for each change"
         )
-    for command in (approvals, unknown):
+    for command in (approvals, unknown, tools):
         command.add_argument("--json", action="store_true", help="print JSON")
-    return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, send]
+    return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, tools, send]
 
 
 def _json(text: str) -> Any:
@@ -282,6 +297,8 @@ class _Executions(Protocol):
         self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
     ) -> None: ...
 
+    async def tools(self) -> list[DeclaredTool]: ...
+
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None: ...
 
 
@@ -291,7 +308,7 @@ class _OnServer:
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
         self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
         self.unknown, self.resolve = client.unknown, client.resolve
-        self.send = client.send_event
+        self.tools, self.send = client.tools, client.send_event
 
     async def children(self, execution_id: str, before: str) -> list[Execution]:
         return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
@@ -360,6 +377,9 @@ class _InDatabase:
             failed=failed or "",
         )
 
+    async def tools(self) -> list[DeclaredTool]:
+        return []  # no server runs, so no worker and no run is connected
+
     async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None:
         payload_json = jsontext.dump(payload, "the payload")
         await self._store.run(waits.send_event, execution_id, name, payload_json, idempotency_key)
@@ -388,6 +408,9 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
     if args.command == "unknown":
         nodes = await source.unknown()
         return report.items_as_json(nodes) if args.json else report.unknown(nodes, SystemClock().now_ms())
+    if args.command == "tools":
+        declared = await source.tools()
+        return report.items_as_json(declared) if args.json else report.tools(declared)
     if args.command == "cancel":
         await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"

@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.event_loop import LoopThread
+from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
 
@@ -49,6 +51,7 @@ SECOND_BEAT_AFTER = 0.5
 TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds is reported
 MAX_PROGRESS_AT_ONCE = 32  # one heartbeat has the progress of at most this many tasks
+MAX_TOOLS_AT_ONCE = 32  # one heartbeat declares at most this many tools
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
 
 
@@ -107,6 +110,8 @@ class Heartbeat:
         self._progress: dict[str, str] = {}
         """By task id, the progress that the server has not acknowledged yet, as JSON text."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
+        self._tools: list[DeclaredTool] = []
+        """Every tool that was declared. A list only grows at its end, so that a stream knows what it has sent."""
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
         self._is_urgent = False
@@ -147,6 +152,12 @@ class Heartbeat:
             if task_id in self._held:
                 self._progress[task_id] = progress_json
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
+
+    def declare(self, tools: Iterable[DeclaredTool]) -> None:
+        """Tell the server about tools, now and on each new stream."""
+        self._tools += tools
+        if self.connected_once:
+            _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
@@ -276,7 +287,7 @@ class Heartbeat:
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
         call.add_done_callback(lambda _: self._wake.set())
-        is_connected, timeout = False, FIRST_ACK_TIMEOUT
+        is_connected, timeout, told = False, FIRST_ACK_TIMEOUT, 0
         lease = float("inf")
         self._doubtful_until = time.monotonic()
         # Send the second heartbeat soon. The server may have handed out a task during the reconnection, with the short
@@ -295,11 +306,13 @@ class Heartbeat:
                     questions = len(self._questions)
                     held = sorted(self._held)
                     progress = dict(islice(self._progress.items(), MAX_PROGRESS_AT_ONCE))
+                tools = self._tools[told : told + MAX_TOOLS_AT_ONCE]
                 beat = pb.WorkerBeat(
                     worker_id=self._worker_id,
                     task_ids=held,
                     draining=self.draining,
                     progress=[pb.TaskProgress(task_id=one, progress_json=text) for one, text in progress.items()],
+                    tools=[pb.DeclaredTool(**asdict(one)) for one in tools],
                 )
                 ack = await self._exchange(call, beat, timeout)
                 if ack is None:
@@ -307,6 +320,9 @@ class Heartbeat:
                 lease = max(ack.lease_ms, MIN_LEASE_MS) / 1000
                 self._held_until = sent + ack.lease_ms / 2000
                 self._answer(loop, questions, frozenset(ack.lost_task_ids))
+                told += len(tools)
+                if told < len(self._tools):
+                    self._wake.set()
                 with self._lock:
                     for task_id, text in progress.items():
                         if self._progress.get(task_id) == text:

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -32,7 +32,7 @@ from nexum_engine.errors import (
     WorkflowNotFound,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.records import Task
+from nexum_engine.records import DeclaredTool, Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
@@ -94,6 +94,10 @@ class Owner:
     def is_holding(self) -> bool:
         """Whether it is certain that this owner still holds its tasks. If False, another owner may have taken over."""
         return self._heartbeat.is_holding
+
+    def declare(self, tools: Iterable[DeclaredTool]) -> None:
+        """Tell the server about tools of this process: `nexum tools` lists them while the owner is connected."""
+        self._heartbeat.declare(tools)
 
     async def start(
         self,

@@ -292,3 +292,18 @@ class UnknownNode:
     """When the attempt began."""
     heartbeat_ms: int
     """When the attempt's worker last sent a heartbeat that named the task; 0 if it sent none."""
+
+
+@dataclass(frozen=True)
+class DeclaredTool:
+    """A tool that a connected worker or owner has declared to the server, with its policy."""
+
+    name: str
+    signature: str
+    """How a model calls the tool. Empty if that isn't declared."""
+    policy_json: str
+    """The policy as a JSON object: the fields that differ from their defaults. Functions are given by name."""
+    session: str = ""
+    """The durable session to whose calls the policy applies. Empty for a worker's tool."""
+    senders: int = 0
+    """In a list: how many connected workers or owners have declared the tool in this way."""

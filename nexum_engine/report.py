@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 
 from nexum_engine.records import (
     Attempt,
+    DeclaredTool,
     Execution,
     ExecutionStatus,
     Node,
@@ -179,6 +180,25 @@ def unknown(nodes: Sequence[UnknownNode], now_ms: int) -> str:
     return "\n".join(lines)
 
 
+def tools(declared: Sequence[DeclaredTool]) -> str:
+    """Return some lines for each tool: how it is called, its policy, and how many workers or which session has it."""
+    if not declared:
+        return "no connected worker or run has declared a tool"
+    lines = []
+    for one in declared:
+        whose = f"session {one.session}" if one.session else f"{one.senders} worker(s)"
+        lines += [*tool(one), f"    declared by {_cut(whose, WIDTH - 16)}"]
+    return "\n".join(lines)
+
+
+def tool(declared: DeclaredTool) -> list[str]:
+    """Return two lines about a tool: how it is called, and its policy."""
+    policy = json.loads(declared.policy_json or "{}")
+    fields = policy.items() if isinstance(policy, dict) else ()
+    shown = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields)
+    return [printable(declared.signature or declared.name), f"    {printable(shown) or 'no policy'}"]
+
+
 def _ids(one: PendingApproval | UnknownNode) -> str:
     # Don't cut the two ids: a person passes them to `approve`, `reject` or `resolve`.
     return f"{printable(one.execution_id)} {printable(one.node_id)}"
@@ -210,8 +230,8 @@ def _whole(name: str, value: str) -> list[str]:
     return [f"    {_cut(name, 10):<10} {parts[0]}", *(f"{' ' * 15}{part}" for part in parts[1:])]
 
 
-def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
-    """Return the nodes that wait for a person as indented JSON."""
+def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode] | Sequence[DeclaredTool]) -> str:
+    """Return the nodes that wait for a person, or the tools, as indented JSON."""
     return json.dumps([asdict(one) for one in items], indent=2, ensure_ascii=True)
 
 

@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +38,7 @@ from nexum_engine.errors import (
     UnknownEffect,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.records import NodeType, Task
+from nexum_engine.records import DeclaredTool, NodeType, Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
@@ -134,7 +134,8 @@ class _Work:
 class Worker:
     """A worker. It runs tasks of its workflows until it is stopped, and then finishes the tasks that it holds.
 
-    `describe` returns a task's name for the log. The worker calls `after_report` after each acknowledged report, before
+    `tools` are the tools that the handlers run: `nexum tools` lists them while the worker is connected. `describe`
+    returns a task's name for the log. The worker calls `after_report` after each acknowledged report, before
     it takes the next task. `worker_id` must be unique; the default names host and process.
     """
 
@@ -143,6 +144,7 @@ class Worker:
         client: NexumClient,
         bindings: Sequence[Binding],
         *,
+        tools: Iterable[DeclaredTool] = (),
         concurrency: int = 4,
         worker_id: str | None = None,
         describe: Callable[[TaskContext], str] | None = None,
@@ -184,6 +186,7 @@ class Worker:
             on_lost=self._say_lost,
             on_blocked=self._say_blocked,
         )
+        self._heartbeat.declare(tools)
         self._was_connected = False
         self._is_refusal_logged = False
         """Whether the log says that the server refuses polls. Reset at each connection."""

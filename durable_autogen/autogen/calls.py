@@ -41,9 +41,10 @@ from durable_autogen.autogen.values import (
     written_value,
 )
 from durable_autogen.errors import CallFailed, CallRejected
+from durable_autogen.record.attempts import ToolError
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
 from durable_autogen.record.failures import end, in_a_task, ordinary
-from durable_autogen.record.guard import Guard, GuardedCall, ToolError
+from durable_autogen.record.guard import Guard, GuardedCall
 from durable_autogen.record.place import Place, current, recorded_call, started_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.approvals import noted_by
@@ -125,9 +126,10 @@ class Calls:
             if policy is None:
                 replied = await ask(messages)
             else:
-                turn = self._guard.turn(call, self._agent_state.conversation.model, policy)
-                waits_silently = policy.model_copy(update={"heartbeat": None})
-                replied = await self._guard.attempts(turn, str(call), waits_silently, lambda: ask(messages))
+                # No heartbeat can come from a reply that isn't streamed.
+                without_heartbeat = policy.model_copy(update={"heartbeat": None})
+                attempts = self._guard.attempts(call, self._agent_state.conversation.model, without_heartbeat)
+                replied = await attempts.make(str(call), lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -186,9 +188,9 @@ class Calls:
             if policy is None:
                 result = await attempt()
             else:
-                turn = self._guard.turn(call, self._agent_state.conversation.model, policy)
+                attempts = self._guard.attempts(call, self._agent_state.conversation.model, policy)
                 # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-                result = await self._guard.attempts(turn, str(call), policy, attempt, lambda: not stream.produced)
+                result = await attempts.make(str(call), attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             streamed = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
@@ -433,8 +435,7 @@ class Calls:
             if policy.is_once:
                 value = await guard.once(guarded, once, form)
             else:
-                turn = guard.turn(call, name, policy)
-                value = await guard.attempts(turn, name, policy, partial(once, shown), lambda: not streamed)
+                value = await guard.attempts(call, name, policy).make(name, partial(once, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)

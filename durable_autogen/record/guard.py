@@ -1,4 +1,4 @@
-"""Calls under a policy: approvals, effects that must happen only once, retries and time limits.
+"""Calls under a policy: approvals, and effects that must happen only once. Retries and limits are in attempts.py.
 
 A call without a policy makes no request to the server for any of these.
 """
@@ -9,15 +9,14 @@ import asyncio
 import contextlib
 import difflib
 import json
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import CallFailed, CallRejected
+from durable_autogen.record.attempts import Attempts, cause_of, is_unknown
 from durable_autogen.record.effects import (
     EFFECT,
     TOOL_EFFECT,
@@ -28,7 +27,6 @@ from durable_autogen.record.effects import (
     of_session,
 )
 from durable_autogen.record.events import PAGE, SERVER_PATIENCE, Call
-from durable_autogen.record.limited import Turn
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
@@ -44,8 +42,7 @@ from nexum_engine.approvals import (
     key_of,
 )
 from nexum_engine.client import Started
-from nexum_engine.deadline import Deadline
-from nexum_engine.errors import Conflict, FinalError, InvalidRequest, NexumError, UnknownEffect
+from nexum_engine.errors import Conflict, InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
@@ -68,18 +65,6 @@ _UNKNOWN: Any = object()
 Ask = Callable[[str], Awaitable[tuple[bool, str] | None]]
 """A function that asks the person at the terminal about a call. Its parameter is a text about the call. It returns
 whether the person approves the call, and a comment or reason. If the person doesn't decide, it returns None."""
-
-
-class ToolError(Exception):
-    """An error that a tool returned as its result. `value` is that result, and `__cause__` the exception, if known."""
-
-    def __init__(self, text: str, value: Any) -> None:
-        super().__init__(text)
-        self.value = value
-
-
-class TookTooLong(TimeoutError):
-    """An attempt exceeded a time limit of its policy: `timeout` or `heartbeat`."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +137,10 @@ class Guard:
         """Whether the session is a fork with results to reuse. None if that isn't known yet."""
         self._taking = asyncio.Lock()
         self._has_asked = False
+        self._declared: set[str] = set()
+        """The names of the tools with policies that the server knows of."""
+        for name, policy in policies.items():
+            self._declare(name, policy)
 
     # ---- Policies ----------------------------------------------------------------------------------------------------
 
@@ -161,7 +150,15 @@ class Guard:
         found = next((self._policies[name] for name in names if name in self._policies), own)
         if found is None:
             self._check_name(names[0])
+        else:
+            self._declare(names[0], found)
         return found
+
+    def _declare(self, name: str, policy: Policy) -> None:
+        """Let `nexum tools` list the tool, or the model clients, while the run is connected."""
+        if name not in self._declared:
+            self._declared.add(name)
+            self._journal.declare_tool(name, policy)
 
     def _check_name(self, tool: str) -> None:
         """Raise InvalidRequest if a tool without a policy has nearly the name of a policy that no tool is known for.
@@ -207,47 +204,9 @@ class Guard:
                 *(", ".join(unknown), ", ".join(sorted(self._known)) or "no tool"),
             )
 
-    # ---- Retries and time limits -------------------------------------------------------------------------------------
-
-    def turn(self, call: Call, name: str, policy: Policy) -> Turn:
-        """Return the place of a call of the tool or model `name` under the limits of its policy."""
-        return Turn(self._journal, call, name, policy)
-
-    async def attempts(
-        self,
-        turn: Turn,
-        name: str,
-        policy: Policy,
-        attempt: Callable[[], Awaitable[T]],
-        may_retry: Callable[[], bool] = lambda: True,
-    ) -> T:
-        """Make a call. If it fails, retry it as its policy says.
-
-        If an attempt exceeds a time limit of the policy, it fails with TookTooLong. During each attempt, the call holds
-        a place under the policy's rate and concurrency.
-        """
-        number = 0
-        while True:
-            number += 1
-            with self._servers_errors():
-                await turn.take()
-            try:
-                try:
-                    return await _in_time(policy, name, attempt)
-                finally:
-                    with self._servers_errors():
-                        await turn.free()
-            except Exception as error:
-                cause = _cause(error)
-                is_final = isinstance(cause, (FinalError, *policy.final)) or (policy.is_once and _is_unknown(cause))
-                delay_ms = None
-                if policy.retry is not None and not is_final and may_retry():
-                    delay_ms = policy.retry.delay_ms(number)
-                if delay_ms is None:
-                    raise
-                delay = max(delay_ms / 1000, retry_after(cause))
-                self._log.warning("%s failed (attempt %d), retrying in %.3g s: %s", name, number, delay, cause)
-                await asyncio.sleep(delay)
+    def attempts(self, call: Call, name: str, policy: Policy) -> Attempts:
+        """Return the attempts at a call of the tool or model `name`."""
+        return Attempts(self._recorder, call, name, policy)
 
     # ---- Approvals ---------------------------------------------------------------------------------------------------
 
@@ -271,7 +230,7 @@ class Guard:
                 waiting.callback(asking.cancel)
 
         self._has_asked = True
-        with waiting, self._servers_errors():
+        with waiting, self._recorder.servers_errors():
             # An earlier run may have filled in another default, such as a new id. What it has shown is what will run.
             if (earlier := await asked_before(self._client, asked, key)) is not None:
                 arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
@@ -323,26 +282,24 @@ class Guard:
         whether the call is made. If there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed
         if an earlier attempt has failed, and DriftError if an earlier run has begun another call in its place.
         """
-        turn = self.turn(guarded.call, guarded.tool, guarded.policy)
+        attempts = self.attempts(guarded.call, guarded.tool, guarded.policy)
         try:
             while True:
-                with self._servers_errors():
-                    # Take the place before the effect begins: if the run dies in this wait, there was no effect.
-                    await turn.take()
+                # Take the place before the effect begins: if the run dies in this wait, there was no effect.
+                await attempts.take()
+                with self._recorder.servers_errors():
                     guarded, started = await self._started(guarded)
                 if started.task is None:
-                    with self._servers_errors():
-                        await turn.free()
+                    await attempts.free()
                     ended = started.ended or await self._resolved(guarded, started.execution_id)
                     if ended is not None:
                         return _result(ended, guarded, form)
                     continue
                 make = partial(attempt, guarded.arguments)
-                if (value := await self._attempted(guarded, started.task, make, form, turn)) is not _UNKNOWN:
+                if (value := await self._attempted(guarded, started.task, make, form, attempts)) is not _UNKNOWN:
                     return value
         finally:
-            with self._servers_errors():
-                await turn.free()
+            await attempts.free()
 
     async def _started(self, guarded: GuardedCall) -> tuple[GuardedCall, Started]:
         """Begin an effect, take it over, or find its result. Return the call with the arguments that belong to it."""
@@ -377,27 +334,32 @@ class Guard:
         )
 
     async def _attempted(
-        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm, turn: Turn
+        self,
+        guarded: GuardedCall,
+        task: Task,
+        attempt: Callable[[], Awaitable[Any]],
+        form: ResultForm,
+        attempts: Attempts,
     ) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
         if not await self._journal.may_begin_effect(task):
             return _UNKNOWN
         try:
-            value = await self._performed(guarded, task, attempt, form, turn)
+            value = await self._performed(guarded, task, attempt, form, attempts)
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # a failed run ends, and the server notices
                 given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
-                with self._servers_errors():
+                with self._recorder.servers_errors():
                     await asyncio.shield(asyncio.ensure_future(given_up))
             raise
         except Exception as error:
-            cause = _cause(error)
-            with self._servers_errors():
-                await self._journal.fail_effect(task, str(cause) or type(cause).__name__, unknown=_is_unknown(cause))
-            if _is_unknown(cause):
+            cause = cause_of(error)
+            with self._recorder.servers_errors():
+                await self._journal.fail_effect(task, str(cause) or type(cause).__name__, unknown=is_unknown(cause))
+            if is_unknown(cause):
                 return _UNKNOWN
             raise
-        with self._servers_errors():
+        with self._recorder.servers_errors():
             try:
                 output = {TOOLS_OWN: form.write(value)}
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
@@ -407,15 +369,20 @@ class Guard:
         return value
 
     async def _performed(
-        self, guarded: GuardedCall, task: Task, attempt: Callable[[], Awaitable[Any]], form: ResultForm, turn: Turn
+        self,
+        guarded: GuardedCall,
+        task: Task,
+        attempt: Callable[[], Awaitable[Any]],
+        form: ResultForm,
+        attempts: Attempts,
     ) -> Any:
         policy = guarded.policy
         if task.must_reconcile and (value := await self._reconciled(guarded, form)) is not NOT_DONE:
             return value
         try:
-            return await self.attempts(turn, guarded.tool, policy, attempt)
+            return await attempts.make(guarded.tool, attempt)
         except Exception as error:
-            if policy.reconcile is None or not _is_unknown(_cause(error)):
+            if policy.reconcile is None or not is_unknown(cause_of(error)):
                 raise
             value = await self._reconciled(guarded, form)
             if value is NOT_DONE:
@@ -434,7 +401,7 @@ class Guard:
 
     async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
         """Wait until a person has said what happened; return the ended execution. If nothing happened, return None."""
-        with ExitStack() as waiting, self._servers_errors():
+        with ExitStack() as waiting, self._recorder.servers_errors():
             told = False
             while True:
                 observed = await self._client.get_execution(
@@ -464,7 +431,7 @@ class Guard:
         Each result is reused for one call only. Equal calls get the results in the order of the original calls.
         """
         client, session = self._client, self._journal.session
-        with self._servers_errors():
+        with self._recorder.servers_errors():
             async with self._taking:
                 if self._keeps_results is None:
                     self._keeps_results = bool(
@@ -493,29 +460,10 @@ class Guard:
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded, form)
 
-    @contextmanager
-    def _servers_errors(self) -> Iterator[None]:
-        """If a request to the server fails, end the run: the model must not receive the error as a tool result."""
-        try:
-            yield
-        except NexumError as error:
-            self._recorder.stop(error)
-            raise
-
 
 def _escaped(text: str) -> str:
     """Escape unprintable characters, such as marks that reverse a text's direction, as JSON does."""
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the exception that caused a ToolError, if known. Return any other error itself."""
-    return error.__cause__ if isinstance(error, ToolError) and error.__cause__ is not None else error
-
-
-def _is_unknown(cause: BaseException) -> bool:
-    """Return whether the effect may have happened although the attempt raised this error."""
-    return isinstance(cause, (UnknownEffect, TookTooLong))
 
 
 def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
@@ -531,43 +479,3 @@ def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
 def _failed(ended: Execution, guarded: GuardedCall) -> CallFailed:
     error = next((node.error for node in ended.nodes if node.error), ended.error)
     return CallFailed(f"{guarded.tool} has failed, and is not called again, because its effect is once: {error}")
-
-
-async def _in_time(policy: Policy, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
-    """Make an attempt. Raises TookTooLong if it exceeds the policy's `timeout` or `heartbeat`."""
-    deadline = Deadline(policy.timeout, policy.heartbeat)
-    if not deadline.is_limited:
-        return await attempt()
-    running = deadline.start(attempt)
-    try:
-        if await deadline.in_time(running):
-            return await running
-        late = TookTooLong(f"{name} {deadline.exceeded()}")
-        running.cancel()
-        await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
-        raise late
-    finally:
-        if not running.done():
-            running.cancel()
-            await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
-        if running.done() and not running.cancelled():
-            running.exception()  # mark the exception as retrieved, or asyncio logs it
-
-
-def retry_after(error: BaseException) -> float:
-    """Return how many seconds a service asks to wait before a retry: an attribute `retry_after`, or a header."""
-    asked = getattr(error, "retry_after", None)
-    if isinstance(asked, (int, float)):
-        return max(0.0, float(asked))
-    headers = getattr(getattr(error, "response", None), "headers", None)
-    if headers is None:
-        return 0.0
-    with contextlib.suppress(TypeError, ValueError):
-        if (milliseconds := headers.get("retry-after-ms")) is not None:
-            return max(0.0, float(milliseconds) / 1000)
-    text = headers.get("retry-after")
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(text))
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    return 0.0

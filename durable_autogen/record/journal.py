@@ -37,11 +37,13 @@ from durable_autogen.record.events import (
     scope_of,
 )
 from durable_autogen.record.log import LOG
+from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
-from nexum_engine.records import Execution, ExecutionStatus, Task
+from nexum_engine.policy import Policy
+from nexum_engine.records import DeclaredTool, Execution, ExecutionStatus, Task
 from nexum_engine.workflow import MAX_ID_LENGTH, Workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
@@ -267,6 +269,11 @@ class Journal:
             return await self._under_this_run(self._owner.start, workflow, input, idempotency_key=key)
         except IdempotencyConflict:
             return None
+
+    def declare_tool(self, name: str, policy: Policy) -> None:
+        """Tell the server about a tool of the session that has a policy."""
+        declared = jsontext.dump(policy.described(), "the policy")
+        self._owner.declare([DeclaredTool(name, "", declared, self.session)])
 
     async def may_begin_effect(self, task: Task) -> bool:
         """Return whether an effect still belongs to this run: no other run has taken it over, and it isn't lost."""

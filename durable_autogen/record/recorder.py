@@ -163,6 +163,15 @@ class Recorder:
         for running in self._calls:
             running.cancel()
 
+    @contextmanager
+    def servers_errors(self) -> Iterator[None]:
+        """If a request to the server fails, end the run: the model must not receive the error as a tool result."""
+        try:
+            yield
+        except NexumError as error:
+            self.stop(error)
+            raise
+
     def event_ahead(self, address: str) -> Event | None:
         """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
         return self._replay.event_ahead(address)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable
+from dataclasses import astuple, replace
 
 from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import InvalidRequest, StoreUnavailable
+from nexum_engine.records import DeclaredTool
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases, reading
@@ -23,6 +26,9 @@ second. So the grace delays only the tasks of workers that died with the server.
 SWEEP_RETRY_MS = 1000
 MAX_BEAT_TASKS = 4000
 """The number of tasks that one heartbeat may name."""
+MAX_TOOLS = 500  # of one worker or owner
+MAX_TOOL_BYTES = 2000
+MAX_LISTED_TOOLS = 1000
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +43,8 @@ class Liveness:
         self._clock = clock
         self._lease_ms = lease_ms
         self._streams: dict[str, object] = {}
+        self._tools: dict[str, list[DeclaredTool]] = {}
+        """The tools that each connected worker or owner has declared."""
         self._due_ms: int | None = None
         self._due_changed = asyncio.Event()
         self._swept_until_ms = clock.now_ms()
@@ -72,11 +80,13 @@ class Liveness:
                 if not worker_id:
                     worker_id = check_id(beat.worker_id, "worker_id")
                     self._streams[worker_id] = token
+                    self._tools[worker_id] = []
                     self._polls.worker_connected(worker_id)
                 if len(beat.task_ids) > MAX_BEAT_TASKS:
                     raise InvalidRequest(
                         f"the heartbeat names {len(beat.task_ids):,} tasks; the limit is {MAX_BEAT_TASKS:,}"
                     )
+                self._declare(worker_id, beat)
                 if beat.draining:
                     self._polls.drain(worker_id)
                 came_ms = self._clock.now_ms()
@@ -95,10 +105,23 @@ class Liveness:
         finally:
             # Do nothing if the worker has reconnected on a new stream: the worker keeps its tasks.
             if worker_id and self._streams.get(worker_id) is token:
-                del self._streams[worker_id]
+                del self._streams[worker_id], self._tools[worker_id]
                 self._polls.worker_disconnected(worker_id)
                 if not self._stopping.is_set():
                     self._disconnected(worker_id)
+
+    def _declare(self, worker_id: str, beat: pb.WorkerBeat) -> None:
+        """Keep the tools that a heartbeat declares. Ignore those above the limits: nothing depends on the list."""
+        for one in beat.tools:
+            tool = DeclaredTool(one.name, one.signature, one.policy_json, one.session)
+            if len(self._tools[worker_id]) < MAX_TOOLS and one.ByteSize() <= MAX_TOOL_BYTES:
+                self._tools[worker_id].append(tool)
+
+    def tools(self) -> list[DeclaredTool]:
+        """Return the tools that connected workers and owners have declared, by name. Count equal declarations."""
+        counted = Counter(tool for tools in self._tools.values() for tool in set(tools))
+        listed = sorted(counted, key=astuple)[:MAX_LISTED_TOOLS]
+        return [replace(tool, senders=counted[tool]) for tool in listed]
 
     async def _next_beat(self, incoming: AsyncIterator[pb.WorkerBeat]) -> pb.WorkerBeat | None:
         """Return the next heartbeat, or None when the stream has ended or the server stops."""

@@ -478,6 +478,10 @@ class NexumServicer(NexumServiceServicer):
         return pb.UnknownResponse(items=[pb.UnknownItem(**asdict(one)) for one in found])
 
     @_rpc
+    async def GetTools(self, request: pb.EmptyRequest, context: Context) -> pb.ToolsResponse:
+        return pb.ToolsResponse(tools=[pb.DeclaredTool(**asdict(one)) for one in self._liveness.tools()])
+
+    @_rpc
     async def ResolveNode(self, request: pb.ResolveRequest, context: Context) -> pb.AckResponse:
         decision = request.WhichOneof("decision")
         if decision is None or (decision == "not_done" and not request.not_done):

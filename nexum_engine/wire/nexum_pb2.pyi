@@ -1055,6 +1055,7 @@ class WorkerBeat(google.protobuf.message.Message):
     TASK_IDS_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
+    TOOLS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     draining: builtins.bool
     """True if the worker takes no more tasks: the server answers its waiting polls."""
@@ -1069,6 +1070,10 @@ class WorkerBeat(google.protobuf.message.Message):
     def progress(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TaskProgress]:
         """For each task that has sent progress since the previous heartbeat, the newest progress."""
 
+    @property
+    def tools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___DeclaredTool]:
+        """Tools that the sender runs, and has not declared on this stream before."""
+
     def __init__(
         self,
         *,
@@ -1076,10 +1081,60 @@ class WorkerBeat(google.protobuf.message.Message):
         task_ids: collections.abc.Iterable[builtins.str] | None = ...,
         draining: builtins.bool = ...,
         progress: collections.abc.Iterable[global___TaskProgress] | None = ...,
+        tools: collections.abc.Iterable[global___DeclaredTool] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["draining", b"draining", "progress", b"progress", "task_ids", b"task_ids", "worker_id", b"worker_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["draining", b"draining", "progress", b"progress", "task_ids", b"task_ids", "tools", b"tools", "worker_id", b"worker_id"]) -> None: ...
 
 global___WorkerBeat = WorkerBeat
+
+@typing.final
+class DeclaredTool(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    POLICY_JSON_FIELD_NUMBER: builtins.int
+    SESSION_FIELD_NUMBER: builtins.int
+    SENDERS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    signature: builtins.str
+    """How a model calls the tool. Empty if the sender doesn't say it."""
+    policy_json: builtins.str
+    """The tool's policy as a JSON object: the fields that differ from their defaults. Functions are given by name."""
+    session: builtins.str
+    """The durable session to whose calls the policy applies. Empty for a worker's tool."""
+    senders: builtins.int
+    """In a list: how many connected senders have declared the tool in this way."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        signature: builtins.str = ...,
+        policy_json: builtins.str = ...,
+        session: builtins.str = ...,
+        senders: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "policy_json", b"policy_json", "senders", b"senders", "session", b"session", "signature", b"signature"]) -> None: ...
+
+global___DeclaredTool = DeclaredTool
+
+@typing.final
+class ToolsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOOLS_FIELD_NUMBER: builtins.int
+    @property
+    def tools(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___DeclaredTool]:
+        """By name. Only the tools of the workers and owners that are connected to this server."""
+
+    def __init__(
+        self,
+        *,
+        tools: collections.abc.Iterable[global___DeclaredTool] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["tools", b"tools"]) -> None: ...
+
+global___ToolsResponse = ToolsResponse
 
 @typing.final
 class TaskProgress(google.protobuf.message.Message):

@@ -149,6 +149,11 @@ class NexumServiceStub(object):
                 request_serializer=nexum__pb2.ResolveRequest.SerializeToString,
                 response_deserializer=nexum__pb2.AckResponse.FromString,
                 _registered_method=True)
+        self.GetTools = channel.unary_unary(
+                '/nexum.NexumService/GetTools',
+                request_serializer=nexum__pb2.EmptyRequest.SerializeToString,
+                response_deserializer=nexum__pb2.ToolsResponse.FromString,
+                _registered_method=True)
 
 
 class NexumServiceServicer(object):
@@ -305,6 +310,13 @@ class NexumServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTools(self, request, context):
+        """Addition: list the tools that connected workers and owners have declared, with their policies.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NexumServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -422,6 +434,11 @@ def add_NexumServiceServicer_to_server(servicer, server):
                     servicer.ResolveNode,
                     request_deserializer=nexum__pb2.ResolveRequest.FromString,
                     response_serializer=nexum__pb2.AckResponse.SerializeToString,
+            ),
+            'GetTools': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTools,
+                    request_deserializer=nexum__pb2.EmptyRequest.FromString,
+                    response_serializer=nexum__pb2.ToolsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1045,6 +1062,33 @@ class NexumService(object):
             '/nexum.NexumService/ResolveNode',
             nexum__pb2.ResolveRequest.SerializeToString,
             nexum__pb2.AckResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTools(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nexum.NexumService/GetTools',
+            nexum__pb2.EmptyRequest.SerializeToString,
+            nexum__pb2.ToolsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -157,6 +157,12 @@ class NexumServiceStub:
     ]
     """Addition: decide about a node whose effect is UNKNOWN."""
 
+    GetTools: grpc.UnaryUnaryMultiCallable[
+        nexum_pb2.EmptyRequest,
+        nexum_pb2.ToolsResponse,
+    ]
+    """Addition: list the tools that connected workers and owners have declared, with their policies."""
+
 class NexumServiceAsyncStub:
     RegisterWorkflow: grpc.aio.UnaryUnaryMultiCallable[
         nexum_pb2.WorkflowIR,
@@ -287,6 +293,12 @@ class NexumServiceAsyncStub:
         nexum_pb2.AckResponse,
     ]
     """Addition: decide about a node whose effect is UNKNOWN."""
+
+    GetTools: grpc.aio.UnaryUnaryMultiCallable[
+        nexum_pb2.EmptyRequest,
+        nexum_pb2.ToolsResponse,
+    ]
+    """Addition: list the tools that connected workers and owners have declared, with their policies."""
 
 class NexumServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -464,5 +476,13 @@ class NexumServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[nexum_pb2.AckResponse, collections.abc.Awaitable[nexum_pb2.AckResponse]]:
         """Addition: decide about a node whose effect is UNKNOWN."""
+
+    @abc.abstractmethod
+    def GetTools(
+        self,
+        request: nexum_pb2.EmptyRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[nexum_pb2.ToolsResponse, collections.abc.Awaitable[nexum_pb2.ToolsResponse]]:
+        """Addition: list the tools that connected workers and owners have declared, with their policies."""
 
 def add_NexumServiceServicer_to_server(servicer: NexumServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from nexum_engine.deadline import Deadline
 from nexum_engine.errors import FinalError, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy, Reconcile
+from nexum_engine.records import DeclaredTool
 from nexum_engine.workflow import Rate, RetryPolicy
 from support.tools.arguments import validate_leniently
 from support.tools.clean_text import shortened
@@ -102,6 +103,13 @@ class Tool:
         """The time limit and the policy, as the tool's declaration gives them."""
         given = {"time_limit": f"{self.time_limit:g}", **self.policy.described()}
         return ", ".join(f"{name}={value}" for name, value in given.items())
+
+    @property
+    def declared(self) -> DeclaredTool:
+        """The tool as `nexum tools` lists it."""
+        return DeclaredTool(
+            self.name, self.signature, json.dumps({"time_limit": self.time_limit, **self.policy.described()})
+        )
 
     def validate(self, arguments: object) -> dict[str, Any]:
         """Return the checked arguments of a call. Raises FinalError with one message that the model can act on."""

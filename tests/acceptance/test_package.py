@@ -219,6 +219,10 @@ def test_nexum_command_shows_its_help_and_version(commands: Path, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nexum_command_has_the_commands_that_packages_add(commands: Path, tmp_path: Path) -> None:
+    assert call(commands / "nexum", "budget", "--help", cwd=tmp_path).startswith("usage: python -m durable_autogen bud")
+
+
 def test_program_in_an_empty_folder_runs_durably_on_a_server_of_the_nexum_command(
     commands: Path, tmp_path: Path
 ) -> None:

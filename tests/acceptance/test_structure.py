@@ -108,7 +108,7 @@ ENGINE = {
     "channel": ("in_process", "wire", "security"),
     "connection": ("channel", "wire", "security", "location", "errors"),
     "client": ("published", "connection", "channel", "wire", "security", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "security", "errors", "clock"),
+    "heartbeat": ("event_loop", "client", "connection", "channel", "wire", "security", "errors", "clock", "records"),
     "approvals": ("client", "connection", "policy", "workflow", "jsontext", "records", "errors"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),

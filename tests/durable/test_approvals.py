@@ -31,6 +31,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict, InvalidRequest
 from nexum_engine.policy import call_digest
+from nexum_engine.records import DeclaredTool
 from nexum_engine.workflow import RetryPolicy
 
 PROGRAM = """
@@ -513,6 +514,31 @@ async def test_policy_of_the_session_replaces_the_tools_own(server: ServerThread
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         result = await run(server, shop.clerk(model), policies={"charge": Policy()})
         assert result.messages[-1].to_text() == "charged c-1 5"
+
+
+async def tools_of(client: NexumClient, count: int) -> list[DeclaredTool]:
+    """Ask until the server lists so many tools. The test's time limit ends a wait for nothing."""
+    while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - the server sets no event
+        await asyncio.sleep(0.02)
+    return tools
+
+
+async def test_server_lists_the_policies_of_a_run(server: ServerThread) -> None:
+    async def look() -> str:
+        """Look."""
+        return "seen"
+
+    policies = {"charge": Policy(approval="always", effect="once"), "model": Policy(timeout=9)}
+    async with NexumClient(server.address) as client:
+        async with DurableSession("s", nexum=server.address, policies=policies):
+            assert await durable_tool(look, rate="9/s").run_json({}, CancellationToken()) == "seen"
+            tools = await tools_of(client, 3)
+        await tools_of(client, 0)  # the run has ended
+    assert [(one.name, json.loads(one.policy_json), one.session) for one in tools] == [
+        ("charge", {"approval": "always", "effect": "once"}, "s"),
+        ("look", {"rate": "9/s"}, "s"),
+        ("model", {"timeout": 9.0}, "s"),
+    ]
 
 
 async def test_policies_of_unknown_tools_are_told_once(server: ServerThread) -> None:

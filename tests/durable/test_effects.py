@@ -33,7 +33,7 @@ from durable_autogen import (
     fork_session,
 )
 from durable_autogen.errors import NotDurable
-from durable_autogen.record.guard import TookTooLong, retry_after
+from durable_autogen.record.attempts import TookTooLong, retry_after
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
 from nexum_engine.workflow import RetryPolicy, workflow

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from server_thread import ServerThread
 
 from durable_autogen import DurableSession, Parked, Policy, durable_tool, heartbeat
-from durable_autogen.record.guard import TookTooLong
+from durable_autogen.record.attempts import TookTooLong
 from nexum_engine.workflow import RetryPolicy
 
 LIMIT = 1.0  # seconds; the busy ones need longer than this, and show progress much more often

@@ -34,7 +34,7 @@ def test_published_rpcs_keep_their_names() -> None:
     ours = {method.name: (method.input_type.name, method.output_type.name) for method in service.methods}
     assert {name: ours.get(name) for name in PUBLISHED_RPCS} == PUBLISHED_RPCS
     added = {"GetExecution", "WorkerStream", "GetServerInfo", "Calls", "GetOutput", "RetryExecution", "SendEvent"}
-    assert set(ours) - set(PUBLISHED_RPCS) == added | {"Prune", "Backup", "GetUnknown", "ResolveNode"}
+    assert set(ours) - set(PUBLISHED_RPCS) == added | {"Prune", "Backup", "GetUnknown", "ResolveNode", "GetTools"}
 
 
 def test_generated_code_matches_the_contract(tmp_path: Path) -> None:

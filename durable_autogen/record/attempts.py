@@ -1,0 +1,187 @@
+"""The attempts at a call under a policy: their retries, their time limits, and the limits that all processes share.
+
+The server enforces `rate` and `concurrency`. Before an attempt, the call takes a place: it owns an execution of the
+workflow `limited-call:NAME`, whose only node has the limits of the policy. After the attempt, the call completes that
+execution. So all processes that use the server share the limits. If a process dies, its places become free when the
+server notices the death.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import Awaitable, Callable
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from durable_autogen.record.events import Call
+from durable_autogen.record.recorder import Recorder
+from nexum_engine.deadline import Deadline
+from nexum_engine.errors import FinalError, UnknownEffect
+from nexum_engine.policy import Policy
+from nexum_engine.records import Task
+from nexum_engine.workflow import Workflow, workflow
+
+T = TypeVar("T")
+
+SAY_AFTER = 1.0  # seconds; if a call waits longer, a log line says so
+MAX_SCOPE = 100  # characters; in a key, a longer scope is replaced by its hash
+CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
+
+
+class LimitedCall(BaseModel):
+    """The input of the execution that holds a call's place."""
+
+    model_config = ConfigDict(frozen=True)
+
+    session: str
+    agent: str
+    call: str
+    """The part of the call's id that names the call in its session."""
+
+
+def limited_call(name: str, policy: Policy) -> Workflow:
+    """Return the workflow under whose limits the calls of a tool or model are made."""
+    return (
+        workflow(f"limited-call:{name}", input=LimitedCall)
+        .compute("call", rate=policy.rate, concurrency=policy.concurrency)
+        .build()
+    )
+
+
+class ToolError(Exception):
+    """An error that a tool returned as its result. `value` is that result, and `__cause__` the exception, if known."""
+
+    def __init__(self, text: str, value: Any) -> None:
+        super().__init__(text)
+        self.value = value
+
+
+class TookTooLong(TimeoutError):
+    """An attempt exceeded a time limit of its policy: `timeout` or `heartbeat`."""
+
+
+class Attempts:
+    """The attempts at one call of a tool or a model, as `policy` wants them. `name` is the tool's or model's name.
+
+    Without limits in the policy, `take` and `free` do nothing. If a request to the server fails, the run ends.
+    """
+
+    def __init__(self, recorder: Recorder, call: Call, name: str, policy: Policy) -> None:
+        self._recorder = recorder
+        self._journal = recorder.journal
+        self._call = call
+        self._name = name
+        self._policy = policy
+        self._task: Task | None = None
+
+    async def make(
+        self, what: str, attempt: Callable[[], Awaitable[T]], may_retry: Callable[[], bool] = lambda: True
+    ) -> T:
+        """Make the call, and retry it as the policy says. `what` names the call in the log and in errors.
+
+        If an attempt exceeds a time limit of the policy, it fails with TookTooLong. During each attempt, the call holds
+        a place under the policy's rate and concurrency.
+        """
+        policy, number = self._policy, 0
+        while True:
+            number += 1
+            await self.take()
+            try:
+                try:
+                    return await _in_time(policy, what, attempt)
+                finally:
+                    await self.free()
+            except Exception as error:
+                cause = cause_of(error)
+                is_final = isinstance(cause, (FinalError, *policy.final)) or (policy.is_once and is_unknown(cause))
+                delay_ms = None
+                if policy.retry is not None and not is_final and may_retry():
+                    delay_ms = policy.retry.delay_ms(number)
+                if delay_ms is None:
+                    raise
+                delay = max(delay_ms / 1000, retry_after(cause))
+                self._journal.log.warning("%s failed (attempt %d), retrying in %.3g s: %s", what, number, delay, cause)
+                await asyncio.sleep(delay)
+
+    async def take(self) -> None:
+        """Unless the call has its place already, wait until the limits allow the call, and take the place."""
+        if not self._policy.is_limited or self._task is not None:
+            return
+        journal, scope = self._journal, self._journal.scope_of(self._call.address)
+        input = LimitedCall(session=journal.session, agent=self._call.agent, call=scope)
+        if len(scope) > MAX_SCOPE:
+            scope = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).hexdigest()
+        key = f"{journal.session}:limited/{scope}"
+        saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)
+        try:
+            with self._recorder.servers_errors():
+                self._task = await journal.take_place(limited_call(self._name, self._policy), input, key)
+        finally:
+            saying.cancel()
+
+    def _say_waiting(self) -> None:
+        limits = {"rate": self._policy.rate, "concurrency": self._policy.concurrency}
+        told = " and ".join(f"{name} of {limit}" for name, limit in limits.items() if limit is not None)
+        self._journal.log.info("%s waits, because of its %s", self._call, told)
+
+    async def free(self) -> None:
+        """Free the place for another call."""
+        task, self._task = self._task, None
+        if task is not None:
+            with self._recorder.servers_errors():
+                await self._journal.free_place(task)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the exception that caused a ToolError, if known. Return any other error itself."""
+    return error.__cause__ if isinstance(error, ToolError) and error.__cause__ is not None else error
+
+
+def is_unknown(cause: BaseException) -> bool:
+    """Return whether the effect may have happened although the attempt raised this error."""
+    return isinstance(cause, (UnknownEffect, TookTooLong))
+
+
+async def _in_time(policy: Policy, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Make an attempt. Raises TookTooLong if it exceeds the policy's `timeout` or `heartbeat`."""
+    deadline = Deadline(policy.timeout, policy.heartbeat)
+    if not deadline.is_limited:
+        return await attempt()
+    running = deadline.start(attempt)
+    try:
+        if await deadline.in_time(running):
+            return await running
+        late = TookTooLong(f"{name} {deadline.exceeded()}")
+        running.cancel()
+        await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
+        raise late
+    finally:
+        if not running.done():
+            running.cancel()
+            await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
+        if running.done() and not running.cancelled():
+            running.exception()  # mark the exception as retrieved, or asyncio logs it
+
+
+def retry_after(error: BaseException) -> float:
+    """Return how many seconds a service asks to wait before a retry: an attribute `retry_after`, or a header."""
+    asked = getattr(error, "retry_after", None)
+    if isinstance(asked, (int, float)):
+        return max(0.0, float(asked))
+    headers = getattr(getattr(error, "response", None), "headers", None)
+    if headers is None:
+        return 0.0
+    with contextlib.suppress(TypeError, ValueError):
+        if (milliseconds := headers.get("retry-after-ms")) is not None:
+            return max(0.0, float(milliseconds) / 1000)
+    text = headers.get("retry-after")
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, float(text))
+    with contextlib.suppress(TypeError, ValueError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    return 0.0
