@@ -21,6 +21,7 @@ from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind, representable
 from durable_autogen.record.failures import end
+from durable_autogen.record.place import closing
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
@@ -113,8 +114,9 @@ async def run_durable_stream(
         approve=approve,
     )
     run = _Run(session, team, task, cancellation_token, output_task_messages)
-    async for item in run.items():
-        yield item
+    async with closing(run.items()) as items:
+        async for item in items:
+            yield item
 
 
 @dataclass

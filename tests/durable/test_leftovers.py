@@ -19,7 +19,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from durable_agents import QUESTION, Scripted, new_session
 from harness import Server
 
-from durable_autogen import DriftError, DurableSession, Policy
+from durable_autogen import DriftError, DurableSession, Policy, run_durable_stream
 from nexum_engine.errors import InvalidRequest
 
 
@@ -105,3 +105,17 @@ async def test_error_of_unrecorded_input_is_not_reported_as_unread(shared_server
         gc.collect()
         await asyncio.sleep(0)
     assert not found
+
+
+async def test_closed_stream_of_run_has_released_its_session(shared_server: Server) -> None:
+    session_id, model = new_session(), Scripted([])
+    stream = run_durable_stream(
+        lambda: RoundRobinGroupChat([AssistantAgent("writer", model)], max_turns=3),
+        task="Q",
+        session_id=session_id,
+        nexum=shared_server.address,
+    )
+    before = asyncio.all_tasks()
+    await stream.__anext__()
+    await stream.aclose()
+    assert asyncio.all_tasks() == before
