@@ -199,15 +199,16 @@ class Calls:
             return [representable(piece) for piece in stream.passed_on]
 
         def replayed(content: Content) -> None:
+            pieces: list[str] = []
             if isinstance(content, Returned):
                 self._log_replayed(call)  # log this line before the program prints the reply's pieces
-                held[:] = pieces_again(content.streamed, reply_again(content.value))
+                pieces = pieces_again(content.streamed, reply_again(content.value))
+                held.extend(pieces[-1:])
+                del pieces[-1:]
             elif isinstance(content, (Raised, GivenUp)):
-                held[:] = content.streamed
-            last = held[-1:] if isinstance(content, Returned) else []
-            for piece in held[: len(held) - len(last)]:
+                pieces = content.streamed
+            for piece in pieces:
                 stream.items.put_nowait(piece)
-            held[:] = last
 
         token = options.get("cancellation_token")
         running = asyncio.ensure_future(

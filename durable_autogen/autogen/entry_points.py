@@ -36,6 +36,7 @@ from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary
 from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
+from durable_autogen.record.while_open import while_open
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
@@ -304,7 +305,7 @@ async def _send(self: Any, made: _Made) -> Any:
         message = made.given(0, "message")
         _sent[id(message)] = (message, place)
         while len(_sent) > MAX_SENT:
-            _sent.pop(next(iter(_sent)))
+            _sent.pop(next(iter(_sent)), None)  # another thread may have dropped it
     return await made()
 
 
@@ -364,7 +365,6 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
 """The recorded methods of each base class. They are wrapped in every subclass that defines them."""
 
 _lock = threading.RLock()
-_open_sessions = 0
 _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 """The original and the wrapper of each wrapped method, by class and method name."""
 
@@ -372,13 +372,6 @@ _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 @contextmanager
 def entry_points(session: Session) -> Iterator[None]:
     """Record calls of AutoGen's methods inside a `with` block. The blocks of several sessions may overlap."""
-    global _open_sessions
-    with _lock:
-        _open_sessions += 1
-        for base, methods in ENTRY_POINTS:
-            if _open_sessions == 1:  # one wrapping serves all sessions; `_watch_subclasses` adds later classes
-                _watch_subclasses(base, methods)
-                _wrap_all(base, methods)
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
@@ -388,21 +381,26 @@ def entry_points(session: Session) -> Iterator[None]:
 
     log.addFilter(is_news)
     try:
-        yield
+        with _wrapped_classes():
+            yield
     finally:
         log.removeFilter(is_news)
-        with _lock:
-            _open_sessions -= 1
-            if _open_sessions == 0:
-                _restore()
         for key in [key for key, (_, place) in list(_sent.items()) if place.session is session]:
             _sent.pop(key, None)
 
 
-def _wrap_all(base: type, methods: Methods) -> None:
-    for kind in reversed(_with_subclasses(base)):
-        for name, wrapper in methods.items():
-            _wrap(base, kind, name, wrapper)
+@while_open
+def _wrapped_classes() -> Iterator[None]:
+    with _lock:
+        for base, methods in ENTRY_POINTS:
+            _watch_subclasses(base, methods)
+            for kind in reversed(_with_subclasses(base)):
+                for name, wrapper in methods.items():
+                    _wrap(base, kind, name, wrapper)
+    try:
+        yield
+    finally:
+        _restore()
 
 
 def _with_subclasses(kind: type) -> list[type]:
@@ -476,7 +474,7 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
         before: Any = own.__get__(None, cls) if own is not None else above.__init_subclass__
         before(**kwargs)
         with _lock:
-            if _open_sessions:
+            if _wrapped:  # else the last session has just ended
                 for name, wrapper in methods.items():
                     _wrap(base, cls, name, wrapper)
 
@@ -486,11 +484,12 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
 
 
 def _restore() -> None:
-    for (kind, name), (original, wrapped) in _wrapped.items():
-        if wrapped is not None and kind.__dict__.get(name) is not wrapped:
-            continue  # the program has replaced the wrapper: leave the replacement
-        if original is None:
-            delattr(kind, name)
-        else:
-            setattr(kind, name, original)
-    _wrapped.clear()
+    with _lock:
+        for (kind, name), (original, wrapped) in _wrapped.items():
+            if wrapped is not None and kind.__dict__.get(name) is not wrapped:
+                continue  # the program has replaced the wrapper: leave the replacement
+            if original is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, original)
+        _wrapped.clear()

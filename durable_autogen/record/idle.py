@@ -17,11 +17,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from durable_autogen.record.place import OpenSession, at, current
+from durable_autogen.record.while_open import while_open
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
@@ -145,36 +145,28 @@ async def idle(session: OpenSession) -> None:
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
-_open_sessions = 0
 _original_submit = ThreadPoolExecutor.submit
 _original_start = threading.Thread.start
 
 
-@contextmanager
+@while_open
 def watched_threads() -> Iterator[None]:
-    """Count the work that sessions give to threads, for the length of a `with`.
+    """Count the work that sessions give to threads.
 
     `ThreadPoolExecutor.submit` and `Thread.start` are wrapped, so that a thread knows its session. The program
     keeps using its own executors.
     """
-    global _open_sessions, _original_submit, _original_start
-    with _lock:
-        _open_sessions += 1
-        if _open_sessions == 1:
-            _original_submit, _original_start = ThreadPoolExecutor.submit, threading.Thread.start
-            start: Any = functools.wraps(_original_start)(_start)
-            threading.Thread.start = start  # type: ignore[method-assign]
-            submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
-            ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
+    global _original_submit, _original_start
+    _original_submit, _original_start = ThreadPoolExecutor.submit, threading.Thread.start
+    start: Any = functools.wraps(_original_start)(_start)
+    threading.Thread.start = start  # type: ignore[method-assign]
+    submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
+    ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
     try:
         yield
     finally:
-        with _lock:
-            _open_sessions -= 1
-            if _open_sessions == 0:
-                ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
-                threading.Thread.start = _original_start  # type: ignore[method-assign]
+        ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
+        threading.Thread.start = _original_start  # type: ignore[method-assign]
 
 
 def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

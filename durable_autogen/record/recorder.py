@@ -516,8 +516,7 @@ class Recorder:
             return None
         was, now = event.request.get("prompt"), call.request["prompt"]
         if was != now and not event.accepted:
-            if self.on_drift == "stop":
-                raise DriftError(self._drifted(f"{event} asked {was!r}, now it asks {now!r}"))
+            self.differs(f"{event} asked {was!r}, now it asks {now!r}")
             return None
         self.replayed["inputs"] += 1
         self.journal.log.info("%s: replayed from the record ✓", event)
@@ -584,17 +583,14 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
-    def _drifted(self, what: str) -> str:
-        return (
-            f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "
-            "recorded program, use a new session, or continue live from here with on_drift='continue' "
-            "(--on-drift continue)"
-        )
-
     def differs(self, what: str) -> None:
         """Say that the program differs from the recorded one. Raises DriftError unless such a program continues."""
         if self.on_drift == "stop":
-            raise DriftError(self._drifted(what))
+            raise DriftError(
+                f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "
+                "recorded program, use a new session, or continue live from here with on_drift='continue' "
+                "(--on-drift continue)"
+            )
         self.journal.log.warning("%s", what)
 
     async def drift(self, after: int, what: str) -> None:
