@@ -72,6 +72,7 @@ class Journal:
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
         )
         self._run: Task | None = None
+        self._moving = asyncio.Lock()
         self.next_seq = 1
         """The number of the next event."""
         self._summary = Summary()
@@ -206,12 +207,13 @@ class Journal:
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         while True:
+            run = self._run
             try:
-                return await send(*args, **options, holding=self._run)
+                return await send(*args, **options, holding=run)
             except IdempotencyConflict:
                 raise
             except Conflict as conflict:
-                if await self._move_if_replaced():
+                if await self._move_if_replaced(run):
                     continue
                 if loop.time() >= give_up:
                     raise self._busy(f"another process has taken over: {conflict}") from conflict
@@ -234,8 +236,16 @@ class Journal:
             return key
         return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
 
-    async def _move_if_replaced(self) -> bool:
-        """Record all events again if the server's database was replaced; return whether the database was replaced."""
+    async def _move_if_replaced(self, run: Task | None) -> bool:
+        """Record all events again if the server's database was replaced; return whether the database was replaced.
+
+        `run` is the task of this process's run when the server refused a request. Several requests may be refused at
+        the same time: only the first of them records the events again.
+        """
+        async with self._moving:
+            return self._run is not run or await self._moved()
+
+    async def _moved(self) -> bool:
         if self._run is None:
             return False
         try:
@@ -247,15 +257,16 @@ class Journal:
             )
         self._open.clear()
         self._inherited.clear()
-        self._run, _ = await self._take_session(await self._runs())
+        run, _ = await self._take_session(await self._runs())
         if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
                 f"the server was replaced, and the new server has recorded other events in session {self.session}. "
                 "Use another session"
             )
         for event in self.events:
-            input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)
+            input = self._input(event)
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
+        self._run = run  # only now: until then, other requests are refused and wait
         return True
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
@@ -396,14 +407,14 @@ class Journal:
         self._unrecorded = []
         event = event.model_copy(update={"summary": self._summary.plus(event)})
         input = self._input(call)
-        task = task or self._inherited.pop(self._key(input), None)
+        task, run = task or self._inherited.pop(self._key(input), None), self._run
         try:
             if task is not None:
                 with self._held(str(event)):
                     await self._owner.complete(task, event)
                 self._open.pop(task.task_id, None)
         except TaskNotFound:
-            await self._move_if_replaced()
+            await self._move_if_replaced(run)
             task = None
         if task is None:
             key = self._key(input)
@@ -411,7 +422,7 @@ class Journal:
         self._append(event)
         return event
 
-    def _input(self, call: Call) -> EventInput:
+    def _input(self, call: Call | Event) -> EventInput:
         return EventInput(
             session=self.session, agent=call.agent, position=call.position, kind=call.kind, tool=call.tool
         )
@@ -474,7 +485,7 @@ class Journal:
                     try:
                         await self._owner.complete(self._run, summary)
                     except TaskNotFound:
-                        await self._move_if_replaced()
+                        await self._move_if_replaced(self._run)
                         await self._owner.complete(self._run, summary)
             finally:
                 self._run = None
