@@ -16,8 +16,8 @@
     python -m nexum_engine check FILE             check a database or a backup for damage
     python -m nexum_engine restore FILE           replace the database by a backup, and keep the former one
 
-If the package is installed, `nexum` is the same command. It then also has `nexum budget SESSION`, which is the command
-`budget` of durable_autogen. A package adds such a command by an entry point of the group `nexum.commands`.
+After an installation with pip, `nexum` stands for `python -m nexum_engine`. Any installed package can add a command to
+it, by an entry point of the group `nexum.commands`: durable_autogen adds `nexum budget SESSION`.
 
 The commands ask the server that has this folder's database open, else the server on the default port. If neither
 answers, they open the database themselves, so they also work without a server. With --database-url, they open that
@@ -164,7 +164,7 @@ def _add_database(parser: argparse.ArgumentParser, default: str | None) -> None:
 
 
 def _added(command: str) -> Callable[[list[str]], int] | None:
-    """Return the function of a command that an installed package adds (entry points `nexum.commands`), or None."""
+    """Return the function that runs `command`, if an installed package adds this command. Otherwise, return None."""
     from importlib.metadata import entry_points  # slow, and rarely needed
 
     found = next(iter(entry_points(group="nexum.commands", name=command)), None)
@@ -173,8 +173,8 @@ def _added(command: str) -> Callable[[list[str]], int] | None:
 
 async def serve(args: argparse.Namespace) -> None:
     """Run the server until it is stopped."""
-    # Make threads take shorter turns than Python's 5 ms, because each call switches several times between the event
-    # loop and the store's thread.
+    # Let the threads take shorter turns than Python's default of 5 ms: each call switches several times between the
+    # thread of the event loop and the thread of the store.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import Limits, ServerTls, Tokens, run_server
     from nexum_engine.signals import stop_event
@@ -185,8 +185,8 @@ async def serve(args: argparse.Namespace) -> None:
 
     def on_ready(address: str, database: str) -> None:
         say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
-        # A full garbage collection stops the event loop for about 1 ms for each 2,500 objects. Exclude the 60,000
-        # objects of the imports.
+        # Exclude the 60,000 objects of the imports from garbage collection. A full collection stops the event loop for
+        # about 1 ms for each 2,500 objects.
         gc.collect()
         gc.freeze()
 

@@ -33,16 +33,19 @@ PATIENCE = 300.0  # seconds to wait for a server that does not answer
 
 
 noted_by: ContextVar[Callable[[str], AbstractContextManager[None]] | None] = ContextVar("noted_by", default=None)
-"""How the program around the current call notes its waits for a person, for the length of a `with`. See
-`waiting_for_a_person`."""
+"""The function of the surrounding program that is told about waits for a person, or None.
+
+`waiting_for_a_person` calls it with a line about the wait. The function returns a context manager, which is open for as
+long as the wait takes.
+"""
 
 
 @contextmanager
 def waiting_for_a_person(line: str, tell: Callable[[str], object]) -> Iterator[None]:
-    """For the length of a `with`, wait for a person. `line` says what for, and how to decide.
+    """Announce that the body of a `with` waits for a person. `line` says what the person decides, and how.
 
-    The program around the call gets the line: a durable run logs it, and may park. If there is no such program, `tell`
-    gets the line.
+    In a durable run, the function in `noted_by` gets the line: the run logs it, and may park, which means that the run
+    ends and is continued after the decision. Outside of a durable run, `tell` gets the line.
     """
     note = noted_by.get()
     if note is None:
@@ -80,7 +83,11 @@ class Approval(BaseModel):
 
 
 def key_of(session: str, purpose: str, scope: str, digest: str = "") -> str:
-    """Return the idempotency key of an execution that belongs to one call of a session."""
+    """Return the idempotency key of an execution that belongs to one call of a session.
+
+    `purpose` says what the execution is for, and `scope` names the call. A key that is too long or has characters that
+    can't be printed is replaced by its hash.
+    """
     key = f"{session}:{purpose}/{scope}{digest and f'/{digest}'}"
     if len(key) <= MAX_ID_LENGTH and key.isprintable():
         return key
@@ -150,7 +157,7 @@ async def decided(
 
 async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:
     """Return the id of the question's execution. Start the execution, unless the question was asked before."""
-    # Look first: a rejected question is a FAILED execution, and starting its key would ask again.
+    # Look for the question first. A rejected question is a FAILED execution, and a start with its key would ask again.
     found = await asked_before(client, asked, key)
     if found is not None:
         if not _is_same(type(question), found.input_json, question):
@@ -168,7 +175,10 @@ async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: st
 
 
 async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execution | None:
-    """Return the execution of the question that was asked under a key. Return None if there is none."""
+    """Return the execution of the question that was asked under `key`.
+
+    Return None if no question was asked, or if the newest one was withdrawn (CANCELLED).
+    """
     newest = await client.list_executions(
         workflow_id=asked.workflow_id, key_prefix=key, limit=1, with_nodes=True, patience=PATIENCE
     )

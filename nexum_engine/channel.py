@@ -55,10 +55,10 @@ class Channel:
 
     @property
     def stub(self) -> NexumServiceAsyncStub:
-        """The stub of the running event loop's channel. It sends the metadata with every call."""
+        """The stub of the running event loop's channel. The stub sends the metadata with every call."""
         loop = asyncio.get_running_loop()
         server, opened = server_at(self.target), self._by_loop.get(loop)
-        # A server of this process may have ended, or begun to listen, since the channel was opened.
+        # Open another channel if a server of this process has ended, or begun to listen, since this one was opened.
         if opened is None or opened[0] is not server:
             closed = [known for known in list(self._by_loop) if known.is_closed()]
             loops = [ref(known) for known in closed]

@@ -70,7 +70,7 @@ class Started:
 
     execution_id: str
     existing: bool
-    """Whether the idempotency key named this execution before the call."""
+    """Whether an earlier call started this execution, with the same idempotency key."""
     status: ExecutionStatus
     ended: Execution | None
     """The execution, if it ended within `wait` seconds."""
@@ -100,7 +100,8 @@ class Pruned:
     kept: int
     """How many old executions are kept.
 
-    An old execution is kept if it still runs, or if another execution of its session still runs or ended too recently.
+    An old execution is kept while it runs. It is also kept while another execution of its session runs, or if that one
+    ended less than the requested time ago.
     """
     after: int | None
     """The value to pass to the next call of `prune`; None if this was the last part."""
@@ -164,14 +165,15 @@ class NexumClient:
         return self._connection.has_choice
 
     def route(self) -> Route:
-        """Return what a channel to the present server needs.
+        """Return the address, metadata and security settings of the present server.
 
-        Another thread can use it for a connection of its own. Call `reach` once before. Raises ServerUnavailable.
+        With this route, another thread can open its own connection. Call `reach` once before `route`. Raises
+        ServerUnavailable.
         """
         return self._connection.route()
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
-        """Return the server's database and kind; None for a published server, which lacks this project's additions."""
+        """Return the server's database, and whether the server is embedded. None for a published server."""
         try:
             answer = await self._call(lambda stub: stub.GetServerInfo, pb.EmptyRequest(), patience=patience)
         except NotANexumServer:
@@ -355,8 +357,8 @@ class NexumClient:
         list. `since_ms` and `until_ms` select executions by their start, in milliseconds since 1970. `attributes`
         selects executions that have all these attributes. With `group_sessions`, a durable session is one item, its
         latest run. `parent` is an execution's id, and selects the executions that its nodes started.
-        Raises ExecutionNotFound for an unknown `before`, and ServerError if a published server would have to select by
-        time or attributes, which it can't do.
+        Raises ExecutionNotFound for an unknown `before`. Raises ServerError if the server is a published one and the
+        call selects by time or attributes: published servers can't do so.
         """
         request = pb.ListRequest(
             workflow_id=workflow_id,
@@ -484,7 +486,7 @@ class NexumClient:
         ]
 
     async def tools(self, *, patience: float = 0.0) -> list[DeclaredTool]:
-        """Return the tools that the workers and owners have declared that are connected to this server, by name."""
+        """Return the tools, sorted by name, of the workers and owners that are connected to this server now."""
         answer = await self._of_this_project(lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
         return [
             DeclaredTool(one.name, one.signature, one.policy_json, one.session, one.senders) for one in answer.tools
@@ -555,11 +557,11 @@ class NexumClient:
     async def prune(
         self, older_than: float, *, session: str = "", dry_run: bool = False, after: int = 0, compact: bool = False
     ) -> Pruned:
-        """Delete executions that ended at least `older_than` seconds ago. Returns after a part of the work.
+        """Delete executions that ended at least `older_than` seconds ago. One call does only a part of the work.
 
-        Call again with the answer's `after` until it is None. With `session`, only that session's executions are
-        deleted: all or none. `compact` releases all free space of the file to the disk after the last part. Raises
-        NotFound for an unknown session, and InvalidRequest.
+        Repeat the call, with `after` from the last answer, until an answer's `after` is None. With `session`, only that
+        session's executions are deleted: all or none. With `compact`, the last part releases all free space of the file
+        to the disk. Raises NotFound for an unknown session, and InvalidRequest.
         """
         request = pb.PruneRequest(
             older_than_ms=round(older_than * 1000), session=session, dry_run=dry_run, after=after, compact=compact
@@ -643,9 +645,10 @@ class NexumClient:
         """Report a task's failure. A `final` failure is not retried. Raises StaleTask.
 
         With `unknown`, the effect of the EFFECT node may have happened. If the node has `reconcile`, a worker's next
-        attempt finds out whether it has. Otherwise, or if that attempt can't tell either, the node waits for a person.
+        attempt finds out whether the effect has happened. Otherwise, or if that attempt can't tell either, the node
+        waits for a person.
         """
-        # An older server ignores `unknown`. Set `final`, so that this server doesn't hand the task out again.
+        # Set `final` as well, for older servers: they ignore `unknown`, and would hand the task out again.
         request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 

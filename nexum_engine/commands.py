@@ -1,6 +1,6 @@
 """The commands about executions and tools: ps, show, cancel, retry, approvals, approve, ..., tools, send.
 
-They ask a server. If no server is named, and no server answers, they open the database themselves.
+The commands ask a server. If no server is named, and no server answers, they open the database themselves.
 """
 
 from __future__ import annotations
@@ -332,7 +332,8 @@ class _InDatabase:
         )
         if self._store.file is None:
             return found
-        # No server has the file open, so no process runs a session, whatever is recorded.
+        # No server has the file open, so no process runs a session. But a killed run may have left its session recorded
+        # as running.
         return [
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found
@@ -481,7 +482,7 @@ def _is_undecided(node: Node) -> bool:
 
 
 async def _only_node(source: _Executions, execution_id: str, waits: Callable[[Node], bool], decision: str) -> str:
-    """Return the name of the only node of an execution that waits for a decision. Raises Conflict, InvalidRequest."""
+    """Return the name of the execution's only node that waits for a decision. Raises Conflict, InvalidRequest."""
     execution = await source.get(execution_id)
     names = [node.node_id for node in execution.nodes if waits(node)]
     if not names:

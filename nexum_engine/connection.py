@@ -57,21 +57,21 @@ class ServerInfo:
 
 
 class Route(NamedTuple):
-    """What a channel to the present server needs."""
+    """The address of the present server, and what a channel to that server sends."""
 
     target: str
     """HOST:PORT."""
     metadata: Metadata
     security: Security | None
-    """None unless the server is named by HOST:PORT."""
+    """The TLS settings and the token, if the server is named by HOST:PORT. Otherwise None."""
 
 
 class Connection:
     """A connection to the server at `address`. Without `address`, it searches in the order that NexumClient describes.
 
-    If there are several addresses, it tries them in a random order. It uses the first server that answers, until that
-    server is lost. Because the order is random, processes that start together spread over the servers. If a server
-    dies, its clients spread over the other servers.
+    If there are several addresses, the connection tries them in a random order. It uses the first server that answers,
+    until that server is lost. Because the order is random, processes that start together spread over the servers. If a
+    server dies, its clients spread over the other servers.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -135,7 +135,7 @@ class Connection:
             self._connect(target, self._metadata)
 
     def route(self) -> Route:
-        """Return the present HOST:PORT of the server, and what to send with each call."""
+        """Return the server's present HOST:PORT, the metadata for each call, and the security settings."""
         target = read_address(self._database) if self._database is not None else None
         return Route(target or self._latest().target, self._metadata, self._security)
 
@@ -173,8 +173,8 @@ class Connection:
         own = read_address(database) if database is not None else None
         if database is not None and own is not None:
             metadata = metadata_for(str(database))
-            # Check the database here, too. A published server may now listen on a killed server's port. It would ignore
-            # the metadata that names the database.
+            # Check the database here, too: the server at `own` may have been killed, and a published server may now
+            # listen on its port. A published server ignores the metadata that names the database.
             info = await self._first_answer(own, metadata)
             if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
                 self.address, self._is_searching = str(database), False
@@ -243,8 +243,8 @@ class Connection:
                 # A server that refuses the client has not carried out the call. So another server may be tried.
                 is_refused = self.has_choice and isinstance(error, AccessDenied) and not isinstance(error, RoleRefused)
                 may_retry = is_refused or isinstance(error, ServerUnavailable)
-                # A busy server is not lost: a search at each retry would cost it more calls. But a server at its limit
-                # of RPCs has no stream for this client, and another server may have one.
+                # Don't search for another server if this one is only busy: the search would cost the busy server more
+                # calls. But a server at its limit of RPCs has no stream for this client. Another server may have one.
                 is_busy = isinstance(error, ServerNotReady) and rpc_error.details() != TOO_MANY_RPCS
                 self._is_lost = may_retry and not is_busy
                 if not is_refused and (not may_retry or loop.time() >= give_up):

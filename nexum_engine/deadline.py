@@ -15,8 +15,8 @@ T = TypeVar("T")
 class Deadline:
     """The time limits of one attempt, which begins now.
 
-    The attempt may take `timeout` seconds, and may go on for `heartbeat` seconds without a call of `beat`. None is no
-    limit.
+    The attempt may take `timeout` seconds in all, and at most `heartbeat` seconds may pass between two calls of `beat`.
+    None means no limit.
     """
 
     def __init__(self, timeout: float | None, heartbeat: float | None = None) -> None:
@@ -34,13 +34,13 @@ class Deadline:
         self._beat_at = time.monotonic()
 
     def start(self, call: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
-        """Begin to await `call()`; return the future. Within the call, `heartbeat` calls `beat`."""
+        """Start `call()` and return its future. While it runs, `heartbeat()` reports to this deadline."""
         context = contextvars.copy_context()
         context.run(_current.set, self)
         return context.run(lambda: asyncio.ensure_future(call()))
 
     async def in_time(self, running: asyncio.Future[Any]) -> bool:
-        """Wait until `running` is done or a limit is exceeded; return whether it is done."""
+        """Wait until `running` is done or a limit is exceeded. Return whether `running` is done."""
         while not running.done():
             left = self._left()
             if left is not None and left <= 0:
@@ -58,7 +58,7 @@ class Deadline:
         return min(ends) - time.monotonic() if ends else None
 
     def exceeded(self) -> str:
-        """Return which limit was exceeded, as the end of a sentence about the tool."""
+        """Return words for the limit that was exceeded. They continue a sentence that begins with the tool's name."""
         if self._timeout is not None and time.monotonic() >= self._began + self._timeout:
             return f"took longer than its time limit of {self._timeout:g} s"
         return f"sent no heartbeat for {self._heartbeat:g} s"
@@ -68,10 +68,10 @@ _current: ContextVar[Deadline | None] = ContextVar("nexum_deadline", default=Non
 
 
 def heartbeat() -> None:
-    """Say that the tool that calls this makes progress. May be called from any thread that the tool's call runs in.
+    """Report, from within a tool, that its call makes progress. Works in each thread that the call runs in.
 
-    If the policy of the tool has `heartbeat`, an attempt that calls this too seldom counts as one over its time limit.
-    Without such a policy, the function does nothing.
+    If the tool's policy sets `heartbeat`, an attempt with a longer gap between two reports counts as over its time
+    limit. If the policy doesn't set it, this function does nothing.
     """
     deadline = _current.get()
     if deadline is not None:

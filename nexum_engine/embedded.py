@@ -89,8 +89,8 @@ class EmbeddedNexum:
     While the server is in this process, the given worker scripts run as child processes. A worker that ends early is
     restarted.
 
-    With `owners`, the server must support owned executions: a published Nexum server is refused if its address was
-    given, and otherwise ignored.
+    With `owners`, the server must support owned executions. A published Nexum server doesn't: it is refused if its
+    address was given, and ignored if it only listens on the default port.
 
     Messages for a person are logged.
 
@@ -186,8 +186,8 @@ async def _first_answer(client: NexumClient) -> None:
     """Wait until a Nexum server answers.
 
     Raises ServerUnavailable if nothing listens on the address. Raises NotANexumServer if a program listens there but
-    doesn't answer as a Nexum server within FIRST_ANSWER. Without these checks, a gRPC call would wait much longer,
-    and would raise the same error in both cases.
+    doesn't answer as a Nexum server within FIRST_ANSWER. A gRPC call alone would wait much longer, and would raise the
+    same error in both cases.
     """
     loop = asyncio.get_running_loop()
     give_up = loop.time() + FIRST_ANSWER * max(len(client.targets), 1)

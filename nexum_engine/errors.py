@@ -29,8 +29,8 @@
     |-- FinalError                        raised by a worker's handler: a retry can't fix it
     `-- UnknownEffect                     raised by a worker's handler: its effect may or may not have happened
 
-An error's message names the thing, the cause and the next step. It is written for a person or a model. It contains no
-internals, because the server sends the message to clients.
+An error's message names the thing, the cause and the next step. The message is written for a person or a model. It
+contains no internals, because the server sends the message to clients.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Overloaded(NexumError):
     def __init__(self, message: str, retry_after: float = 0.1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
-        """How many seconds to wait before a retry. Clients vary it, so that they don't all come back at once."""
+        """How many seconds to wait before a retry. Each client varies the time at random, so that not all of them come
+        back at once."""
 
 
 class NotFound(NexumError, LookupError):
@@ -108,7 +109,7 @@ class VersionConflict(Conflict):
 
 
 class StaleTask(Conflict):
-    """The attempt can't report: the attempt is over, or it has reported another result."""
+    """The report is refused: its attempt is over, or has already reported another result."""
 
 
 class StoreError(NexumError):
@@ -116,7 +117,7 @@ class StoreError(NexumError):
 
 
 class StoreUnavailable(StoreError):
-    """The database may or may not have stored the transaction: retry it. No acknowledged transaction is lost."""
+    """The database may or may not have stored the change: retry the call. No acknowledged change is lost."""
 
 
 class StoreLocked(StoreError):
@@ -136,7 +137,7 @@ class ServerUnavailable(ServerError, ConnectionError):
 
 
 class ServerNotReady(ServerUnavailable):
-    """A server answers, but the call can't be made now, or not without a token: the message says why. Retry later."""
+    """A server answers, but it can't do the call now, or wants a token first. The message says which. Retry later."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -185,15 +186,15 @@ class FinalError(NexumError):
 class UnknownEffect(NexumError):
     """An effect that may or may not have happened. A handler raises this error if it can't tell.
 
-    If the EFFECT node has `reconcile`, the next attempt finds out. Otherwise, or if that attempt raises this error as
-    well, the node waits for a person. A node of another type fails, and is not retried.
+    If the EFFECT node has `reconcile`, the next attempt finds out whether the effect has happened. Otherwise, or if
+    that attempt raises this error as well, the node waits for a person. A node of another type fails without a retry.
     """
 
 
 def first_problem(error: ValidationError, *place: str) -> str:
     """Return the first problem that pydantic has found in a value, with the value's place, such as `charge.retry: ...`.
 
-    `place` names what the whole value belongs to.
+    `place` is the path of the whole value, such as `charge`; the path of the problem begins with it.
     """
     first = error.errors(include_url=False)[0]
     names = [*place, *(str(part) for part in first["loc"] if str(part).isidentifier())]

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 FIRST_ACK_TIMEOUT = 3.0  # seconds to wait for the first answer on a stream before reopening the stream
 MIN_ACK_TIMEOUT = 1.0  # seconds to wait for each answer after the first; a third of the lease, if that is longer
-MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long
+MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this long, so that they stay few
 # At most this many seconds pass between the first two heartbeats of a stream, and between a heartbeat that `beat` sends
 # and the next one. The server waits longer than this before it reassigns the tasks of a disconnected worker.
 SECOND_BEAT_AFTER = 0.5
@@ -75,8 +75,8 @@ class Heartbeat:
     called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
     server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
-    `on_blocked` is called once each time that the event loop is blocked for BLOCKED_AFTER seconds or longer. It gets
-    the seconds since the block began. It is called from the heartbeat's thread.
+    `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
+    BLOCKED_AFTER seconds. Its argument is the number of seconds since the block began. Each block is reported once.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Heartbeat:
         """By task id, the progress that the server has not acknowledged yet, as JSON text."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._tools: list[DeclaredTool] = []
-        """Every tool that was declared. A list only grows at its end, so that a stream knows what it has sent."""
+        """Every tool that was declared, in order. New ones come last, so a stream only counts how many it has sent."""
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
         self._is_urgent = False
@@ -131,7 +131,7 @@ class Heartbeat:
     def is_holding(self) -> bool:
         """Whether it is certain that the worker still holds its tasks. If False, only the server knows.
 
-        If the server answers a heartbeat, this is certain for half a lease after the heartbeat was sent.
+        Each answered heartbeat makes it certain for half a lease, counted from the sending of the heartbeat.
         """
         return time.monotonic() < self._held_until
 
@@ -162,18 +162,18 @@ class Heartbeat:
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
 
-        If the server has handed a task to this worker, and neither heartbeat names that task, the server hands out the
-        task again.
+        The two heartbeats show the server which tasks have reached this worker. The server hands out again each task
+        of this worker that neither heartbeat names.
         """
         self._is_urgent = True
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     async def may_begin(self, task_id: str, requested: float, *, ask: bool) -> bool:
-        """Return whether the held task, which was requested at the monotonic time `requested`, is still the worker's.
+        """Return whether this worker still holds the task, which it polled for at the monotonic time `requested`.
 
         If the event loop was blocked, or the process was suspended, the process reads the answer to a poll late.
-        Meanwhile, the server may have given the task to another worker. With `ask`, always ask the server, because the
-        network may have delayed the answer to the poll.
+        Meanwhile, the server may have given the task to another worker. The network may delay the answer, too, and only
+        the server can tell: with `ask`, always ask the server.
         """
         if not ask and self.is_holding and requested > self._doubtful_until and self._sent - self._turned < 2:
             return True
@@ -412,7 +412,7 @@ def _heartbeat_loop() -> asyncio.AbstractEventLoop:
 
 
 def _after_fork() -> None:
-    """Forget the loop: a forked process doesn't have its thread."""
+    """Forget the heartbeat loop: a forked process doesn't have the thread that runs the loop."""
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
 

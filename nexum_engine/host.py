@@ -55,7 +55,7 @@ class Restarts:
 
 
 class Host:
-    """The server of a folder's runs. It is available from `ready` until the last user leaves.
+    """The server of a folder's runs. The server is available from `ready` until the last user leaves.
 
     The server is the one that has the folder's database open, else one that a person started on the default port. If
     neither answers, a thread of this process opens the database and serves. If a server ends while it is in use, the

@@ -148,7 +148,7 @@ class _Exchange:
         self._task: asyncio.Task[Any] | None = None
         self.outcome: asyncio.Future[Any] = self._loop.create_future()
         """The result of the coroutine, or grpc.aio.AioRpcError."""
-        # Run it without the caller's context variables: the server's work is not part of the caller's work.
+        # Run the coroutine without the caller's context variables: the server's work is not part of the caller's work.
         self._in_server_loop(lambda: self._begin(work))
 
     def _in_server_loop(self, callback: Callable[[], None]) -> None:
@@ -193,7 +193,7 @@ class _Exchange:
 
 
 def _after_fork() -> None:
-    """Forget the servers: a forked process doesn't have their threads. It reaches the servers over TCP."""
+    """Forget the servers: a forked process doesn't have their threads, and calls them over TCP."""
     global _servers
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_servers))
     _servers = {}

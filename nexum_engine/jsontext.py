@@ -85,7 +85,7 @@ def same(one: str, other: str) -> bool:
 
 
 def _is_same(one: object, other: object) -> bool:
-    # Don't use `==`: it would block all other threads. A loop in Python lets them run.
+    # Don't use `==`: on large values, it would block all other threads. A loop in Python lets them run.
     pairs = [(one, other)]
     while pairs:
         one, other = pairs.pop()

@@ -1,4 +1,4 @@
-"""Owned executions: the process that starts such an execution does its work, and no worker gets a task of it.
+"""Owned executions: the process that starts an owned execution also does its work. No worker gets its task.
 
     async with Owner(client) as owner:
         owned = await owner.start(WORKFLOW, {"n": 1}, idempotency_key="n-1")
@@ -36,7 +36,7 @@ from nexum_engine.records import DeclaredTool, Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
-GIVE_UP_PATIENCE = 5.0  # seconds to give up a place, if the caller was cancelled
+GIVE_UP_PATIENCE = 5.0  # seconds for the server to free a call's place after the caller was cancelled
 PATIENCE = 300.0  # seconds to retry a call while no server answers
 
 logger = logging.getLogger(__name__)
@@ -142,8 +142,8 @@ class Owner:
     async def _give_up_place(
         self, workflow: Workflow, input: BaseModel | Mapping[str, Any], idempotency_key: str
     ) -> None:
-        # If the server answered the cancelled start with a task, complete it. Otherwise the execution still waits for
-        # its place: cancel it.
+        # If the cancelled start got the place, its execution has a task: complete the task. If the execution still
+        # waits for the place, cancel the execution.
         with contextlib.suppress(NexumError):
             started = await self._client.start_execution(
                 workflow, input, idempotency_key=idempotency_key, owner=self.owner_id

@@ -38,7 +38,7 @@ Reconcile = Callable[[Mapping[str, Any], str], Any]
 
 
 class Policy(BaseModel):
-    """What has to happen before a tool runs, and when it may run again. It can also limit a model client's calls."""
+    """What has to happen before a tool runs, and when it may run again. Policies can also limit calls to a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -52,8 +52,8 @@ class Policy(BaseModel):
     reconcile: Reconcile | None = None
     """For a "once" tool whose result was lost: a function, plain or async, that finds out what has happened.
 
-    It gets the call's arguments and idempotency key. It returns the tool's result, or NOT_DONE, or raises an error if
-    it can't tell. Without such a function, or if it raises, a person has to find out.
+    The function gets the call's arguments and idempotency key. It returns the tool's result or NOT_DONE, or raises an
+    error if it can't tell. Without such a function, or if it raises, a person has to find out.
     """
     retry: RetryPolicy | None = None
     """When the tool runs again after it raised an error. Give a "once" tool a retry policy only if the tool's errors
@@ -65,7 +65,7 @@ class Policy(BaseModel):
     """Seconds that one attempt may take."""
     heartbeat: float | None = Field(None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may go on without a heartbeat: a call of `heartbeat()` in the tool, an item that the
-    tool streams, or a part of a streamed model reply. It doesn't apply to a model reply that isn't streamed."""
+    tool streams, or a part of a streamed model reply. The limit doesn't apply to other model replies."""
     rate: Rate | None = None
     """How often the tool may be called, retries included: for instance "10/min". The server counts the calls of all
     processes. A call above the rate waits."""
@@ -84,7 +84,7 @@ class Policy(BaseModel):
 
     @property
     def is_limited(self) -> bool:
-        """Whether a limit may let a call wait."""
+        """Whether the policy has a limit (rate or concurrency) that a call may have to wait for."""
         return self.rate is not None or self.concurrency is not None
 
     @property
@@ -99,7 +99,10 @@ class Policy(BaseModel):
         return self.approval is not None
 
     def described(self) -> dict[str, Any]:
-        """Return the policy as data, without its defaults. Functions and error classes are given by name."""
+        """Return the policy's fields as data, without those that have their default value.
+
+        Functions and error classes are replaced by their names.
+        """
         found: dict[str, Any] = {}
         for name in type(self).model_fields:
             value = getattr(self, name)

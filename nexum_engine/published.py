@@ -24,7 +24,7 @@ _OUTPUTS = TypeAdapter(dict[str, Any])
 
 
 class _Pointer(BaseModel):
-    """The pointer that the server returns in place of an output above 100 kB. It names a file of the server."""
+    """The pointer to a file of the server, which a published server returns in place of an output above 100 kB."""
 
     model_config = ConfigDict(strict=True)
 

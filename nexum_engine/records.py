@@ -70,22 +70,23 @@ class Outcome(str, Enum):
 
 
 class Effect(str, Enum):
-    """What follows if it is unknown whether an attempt at an EFFECT node had its effect, which must happen only once.
+    """What the server does if an effect that must happen only once may or may not have happened.
 
-    The effect is unknown if the attempt may have begun and ends without a report, or if its worker reports so.
+    An effect is unknown if the attempt may have begun but ended without a report, or if the worker reports that it
+    can't tell.
     """
 
     ONCE = "ONCE"
     """The attempt is UNKNOWN, and the node waits for a person."""
     RECONCILE = "RECONCILE"
-    """The node is handed out again, as MUST_RECONCILE."""
+    """The node becomes MUST_RECONCILE and is handed out again."""
     MUST_RECONCILE = "MUST_RECONCILE"
     """Each attempt first finds out whether the effect has happened. If an attempt ends without a report, the node is
     handed out again. If its worker reports that it can't tell, the node waits for a person."""
 
 
 class NodeType(str, Enum):
-    """What a node does. Workers run the tasks of the types from EFFECT to SUBWORKFLOW. Other types have no tasks."""
+    """What a node does. Workers run the tasks of the types EFFECT to SUBWORKFLOW below. Other types have no tasks."""
 
     EFFECT = "EFFECT"
     """The node acts on the outside world."""
@@ -135,8 +136,8 @@ class Compatibility(str, Enum):
 class Attempt:
     """One attempt at a node. It begins when a worker or owner gets the task.
 
-    A person's decision is stored as an attempt, too: each attempt at a HUMAN_APPROVAL node, and the attempt that
-    follows an UNKNOWN one. The `worker_id` of a decision names the person.
+    A person's decision is stored as an attempt, too. So each attempt at a HUMAN_APPROVAL node is a decision, and so is
+    an attempt that follows an UNKNOWN one. The `worker_id` of a decision is the person's name.
     """
 
     attempt: int
@@ -280,18 +281,18 @@ class UnknownNode:
     node_id: str
     workflow_id: str
     since_ms: int
-    """When the attempt ended."""
+    """When the attempt whose effect is unknown ended."""
     error: str
     """Why the effect is unknown."""
     input_json: str
     """The execution's input, if it is short."""
     attempt: int
-    """The number of the attempt."""
+    """The number of the attempt whose effect is unknown."""
     worker_id: str
     started_ms: int
-    """When the attempt began."""
+    """When that attempt began."""
     heartbeat_ms: int
-    """When the attempt's worker last sent a heartbeat that named the task; 0 if it sent none."""
+    """When the worker last sent a heartbeat that named that attempt's task; 0 if it sent none."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def row(one: Execution, now_ms: int) -> str:
 
 
 def changes(execution: Execution) -> list[str]:
-    """Return lines that say what has started and ended in `execution`. A later call repeats them and adds new ones."""
+    """Return lines that say what has started and ended in `execution`. A later call has these lines and new ones."""
     lines = [f"{execution.execution_id} started {_moment(execution.created_ms)}"]
     for node in execution.nodes:
         name = _cut(node.node_id, WIDTH - 48)
@@ -152,7 +152,7 @@ def _children(started: Sequence[Execution]) -> list[str]:
 
 
 def approvals(pending: Sequence[PendingApproval], now_ms: int) -> str:
-    """Return some lines for each node that waits for approval: how long it has waited, and what is asked."""
+    """Return some lines for each node that waits for approval: how long it has waited, and what it wants to do."""
     if not pending:
         return "nothing waits for approval"
     lines = []
@@ -181,7 +181,7 @@ def unknown(nodes: Sequence[UnknownNode], now_ms: int) -> str:
 
 
 def tools(declared: Sequence[DeclaredTool]) -> str:
-    """Return some lines for each tool: how it is called, its policy, and how many workers or which session has it."""
+    """Return some lines for each tool: how it is called, its policy, and whether a session or workers declared it."""
     if not declared:
         return "no connected worker or run has declared a tool"
     lines = []

@@ -63,9 +63,9 @@ def settle(
     """Return the new status of each PENDING node that no longer has to wait for other nodes.
 
     `definitions` has the nodes in an order in which each node follows those that it waits for. `chosen` has the target
-    that each router chose. A node waits until all its dependencies, and all routers that may choose it, are done. It is
-    SKIPPED if none of these routers chose it, or if it has no router and all its dependencies are SKIPPED. Otherwise it
-    becomes READY if a worker runs it, else WAITING.
+    that each router chose. A node waits until all its dependencies, and all routers that may choose the node, are done.
+    The node is SKIPPED if none of these routers chose it, or if it has no router and all its dependencies are SKIPPED.
+    Otherwise the node becomes READY if a worker runs it, else WAITING.
     """
     routers: dict[str, list[str]] = {}
     for node in definitions.values():

@@ -12,7 +12,9 @@ _END_OF_LINE, _END_OF_SCREEN = "\x1b[K", "\x1b[J"
 
 
 class Screen:
-    """The view on standard output. With `in_place`, a new view is drawn over the old one. `say` prints and flushes.
+    """The view on standard output. With `in_place`, a new view is drawn over the old one.
+
+    `say` is a function that prints a text and flushes the output.
 
     Line wrapping is off only during a drawing, and after each drawing the cursor is below the view. So a program that
     is killed leaves a usable terminal.

@@ -34,7 +34,7 @@ _EXPIRED, _NOT_YET_VALID, _OTHER_NAME, _OTHER_ADDRESS = 10, 9, 62, 64  # OpenSSL
 def read_file(path: Path, what: str, *, secret: bool = False) -> bytes:
     """Read a file with certificates; with `secret`, a file with a key or tokens. Raises InvalidRequest.
 
-    A secret file is refused if other users may read it, or its group may change it. Windows has no such modes.
+    A secret file is refused if other users may read it, or its group may change it. On Windows, this isn't checked.
     """
     try:
         with path.open("rb") as file:
@@ -49,7 +49,7 @@ def read_file(path: Path, what: str, *, secret: bool = False) -> bytes:
 
 
 def stamp_of(path: Path) -> tuple[int, ...] | None:
-    """Return a value that changes with the file, its mode or its owner, or None if there is no file."""
+    """Return a value that changes when the file, its mode or its owner changes. Return None if there is no file."""
     try:
         found = os.stat(path)
     except OSError:
@@ -166,7 +166,7 @@ def load_key_pair(context: ssl.SSLContext, certificate: Path, key: Path, what: s
         ) from error
 
 
-# ---- Why no connection comes about -----------------------------------------------------------------------------------
+# ---- Why a TLS connection fails --------------------------------------------------------------------------------------
 
 
 async def tls_obstacle(target: str, security: Security) -> AccessDenied | None:

@@ -44,7 +44,7 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
 
 
 def _watch_stdin(stop_soon: Callable[[], None]) -> None:
-    # Read the file descriptor. A thread that reads from sys.stdin would hold the lock of sys.stdin at exit.
+    # Read the file descriptor. A thread that reads from sys.stdin holds its lock, and Python needs that lock at exit.
     with contextlib.suppress(OSError):  # a connection that was reset counts as closed
         while os.read(0, 4096):
             pass

@@ -87,13 +87,15 @@ class TaskContext:
     heartbeat: Callable[[Any], None] = field(default=lambda _: None, repr=False, compare=False)
     """Send the task's progress, a small JSON value. The command `show` prints it. The next attempt gets it, too.
 
-    Call it from any thread. Raises InvalidRequest if the value isn't JSON, or is larger than MAX_PROGRESS_BYTES.
+    Works in any thread. Raises InvalidRequest if the value isn't JSON, or is larger than MAX_PROGRESS_BYTES.
     """
 
 
 Handler = Callable[[TaskContext], Awaitable[Any]]
-"""A function that does a node's work and returns a pydantic model or a JSON value. If it raises an exception, the node
-is retried later, except after FinalError. For UnknownEffect, see there.
+"""A function that does a node's work and returns a pydantic model or a JSON value.
+
+If the function raises an exception, the node is retried later. After FinalError, the node fails at once. After an
+UnknownEffect of an EFFECT node, a worker or a person must first find out whether the effect has happened.
 
 The handler of a ROUTER node returns the name of the target. The handler of a SUBWORKFLOW node returns the input of the
 execution to start."""
@@ -239,7 +241,7 @@ class Worker:
         self._told_to_stop.set()
         self._heartbeat.draining = True
         self._heartbeat.beat()
-        # Wake the slots that wait for a connection, so that they end. They hold no task.
+        # Wake the slots that wait for a connection, so that these slots end. They hold no task.
         self._heartbeat.connected.set()
         await asyncio.wait(slots)
         for slot in slots:
@@ -442,7 +444,8 @@ class Worker:
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Return the task's handler and node. Raises NotFound if this worker has no handler for the node.
 
-        If another client has registered a second workflow under the same version hash, this worker can get its tasks.
+        This worker can get a task of an unknown workflow, if another client has registered that workflow under the same
+        version hash.
         """
         handler, node = self._work.get((task.version_hash, task.node_id), (None, None))
         if isinstance(handler, MapHandler):
@@ -519,7 +522,8 @@ class Worker:
             await self._failure(task, f"the server refused the result: {error.__cause__}", final=False)
             raise
         except ServerFault:
-            # If the answer to an earlier report was lost, a published server answers this report with INTERNAL.
+            # Check whether the result is recorded: if the answer to an earlier report was lost, a published server
+            # answers this report with INTERNAL.
             if self._streams or not await self._is_recorded(task):
                 raise
 
@@ -595,7 +599,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    """Return the reason of a failed attempt, as text that can be sent. Any exception is accepted."""
+    """Return the message of a handler's exception, as text that can be sent to the server. Never raises an error."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__

@@ -154,7 +154,7 @@ class NodeDefinition:
 
     @property
     def is_limited(self) -> bool:
-        """Whether a limit may hold the node back although it is ready."""
+        """Whether the node has a rate or a concurrency limit, which may hold the node back while it is READY."""
         return self.rate is not None or self.concurrency is not None
 
     @property
@@ -243,7 +243,7 @@ class WorkflowBuilder:
         An attempt that takes longer than `timeout_seconds` counts as failed or, with `once`, as one without a report.
         `retry` says when the node is retried after a reported failure.
 
-        With `once`, if an attempt may have begun and ends without a report, the node is not handed out again. It waits
+        With `once`, if an attempt may have begun and ends without a report, the node is not handed out again: it waits
         for a person (`nexum unknown`). With `reconcile`, the handler gets another attempt instead, in which
         `task.must_reconcile` is true: the handler first finds out whether the effect has happened. With `once`, a
         reported failure is final, unless `retry` says otherwise.
@@ -277,7 +277,7 @@ class WorkflowBuilder:
         rate: Rate | str | None = None,
         concurrency: int | None = None,
     ) -> WorkflowBuilder:
-        """Add a node that only computes. Its arguments are those of `effect`."""
+        """Add a node that only computes. The parameters mean the same as those of `effect`."""
         return self._add(
             node_id,
             NodeType.COMPUTE,

@@ -60,7 +60,7 @@ class Tokens:
 
     @contextmanager
     def watched(self, metadata: Iterable[Any]) -> Iterator[None]:
-        """Cancel this task's call if its token is removed. Raises TokenRefused then."""
+        """Inside a `with` block, cancel the current call if its token is removed: the block raises TokenRefused."""
         call = asyncio.current_task()
         assert call is not None
         self._running[call] = _digest(_token_in(metadata))
@@ -157,7 +157,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
 
 
 def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
-    """Wrap unary RPCs: each call first checks its token. The token of a call on a stream is the stream's."""
+    """Wrap unary RPCs: each call first checks its token. A call on a stream has the token of the stream."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
         async def call(received: Received, context: Any) -> Any:
@@ -175,9 +175,9 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, 
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """An interceptor that refuses calls without a valid token before it reads them.
+    """An interceptor that refuses a call without a valid token before the call's request is read.
 
-    If a token is removed, a stream that uses it is refused at its next message. `guarded` ends the unary calls.
+    If a token is removed, a stream with this token is refused at its next message. `guarded` ends the unary calls.
     """
 
     def __init__(self, tokens: Tokens, abort: Abort) -> None:
@@ -218,7 +218,7 @@ class Gate(grpc.aio.ServerInterceptor):
             now = time.monotonic()
             if now - self._logged >= LOG_INTERVAL:
                 self._logged = now
-                # The method can be any text. `ascii` escapes what would control a terminal or begin a line of its own.
+                # The method can be any text. `ascii` escapes characters that control a terminal or begin a new line.
                 shown = ascii(method[:MAX_SHOWN_METHOD])
                 logger.warning("refused a call of %s from %s: %s", shown, context.peer(), error)
             await self._abort(context, error)

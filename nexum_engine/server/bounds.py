@@ -206,8 +206,8 @@ class _Slots:
 class Reading(grpc.aio.ServerInterceptor):
     """An interceptor that limits how many requests are read at once. Requests with payloads don't block the others.
 
-    The request of a health check must arrive within READ_PATIENCE. It needs no token, so it takes no slot: slow health
-    checks of strangers must not block the clients.
+    The request of a health check must arrive within READ_PATIENCE. A health check needs no token, so it
+    takes no slot: slow health checks of strangers must not block the clients.
     """
 
     def __init__(self) -> None:

@@ -53,7 +53,7 @@ class CallContext:
         self._callbacks.append(callback)
 
     def end(self) -> None:
-        """Call the callbacks: the call is over."""
+        """Run the callbacks of `add_done_callback`, because the call is over."""
         for callback in self._callbacks:
             callback(self)
 

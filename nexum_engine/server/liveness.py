@@ -53,7 +53,7 @@ class Liveness:
         self._stopping = asyncio.Event()
 
     async def start(self) -> None:
-        """Reset the leases, so that workers have time to reconnect after a restart, and start the sweep."""
+        """Start the sweep. First reset the leases, so that workers have time to reconnect after a restart."""
         self._store.join(self.hear)
         await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
@@ -96,9 +96,9 @@ class Liveness:
                 if renewed.resumed:
                     self.task_handed_out()
                 unnamed_before, unnamed = unnamed, renewed.unnamed
-                # End the attempt at a task that two heartbeats in a row don't name: the task never arrived.
-                # One heartbeat isn't enough, because the worker may send it before the task arrives. The worker sends
-                # the second heartbeat after the acknowledgement of the first, which the server sends after the task.
+                # If two heartbeats in a row don't name a task, the task never arrived: end its attempt. One heartbeat
+                # isn't enough, because the worker may send it before the task arrives. The worker sends the second one
+                # after the acknowledgement of the first one, and the server sends this acknowledgement after the task.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
                 yield pb.WorkerBeatAck(lease_ms=self._lease_ms, lost_task_ids=renewed.lost)
@@ -118,7 +118,10 @@ class Liveness:
                 self._tools[worker_id].append(tool)
 
     def tools(self) -> list[DeclaredTool]:
-        """Return the tools that connected workers and owners have declared, by name. Count equal declarations."""
+        """Return the tools that connected workers and owners have declared, sorted by name.
+
+        If several of them have declared a tool in the same way, the tool is listed once, with their number.
+        """
         counted = Counter(tool for tools in self._tools.values() for tool in set(tools))
         listed = sorted(counted, key=astuple)[:MAX_LISTED_TOOLS]
         return [replace(tool, senders=counted[tool]) for tool in listed]

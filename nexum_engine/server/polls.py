@@ -20,7 +20,7 @@ from nexum_engine.store.results import Claim, ReadyTask, Started
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
 HELD_MS = 500
-"""The pause before an owner asks again, if its node must wait until some attempt ends."""
+"""The pause before an owner asks again, if its node must wait until another attempt ends. Nobody knows when it ends."""
 MAX_REMEMBERED_VERSIONS = 1000
 """Above this number of versions, the server forgets the versions without a recent poll.
 
@@ -29,7 +29,10 @@ There is a limit, because clients can invent versions.
 
 
 class _WaitingPoll:
-    """One poll of a worker. The poll waits for a due task, or for the result of a claim that it submitted."""
+    """A worker's poll, which waits for a due task or for the result of its claim.
+
+    A claim is a submitted transaction that takes a due task, if there still is one.
+    """
 
     def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
         self.worker_id = worker_id
@@ -255,7 +258,7 @@ class Polls:
                 return
 
     def waited_for(self) -> list[str]:
-        """Return the versions whose tasks are waited for."""
+        """Return the versions that have waiting polls."""
         return list(self._polls)
 
     def has_poller(self, version_hash: str) -> bool:
@@ -282,7 +285,10 @@ class Polls:
         self._answer_waiting(worker_id)
 
     def worker_beats(self, worker_id: str, came_ms: int) -> None:
-        """Note a heartbeat that came at `came_ms`. Renew the leases of the heartbeat's tasks before this call."""
+        """Note a heartbeat that came at `came_ms`. If the worker was silent before, its polls now claim tasks again.
+
+        The caller must first renew the leases of the tasks that the heartbeat names.
+        """
         was_silent = self._is_silent(worker_id)
         self._last_beat_ms[worker_id] = came_ms
         if was_silent:

@@ -12,9 +12,8 @@ COUNT_INTERVAL = 1.0  # seconds, at least, between two counts
 class Queue:
     """An upper bound of the number of tasks that wait for workers.
 
-    The tasks are counted at the server's start, and when the starts since the last count may have filled the queue.
-    Between two counts, each server knows only its own starts. So several servers on one database may exceed the limit
-    together, by what they start between two counts.
+    The server counts the tasks when it starts, and again when the queue may be full. Between two counts, a server adds
+    only the tasks that it starts itself. So if several servers share a database, they may together exceed the limit.
     """
 
     def __init__(self, store: Store, limit: int) -> None:
@@ -28,7 +27,7 @@ class Queue:
     async def full_at(self) -> int | None:
         """Return the limit if the queue is full, otherwise None.
 
-        If the queue may be full, count its tasks, unless the last count is less than a second old.
+        If the queue may be full, count its tasks again, but at most once in COUNT_INTERVAL.
         """
         if self._tasks < self._limit:
             return None

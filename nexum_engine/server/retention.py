@@ -17,7 +17,7 @@ REST, IDLE_REST = 9, 1
 The first number is for a server that gets other calls meanwhile, the second for a server that gets none.
 """
 PART_SECONDS = 1.0
-"""How long one call of Prune works. It must be short, because clients wait only 10 s for an answer."""
+"""How long one call of Prune works. This time must be short, because clients wait only 10 s for an answer."""
 INTERVAL = 3600.0
 """With `--keep`, the longest time in seconds between two prunings."""
 QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000

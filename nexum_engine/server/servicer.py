@@ -79,7 +79,7 @@ def _cut(message: str) -> str:
 
 
 def _rpc(handler: Handler) -> Handler:
-    """Refuse a call for another database before the RPC's handler gets it."""
+    """Wrap the handler of an RPC: a call for another database is refused before the handler gets it."""
 
     @wraps(handler)
     async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
@@ -170,9 +170,9 @@ class NexumServicer(NexumServiceServicer):
             raise InvalidRequest("output_json needs an owner: give owner, or leave the result to a worker")
         input_json = request.input_json  # each access makes a copy
         task = ReadyTask(request.version_hash, jsontext.size_of(input_json))
-        # If the queue is full, a start succeeds only if its key already has an execution. Await nothing else here, and
-        # `full_at` waits only if the queue may be full: the server submits a start even if the caller is cancelled at
-        # once.
+        # If the queue is full, a start succeeds only if its key already has an execution. Until the start is submitted,
+        # await nothing but `full_at`, which rarely has to wait: a start should be submitted even if its caller is
+        # cancelled at once.
         full_at = await self.queue.full_at()
         self.queue.add()
         starting = asyncio.ensure_future(

@@ -45,8 +45,11 @@ class ServerTls:
             load_authorities(context, roots, "--tls-client-ca")
         return grpc.ssl_server_certificate_configuration([(key, certificate)], roots)
 
-    def _changed(self) -> Any:  # the stubs don't know that the result may be None
-        """Return the files if they have changed. gRPC calls this for each new connection, in one of its threads."""
+    def _changed(self) -> Any:  # Any, because grpc's type stubs don't allow None
+        """Return the files if they have changed, else None.
+
+        gRPC calls this method for each new connection, in a thread of its own.
+        """
         stamps = [stamp_of(path) for path in self._files]
         if stamps == self._stamps:
             return None

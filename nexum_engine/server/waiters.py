@@ -64,7 +64,7 @@ class Waiters:
                 future.set_result(None)
 
     def waited_for(self) -> list[str]:
-        """Return the ids of the executions whose end is waited for."""
+        """Return the ids of the executions that have waiting callers."""
         return list(self._waiting)
 
     def forget_running(self) -> None:

@@ -38,7 +38,7 @@ async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0
 
 
 def database_exists(database_url: str) -> bool:
-    """Return whether the database exists. Check this before a mere read, because `open_store` creates the database."""
+    """Return whether the database exists. A command that only reads asks this first: `open_store` would create it."""
     if not database_url.startswith("sqlite:"):
         return True
     return database_path(database_url).exists()

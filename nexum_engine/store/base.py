@@ -1,4 +1,7 @@
-"""The interface of a store. `Store.run` runs one transition inside a transaction."""
+"""The interface of a store. `Store.run` runs one transition inside a transaction.
+
+A transition is a function that reads or changes the database through a `Db`, for example `tasks.complete_task`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ class Space:
     free: int
     """The part of `total` that is not in use. New executions are stored in it."""
     given_back: int = 0
-    """The bytes that `compact` has just given back to the disk."""
+    """The bytes that `compact` has just released to the disk."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,21 @@ class Store(ABC):
         """How many transitions were submitted so far."""
 
     on_unknown: Sequence[Callable[[], None]] = ()
-    """Callbacks to run when it is unknown whether a transaction was stored. They make waiting calls query the store."""
+    """Callbacks that make waiting calls query the store. They run if nobody knows whether a transaction was stored."""
 
     def join(self, on_news: Callable[[News], None]) -> None:  # noqa: B027 - most databases have one server
-        """Begin to tell the other servers on this database that this one is alive, and to hear what they change.
+        """Begin to tell the other servers on this database that this server is alive, and to hear what they change.
 
-        `on_news` is called on the event loop: soon after a transaction of another server, and also from time to time,
-        in case the news of a transaction were lost.
+        `on_news` is called on the event loop soon after each transaction of another server. It is also called from time
+        to time, because the news of a transaction may be lost.
         """
 
     @abstractmethod
     def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
-        """Submit a transition. It runs in one transaction, after the transitions submitted before it.
+        """Submit a transition. The transition runs in one transaction, after the transitions submitted before it.
 
-        When the transaction is durable, the awaitable returns the transition's result. It raises the transition's
-        error, or StoreUnavailable if it is unknown whether the transaction was stored.
+        When the transaction is durable, the awaitable returns the transition's result. The awaitable raises the
+        transition's error, or StoreUnavailable if it is unknown whether the transaction was stored.
         """
 
     @abstractmethod
@@ -88,10 +91,10 @@ class Store(ABC):
 
     @abstractmethod
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        """Give the database's free space back to the disk, unless more than `max_bytes` are in use.
+        """Release the database's free space to the disk, but not if more than `max_bytes` are in use.
 
-        Without `always`, do so only if at least a quarter of the database is free. The compaction takes about a second
-        for each 100 MB in use, and no transition runs meanwhile. Return the database's space at the end.
+        Without `always`, at least a quarter of the database must be free. A compaction takes about a second for each
+        100 MB in use, and no transition runs meanwhile. Return the database's space at the end.
         """
 
     @abstractmethod

@@ -30,7 +30,7 @@ class Db(Protocol):
         ...
 
     def run(self, query: str, **parameters: object) -> None:
-        """Run the statement that is called `query` in queries.sql. It may be sent together with the next statement."""
+        """Run the statement that is called `query` in queries.sql. PostgreSQL may get it with the next one."""
         ...
 
     def changes(self, query: str, **parameters: object) -> int:

@@ -110,7 +110,7 @@ def start_execution(
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
-    If a FAILED or CANCELLED execution of the key has a node whose effect must happen only once, it is found, too.
+    A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once.
     An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
     COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. `full_at` is the limit of
     the queue if the queue is full, else None.

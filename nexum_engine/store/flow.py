@@ -1,6 +1,6 @@
 """The flow of an execution: what follows when a node begins to wait or ends, up to the end of the execution.
 
-Each function is a part of a transition, and runs inside the transition's transaction. It adds its effects to `changes`.
+Each function is a part of a transition, runs inside the transition's transaction, and adds its effects to `changes`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: s
 
 
 def advance(db: Db, execution: int, workflow_id: str, version_hash: str, changes: Changes) -> None:
-    """Turn the PENDING nodes whose turn has come into tasks, let them begin to wait, or skip them.
+    """Find the PENDING nodes that no longer wait for other nodes. Make each one a task, let it wait, or skip it.
 
     End the execution if all its nodes are done.
     """

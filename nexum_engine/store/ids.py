@@ -1,7 +1,7 @@
 """The ids of executions and tasks.
 
-An id begins with the number of its row, so that no index is needed to find it: an index would cost each tool call a
-page of the write-ahead log. The rest is random, so that no two databases have an id in common.
+An id contains the number of its row, so that no index is needed to find the row: an index would cost each tool call a
+page of the write-ahead log. The rest of the id is random, so that no two databases have an id in common.
 """
 
 from __future__ import annotations

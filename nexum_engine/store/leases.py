@@ -89,7 +89,7 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
 
     for row in found():
         db.lock(row["execution"])
-    for row in found():  # without those that another server has ended before this one had the locks
+    for row in found():  # another server may have ended some of the attempts before this server had the locks
         _lose(db, row, Outcome.LOST, reason, changes, may_have_begun=False)
     return changes.freeze()
 

@@ -1,6 +1,6 @@
 """The limits of nodes: how often a node is handed out, and how many attempts at it run at the same time.
 
-A limit belongs to a node of a workflow. It counts over all executions of the workflow, over all versions of the
+A limit belongs to a node of a workflow. The limit counts over all executions of the workflow, over all versions of the
 workflow that have limits, and over all servers of the database. A limit delays the hand-out: it holds back a node that
 is READY.
 

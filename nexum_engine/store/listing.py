@@ -31,7 +31,7 @@ _CANDIDATES = 1000
 _RARE = 50_000
 """If a workflow or an attribute has fewer executions than this, its executions are the candidates.
 
-If it has more, a search that begins at the newest execution finds enough matches soon.
+If it has more of them, a search through all executions, beginning at the newest one, soon finds enough matches.
 """
 _OUT_OF_ORDER_MS = 10_000
 """If several servers start executions, the executions are not always numbered in the order of their starts.

@@ -1,8 +1,8 @@
 """The store in PostgreSQL, for any number of servers on one database. Each server has one connection that writes.
 
 Every transition first locks the execution that it changes (`Db.lock`), and reads only after that. So two servers change
-an execution one after the other. An execution that a client started shares one lock with all executions below it, which
-nodes started. So a transition of a child never waits for a transition of its parent that waits for the child.
+an execution one after the other. An execution that a client started has one lock together with all executions that its
+nodes started, at any depth. So a parent and its child can't wait for each other's locks.
 
 The isolation level is READ COMMITTED: after a transition has waited for a lock, it reads what the other server has
 committed. Transitions that only read an execution or a list have REPEATABLE READ: all their statements read one state.
@@ -59,8 +59,8 @@ RECONNECT_SECONDS = 10.0
 CONFLICT_SECONDS = 20.0
 """How long to retry a transition that can't get its locks."""
 TOGETHER_LOCK_MS = 200
-"""How long transitions that share a transaction wait for a lock. They lock executions in any order, so two servers may
-wait for each other. After this wait, each transition gets a transaction of its own."""
+"""How long transitions that share a transaction wait for a lock. Such transitions lock executions in any order, so
+two servers may wait for each other. After this wait, each transition gets a transaction of its own."""
 CLOCK_INTERVAL = 5.0  # seconds between two comparisons with the database's clock
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ class PostgresStore(GroupCommitStore):
                 return error
 
     def _transaction(self, transitions: list[Transition], kind: Kind) -> list[Any]:
-        """Run transitions in one transaction. If it was not stored because the connection was lost, try again."""
+        """Run transitions in one transaction. If the connection is lost before the commit, connect again and retry."""
         end = time.monotonic() + RECONNECT_SECONDS
         while True:
             connection = self._connected(end)

@@ -107,7 +107,7 @@ SELECT 1 FROM executions WHERE sequence = (
 ) FOR NO KEY UPDATE;
 
 -- name: beat
--- Note that this server is alive, and return how many others are.
+-- Note that this server is alive, and return how many other servers are alive.
 WITH mine AS (
     INSERT INTO servers VALUES (:server, now() + make_interval(secs => :seconds))
     ON CONFLICT (id) DO UPDATE SET alive_until = excluded.alive_until
@@ -118,12 +118,12 @@ SELECT count(*) AS others FROM servers WHERE id <> :server AND alive_until > now
 DELETE FROM servers WHERE alive_until < now() - interval '1 hour';
 
 -- name: hold_server
--- Show to the others that this session's server has not ended.
+-- Show the other servers that this server has not ended. PostgreSQL releases the lock when this connection ends.
 SELECT pg_advisory_lock_shared(:server);
 
 -- name: forget_ended
--- Forget the servers whose process has ended: none of their sessions is left. If PostgreSQL has just started, the
--- sessions of living servers may be missing, too.
+-- Forget the servers whose process has ended: nobody holds their lock (hold_server). Forget none if PostgreSQL has just
+-- started: living servers may not have taken their locks again.
 DELETE FROM servers
 WHERE id <> :server AND pg_postmaster_start_time() < now() - make_interval(secs => :seconds)
   AND pg_try_advisory_xact_lock(id);

@@ -94,10 +94,10 @@ def open_database(url: str) -> Connection:
 
 
 def _check_session(url: str, connection: Connection) -> None:
-    """Raise StoreRefused if the connection is not a session of its own, in which notifications arrive.
+    """Raise StoreRefused if no notification arrives, because a pooler shares the connection's session among clients.
 
-    Some poolers lend the sessions of PostgreSQL for one transaction at a time. Then settings, prepared statements and
-    notifications get to the wrong client.
+    Some poolers lend the sessions of PostgreSQL to their clients for one transaction at a time. Then settings, prepared
+    statements and notifications get to the wrong client.
     """
     channel = sql.Identifier(f"nexum_{secrets.token_hex(8)}")
     connection.execute(sql.SQL("LISTEN {}").format(channel))
@@ -112,7 +112,7 @@ def _check_session(url: str, connection: Connection) -> None:
 
 
 def _migrate(url: str, connection: Connection) -> None:
-    """Create or update the tables. If several servers start, one of them does this, and the others wait."""
+    """Create or update the tables. If several servers start together, one of them updates, and the others wait."""
     folder = files("nexum_engine.store") / "postgresql_migrations"
     scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
     with connection.transaction():
@@ -148,7 +148,7 @@ def vacuum(url: str) -> None:
 
 
 def database_ms(connection: Connection) -> tuple[int, int]:
-    """Return a lower and an upper bound of the database's time now. They differ by the time that the query took."""
+    """Return a lower and an upper bound of the database's time now, which differ by the time that the query took."""
     begun = time.monotonic()
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None
@@ -159,7 +159,7 @@ def database_ms(connection: Connection) -> tuple[int, int]:
 
 
 def is_conflict(error: psycopg.Error) -> bool:
-    """Return whether another server was in the way, so that a second try can succeed."""
+    """Return whether the error comes from a conflict with another server's transaction, so that a retry can succeed."""
     return isinstance(
         error,
         (

@@ -34,7 +34,7 @@ MAX_PAYLOAD = 7900  # bytes: PostgreSQL allows 8000
 
 
 class OtherServers:
-    """A thread with its own connection. It tells the other servers that this one is alive, and receives their news."""
+    """A thread with its own connection. It tells other servers that this server is alive, and receives their news."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class OtherServers:
         self._thread.start()
 
     def leave(self) -> None:
-        """Tell the other servers that this one ends, and end the thread."""
+        """Tell the other servers that this server ends, and end the thread."""
         self._stopping.set()
         with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
             send(connection, self._channel, self._server, self._clock.now_ms(), News())  # this wakes the thread
@@ -110,7 +110,7 @@ class OtherServers:
 
 
 def hold_server(connection: Connection, server: int) -> None:
-    """Show to the other servers, for as long as the connection is open, that this server's process has not ended."""
+    """Show the other servers that this server's process has not ended, for as long as the connection is open."""
     connection.execute(dialect()["hold_server"], {"server": server})
 
 
@@ -143,6 +143,6 @@ def send(connection: Connection, channel: str, server: int, now_ms: int, news: N
 
 
 def _received(payload: str) -> tuple[int, int, News]:
-    """Return the server that sent news, its time, and the news."""
+    """Return the number of the server that sent news, the server's time when it sent them, and the news."""
     sender, sent_ms, ready, ended, due_ms = json.loads(payload)
     return sender, sent_ms, News(tuple(ready), tuple(ended), due_ms, anything=not (ready or ended or due_ms))

@@ -1,5 +1,5 @@
--- Every query of the store, by name. What PostgreSQL needs in another form is in postgresql.sql and
--- postgresql_queries.py.
+-- Every query of the store, by name. If PostgreSQL needs a query in another form, that form is in postgresql.sql, or
+-- postgresql_queries.py makes it.
 -- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999 (ids.py).
 -- Some conditions are here only to choose an index: node_type > '' is always true, and the + of +sequence keeps SQLite
 -- from using an index of sequence.
@@ -85,7 +85,7 @@ FROM json_each(:items), (SELECT max((SELECT coalesce(max(sequence), 0) FROM exec
                                     (SELECT highest FROM pruned WHERE one = 1)) AS highest);
 
 -- name: add_item_nodes
--- Add the nodes of the executions of a MAP node's items. They are due.
+-- Add the nodes of the executions of a MAP node's items. The nodes are due.
 INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, due_ms, task_bytes, owned,
                    timeout_ms, retry)
 SELECT 1000 * sequence, :node_id || '__' || child_index, 'MAP_SUBTASK', '[]', version_hash, 'READY', :now,
@@ -191,7 +191,7 @@ SELECT count(*) AS number FROM (
 ) AS found;
 
 -- name: started_up_to
--- When the execution with the number :sequence was started, or, if there is no such execution, the last one before it.
+-- The start time of the execution with the number :sequence. If the number is missing: of the last execution before it.
 SELECT created_ms FROM executions WHERE sequence <= :sequence ORDER BY sequence DESC LIMIT 1;
 
 -- name: matching
@@ -342,19 +342,19 @@ WHERE nodes.status = 'RUNNING' AND limits IS NOT NULL AND node_id = :node_id
   AND workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution);
 
 -- name: versions_of_limit
--- Those versions of an execution's workflow that have a due task, or an owned node that is READY.
+-- The versions that have a due task or a READY owned node, of the workflow of an execution.
 SELECT version_hash FROM workflow_versions
 WHERE workflow_id = (SELECT workflow_id FROM executions WHERE sequence = :execution)
   AND ((SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms <= :now LIMIT 1) IS NOT NULL
        OR (SELECT 1 FROM nodes WHERE queue = workflow_versions.version_hash AND due_ms IS NULL LIMIT 1) IS NOT NULL);
 
 -- name: versions_with_task
--- Those of some versions that have a due task.
+-- The versions in the list :version_hashes that have a due task.
 SELECT value AS version_hash FROM json_each(:version_hashes) AS versions
 WHERE EXISTS (SELECT 1 FROM nodes WHERE queue = versions.value AND due_ms <= :now);
 
 -- name: ended_of
--- Those of some executions that have ended.
+-- The executions in the list :sequences that have ended.
 SELECT sequence FROM executions
 WHERE sequence IN (SELECT value FROM json_each(:sequences)) AND status <> 'RUNNING';
 
@@ -373,7 +373,7 @@ FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
 -- name: task_payload
--- The parts of a task's input. They are the same for every attempt at the node.
+-- The parts of a task's input. The parts are the same for every attempt at the node.
 SELECT node, node_type, execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution
 WHERE node = :node;
 
@@ -408,7 +408,7 @@ SELECT node_id, output_json FROM nodes
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status = 'COMPLETED';
 
 -- name: attempt
--- The attempt with a task id, with its node and execution. It is the node's newest attempt or an earlier one.
+-- The attempt with a task id, with its node and execution: the node's newest attempt or an earlier one.
 -- `unrecorded` counts the execution's nodes that are neither recorded nor skipped.
 SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, attempts) AS attempt,
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
@@ -475,8 +475,8 @@ UPDATE nodes SET status = 'SKIPPED', outcome = 'EXPIRED', error = :error, ended_
 WHERE node = :node AND status = 'WAITING';
 
 -- name: wait_for_person
--- End a node's newest attempt, whose effect is unknown. The node now waits for a person. If the attempt's lease ran
--- out, :lease_loss says how, and if the attempt's worker then comes back, the attempt is resumed.
+-- End a node's newest attempt, whose effect is unknown. The node now waits for a person. :lease_loss says how the
+-- attempt's lease ran out. If :lease_loss is NULL, the attempt is not resumed when its worker comes back.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'UNKNOWN', attempt_error = :error,
                  lease_loss = :lease_loss, ended_ms = :now
 WHERE node = :node AND attempts = :attempt
@@ -712,7 +712,7 @@ UPDATE nodes SET status = 'PENDING', due_ms = NULL, error = '', failed_attempts 
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND status IN ('FAILED', 'CANCELLED');
 
 -- name: end_execution
--- End a running execution. Return it, with its input if that is short.
+-- End a running execution. Return the execution, with its input if the input is short.
 UPDATE executions SET status = :status, error = :error, ended_ms = :now
 WHERE sequence = :execution AND status = 'RUNNING'
 RETURNING execution_id, workflow_id, version_hash, status, created_ms, ended_ms, error, idempotency_key,
@@ -733,8 +733,8 @@ UPDATE nodes SET progress_json = :progress_json
 WHERE node = :node AND task_id = :task_id AND worker_id = :worker_id AND status = 'RUNNING';
 
 -- name: resume_node
--- Give a node's newest attempt a new lease: the old lease ran out, and the worker is back. If an attempt became
--- UNKNOWN by a report or by its time limit, it is not resumed.
+-- Give a node's newest attempt a new lease: the old lease ran out, and the worker is back. An attempt that became
+-- UNKNOWN by a report or by its time limit is not resumed.
 UPDATE nodes SET status = 'RUNNING', error = '', lost_attempts = lost_attempts - :lost, outcome = 'RUNNING',
                  attempt_error = '', ended_ms = NULL, lease_loss = 'EXPIRED', streamed = TRUE, heartbeat_ms = :now,
                  due_ms = CASE WHEN started_ms + timeout_ms < :lease_expires_ms
@@ -743,8 +743,8 @@ WHERE node = :node AND attempts = :attempt
   AND (status = 'READY' OR (status = 'WAITING' AND outcome = 'UNKNOWN' AND lease_loss IS NOT NULL));
 
 -- name: handed_out
--- The tasks that a worker was handed, must have received by now, and has not reported. The columns are those of
--- expired_lease. Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
+-- The tasks that a worker has not reported and must have received by now. The columns are those of expired_lease.
+-- Owned nodes are left out: an owner whose answer was lost starts the key again, and gets the same task.
 SELECT node, node_id, task_id, attempts AS attempt, execution, worker_id, lease_loss, lost_attempts, version_hash,
        task_bytes, owned, started_ms, timeout_ms, failed_attempts, retry, effect, limits
 FROM nodes

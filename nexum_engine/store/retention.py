@@ -49,7 +49,7 @@ class Pruned:
     executions: int = 0
     sessions: int = 0
     kept: int = 0
-    """How many old executions are kept, because they or others of their session have not ended long enough ago."""
+    """How many old executions are kept, because one of them or of their session's executions ended too recently."""
     after: int | None = None
     """The number of the execution after which to continue. None if nothing is left to prune."""
 
@@ -212,7 +212,7 @@ class _Pruning:
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """Yield the first and last number of each run of consecutive numbers: one statement deletes a run."""
+    """Yield consecutive numbers as ranges (first, last), because one statement deletes a whole range."""
     for _, run in groupby(enumerate(sorted(numbers)), key=lambda one: one[1] - one[0]):
         members = [number for _, number in run]
         yield members[0], members[-1]

@@ -1,6 +1,6 @@
 """The transition that continues a FAILED execution.
 
-It runs inside one transaction, and is the same for every database.
+The transition runs inside one transaction, and is the same for every database.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
         newest = db.one("execution_of_key", workflow_id=row["workflow_id"], idempotency_key=key)
         assert newest is not None, "the execution itself has the key"
         if newest["execution_id"] != execution_id:
-            # Refuse, even if the newest execution has ended. A start with the key returns the newest execution, and an
-            # older one must not run at the same time.
+            # Refuse, even if the newest execution has ended: a start with the key finds only the newest execution, so
+            # an older one must not run again.
             next_step = ": retry that one" if newest["status"] == ExecutionStatus.FAILED else ""
             raise Conflict(
                 f"execution {execution_id} can't be retried: its key has a newer execution, {newest['execution_id']}, "

@@ -236,7 +236,7 @@ class SqliteStore(GroupCommitStore):
 
 
 class _Backup:
-    """The copying of a database in a thread of its own. It reads between the transactions of the writer thread."""
+    """The copying of a database in a thread of its own, which reads between the transactions of the writer thread."""
 
     def __init__(self, turn: threading.RLock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
         self.ended = threading.Event()

@@ -45,7 +45,7 @@ def connect(path: Path, timeout: float) -> sqlite3.Connection:
 
 
 def leave(connection: sqlite3.Connection) -> None:
-    """Close the connection. The interrupt stops SQLite from copying the log into the file."""
+    """Close the connection, and keep the log: the interrupt stops SQLite from copying the log into the file."""
     with contextlib.suppress(sqlite3.Error):
         connection.interrupt()
         connection.close()

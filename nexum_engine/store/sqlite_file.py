@@ -266,7 +266,10 @@ class DatabaseFile:
 
 
 def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
-    """Return the device and inode of the open file. Return None if the file system gives the path other numbers."""
+    """Return the device and inode of the open file. They tell later whether the path still names this file.
+
+    Return None if the file system gives other numbers for the path than for the open file: they can't tell then.
+    """
     opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
     return named if named == opened else None
 
@@ -306,7 +309,7 @@ def lock(path: Path, timeout: float) -> FileLock:
 
 
 def _check_log(path: Path, timeout: float) -> None:
-    """Raise StoreRefused if there is a log that doesn't belong to the file. SQLite would copy it into the file."""
+    """Raise StoreRefused if a log beside the file doesn't belong to it. SQLite would copy that log into the file."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
         raise StoreRefused(
@@ -329,7 +332,7 @@ def _check_log(path: Path, timeout: float) -> None:
 def _has_own_log(path: Path, timeout: float) -> bool:
     """Return whether the log beside the file belongs to the file. Raises sqlite3.OperationalError.
 
-    The files are not changed, except that SQLite may delete a log without a transaction.
+    The files are not changed. But if the log holds no transaction, SQLite may delete the log.
     """
     with path.open("rb") as file:
         version = int.from_bytes(file.read(100)[60:64], "big")
@@ -564,7 +567,10 @@ def _copy_backup(backup: Path, new: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Give the database a second name, and return that name. `restore` then moves the log."""
+    """Give the database file a second name. Return that name, or None if there is no database.
+
+    `restore` then moves the log to the same name.
+    """
     real = Path(os.path.realpath(path))
     if not real.exists() and not _size(log_of(real)):
         return None

@@ -261,7 +261,10 @@ def _task_input(db: Db, node: Row) -> str:
 
 
 def find_attempt(db: Db, task_id: str, *, lock: bool = False) -> Row | None:
-    """Return an attempt with its node and execution, or None if the task is unknown. Lock the execution if asked to."""
+    """Return an attempt with its node and execution, or None if the task is unknown.
+
+    With `lock`, no other server changes the execution before the commit.
+    """
     node = number_of(db, task_id)
     if lock:
         db.lock(node // 1000)
@@ -277,11 +280,11 @@ def _reported_attempt(db: Db, task_id: str) -> Row:
 
 
 def _for_newest(row: Row) -> Row:
-    """Return the newest attempt if the result of the attempt in `row` counts as the newest attempt's, else `row`.
+    """Return the attempt for which a report of the attempt in `row` counts: the attempt in `row` or the newest one.
 
     A worker of the published Python SDK holds more tasks than it runs, so a task may wait in the worker for longer than
-    its lease. If the same worker then gets the task again, the worker's first result counts. If only the result of the
-    newest attempt counted, a worker with a long queue would run each task again and again, and no result would count.
+    its lease. If the same worker then gets the task again, its report of the old attempt counts for the newest attempt.
+    Otherwise, a worker with a long queue would run each task again and again, and none of its reports would count.
     """
     overtaken = row["attempt"] != row["newest_attempt"] and row["outcome"] in (Outcome.EXPIRED, Outcome.INTERRUPTED)
     if not overtaken or row["newest_streamed"] or row["newest_worker"] != row["worker_id"] or row["owned"]:
@@ -362,7 +365,7 @@ def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     flow.check_outputs_fit(db, execution_id, output_json)
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
     place_freed(db, row, changes)
-    if row["unrecorded"] > 1:  # this node is still included: above 1, other nodes are unrecorded, too
+    if row["unrecorded"] > 1:  # counted before this node was recorded, so more than 1 means that other nodes are left
         flow.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
@@ -409,9 +412,9 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
     With `unknown`, the effect of an EFFECT node may have happened: the node waits for a person. But if a worker's next
-    attempt can find out whether the effect has happened, the node is handed out again. An owned node waits in
-    any case: its owner must find out before it reports. A second report with the same error changes nothing. Raises
-    TaskNotFound for an unknown task, and StaleTask if the attempt may not report.
+    attempt can find out whether the effect has happened, the node is handed out again. An owned node waits for a person
+    in any case: its owner has to find out before it reports. A second report with the same error changes nothing.
+    Raises TaskNotFound for an unknown task, and StaleTask if the attempt may not report.
     """
     row = _reported_attempt(db, task_id)
     error = _shortened(error) or "the worker gave no reason"

@@ -1,6 +1,6 @@
 """Transitions of nodes that wait for a time, a person or an event.
 
-They approve, reject, resolve an unknown effect, send an event, and end the waits that are due.
+These transitions approve or reject a node, resolve an unknown effect, send an event, and end the waits that are due.
 
 Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
 function raises an error of `nexum_engine.errors`, and its changes are rolled back.
@@ -34,9 +34,9 @@ MAX_ENDED_WAITS = 200
 MAX_WAITING = 1000
 """The largest number of nodes in one list of the nodes that wait for a person."""
 MAX_SHOWN_INPUT = 16 * 1024
-"""The largest input, in bytes, that such a list shows with a node."""
+"""The largest input, in bytes, that a list of waiting nodes shows. Larger inputs are left out."""
 MAX_SHOWN_INPUTS = 2 * 1024 * 1024
-"""The largest total size, in bytes, of the inputs in one such list."""
+"""The largest total size, in bytes, of the inputs in one list of waiting nodes."""
 MAX_COMMENT_CHARACTERS = 4000
 NOT_DONE = "the effect has not happened"
 """The error that is stored with a person's decision to hand a node out again."""

@@ -33,9 +33,10 @@ class _NotOpened(Exception):
 
 
 class MultiplexedChannel:
-    """A channel with the methods of `grpc.aio.Channel` that this project's calls need. It takes over `channel`.
+    """A channel with the methods of `grpc.aio.Channel` that this project's calls need.
 
-    Its calls raise `grpc.aio.AioRpcError`, as calls of `grpc.aio` do. Create and use it in one event loop.
+    Its calls go over the given `channel`, and `close` also closes that channel. The calls raise
+    `grpc.aio.AioRpcError`, as calls of `grpc.aio` do. Create and use a MultiplexedChannel in one event loop.
     """
 
     def __init__(self, channel: Any) -> None:
@@ -119,7 +120,7 @@ class _Stream:
         await asyncio.gather(*ending, return_exceptions=True)
 
     def _end_writing(self) -> None:
-        """Make the task `_write` end. Don't cancel it while it sends a message: this would cancel the stream."""
+        """Make the task `_write` end. While the task sends a message, don't cancel it: that would cancel the stream."""
         self._is_writing = False
         self._has_unsent.set()
         if not self._is_open.is_set():
@@ -128,8 +129,8 @@ class _Stream:
     async def _cancel_stream(self) -> None:
         """Cancel the stream, and give grpcio time to tell this event loop that the stream has ended.
 
-        There is nothing to await for that, so sleep for a short time. If the loop were closed earlier, grpcio would print
-        a traceback in another event loop.
+        grpcio has nothing to await for that, so sleep for a short time. If the loop were closed earlier, grpcio would
+        print a traceback in another event loop.
         """
         self._stream.cancel()
         await asyncio.sleep(END_REPORT)
