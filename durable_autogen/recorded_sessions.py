@@ -268,7 +268,7 @@ async def fork_session(
                 )
             await journal.add_message(message)
         if effects == "reuse" and not continued:
-            await _keep_results(client, journal, later)
+            await _keep_results(journal, later)
         await journal.release()
     return kept
 
@@ -359,9 +359,10 @@ def _in_words(execution: Execution) -> str:
     return f"{execution.workflow_id} {textwrap.shorten(execution.input_json, SHOWN_INPUT)} ({execution.execution_id})"
 
 
-async def _keep_results(client: NexumClient, journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
+async def _keep_results(journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
     """Record the results of another session's effects, so that the journal's session may reuse them."""
-    taken = {execution.idempotency_key for _, execution in await recorded_effects(client, kept_for(journal.session))}
+    recorded = await recorded_effects(journal.client, kept_for(journal.session))
+    taken = {execution.idempotency_key for _, execution in recorded}
     numbers: Counter[str] = Counter()
     for input, execution in later:
         numbers[input.asked_digest] += 1

@@ -56,17 +56,15 @@ class AtWork:
 
     async def turn(self, stream: AsyncIterator[Any], token: CancellationToken | None) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's streamed turn."""
-        steps = steps_at(self.place, stream)
-        try:
-            async for item in steps:
-                await self._passes_on(item)
-                yield item
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # noqa: BLE001 - `_raise` raises it
-            self._raise(error, token)
-        finally:
-            await steps.aclose()
+        async with closing(steps_at(self.place, stream)) as steps:
+            try:
+                async for item in steps:
+                    await self._passes_on(item)
+                    yield item
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001 - `_raise` raises it
+                self._raise(error, token)
 
     async def whole_turn(self, turn: Awaitable[Any], token: CancellationToken | None) -> Any:
         """Return the response of an agent's turn that isn't streamed."""

@@ -45,7 +45,7 @@ from durable_autogen.record.attempts import ToolError
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
 from durable_autogen.record.failures import end, in_a_task, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, current, recorded_call, started_at
+from durable_autogen.record.place import Place, closing, current, recorded_call, start_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
@@ -214,16 +214,13 @@ class Calls:
         running = asyncio.ensure_future(
             self._answer(call, perform, token, streamed=got, on_replay=replayed, early=True)
         )
-        pieces = stream.until(running)
         is_first = self._place.hands_on_late
-        try:
+        async with closing(stream.until(running)) as pieces:
             async for piece in pieces:
                 if is_first:
                     is_first = False
                     await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
                 yield piece
-        finally:
-            await pieces.aclose()
         result = self._received(client, await running)
         for text in filter(None, held):
             yield text
@@ -352,7 +349,7 @@ class Calls:
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
             # caller were cancelled.
-            running = started_at(current.get(), ordinary(run(edited), name))
+            running = start_at(current.get(), ordinary(run(edited), name))
             try:
                 return await in_a_task(running, name)
             except Exception as error:
@@ -506,7 +503,7 @@ class Calls:
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # AutoGen announced the request before the callback has started, its UserInputManager would wait for ever.
         is_live = self._recorder.event_ahead(call.address) is None
-        asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
+        asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:
             said = representable(str(await (asking or run())))
@@ -606,12 +603,9 @@ class Calls:
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
     """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
-    items = stream.until(running)
-    try:
+    async with closing(stream.until(running)) as items:
         async for item in items:
             yield item
-    finally:
-        await items.aclose()
     yield await running
 
 

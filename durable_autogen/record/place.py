@@ -134,7 +134,7 @@ def at(place: Place | None) -> Iterator[None]:
             current.set(None)
 
 
-def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
+def start_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
     """Start a task that awaits `call` at `place`; return the task."""
 
     async def run() -> T:

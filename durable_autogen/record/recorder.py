@@ -35,7 +35,7 @@ from durable_autogen.record.failures import Failure, end, in_a_task, ordinary
 from durable_autogen.record.handled_failures import Caller, Setbacks, continues
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.place import OpenSession, current, started_at
+from durable_autogen.record.place import OpenSession, current, start_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
@@ -241,7 +241,6 @@ class Recorder:
                     live.given_up = True
                     running.cancel()
             await asyncio.gather(*left, return_exceptions=True)
-        broken = []
         async with self._record_lock:
             await self._record_apart()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
@@ -438,7 +437,7 @@ class Recorder:
         inside = dataclasses.replace(place, in_call=True)
         try:
             name = call.label or str(call)
-            done = await in_a_task(started_at(inside, ordinary(perform(), name)), name)
+            done = await in_a_task(start_at(inside, ordinary(perform(), name)), name)
         except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
             return None, Raised(failure=failure, streamed=live.streamed()), error

@@ -196,7 +196,7 @@ class Session:
             stack.enter_context(at(Place(self, around=current.get())))
             budget = None
             if self._budget is not None:
-                budget = BudgetCheck(self._budget, client, journal, self._command("budget"))
+                budget = BudgetCheck(self._budget, journal, self._command("budget"))
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
             self._recorder = Recorder(
@@ -204,7 +204,7 @@ class Session:
             )
             stack.push_async_callback(self._close)
             self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
-            self._waits = Waits(client, self._recorder, self._command("send"))
+            self._waits = Waits(self._recorder, self._command("send"))
             self._stack = stack.pop_all()
         return self
 
