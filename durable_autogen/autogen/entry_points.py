@@ -41,45 +41,42 @@ from durable_autogen.record.while_open import while_open
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
 
-class _Made:
-    """A call to a wrapped method: the original method, bound to its object, and the arguments.
+class _Original:
+    """The original of a wrapped method, bound to its object and to the arguments of one call."""
 
-    Call this object to call the original method.
-    """
-
-    def __init__(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.original, self.args, self.kwargs = original, args, kwargs
+    def __init__(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.method, self.args, self.kwargs = method, args, kwargs
 
     def __call__(self) -> Any:
-        return self.original(*self.args, **self.kwargs)
+        return self.method(*self.args, **self.kwargs)
 
     def given(self, number: int, name: str) -> Any:
         """Return the argument at position `number` or with the name `name`, however the caller passed it."""
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
-    def with_argument(self, number: int, name: str, value: Any) -> _Made:
+    def with_argument(self, number: int, name: str, value: Any) -> _Original:
         """Return a copy in which `value` is the argument at position `number` or with the name `name`."""
         if number < len(self.args):
-            return _Made(self.original, (*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
-        return _Made(self.original, self.args, {**self.kwargs, name: value})
+            return _Original(self.method, (*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
+        return _Original(self.method, self.args, {**self.kwargs, name: value})
 
 
-Wrapper = Callable[[Any, _Made], Any]
-"""A function that replaces a method. Its parameters are the object whose method is called, and the call."""
+Wrapper = Callable[[Any, _Original], Any]
+"""A function that replaces a method. Its parameters are the object whose method is called, and the original."""
 
-Recording = Callable[[Calls, Any, _Made], Any]
-"""A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the call. It
-returns an awaitable or a stream."""
+Recording = Callable[[Calls, Any, _Original], Any]
+"""A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the original.
+It returns an awaitable or a stream."""
 
 
 def _recorded(recording: Recording) -> Wrapper:
     """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
-    async def wrapper(self: Any, made: _Made) -> Any:
+    async def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
         if place is None:
-            return await made()
-        return await recording(Calls(place), self, made)
+            return await original()
+        return await recording(Calls(place), self, original)
 
     return wrapper
 
@@ -87,9 +84,9 @@ def _recorded(recording: Recording) -> Wrapper:
 def _streamed(recording: Recording) -> Wrapper:
     """Return a wrapper for a method that returns a stream, as `_recorded` does for other methods."""
 
-    async def wrapper(self: Any, made: _Made) -> AsyncGenerator[Any, None]:
+    async def wrapper(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
         place = recording_place()
-        stream = made() if place is None else recording(Calls(place), self, made)
+        stream = original() if place is None else recording(Calls(place), self, original)
         async with closing(stream) as items:
             async for item in items:
                 yield item
@@ -98,33 +95,33 @@ def _streamed(recording: Recording) -> Wrapper:
 
 
 def _reply(stream: bool) -> Recording:
-    def recording(calls: Calls, client: Any, made: _Made) -> Any:
-        messages = made.given(0, "messages")
+    def recording(calls: Calls, client: Any, original: _Original) -> Any:
+        messages = original.given(0, "messages")
 
         def ask(whole: Any) -> Any:
-            return (made if whole is messages else made.with_argument(0, "messages", whole))()
+            return (original if whole is messages else original.with_argument(0, "messages", whole))()
 
-        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, made.kwargs)
+        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, original.kwargs)
 
     return recording
 
 
 def _workbench_tool(stream: bool) -> Recording:
-    def recording(calls: Calls, workbench: Any, made: _Made) -> Any:
+    def recording(calls: Calls, workbench: Any, original: _Original) -> Any:
         call = ToolCall(
-            made.given(0, "name"),
-            made.given(1, "arguments") or {},
-            made.given(2, "cancellation_token"),
-            made.given(3, "call_id"),
+            original.given(0, "name"),
+            original.given(1, "arguments") or {},
+            original.given(2, "cancellation_token"),
+            original.given(3, "call_id"),
             workbench,
         )
         if has_agent_as_tool(workbench, call.name):
             calls.check_no_policy(call.name)
             place = calls.agent_as_tool(call)
-            return steps_at(place, made()) if stream else made()
+            return steps_at(place, original()) if stream else original()
 
         def run(edited: Mapping[str, Any] | None) -> Any:
-            return (made if edited is None else made.with_argument(1, "arguments", edited))()
+            return (original if edited is None else original.with_argument(1, "arguments", edited))()
 
         return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, call)
 
@@ -132,101 +129,105 @@ def _workbench_tool(stream: bool) -> Recording:
 
 
 def _tool(stream: bool) -> Recording:
-    def recording(calls: Calls, tool: Any, made: _Made) -> Any:
+    def recording(calls: Calls, tool: Any, original: _Original) -> Any:
         if is_recorded_inside(tool):
             calls.check_no_policy(tool.name)
-            return made()
+            return original()
         # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
-        args = made.given(0, "args")
+        args = original.given(0, "args")
         arguments = args.model_dump(mode="json") if isinstance(args, BaseModel) else args or {}
-        call = ToolCall(tool.name, arguments, made.given(1, "cancellation_token"), made.given(2, "call_id"), tool)
+        call = ToolCall(
+            tool.name, arguments, original.given(1, "cancellation_token"), original.given(2, "call_id"), tool
+        )
 
         def run(edited: Mapping[str, Any] | None) -> Any:
             if edited is None:
-                return made()
+                return original()
             value = tool.args_type().model_validate(edited) if isinstance(args, BaseModel) else edited
-            return made.with_argument(0, "args", value)()
+            return original.with_argument(0, "args", value)()
 
         return (calls.tool_stream if stream else calls.tool)(tool, run, call)
 
     return recording
 
 
-def _tool_list(calls: Calls, workbench: Any, made: _Made) -> Any:
+def _tool_list(calls: Calls, workbench: Any, original: _Original) -> Any:
     # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
-        return made()
-    return calls.other(Kind.TOOLS, {"workbench": type(workbench).__name__}, made, None)
+        return original()
+    return calls.other(Kind.TOOLS, {"workbench": type(workbench).__name__}, original, None)
 
 
-def _input(calls: Calls, _: Any, made: _Made) -> Any:
-    return calls.input(made, made.given(0, "prompt"), made.given(1, "cancellation_token"))
+def _input(calls: Calls, _: Any, original: _Original) -> Any:
+    return calls.input(original, original.given(0, "prompt"), original.given(1, "cancellation_token"))
 
 
-def _code(calls: Calls, _: Any, made: _Made) -> Any:
-    code = "\n".join(block.code for block in made.given(0, "code_blocks"))
-    return calls.other(Kind.CODE, {"code": code}, made, CodeResult, made.given(1, "cancellation_token"))
+def _code(calls: Calls, _: Any, original: _Original) -> Any:
+    code = "\n".join(block.code for block in original.given(0, "code_blocks"))
+    return calls.other(Kind.CODE, {"code": code}, original, CodeResult, original.given(1, "cancellation_token"))
 
 
-def _memory(calls: Calls, memory: Any, made: _Made) -> Any:
+def _memory(calls: Calls, memory: Any, original: _Original) -> Any:
     # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
-        return made()
-    query = plain(made.given(0, "query"))
-    return calls.other(Kind.MEMORY, {"query": query}, made, MemoryQueryResult, made.given(1, "cancellation_token"))
+        return original()
+    query = plain(original.given(0, "query"))
+    return calls.other(
+        Kind.MEMORY, {"query": query}, original, MemoryQueryResult, original.given(1, "cancellation_token")
+    )
 
 
-async def _tool_itself(self: Any, made: _Made) -> Any:
+async def _tool_itself(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is not None and place.in_call:
         with inside_a_call(self, place):
             # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a
             # task would end the event loop.
-            return await ordinary(made(), self.name)
-    return await _recorded(_tool(stream=False))(self, made)
+            return await ordinary(original(), self.name)
+    return await _recorded(_tool(stream=False))(self, original)
 
 
-async def _tool_stream_itself(self: Any, made: _Made) -> AsyncGenerator[Any, None]:
+async def _tool_stream_itself(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
     place = current.get()
     if place is None or not place.in_call:
-        async with closing(_streamed(_tool(stream=True))(self, made)) as items:
+        async with closing(_streamed(_tool(stream=True))(self, original)) as items:
             async for item in items:
                 yield item
         return
-    async with closing(made()) as items:
+    async with closing(original()) as items:
         with inside_a_call(self, place):
             async for item in items:
                 yield item
 
 
-async def _look(self: Any, made: _Made) -> Any:
+async def _look(self: Any, original: _Original) -> Any:
     place = recording_place()
     if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
-        return await made()
+        return await original()
 
     async def ask() -> Any:
         # Set the condition as `owner`, so that its call of the base class's method doesn't count as a second check.
         with at(replace(place, owner=self)):
-            return await made()
+            return await original()
 
     return await conditions.look(self, place, ask)
 
 
-def _usage(self: Any, made: _Made) -> Any:
+def _usage(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
-        return made()
+        return original()
     with at(replace(place, in_call=True)):
-        usage = made()
+        usage = original()
     # Add the usage of replayed replies: a program may decide by the usage, and a replay must decide the same.
     return total(usage, place.session.state.replayed_usage_of(self))
 
 
-async def _preparation(self: Any, made: _Made) -> Any:
+async def _preparation(self: Any, original: _Original) -> Any:
     """Start, stop or reset a workbench or executor. Neither record this call nor report its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
-        return await made()
+        return await original()
 
 
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
@@ -243,12 +244,12 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
 def _whole(method: str) -> Wrapper:
     """Return a wrapper for an agent's unstreamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, made: _Made) -> Any:
+    async def wrapper(self: Any, original: _Original) -> Any:
         working = _at_work(self, is_team=False)
-        found = made()
+        found = original()
         if working is None:
             return await found
-        return await getattr(working, method)(found, _task_or_token(made))
+        return await getattr(working, method)(found, _task_or_token(original))
 
     return wrapper
 
@@ -256,11 +257,11 @@ def _whole(method: str) -> Wrapper:
 def _steps(method: str, *, is_team: bool = False) -> Wrapper:
     """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, made: _Made) -> AsyncGenerator[Any, None]:
+    async def wrapper(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
-        stream = made()
+        stream = original()
         if working is not None:
-            stream = getattr(working, method)(stream, _task_or_token(made))
+            stream = getattr(working, method)(stream, _task_or_token(original))
         async with closing(stream) as items:
             async for item in items:
                 yield item
@@ -268,21 +269,21 @@ def _steps(method: str, *, is_team: bool = False) -> Wrapper:
     return wrapper
 
 
-def _task_or_token(made: _Made) -> Any:
+def _task_or_token(original: _Original) -> Any:
     """Return a run's task, or a turn's cancellation token. The task of a run is always passed by name."""
-    return made.kwargs["task"] if "task" in made.kwargs else made.given(1, "cancellation_token")
+    return original.kwargs["task"] if "task" in original.kwargs else original.given(1, "cancellation_token")
 
 
-async def _on_message(self: Any, made: _Made) -> Any:
-    place = _place_of(made.given(0, "message"))
+async def _on_message(self: Any, original: _Original) -> Any:
+    place = _place_of(original.given(0, "message"))
     if place is None or place.in_call or place.session.is_over:
-        return await made()
+        return await original()
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = place.session.state.names.of(self, self.id.type)
         place = Place(place.session, agent=name, path=name, is_inside=True, owner=self, around=place.around)
     with at(place):
-        return await made()
+        return await original()
 
 
 _sent: dict[int, tuple[Any, Place]] = {}
@@ -299,14 +300,14 @@ def _place_of(message: Any) -> Place | None:
     return sent[1] if sent is not None and sent[0] is message else current.get()
 
 
-async def _send(self: Any, made: _Made) -> Any:
+async def _send(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is not None and not place.session.is_over:
-        message = made.given(0, "message")
+        message = original.given(0, "message")
         _sent[id(message)] = (message, place)
         while len(_sent) > MAX_SENT:
             _sent.pop(next(iter(_sent)), None)  # another thread may have dropped it
-    return await made()
+    return await original()
 
 
 # ---- Wrapping --------------------------------------------------------------------------------------------------------
@@ -439,14 +440,14 @@ def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
 def _wrapper_of(original: Any, wrapper: Wrapper) -> Any:
     """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`."""
 
-    def made(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Made:
+    def bound(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Original:
         get = getattr(original, "__get__", None)
-        return _Made(original if get is None else get(self, type(self)), args, kwargs)
+        return _Original(original if get is None else get(self, type(self)), args, kwargs)
 
     if inspect.isasyncgenfunction(original):
 
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            async with closing(wrapper(self, made(self, args, kwargs))) as items:
+            async with closing(wrapper(self, bound(self, args, kwargs))) as items:
                 async for item in items:
                     yield item
 
@@ -454,13 +455,13 @@ def _wrapper_of(original: Any, wrapper: Wrapper) -> Any:
     if inspect.iscoroutinefunction(original):
 
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await wrapper(self, made(self, args, kwargs))
+            return await wrapper(self, bound(self, args, kwargs))
 
         return functools.wraps(original)(call)
 
     # `original` is a plain function. It may return a coroutine or a stream.
     def function(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(self, made(self, args, kwargs))
+        return wrapper(self, bound(self, args, kwargs))
 
     return functools.wraps(original)(function) if inspect.isfunction(original) else function
 
