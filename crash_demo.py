@@ -182,7 +182,8 @@ async def charge(nexum_address: str | None) -> int:
         async with (
             NexumForRun(nexum_address, workers=(), owners=True) as nexum,
             NexumClient(nexum.address) as client,
-            Session(name, client=client, workflow=charges(name)) as session,
+            # The drill prints what happens. The caller's own lines would come between them at any time.
+            Session(name, client=client, workflow=charges(name), tell=lambda _: None) as session,
         ):
             session.file = SessionFile(name, Path(folder))
 

@@ -41,7 +41,7 @@ from support.console import (
 )
 from support.conversation import Conversation
 from support.demo_options import build_parser
-from support.demo_session import announce_session, derived_session_id, recorded_question
+from support.demo_session import announce_session, count_only_model_calls, derived_session_id, recorded_question
 from support.launcher import NexumForRun, kill_this_process, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, ModelFailed, choose_model
 from support.session_file import check_session_id
@@ -226,4 +226,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     log_to(sys.stderr, logging.WARNING)
     say_what_is_logged("durable_autogen", "nexum_engine")
+    logging.getLogger("durable_autogen").addFilter(count_only_model_calls)
     run_script(main)

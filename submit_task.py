@@ -53,7 +53,7 @@ from support.approvals import ApprovedCall
 from support.console import complain, let_ctrl_c_cancel, run_script, say, say_after_ctrl_c, say_what_is_logged
 from support.options import add_nexum_option
 from support.session_file import SessionFile
-from support.tools import NO_POLICY, TOOLS, Tool
+from support.tools import NO_POLICY, TOOLS, Tool, find_tool
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput, workflow_of
 
 BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
@@ -216,8 +216,8 @@ class Session:
                 # The server or its database was replaced, perhaps while this call waited. Start the call again.
                 if not deadline.left:
                     raise
-                lost = f"{_short(gone.execution_id)} ({tool_name})"
-                self._tell(f"[Nexum] {lost} is unknown to this server: looking it up by its key")
+                what = f"[Nexum] {gone.execution_id} ({tool_name})"
+                self._tell(f"{what} is unknown to this server: looking it up by its key")
                 execution_id = None
 
     async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
@@ -242,7 +242,7 @@ class Session:
         """
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
-        what = f"[Nexum] {_short(execution_id)} ({call.tool_name})"
+        what = f"[Nexum] {execution_id} ({call.tool_name})"
         if status is ExecutionStatus.COMPLETED:
             self._tell(f"{what} already COMPLETED (cached) ✓")
             return ToolResult(_result(call, observed.execution), Origin.CACHED, execution_id)
@@ -284,11 +284,11 @@ class Session:
             await self._ask(deadline, partial(self._client.register_workflow, call.workflow))
             started = await self._ask(deadline, start)
         if not started.existing:
-            self._tell(f"[Nexum] Submitted {_short(started.execution_id)} ({call.tool_name})")
+            self._tell(f"[Nexum] Submitted {started.execution_id} ({call.tool_name})")
             return started, Origin.EXECUTED
         if started.status.ended:  # COMPLETED; or, for an effect that must happen only once, FAILED or CANCELLED
             return started, Origin.CACHED
-        self._tell(f"[Nexum] {_short(started.execution_id)} ({call.tool_name}) already RUNNING, attached")
+        self._tell(f"[Nexum] {started.execution_id} ({call.tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
 
     async def _approved(self, call: _Call, tool: Tool, key: str) -> ApprovedCall | None:
@@ -315,7 +315,7 @@ class Session:
         self, execution_id: str, call: _Call, origin: Origin, deadline: _Deadline, ended: Execution | None = None
     ) -> ToolResult:
         """Return the execution's result. Wait until the execution has ended, unless `ended` is given."""
-        what = f"[Nexum] {_short(execution_id)} ({call.tool_name})"
+        what = f"[Nexum] {execution_id} ({call.tool_name})"
         notice = FIRST_NOTICE
         while ended is None:
             observed = await self._ask(
@@ -357,7 +357,7 @@ class Session:
     ) -> Observed:
         """Wait until a person, or a late report, says what happened in an attempt whose effect is unknown."""
         line = (
-            f"{_short(execution_id)} ({call.tool_name}) is UNKNOWN: attempt {attempt.attempt} by worker "
+            f"{execution_id} ({call.tool_name}) is UNKNOWN: attempt {attempt.attempt} by worker "
             f"{attempt.worker_id} may have had its effect ({attempt.error}). "
             f"{how_to_resolve(execution_id, self._named_server)}"
         )
@@ -369,10 +369,6 @@ class Session:
 
     def _tell_of_wait(self, line: str) -> None:
         self._tell(f"[Nexum] {line}")
-
-
-def _short(execution_id: str) -> str:
-    return f"{execution_id[:16]}..."
 
 
 def _result(call: _Call, execution: Execution) -> str:
@@ -471,7 +467,7 @@ def _background_loop() -> asyncio.AbstractEventLoop:
 
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("tool", help="name of the tool: web_search, visit_webpage, or a custom tool")
+    parser.add_argument("tool", help=f"name of a tool that support/tools declares: {', '.join(sorted(TOOLS))}")
     parser.add_argument("arguments", nargs="?", default="{}", help='a JSON object, such as {"query": "Tokyo"}')
     parser.add_argument(
         "--session-id", metavar="ID", default="default", help="session of the call (default: %(default)s)"
@@ -503,6 +499,11 @@ def main() -> int:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
         parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
+    try:
+        find_tool(args.tool).validate(tool_args)
+    except FinalError as error:
+        complain(f"error: {error}")
+        return 2
     say_after_ctrl_c("a submitted call continues; run the same command again for its result")
     try:
         say(asyncio.run(_call_once(args, tool_args)))

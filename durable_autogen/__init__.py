@@ -22,6 +22,13 @@ AutoGen's methods are recorded, and how.
 
 from __future__ import annotations
 
+import sys
+
+from nexum_engine.ctrl_c import end_on_ctrl_c
+
+if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # the process runs `python -m durable_autogen`
+    end_on_ctrl_c()  # before the slow imports
+
 from durable_autogen.autogen.policies import durable_tool
 from durable_autogen.errors import (
     BudgetExceeded,

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from durable_autogen.budget_command import add_limits
 from durable_autogen.run_script import complain, print_line, run_script
+from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
 from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.options import user_name
 from nexum_engine.streams import in_words, open_closed_streams
@@ -205,8 +206,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Exit code 2 means an error of durable_autogen or of the server. 75 means a parked run.
     """
-    open_closed_streams()
-    args = build_parser().parse_args(argv)
+    try:
+        interrupt_on_ctrl_c()
+        open_closed_streams()
+        args = build_parser().parse_args(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     try:
         if args.command == "run":
             _print_what_is_logged()
@@ -214,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             print_line(asyncio.run(look(args)), sys.stdout)
         except KeyboardInterrupt:  # Ctrl-C in a command about recorded sessions
-            return 130
+            return INTERRUPTED
     except (InvalidRequest, NexumError) as error:
         complain(f"error: {error}")
         return 2

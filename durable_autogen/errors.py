@@ -37,7 +37,15 @@ class RunCancelled(NexumError):
 
 
 class Parked(NexumError):
-    """The run ended, because it waits for a person's decision. The next run of the session continues."""
+    """The run ended, because it waits for a person's decision. The next run of the session continues.
+
+    `waits` says what the run waits for and how to decide.
+    """
+
+    def __init__(self, session: str, waits: str) -> None:
+        super().__init__(f"session {session} is parked, run it again after the decision: {waits}")
+        self.session = session
+        self.waits = waits
 
 
 class CallRejected(NexumError):

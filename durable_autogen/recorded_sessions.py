@@ -26,6 +26,7 @@ from durable_autogen.record.events import (
     end_of,
     end_of_wait,
     read_record,
+    text_asked,
 )
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
@@ -47,6 +48,7 @@ class SessionInfo:
 
     session: str
     question: str
+    """The task and later user messages, or the first user message that a model got. Empty if there is none."""
     models: tuple[str, ...]
     status: str
     calls: Counter[str]
@@ -112,7 +114,7 @@ async def _info(
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
-        question=" / ".join([*_task_of(events), *messages]),
+        question=" / ".join([*_task_of(events), *messages]) or next(filter(None, map(text_asked, events)), ""),
         models=tuple(dict.fromkeys(models)),
         status=status,
         calls=Counter(event.kind.value for event in events if event.kind.is_call),

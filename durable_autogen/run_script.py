@@ -169,7 +169,8 @@ def run_script(args: argparse.Namespace) -> int:
         try:
             _run_as_main(script.resolve())
         except Parked as parked:
-            _log.warning("%s", parked)
+            # Don't repeat what the session waits for: it was logged when the wait began.
+            _log.warning("session %s is parked: run the same command again after the decision", parked.session)
             return PARKED
         except NexumError as error:
             complain(f"error: {error}")

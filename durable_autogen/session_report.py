@@ -31,9 +31,9 @@ NAME_WIDTH = 32  # characters
 
 
 def table(sessions: Sequence[SessionInfo], now: float) -> str:
-    """Return a text with three lines for each session, and one for each of its waits. `now` is in seconds since 1970.
+    """Return a text with two or three lines for each session, and one for each of its waits, the latest session first.
 
-    The latest session is first.
+    `now` is in seconds since 1970.
     """
     if not sessions:
         return "no session is on record here"
@@ -43,7 +43,8 @@ def table(sessions: Sequence[SessionInfo], now: float) -> str:
 def _summary(one: SessionInfo, now: float) -> Iterator[str]:
     calls = f"{one.calls['reply']} model call(s), {one.calls['tool']} tool call(s)"
     yield f"{one.session:<22} {one.status:<12} {calls}, begun {age(round(now * 1000) - one.begun_ms)}"
-    yield f"    {_excerpt(one.question) or '(no question)'}"
+    if one.question:
+        yield f"    {_excerpt(one.question)}"
     yield f"    {printable(', '.join(one.models)) or 'no model has answered yet'}"
     for wait in one.waits:
         yield f"    {wait.agent or 'the program'} {_words(wait)} (began {age(round(now * 1000) - wait.recorded_ms)})"

@@ -26,6 +26,11 @@ database and ask no server.
 
 from __future__ import annotations
 
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c, interrupt_on_ctrl_c
+
+if __name__ == "__main__":
+    end_on_ctrl_c()  # before the slow imports
+
 import argparse
 import asyncio
 import contextlib
@@ -48,7 +53,7 @@ from nexum_engine import (
     report,
 )
 from nexum_engine import commands as about_executions
-from nexum_engine.commands import look, on_server_or_database, say, watch
+from nexum_engine.commands import PartlyDecided, look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
@@ -231,6 +236,14 @@ def _complain(error: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `nexum` or `python -m nexum_engine`; return the exit code."""
+    try:
+        interrupt_on_ctrl_c()
+        return _run(argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _run(argv: list[str] | None) -> int:
     open_closed_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     for stream in (sys.stdout, sys.stderr):
@@ -260,7 +273,14 @@ def main(argv: list[str] | None = None) -> int:
         elif getattr(args, "watch", False) or getattr(args, "follow", False):
             return asyncio.run(watch(args))
         else:
-            say(asyncio.run(look(args)))
+            try:
+                say(asyncio.run(look(args)))
+            except PartlyDecided as partly:
+                for line in partly.done:
+                    say(line)
+                for failure in partly.failures:
+                    _complain(failure)
+                return 1
     except NexumError as error:
         _complain(str(error))
         return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
@@ -270,8 +290,6 @@ def main(argv: list[str] | None = None) -> int:
         # Discard the rest of the output. Otherwise, Python would try to write it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -22,7 +22,9 @@ from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     Conflict,
     InvalidRequest,
+    NexumError,
     NotANexumServer,
+    NotFound,
     ServerError,
     ServerNotReady,
     ServerUnavailable,
@@ -220,6 +222,14 @@ def _json(text: str) -> Any:
         return jsontext.parse(text, "the value")
     except InvalidRequest as error:
         raise argparse.ArgumentTypeError(f"{error}; a text needs quotes: '\"text\"'") from error
+
+
+class PartlyDecided(Conflict):
+    """Some decisions of a command were refused: `failures` says which and why. `done` has a line for each other one."""
+
+    def __init__(self, done: Sequence[str], failures: Sequence[str]) -> None:
+        super().__init__("; ".join(failures))
+        self.done, self.failures = done, failures
 
 
 async def look(args: argparse.Namespace) -> str:
@@ -439,20 +449,29 @@ async def _decide(
         raise InvalidRequest("--args are the arguments of one call: give its EXECUTION instead of --session")
     if args.execution:
         node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
-        chosen = [(args.execution, node)]
-    else:
-        chosen = [
-            (one.execution_id, one.node_id)
-            for one in await source.approvals()
-            if await _session_of(source, one) == args.session
-        ]
+        await decide(args.execution, node)
+        return f"{node} of {args.execution} is {decision}"
+    chosen = [
+        (one.execution_id, one.node_id)
+        for one in await source.approvals()
+        if await _session_of(source, one) == args.session
+    ]
     if not chosen:
         raise Conflict(f"no call of session {args.session} waits for approval")
-    lines = []
+    done: list[str] = []
+    failures: list[str] = []
     for execution_id, node in chosen:
-        await decide(execution_id, node)
-        lines.append(f"{node} of {execution_id} is {decision}")
-    return "\n".join(lines)
+        try:
+            await decide(execution_id, node)
+        except NexumError as error:  # such as: another person was faster
+            if not done and not isinstance(error, (Conflict, NotFound)):
+                raise  # no decision of this command can succeed
+            failures.append(f"{node} of {execution_id} is not {decision}: {error}")
+        else:
+            done.append(f"{node} of {execution_id} is {decision}")
+    if failures:
+        raise PartlyDecided(done, failures)
+    return "\n".join(done)
 
 
 async def _session_of(source: _Executions, pending: PendingApproval) -> object:
@@ -529,7 +548,11 @@ async def watch(args: argparse.Namespace) -> int:
                 return code
         is_first = False
         # Don't keep the database open while waiting: the next run's embedded server must be able to open it.
-        screen.note("no server answers: waiting for one (Ctrl+C ends this)")
+        screen.note(
+            f"no server answers on {address}: waiting for it (Ctrl+C ends this)"
+            if address
+            else "no server or run is active here: this shows the changes when one is (Ctrl+C ends this)"
+        )
         await asyncio.sleep(WATCH_INTERVAL)
 
 

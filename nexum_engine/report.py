@@ -55,9 +55,11 @@ def row(one: Execution, now_ms: int) -> str:
         name = f"session {session.session}"
         if one.status is ExecutionStatus.RUNNING and not session.is_running:
             status = "interrupted"
-    lines = [
-        f"{_cut(name, 39):<39} {status:<11} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}".rstrip()
-    ]
+    facts = f"{status:<11} {age(now_ms - one.created_ms):<10} {_cut(one.workflow_id, 17)}"
+    name = _cut(name, WIDTH)
+    # Don't cut a name that is longer than its column: a person passes it to another command.
+    first = [name, f"{'':<39} {facts}"] if len(name) > 39 else [f"{name:<39} {facts}"]
+    lines = [line.rstrip() for line in first]
     if session is not None:
         if session.question:
             lines.append(f"    {_cut(session.question, WIDTH - 4)}")

@@ -48,15 +48,15 @@ class Screen:
     def note(self, text: str) -> None:
         """Show a note: below a view that is redrawn in place, else once on standard error."""
         if self._in_place:
-            self._draw([*self._lines, text])
+            self._draw(self._lines, text)
         elif text not in self._notes:
             self._notes.add(text)
             print(text, file=sys.stderr, flush=True)
 
-    def _draw(self, lines: Sequence[str]) -> None:
+    def _draw(self, lines: Sequence[str], *notes: str) -> None:
         # Leave a line for the cursor, and cut what doesn't fit: if the terminal scrolled, the next view would be drawn
         # at the wrong line.
-        shown = lines[: max(1, shutil.get_terminal_size().lines - 1)]
+        shown = [*lines[: max(1, shutil.get_terminal_size().lines - 1 - len(notes))], *notes]
         up = f"\x1b[{self._height}F" if self._height else ""
         self._height = len(shown)
         text = "\n".join(f"{line}{_END_OF_LINE}" for line in shown)

@@ -268,7 +268,12 @@ class Worker:
         again = "reconnected to" if self._was_connected else "connected to"
         self._was_connected = True
         self._is_refusal_logged = False
-        logger.info("%s %s as worker %s", again, self._client.address, self.worker_id)
+        logger.info("%s %s as worker %s", again, self._place(), self.worker_id)
+
+    def _place(self) -> str:
+        """Return the server's address or, if the client found the server by its database, that database."""
+        address = self._client.address
+        return f"the server of {address}" if "/" in address or "\\" in address else address
 
     def _say_lost(self, error: NexumError) -> None:
         if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
@@ -277,7 +282,7 @@ class Worker:
                 "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address
             )
         else:
-            logger.warning("not connected to %s, retrying: %s", self._client.address, error)
+            logger.warning("not connected to %s, retrying: %s", self._place(), error)
 
     def _say_blocked(self, seconds: float) -> None:
         # The heartbeat's thread calls this while the event loop is blocked.

@@ -13,16 +13,14 @@ import signal
 import sys
 from contextlib import suppress
 
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c, end_on_ctrl_c_again, interrupt_on_ctrl_c
 from nexum_engine.streams import in_words, open_closed_streams
 
 # Until `begin_script` runs, Ctrl+C prints a traceback. So don't import typing here: it is slow.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
     from typing import NoReturn, TextIO
-
-INTERRUPTED = 130  # the exit code after Ctrl+C, as in shells
 
 # Map each control character (C0, DEL and C1, but not tab or newline) to its Python escape.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
@@ -152,9 +150,7 @@ def begin_script(name: str) -> None:
     if name != "__main__":
         return
     open_closed_streams()
-    # Replace only Python's default handler. Another handler means that the parent process wants Ctrl+C to be ignored.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end_at_once)
+    end_on_ctrl_c()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A library may print a character that the terminal can't encode. `_print` handles this project's own text.
@@ -190,16 +186,14 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def _exit_code(main: Callable[[], int]) -> int:
     from asyncio import CancelledError
 
-    began_here = signal.getsignal(signal.SIGINT) is _end_at_once
+    began_here = interrupt_on_ctrl_c()
     try:
-        if began_here:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         return main()
     except SystemExit as error:  # raised by argparse
         return error.code if isinstance(error.code, int) else 1
     except (KeyboardInterrupt, CancelledError):
         if began_here:
-            signal.signal(signal.SIGINT, _end_at_once)
+            end_on_ctrl_c_again()
         if _nobody_reads:
             return 1
         if _after_ctrl_c:
@@ -207,12 +201,7 @@ def _exit_code(main: Callable[[], int]) -> int:
         return INTERRUPTED
     finally:
         if began_here:
-            signal.signal(signal.SIGINT, _end_at_once)  # for Ctrl+C while the interpreter ends
-
-
-def _end_at_once(_number: int, _frame: FrameType | None) -> None:
-    # Don't raise an exception: the import that is interrupted may swallow the exception.
-    os._exit(INTERRUPTED)
+            end_on_ctrl_c_again()  # for Ctrl+C while the interpreter ends
 
 
 def let_ctrl_c_cancel() -> None:
@@ -228,7 +217,7 @@ def let_ctrl_c_cancel() -> None:
         assert task is not None
         cancel = task.cancel
 
-        def on_ctrl_c(number: int, _frame: FrameType | None) -> None:
+        def on_ctrl_c(number: int, _frame: object) -> None:
             signal.signal(number, signal.default_int_handler)  # a second Ctrl+C interrupts at once
             loop.call_soon_threadsafe(cancel)
 

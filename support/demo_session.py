@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 
 from nexum_engine.report import age
@@ -43,3 +44,19 @@ async def recorded_question(session_id: str, question: str, fork_of: str | None,
     whose = "this demo" if recorded is None else "the session"
     say(f"[demo] {why}; asking {whose}'s own: {recorded or default}")
     return recorded or default
+
+
+def count_only_model_calls(record: logging.LogRecord) -> bool:
+    """Reword a session's counts, as a filter of its logger: leave out the tool calls, which the demo counts itself.
+
+    The two counts differ after a crash. A result that only the worker had recorded is live for the session, and cached
+    for the demo.
+    """
+    live, replayed = getattr(record, "live", None), getattr(record, "replayed", None)
+    if live is not None and replayed is not None:
+        counts = (
+            f"{count.get('model calls', 0)} {what} ({count.get('tokens', 0):,} tokens)"
+            for count, what in ((live, "executed"), (replayed, "cached"))
+        )
+        record.msg, record.args = f"Model calls: {', '.join(counts)}", ()
+    return True

@@ -281,6 +281,8 @@ class Summary(_Frozen):
             question = " / ".join(event.content.task)
         elif isinstance(event.content, Said):
             question = " / ".join(filter(None, (question, event.content.text)))
+        elif not question:
+            question = text_asked(event)
         return Summary(
             number=event.seq,
             question=question[:MAX_QUESTION],
@@ -293,6 +295,17 @@ class Summary(_Frozen):
         return self.model_copy(
             update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - sum(usage_of(event))}
         )
+
+
+def text_asked(event: Event) -> str:
+    """Return the beginning of the first user message of a model request; empty if there is none.
+
+    It stands for the task of a session whose program doesn't name one, as `run_durable` does.
+    """
+    for message in event.request.get("messages", ()) if event.kind is Kind.REPLY else ():
+        if str(message["from"]).startswith("UserMessage "):
+            return str(message["text"])
+    return ""
 
 
 def usage_of(event: Event) -> tuple[int, int]:

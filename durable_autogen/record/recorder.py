@@ -496,7 +496,7 @@ class Recorder:
                 another.cancel()
             elif self._questions_to_people:
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
-                self.stop(Parked(f"session {self.journal.session} is parked, run it again after the decision: {waits}"))
+                self.stop(Parked(self.journal.session, waits))
                 return
         self._parking = None
 

@@ -255,8 +255,11 @@ class Session:
     def _log_counts(self) -> None:
         recorder = self.recorder
         if recorder.live or recorder.replayed:
-            counts = (self.session_id, _counts(recorder.live), _counts(recorder.replayed))
-            self.log.info("session %s: %s live, %s replayed from the record", *counts)
+            live, replayed = _counts(recorder.live), _counts(recorder.replayed)
+            # A program's handler can read the counts from the record instead of its text.
+            counts = {"live": dict(recorder.live), "replayed": dict(recorder.replayed)}
+            line = "session %s: %s live, %s replayed from the record"
+            self.log.info(line, self.session_id, live, replayed, extra=counts)
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
             self.log.warning("session %s: outside the record: %s", self.session_id, times)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import threading
 
-PROMPT = "approve it? yes, no, or a reason to reject it: "
+PROMPT = "approve it? Type yes, or no, or no and a reason, such as: no, too expensive"
+_YES = re.compile("y|yes", re.IGNORECASE)
+_NO = re.compile(r"(?:n|no)(?:[\s,.:;-]+(.*))?", re.IGNORECASE | re.DOTALL)
+MAX_REPEATED = 40  # characters of an unclear answer
 
 
 class Terminal:
@@ -28,15 +32,18 @@ class Terminal:
         async with self._one_at_a_time:
             print(f"[Nexum] {question}", file=sys.stderr)
             while True:
-                print(f"[Nexum] {PROMPT}", end="", file=sys.stderr, flush=True)
+                # End the line, so that the next line of a log doesn't run into the question.
+                print(f"[Nexum] {PROMPT}", file=sys.stderr, flush=True)
                 line = await self._line()
-                said = line.strip()
                 if not line:
                     return None
-                if said.lower() in ("y", "yes"):
+                said = line.strip()
+                if _YES.fullmatch(said):
                     return True, ""
+                if (no := _NO.fullmatch(said)) is not None:
+                    return False, no[1] or ""
                 if said:
-                    return False, "" if said.lower() in ("n", "no") else said
+                    print(f"[Nexum] {said[:MAX_REPEATED]!r} is neither yes nor no", file=sys.stderr)
 
     async def _line(self) -> str:
         if self._reading is None:

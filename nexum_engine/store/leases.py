@@ -149,11 +149,13 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
             _lose(db, row, Outcome.TIMED_OUT, reason, changes)
         return
     outcome = Outcome(row["lease_loss"])
-    worker_id = row["worker_id"]
+    # A node that its program owns has no worker: the program's process does the work.
+    who = f"{'process' if row['owned'] else 'worker'} {row['worker_id']}"
+    gone = "ended, or lost its connection" if row["owned"] else "disconnected and did not reconnect"
     reason = {
-        Outcome.LOST: f"worker {worker_id} disconnected and did not reconnect",
-        Outcome.EXPIRED: f"worker {worker_id} sent no heartbeat for longer than its lease",
-        Outcome.INTERRUPTED: f"the server was restarted and worker {worker_id} did not reconnect",
+        Outcome.LOST: f"{who} {gone}",
+        Outcome.EXPIRED: f"{who} sent no heartbeat for longer than its lease",
+        Outcome.INTERRUPTED: f"the server was restarted and {who} did not reconnect",
     }[outcome]
     _lose(db, row, outcome, reason, changes)
 

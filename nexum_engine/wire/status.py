@@ -82,6 +82,8 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
         if sent.isascii() and sent.isdecimal():
             after = min(int(sent), MAX_RETRY_AFTER_MS) / 1000
         return errors.ServerNotReady(f"the Nexum server on {address} can't do this now: {details}", after)
+    if details == CUT_OFF:
+        return errors.ServerUnavailable(f"the connection to the Nexum server on {address} broke")
     if kind is errors.ServerUnavailable:
         return errors.ServerUnavailable(f"no Nexum server answers on {address}: {errors.START_A_SERVER} ({details})")
     if kind is errors.NotANexumServer:

@@ -32,6 +32,14 @@ Call = Callable[[str], Awaitable[tuple[str, str]]]
 """A function that calls a tool by its name, and returns the tool's text and the id of the call's execution."""
 
 
+TOOLS = {
+    charge_by_key: "the service books each key once, so a second attempt charges nobody twice",
+    charge_and_find: "charges can be looked up, so the next worker finds out whether it has to charge",
+    charge_once: "no worker can look charges up, so the call waits for a person",
+}
+"""The tools, each with what its second attempt does."""
+
+
 @dataclass(frozen=True)
 class Charged:
     """One tool call that has ended: its requests in the ledger, and its recorded execution."""
@@ -54,9 +62,8 @@ class Charged:
         """One line of the table."""
         keys = len({one.reference for one in self.requests})
         paid = sum(one.cents for one in self.requests if one.is_booked) / 100
-        policy = self.tool.policy.described() or {"effect": self.tool.policy.effect}
-        shown = ", ".join(f"{name}={value}" for name, value in policy.items())
-        return f"{self.tool.name:<16} {shown:<36} {len(self.requests):>8} {keys:>5} {paid:>6.2f}  {self.attempts}"
+        policy = _policy(self.tool)
+        return f"{self.tool.name:<16} {policy:<36} {len(self.requests):>8} {keys:>5} {paid:>6.2f}  {self.attempts}"
 
     @property
     def problem(self) -> str:
@@ -82,17 +89,20 @@ class Drill:
 
     async def run(self) -> list[Charged]:
         """Make the calls, one after the other."""
-        return [await self._charge(tool) for tool in (charge_by_key, charge_and_find, charge_once)]
+        charged: list[Charged] = []
+        for tool, why in TOOLS.items():
+            say(f"\n[demo] {len(charged) + 1} of {len(TOOLS)}: {tool.name} ({_policy(tool)}): {why}")
+            charged.append(await self._charge(tool))
+        return charged
 
     async def _charge(self, tool: Tool) -> Charged:
-        say(f"\n[demo] {tool.name}({tool.declaration})")
         before = len(self._ledger.requests())
         calling = asyncio.ensure_future(self._call(tool.name))
         workers: list[Child] = []
         try:
-            workers.append(await self._start_worker(crash=True))
+            workers.append(await self._start_worker(1))
             await self._until_it_dies(workers[0], before, calling)
-            workers.append(await self._start_worker(crash=False))
+            workers.append(await self._start_worker(2))
             if tool is charge_once:
                 await self._resolve(calling)
             text, execution_id = await calling
@@ -102,7 +112,7 @@ class Drill:
         finally:
             calling.cancel()
             await asyncio.gather(*(one.end() for one in workers))
-        say(f"[demo] the agent reads: {text}")
+        say(f"[demo] the call {execution_id} returns: {text}")
         found = await self._client.get_execution(execution_id, with_attempts=True)
         return Charged(tool, tuple(self._ledger.requests()[before:]), found.execution)
 
@@ -114,13 +124,14 @@ class Drill:
     def _workflow_id(self, tool: Tool) -> str:
         return workflow_of(tool.name, tool.policy, charges(self._name)).workflow_id
 
-    async def _start_worker(self, *, crash: bool) -> Child:
+    async def _start_worker(self, number: int) -> Child:
+        """Start a worker. Worker 1 kills itself after its charge."""
         child = await start_child(
             ["-m", "support.charges.worker", "--drill", self._name, "--nexum", self._client.address],
-            env={LEDGER: str(self._ledger.path), CRASH: "1" if crash else ""},
+            env={LEDGER: str(self._ledger.path), CRASH: "1" if number == 1 else ""},
         )
-        fate = ", to be killed between its charge and the report" if crash else ""
-        say(f"[demo] worker started (pid {child.process.pid}){fate}")
+        fate = ", to be killed between its charge and the report" if number == 1 else ""
+        say(f"[demo] worker {number} started (pid {child.process.pid}){fate}")
         return child
 
     async def _until_it_dies(self, worker: Child, before: int, calling: asyncio.Future[tuple[str, str]]) -> None:
@@ -132,7 +143,7 @@ class Drill:
         charged = self._ledger.requests()[before:]
         if len(charged) != 1:
             raise DrillFailed(f"the worker ended ({death}) after {len(charged)} charges instead of one")
-        say(f"[demo] worker is dead: {death}. The ledger has its charge of {charged[0].cents / 100:.2f}")
+        say(f"[demo] worker 1 is dead: {death}. The ledger has its charge of {charged[0].cents / 100:.2f}")
 
     async def _resolve(self, calling: asyncio.Future[tuple[str, str]]) -> None:
         """Do what a person does about an unknown effect: list it, look it up in the ledger, and give the result."""
@@ -148,7 +159,7 @@ class Drill:
 
     async def _command(self, *arguments: str) -> None:
         """Run a command as a person would, and print it with its output."""
-        say(f"$ python -m nexum_engine {shlex.join(arguments)}")
+        say(f"[demo] $ python -m nexum_engine {shlex.join(arguments)}")
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "nexum_engine", *arguments, "--nexum", self._client.address),
             stdout=asyncio.subprocess.PIPE,
@@ -159,6 +170,11 @@ class Drill:
         say(output.decode("utf-8", "replace").rstrip())
         if process.returncode != 0:
             raise DrillFailed(f"nexum {arguments[0]} ended with exit code {process.returncode}")
+
+
+def _policy(tool: Tool) -> str:
+    policy = tool.policy.described() or {"effect": tool.policy.effect}
+    return ", ".join(f"{name}={value}" for name, value in policy.items())
 
 
 def new_name() -> str:

@@ -75,6 +75,7 @@ def test_walk_finds_the_known_modules_and_imports() -> None:
 ENGINE = {
     "errors": (),
     "clock": (),
+    "ctrl_c": (),
     "streams": (),
     "screen": (),
     "options": (),
@@ -137,14 +138,14 @@ def part(name: str) -> str:
 
 def test_every_module_of_the_engine_has_a_layer() -> None:
     parts = {part(name) for name in MODULES if within(name, "nexum_engine")}
-    assert parts == {*ENGINE, "__main__", ""}
+    assert parts == {*ENGINE, "__main__", "console_script", ""}
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if within(name, "nexum_engine")))
 def test_the_engine_imports_downward_only(name: str) -> None:
     ours = {target for target in IMPORTS[name] if target.split(".")[0] in {one.split(".")[0] for one in MODULES}}
     assert {target for target in ours if not within(target, "nexum_engine")} == set(), "the engine knows no script"
-    if part(name) == "__main__":
+    if part(name) in ("__main__", "console_script"):
         return
     allowed = {*ENGINE.get(part(name), ()), part(name), ""}
     assert {target for target in ours if part(target) not in allowed} == set()

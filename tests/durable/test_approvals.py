@@ -133,8 +133,10 @@ def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -
     with OpenAIServer(clerk_model({"cents": 20000})) as model:
         for _ in range(2):  # a parked run parks again
             with script(folder, model, "--park") as parked:
-                line = parked.wait_for("session s is parked, run it again after the decision: waiting for")
+                line = parked.wait_for("waiting for a decision on charge")
                 assert parked.wait() == 75
+                assert parked.lines[-1] == "[Nexum] session s is parked: run the same command again after the decision"
+                assert parked.output.count("waiting for a decision") == 1
         with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
             assert asked_in(line) in listing.wait_for("waits for a decision on charge")
         nexum(folder, "approve", asked_in(line), "--args", '{"cents": 7}', "--by", "ann")
@@ -143,6 +145,9 @@ def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -
             assert resumed.wait() == 0
             assert resumed.lines[-2:-1] == ["charged c-1 7"]
     assert ledger(folder) == ["c-1 7"]
+
+
+PROMPT = "[Nexum] approve it? Type yes, or no, or no and a reason, such as: no, too expensive\r\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
@@ -162,11 +167,15 @@ def test_person_at_the_terminal_is_asked(folder: Path) -> None:
         )
         os.close(its_end)
         try:
-            answers = {"1": b"yes\n", "2": b"one is enough\n"}
+            answers = {"1": b"yes\n", "2": b"no, one is enough\n"}
             while answers:  # the two calls of the reply are made at the same time: either may be asked about first
-                shown = until(terminal, "a reason to reject it: ")
+                # The question's line ends, so that the next line of a log doesn't run into it.
+                shown = until(terminal, PROMPT)
                 asked = re.findall(r'\[Nexum\] charge\(\{"cents": (\d), "customer": "c-1"\}\) of clerk', shown)
                 assert "reason: It is due." in shown
+                if len(answers) == 2:
+                    os.write(terminal, b"sure, do it\n")
+                    until(terminal, f"[Nexum] 'sure, do it' is neither yes nor no\r\n{PROMPT}")
                 os.write(terminal, answers.pop(asked[-1]))
             assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
             assert process.wait(30) == 0

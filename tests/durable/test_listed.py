@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from openai_server import OpenAIServer, Reply
 from processes import command_line
 from server_thread import ServerThread
 
-from durable_autogen import fork_session, list_sessions, recorded_sessions
+from durable_autogen import DurableSession, fork_session, list_sessions, recorded_sessions
 from durable_autogen.record.events import Record, read_record
+from durable_autogen.session_report import table
 from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
 from nexum_engine.records import Execution
@@ -87,6 +89,22 @@ async def test_shown_session_is_read_without_other_sessions(
     async with NexumClient(server.address) as nexum:
         assert (await recorded_sessions.show_session(nexum, "s")).info.session == "s"
     assert set(read) == {"s"}
+
+
+async def test_session_of_a_program_without_a_task_is_listed_with_the_first_user_message(server: ServerThread) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        async with DurableSession("s", nexum=server.address):
+            for task in ("How many\n people?", "Why?"):
+                await agent(model, "a").run(task=task)
+        async with DurableSession("empty", nexum=server.address) as empty:
+            await empty.sleep(0)
+    shown = [one.session.question for one in await listed(server) if one.session is not None]
+    assert shown == ["", "How many people?"]
+    async with NexumClient(server.address) as nexum:
+        sessions = await list_sessions(nexum)
+    assert [one.question for one in sessions] == shown
+    lines = table(sessions, time.time()).splitlines()
+    assert [line.split()[0] for line in lines] == ["empty", "no", "s", "How", "a"]
 
 
 async def test_failed_call_that_is_revoked_does_not_count(server: ServerThread) -> None:

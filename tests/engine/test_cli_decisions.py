@@ -11,6 +11,7 @@ from harness import nexum_server
 from nexum_wire import DEADLINE, complete, connected, poll, start, status
 from processes import Command
 
+from nexum_engine.client import NexumClient
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -130,6 +131,30 @@ def test_all_calls_of_a_session_are_decided_together(
         assert (code, output) == (0, "\n".join(f"approval of {one} is {done}" for one in (asked[0], asked[2])))
         assert [status(stub, one)[0] for one in asked] == [status_after, "RUNNING", status_after, "RUNNING"]
         assert terminal(command, "--session", "s") == (1, "error: no call of session s waits for approval")
+
+
+def test_decision_about_a_session_continues_after_a_refusal(
+    address: str, terminal: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    approve = NexumClient.approve
+
+    async def after_another_person(
+        client: NexumClient, execution_id: str, node_id: str, *, approver: str, comment: str, answer: object
+    ) -> None:
+        if execution_id == asked[1]:
+            await client.reject(execution_id, node_id, approver="Bob", reason="")
+        await approve(client, execution_id, node_id, approver=approver, comment=comment, answer=answer)
+
+    with connected(address) as stub:
+        register(stub, {"approval": {"type": "HUMAN_APPROVAL"}})
+        asked = [start(stub, json.dumps({"session": "s", "tool": f"charge {n}"})) for n in range(3)]
+        monkeypatch.setattr(NexumClient, "approve", after_another_person)
+        code, output = terminal("approve", "--session", "s")
+        assert code == 1
+        *done, refused = output.splitlines()
+        assert done == [f"approval of {one} is approved" for one in (asked[0], asked[2])]
+        assert refused.startswith(f"error: approval of {asked[1]} is not approved: ")
+        assert [status(stub, one)[0] for one in asked] == ["COMPLETED", "FAILED", "COMPLETED"]
 
 
 def test_rejection_stays_on_record_after_a_retry(address: str, terminal: Command) -> None:

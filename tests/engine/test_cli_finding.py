@@ -22,6 +22,7 @@ from server_thread import ServerThread
 
 from nexum_engine.__main__ import main
 from nexum_engine.commands import look
+from nexum_engine.screen import Screen
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -141,12 +142,23 @@ def test_watch_continues_with_the_next_server(tmp_path: Path) -> None:
         first = begin(stub)
     with running(["-m", "nexum_engine", "ps", "--watch"], cwd=tmp_path, env=where) as watching:
         watching.wait_for(first)
-        watching.wait_for("no server answers: waiting for one")
+        watching.wait_for("no server or run is active here: this shows the changes when one is")
         with nexum_server(tmp_path) as server, connected(server.address) as stub:
             watching.wait_for(begin(stub))
         watching.interrupt()
         assert watching.wait(10) == 130
     assert watching.output.count(first) == 1
+
+
+def test_note_is_shown_below_a_view_that_is_higher_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINES", "5")
+    monkeypatch.setenv("TERM", "xterm")
+    drawn: list[str] = []
+    screen = Screen(drawn.append, in_place=True)
+    screen.show([f"row {n}" for n in range(9)], [])
+    screen.note("nobody is here")
+    shown = [[line for line in re.split(r"\x1b\[\??\d*[A-Za-z]|\n", text) if line] for text in drawn]
+    assert shown == [["row 0", "row 1", "row 2", "row 3"], ["row 0", "row 1", "row 2", "nobody is here"]]
 
 
 def test_watch_of_a_named_server_that_does_not_answer_fails(tmp_path: Path) -> None:

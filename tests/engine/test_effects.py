@@ -389,6 +389,8 @@ async def test_owner_finds_an_unknown_effect_and_gets_the_task_after_the_decisio
     execution_id = await start(store, owner="one", key="k")
     await lose(store, clock, "one")
     assert await is_unknown(store, execution_id)
+    (lost,) = await attempts(store, execution_id)
+    assert lost.error == "process one ended, or lost its connection"  # a program that owns its call has no worker
     found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True)
     assert (found.execution_id, found.unknown, found.task) == (execution_id, True, None)
     assert found.status is ExecutionStatus.RUNNING

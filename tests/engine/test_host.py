@@ -114,7 +114,9 @@ def test_commands_and_workers_reach_a_program_whose_event_loop_is_blocked(tmp_pa
         with running([str(ROOT / "tests" / "programs" / "counting_worker.py"), database], cwd=tmp_path) as worker:
             worker.wait_for("connected to")
             submit = [
-                str(ROOT / "submit_task.py"),
+                str(ROOT / "tests" / "programs" / "submitter.py"),
+                "default",
+                "60",
                 "count_effect",
                 json.dumps({"log": str(tmp_path / "log"), "number": 1}),
             ]

@@ -18,7 +18,7 @@ from nexum_engine.errors import ServerNotReady, ServerUnavailable
 from nexum_engine.owner import Owner
 from nexum_engine.server import Limits
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.status import TOO_MANY_RPCS, error_of, rpc_error
+from nexum_engine.wire.status import CUT_OFF, TOO_MANY_RPCS, error_of, rpc_error
 from nexum_engine.workflow import workflow
 
 ONE = workflow("one").effect("a").build()
@@ -126,6 +126,14 @@ def test_refusal_by_grpc_itself_is_retried() -> None:
     error = error_of(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, TOO_MANY_RPCS), "here")
     assert isinstance(error, ServerNotReady)
     assert error.retry_after == 1.0
+
+
+def test_stream_that_broke_while_a_request_was_sent_is_a_lost_connection() -> None:
+    """grpcio says only `Internal error from Core`: the server had no error of its own."""
+    for code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE):
+        error = error_of(rpc_error(code, CUT_OFF), "here")
+        assert type(error) is ServerUnavailable
+        assert str(error) == "the connection to the Nexum server on here broke"
 
 
 async def test_server_with_too_many_rpcs_answers_in_these_words(

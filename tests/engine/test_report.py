@@ -52,6 +52,18 @@ def test_output_with_long_names_fits_80_columns() -> None:
     assert [line for line in lines if len(line) > report.WIDTH] == []
 
 
+def test_table_has_whole_names() -> None:
+    """Ids of a published server, and long session ids, don't fit into the column."""
+    session = replace(EXECUTION, session=SessionSummary("s" * 64, 5, False, "", 0, 0))
+    lines = report.table([EXECUTION, session], START + 5000).splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == [
+        report.HEADING,
+        EXECUTION.execution_id,
+        f"session {'s' * 64}",
+    ]
+    assert [line.split()[:2] for line in lines if "FAILED" in line] == [["FAILED", "5"]] * 2
+
+
 def session_rows(status: ExecutionStatus, *, is_running: bool, question: str = "Why?", calls: int = 3) -> list[str]:
     summary = SessionSummary("s1", 1234, is_running, question, calls, 5000 * calls)
     return report.table([replace(EXECUTION, status=status, session=summary)], START + 5000).splitlines()[1:]

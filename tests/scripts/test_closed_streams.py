@@ -11,7 +11,7 @@ from harness import ROOT, environment
 
 COMMANDS = {
     "demo": ["demo.py", "--offline", "--new-session", "--crash-after-step", "1"],
-    "submit_task": ["submit_task.py", "web_search", "{}", "--timeout", "1", "--nexum", "127.0.0.1:1"],
+    "submit_task": ["submit_task.py", "web_search", '{"query": "x"}', "--timeout", "1", "--nexum", "127.0.0.1:1"],
     "worker": ["worker.py", "--nexum", "127.0.0.1:1", "--until-stdin-closes"],
     "nexum": ["-m", "nexum_engine", "--listen", "0.0.0.0:1"],
     "nexum ps": ["-m", "nexum_engine", "ps"],

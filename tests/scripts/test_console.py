@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,34 +112,65 @@ AT_ONCE = {
 }
 
 
-def interrupt(script: str, moment: str, folder: Path, *arguments: str) -> tuple[int, str]:
+def interrupt(command: list[str], moment: str, folder: Path) -> tuple[int, str]:
     (folder / "sitecustomize.py").write_text(INTERRUPTER)
     env = {"INTERRUPT_AT": moment, "PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
-    code, output = run_script([str(ROOT / script), *arguments], folder, env)
+    code, output = run_script(command, folder, env)
     assert output.count("PRESSED") == 1, f"{moment} was never imported"
     return code, output
 
 
 @pytest.mark.parametrize(("script", "moment"), [(script, one) for script, all_ in AT_ONCE.items() for one in all_])
 def test_ctrl_c_during_imports_ends_a_script_silently(tmp_path: Path, script: str, moment: str) -> None:
-    assert interrupt(script, moment, tmp_path) == (130, "PRESSED")
+    assert interrupt([str(ROOT / script)], moment, tmp_path) == (130, "PRESSED")
+
+
+LIBRARIES_AT_ONCE = [
+    ("nexum_engine", "argparse"),
+    ("nexum_engine", "asyncio"),
+    ("nexum_engine", "grpc"),
+    ("nexum_engine", "nexum_engine.location"),
+    ("durable_autogen", "autogen_core"),
+    ("durable_autogen", "grpc"),
+    ("durable_autogen", "durable_autogen.session"),
+    ("durable_autogen", "durable_autogen.__main__"),
+    ("durable_autogen", "durable_autogen.budget_command"),
+]
+
+
+@pytest.mark.parametrize(("library", "moment"), LIBRARIES_AT_ONCE)
+def test_ctrl_c_during_imports_ends_the_command_of_a_library_silently(
+    tmp_path: Path, library: str, moment: str
+) -> None:
+    assert interrupt(["-m", library, "--help"], moment, tmp_path) == (130, "PRESSED")
+
+
+def test_ctrl_c_during_imports_ends_the_installed_nexum_silently(tmp_path: Path) -> None:
+    script = "import sys; from nexum_engine.console_script import main; sys.exit(main())"
+    assert interrupt(["-c", script], "grpc", tmp_path) == (130, "PRESSED")
+
+
+def test_import_of_the_libraries_leaves_ctrl_c_alone(tmp_path: Path) -> None:
+    program = "import signal, durable_autogen, nexum_engine.__main__; print(signal.getsignal(signal.SIGINT))"
+    code, output = run_script(["-c", program], tmp_path)
+    assert (code, output) == (0, str(signal.default_int_handler))
 
 
 @pytest.mark.every_python
 @pytest.mark.parametrize("moment", ["durable_autogen", "autogen_core", "autogen_agentchat.agents"])
 def test_ctrl_c_while_autogen_loads_ends_the_demo_with_a_message(tmp_path: Path, moment: str) -> None:
-    code, output = interrupt("demo.py", moment, tmp_path)
+    code, output = interrupt([str(ROOT / "demo.py")], moment, tmp_path)
     assert code == 130
     assert output.splitlines()[-1] == "interrupted; the same command continues from what is recorded"
 
 
 @pytest.mark.every_python
 def test_ctrl_c_while_tools_load_ends_the_worker(tmp_path: Path) -> None:
-    assert interrupt("worker.py", "support.offline.web", tmp_path) == (130, "PRESSED")
+    assert interrupt([str(ROOT / "worker.py")], "support.offline.web", tmp_path) == (130, "PRESSED")
 
 
 def test_ctrl_c_while_autogen_loads_stops_the_pipeline_worker_normally(tmp_path: Path) -> None:
-    code, output = interrupt("pipeline_worker.py", "autogen_core", tmp_path, "--nexum", "127.0.0.1:1")
+    code, output = interrupt([str(ROOT / "pipeline_worker.py"), "--nexum", "127.0.0.1:1"], "autogen_core", tmp_path)
     assert (code, output.splitlines()[-1]) == (0, "PRESSED")
 
 

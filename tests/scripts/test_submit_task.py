@@ -522,10 +522,14 @@ def test_one_call_from_the_command_line(server: ServerThread, tmp_path: Path) ->
     ("arguments", "code", "said"),
     [
         (["web_search", "[1]"], 2, "the arguments must be a JSON object, not: [1]"),
-        (["web_search", "{}", "--nexum", "127.0.0.1:1", "--timeout", "1"], 2, "no Nexum server answers on 127.0.0.1:1"),
+        (
+            ["web_search", '{"query": "x"}', "--nexum", "127.0.0.1:1", "--timeout", "1"],
+            2,
+            "no Nexum server answers on 127.0.0.1:1",
+        ),
         (["web_search", "{}", "--timeout", "nan"], 2, "argument --timeout: 'nan' is not a number of seconds between 0"),
         (["web_search", "{}", "--timeout=-inf"], 2, "argument --timeout: '-inf' is not a number of seconds between 0"),
-        (["no_such_tool", "{}", "--offline"], 1, "no_such_tool"),
+        (["visit_webpage", '{"url": "http://nowhere.example/"}', "--offline"], 1, "visit_webpage failed: "),
     ],
 )
 def test_wrong_call_is_a_one_line_error(
@@ -534,6 +538,25 @@ def test_wrong_call_is_a_one_line_error(
     with tool_worker(tmp_path, server.address):
         found, output = run_command(["submit_task.py", *arguments], tmp_path, server.address)
     assert (found, said in output.splitlines()[-1], "Traceback" in output) == (code, True, False), output
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            ["web_serach", '{"query": "x"}'],
+            "error: there is no tool named 'web_serach'; the tools are visit_webpage, web_search",
+        ),
+        (["web_search"], "error: web_search was called with wrong arguments: query is missing. Call it as web_search("),
+    ],
+)
+def test_wrong_tool_or_argument_is_an_error_before_the_server_is_asked(
+    tmp_path: Path, call: list[str], said: str
+) -> None:
+    code, output = run_command(["submit_task.py", *call], tmp_path, "127.0.0.1:1")
+    assert code == 2
+    assert len(output.splitlines()) == 1  # no line about a server
+    assert output.startswith(said)
 
 
 def run_command(command: list[str], folder: Path, address: str) -> tuple[int, str]:
