@@ -33,6 +33,7 @@ from support.console import (
     complain,
     let_ctrl_c_cancel,
     log_to,
+    quick_imports,
     run_script,
     say,
     say_after_ctrl_c,
@@ -132,8 +133,8 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
     async with NexumForRun(args.nexum, owners=bool(args.fork or args.ask)) as nexum:
-        # Imported here: it is slow, and the worker starts meanwhile.
-        from durable_autogen import Budget, Policy, run_durable_stream
+        with quick_imports():  # imported here, because it takes a second, and the worker starts meanwhile
+            from durable_autogen import Budget, Policy, run_durable_stream
 
         if nexum.is_published:
             if args.budget is not None:

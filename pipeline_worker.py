@@ -34,7 +34,7 @@ from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
 from nexum_engine.workflow import Workflow
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput, drill_version
-from support.console import complain, log_to, run_script, say
+from support.console import complain, log_to, quick_imports, run_script, say
 from support.launcher import kill_this_process
 from support.models import ModelChoice, ModelChoiceError, choose_model
 from support.options import add_nexum_option, add_until_stdin_closes_option
@@ -115,10 +115,11 @@ class Acting:
 def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Binding]:
     """Return the workflows that a worker with this model can serve, each with its handlers."""
     # Import these modules late: they import AutoGen slowly, and a wrong command line should be reported at once.
-    from support.offline.pipeline import pipeline_model
-    from support.offline.web import OfflineWeb
-    from support.pipeline.steps import PipelineSteps
-    from support.tools.web.live import LiveWeb
+    with quick_imports():
+        from support.offline.pipeline import pipeline_model
+        from support.offline.web import OfflineWeb
+        from support.pipeline.steps import PipelineSteps
+        from support.tools.web.live import LiveWeb
 
     pages = OfflineWeb()
 

@@ -317,15 +317,21 @@ class Session:
         what = f"[Nexum] {execution_id} ({call.tool_name})"
         notice = FIRST_NOTICE
         while ended is None:
-            observed = await self._ask(
-                deadline,
-                partial(
-                    self._client.get_execution,
-                    execution_id,
-                    wait=min(deadline.left, notice),
-                    with_attempts=True,  # the notice shows why the latest attempt ended
-                ),
+            look = partial(
+                self._client.get_execution,
+                execution_id,
+                wait=min(deadline.left, notice),
+                with_attempts=True,  # the notice shows why the latest attempt ended
             )
+            try:
+                observed = await self._ask(deadline, look)
+            except ServerNotReady:
+                raise
+            except ServerUnavailable as error:
+                raise ServerUnavailable(
+                    f"{error}. {call.tool_name} was submitted as execution {execution_id}: make the same call again, "
+                    "when the server is back, to get its result"
+                ) from error
             if (unknown := notices.unknown_attempt(observed.execution)) is not None:
                 observed = await self._wait_until_known(execution_id, call, unknown, deadline)
             if observed.execution.status.ended:
@@ -362,6 +368,7 @@ class Session:
         )
         look = partial(self._client.get_execution, execution_id, wait=NOTICE_EVERY, with_attempts=True)
         with waiting_for_a_person(line, self._tell_of_wait):
+            deadline.begin_again()
             while notices.unknown_attempt((observed := await self._ask(deadline, look)).execution) is not None:
                 deadline.begin_again()
         return observed

@@ -113,6 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     fork.add_argument("source", metavar="SESSION@N")
     fork.add_argument("new", metavar="NEW")
     fork.add_argument("--message", metavar="TEXT", default="", help="a user message to add after these events")
+    fork.add_argument(
+        "--effects",
+        choices=("refuse", "reuse", "again"),
+        default="refuse",
+        help="what to do if SESSION has made calls after these events whose effect must happen only once: refuse to "
+        "fork, reuse the results if NEW makes equal calls, or make the calls again (default: %(default)s)",
+    )
     budget = commands.add_parser(
         "budget",
         parents=[server],
@@ -130,13 +137,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="don't raise the budget: the session's program ends with an error",
     )
     budget.add_argument("--by", metavar="NAME", default=user_name(), help="who decides (default: the user's name)")
-    fork.add_argument(
-        "--effects",
-        choices=("refuse", "reuse", "again"),
-        default="refuse",
-        help="what to do if SESSION has made calls after these events whose effect must happen only once: refuse to "
-        "fork, reuse the results if NEW makes equal calls, or make the calls again (default: %(default)s)",
-    )
     send = commands.add_parser(
         "send",
         parents=[server],

@@ -34,8 +34,9 @@ def add_limits(parser: argparse._ActionsContainer, prefix: str = "") -> None:
 
 def budget_of(args: argparse.Namespace, prefix: str = "") -> Budget | None:
     """Return the budget that the options give; None if they give none. Raises InvalidRequest for a wrong value."""
-    given: dict[str, Any] = {name.replace("-", "_"): None for name, _, _ in _LIMITS}
-    given = {name: getattr(args, f"{prefix}{name}".replace("-", "_")) for name in given}
+    given: dict[str, Any] = {
+        name.replace("-", "_"): getattr(args, f"{prefix}{name}".replace("-", "_")) for name, _, _ in _LIMITS
+    }
     tool_calls = {}
     for one in getattr(args, f"{prefix}tool-calls".replace("-", "_")) or ():
         tool, _, number = one.rpartition("=")

@@ -13,7 +13,6 @@ from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kep
 from durable_autogen.record.effects import effects as recorded_effects
 from durable_autogen.record.events import (
     AGENT_RUN,
-    PAGE,
     SERVER_PATIENCE,
     Begun,
     Event,
@@ -22,6 +21,7 @@ from durable_autogen.record.events import (
     Revoked,
     Said,
     Waiting,
+    all_executions,
     check_session_id,
     end_of,
     end_of_wait,
@@ -62,23 +62,22 @@ class SessionInfo:
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
     """Return a summary of every session on the server, the latest session first."""
+    return await _sessions(client, "")
+
+
+async def _sessions(client: NexumClient, key_prefix: str) -> list[SessionInfo]:
+    """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     latest: dict[str, Execution] = {}
     earliest: dict[str, Execution] = {}
     completed: dict[str, Execution] = {}
-    before = ""
-    while True:
-        page = await client.list_executions(
-            workflow_id=AGENT_RUN.workflow_id, before=before, limit=PAGE, with_nodes=True, patience=SERVER_PATIENCE
-        )
-        for run in page:
-            session = run.idempotency_key.rpartition("/")[0]
-            latest.setdefault(session, run)
-            earliest[session] = run
-            if run.status is ExecutionStatus.COMPLETED:
-                completed.setdefault(session, run)
-        if not page:
-            break
-        before = page[-1].execution_id
+    async for run in all_executions(
+        client, workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
+    ):
+        session = run.idempotency_key.rpartition("/")[0]
+        latest.setdefault(session, run)
+        earliest[session] = run
+        if run.status is ExecutionStatus.COMPLETED:
+            completed.setdefault(session, run)
     questions = await _questions(client)
     return [
         replace(
@@ -92,15 +91,12 @@ async def list_sessions(client: NexumClient) -> list[SessionInfo]:
 async def _questions(client: NexumClient) -> dict[str, list[str]]:
     """Return, by session, texts about what waits for a person's decision."""
     found: dict[str, list[str]] = {}
-    pending: list[tuple[PendingApproval | UnknownNode, str]] = [
-        (one, f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}")
-        for one in await client.pending_approvals(patience=SERVER_PATIENCE)
-    ]
-    unknown: list[tuple[PendingApproval | UnknownNode, str]] = [
-        (one, f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}")
-        for one in await client.unknown(patience=SERVER_PATIENCE)
-    ]
-    for one, text in (*pending, *unknown):
+    pending: list[PendingApproval | UnknownNode] = [*await client.pending_approvals(patience=SERVER_PATIENCE)]
+    for one in [*pending, *await client.unknown(patience=SERVER_PATIENCE)]:
+        if isinstance(one, PendingApproval):
+            text = f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}"
+        else:
+            text = f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}"
         input = jsontext.parse(one.input_json or "{}", "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
             what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
@@ -144,9 +140,8 @@ class ShownSession:
 
 async def show_session(client: NexumClient, session: str) -> ShownSession:
     """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
-    for info in await list_sessions(client):
-        if info.session == session:
-            return ShownSession(info, tuple((await read_record(client, session)).events))
+    for info in await _sessions(client, f"{session}/"):
+        return ShownSession(info, tuple((await read_record(client, session)).events))
     raise unknown_session(session)
 
 
@@ -275,7 +270,7 @@ async def fork_session(
                 )
             await journal.add_message(message)
         if effects == "reuse" and not continued:
-            await _keep_results(client, journal, later)
+            await _keep_results(journal, later)
         await journal.release()
     return kept
 
@@ -344,23 +339,16 @@ async def _effects_of_workers(client: NexumClient, source: str, before: Set[str]
     """Whether the executions of a workflow version have an effect that must happen only once."""
     found: list[Execution] = []
     for separator in ":/":  # what follows the session in a key of submit_task.py, and in a call's id
-        page: list[Execution] = []
-        while page := await client.list_executions(
-            key_prefix=f"{source}{separator}",
-            before=page[-1].execution_id if page else "",
-            limit=PAGE,
-            patience=PATIENCE,
-        ):
-            for one in page:
-                if one.version_hash not in has_effect:
-                    whole = await client.get_execution(one.execution_id, patience=PATIENCE)
-                    has_effect[one.version_hash] = any(node.once for node in whole.execution.nodes)
-                if (
-                    has_effect[one.version_hash]
-                    and one.workflow_id != TOOL_EFFECT.workflow_id
-                    and not is_copied(one.idempotency_key)
-                ):
-                    found.append((await client.get_execution(one.execution_id, patience=PATIENCE)).execution)
+        async for one in all_executions(client, key_prefix=f"{source}{separator}", patience=PATIENCE):
+            if one.version_hash not in has_effect:
+                whole = await client.get_execution(one.execution_id, patience=PATIENCE)
+                has_effect[one.version_hash] = any(node.once for node in whole.execution.nodes)
+            if (
+                has_effect[one.version_hash]
+                and one.workflow_id != TOOL_EFFECT.workflow_id
+                and not is_copied(one.idempotency_key)
+            ):
+                found.append((await client.get_execution(one.execution_id, patience=PATIENCE)).execution)
     return sorted(found, key=lambda one: one.created_ms)
 
 
@@ -373,9 +361,10 @@ def _in_words(execution: Execution) -> str:
     return f"{execution.workflow_id} {textwrap.shorten(execution.input_json, SHOWN_INPUT)} ({execution.execution_id})"
 
 
-async def _keep_results(client: NexumClient, journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
+async def _keep_results(journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
     """Record the results of another session's effects, so that the journal's session may reuse them."""
-    taken = {execution.idempotency_key for _, execution in await recorded_effects(client, kept_for(journal.session))}
+    recorded = await recorded_effects(journal.client, kept_for(journal.session))
+    taken = {execution.idempotency_key for _, execution in recorded}
     numbers: Counter[str] = Counter()
     for input, execution in later:
         numbers[input.asked_digest] += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,13 +14,14 @@ from autogen_agentchat.messages import BaseChatMessage, MessageFactory
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.differences import compare
-from durable_autogen.autogen.entry_points import state_of
 from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind, representable
+from durable_autogen.record.failures import end
+from durable_autogen.record.place import closing
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.session import DurableSession
@@ -111,11 +113,13 @@ async def run_durable_stream(
         park=park,
         approve=approve,
     )
-    run = _Run(session, team, task, cancellation_token, output_task_messages=output_task_messages)
-    async for item in run.items():
-        yield item
+    run = _Run(session, team, task, cancellation_token, output_task_messages)
+    async with closing(run.items()) as items:
+        async for item in items:
+            yield item
 
 
+@dataclass
 class _Run:
     """A durable run in its own task.
 
@@ -123,21 +127,12 @@ class _Run:
     waits for ever for a stopped agent.
     """
 
-    def __init__(
-        self,
-        session: DurableSession,
-        team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
-        task: Task,
-        cancellation_token: CancellationToken | None,
-        *,
-        output_task_messages: bool,
-    ) -> None:
-        self._session = session
-        self._team = team
-        self._task = task
-        self._token = cancellation_token
-        self._output_task_messages = output_task_messages
-        self._items: asyncio.Queue[Item | None] = asyncio.Queue()
+    session: DurableSession
+    team: Runnable | Callable[[], Runnable | Awaitable[Runnable]]
+    task: Task
+    token: CancellationToken | None
+    output_task_messages: bool
+    _items: asyncio.Queue[Item | None] = field(default_factory=asyncio.Queue)
 
     async def items(self) -> AsyncGenerator[Item, None]:
         """Yield the team's messages, and then its result."""
@@ -148,27 +143,23 @@ class _Run:
                 yield item
             await running
         finally:
-            if not running.done():
-                running.cancel()
-                await asyncio.wait({running})
-            if not running.cancelled():
-                running.exception()  # mark the error as retrieved: asyncio would log it if the consumer has left
+            await end(running)
 
     async def _whole(self) -> None:
-        session, result = self._session, TaskResult(messages=[])
+        session = self.session
         async with session:
             recorder = session.recorder
             ended = recorder.journal.ended
             recorder.ended = None if ended is None else ended.stop_reason
-            self._heed_the_token(recorder)
-            built = self._team if isinstance(self._team, (ChatAgent, Team)) else self._team()
+            self._heed_the_token()
+            built = self.team if isinstance(self.team, (ChatAgent, Team)) else self.team()
             runnable = await built if inspect.isawaitable(built) else built
             _check_new(runnable)
             _at_work[runnable] = session
             try:
-                task = await _begin(recorder, runnable, self._task)
+                task = await _begin(recorder, runnable, self.task)
                 result = await self._run(runnable, task)
-                added = state_of(session).added
+                added = session.state.added
                 for message in added.messages:
                     if message.seq not in added.delivered:
                         # No request to a model included the message before the run ended. So run the team with the
@@ -187,7 +178,7 @@ class _Run:
         self._items.put_nowait(result)
 
     async def _run(self, runnable: Runnable, task: Task) -> TaskResult:
-        recorder = self._session.recorder
+        recorder = self.session.recorder
         running = asyncio.create_task(self._feed(runnable, task), name="durable team")
         watched: set[asyncio.Future[Any]] = {running, recorder.failed}
         try:
@@ -212,17 +203,17 @@ class _Run:
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         result = TaskResult(messages=[])
         # Pass `output_task_messages` only if it is False: a custom agent or team may not accept it.
-        more: Any = {} if self._output_task_messages else {"output_task_messages": False}
+        more: Any = {} if self.output_task_messages else {"output_task_messages": False}
         async for item in runnable.run_stream(task=task, **more):
             if isinstance(item, TaskResult):
                 result = item
             else:
-                was_replayed = state_of(self._session).was_replayed(item.source)
+                was_replayed = self.session.state.was_replayed(item.source)
                 self._items.put_nowait(marked(item) if was_replayed else item)
         return result
 
-    def _heed_the_token(self, recorder: Recorder) -> None:
-        if self._token is None:
+    def _heed_the_token(self) -> None:
+        if self.token is None:
             return
         loop = asyncio.get_running_loop()
         # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
@@ -231,15 +222,13 @@ class _Run:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._cancelled)
 
-        self._token.add_callback(cancelled)
+        self.token.add_callback(cancelled)
 
     def _cancelled(self) -> None:
-        session = self._session
-        session.recorder.stop(
-            RunCancelled(
-                f"the run of session {session.session_id} was cancelled; run it again to resume from what is recorded"
-            )
+        line = (
+            f"the run of session {self.session.session_id} was cancelled; run it again to resume from what is recorded"
         )
+        self.session.recorder.stop(RunCancelled(line))
 
 
 def _check_new(runnable: Runnable) -> None:

@@ -71,12 +71,7 @@ class _Sessions:
             return main
         self.count += 1
         name = self._session if self.count == 1 else f"{self._session}-{self.count}"
-
-        @functools.wraps(self._run)
-        async def run() -> T:
-            return await self._run(name, main)
-
-        return run()
+        return self._run(name, main)
 
     async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
         from durable_autogen.session import DurableSession

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
+from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.errors import NotDurable
-from durable_autogen.record.budget import Budget
+from durable_autogen.record.events import Call, Event
 from durable_autogen.record.place import current
-from durable_autogen.record.recorder import OnDrift
-from durable_autogen.record.session import OnUnrecorded, Session
-from nexum_engine.policy import Policy
+from durable_autogen.record.session import Session
 
 
 class DurableSession(Session):
@@ -51,39 +51,18 @@ class DurableSession(Session):
     server's errors.
     """
 
-    def __init__(
-        self,
-        session_id: str,
-        *,
-        nexum: str | None = None,
-        on_drift: OnDrift = "stop",
-        on_unrecorded: OnUnrecorded = "tell",
-        tell: Callable[[str], None] | None = None,
-        budget: Budget | None = None,
-        policies: Mapping[str, Policy] | None = None,
-        park: bool = False,
-        approve: bool = False,
-    ) -> None:
-        super().__init__(
-            session_id,
-            nexum=nexum,
-            on_drift=on_drift,
-            on_unrecorded=on_unrecorded,
-            tell=tell,
-            budget=budget,
-            policies=policies,
-            park=park,
-            approve=approve,
-            compare=differences,
-        )
-
     def entry_points(self) -> AbstractContextManager[None]:
         """Record calls of AutoGen's methods for the length of a `with`."""
         return entry_points(self)
 
-    async def __aenter__(self) -> DurableSession:
-        await super().__aenter__()
-        return self
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+        """Return a line for each difference between a recorded event and the call `now`."""
+        return differences(recorded, now, find)
+
+    @cached_property
+    def state(self) -> SessionState:
+        """The agents' names and counts, and the ids of messages."""
+        return SessionState(self.recorder)
 
 
 def current_session() -> DurableSession:

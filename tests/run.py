@@ -23,6 +23,8 @@ TESTS_AT_ONCE = 3 * (os.cpu_count() or 1)
 """The number of tests that run at the same time: three per processor, because most tests mostly wait."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 """The supported versions, oldest first."""
+INSTALL_OPTIONS = ("--quiet", "--disable-pip-version-check", "--no-compile")
+"""Don't let pip compile all modules: the tests import, and so compile, only a part of them."""
 
 
 def run(command: Sequence[str | Path]) -> None:
@@ -67,13 +69,24 @@ def find_python(version: str) -> str | None:
     return None
 
 
-def environment_of(python: str, folder: str) -> Path:
-    """Make an environment with the tests' requirements; return its interpreter."""
-    run_quietly([python, "-m", "venv", folder])
+def download_pip(folder: str) -> str:
+    """Download the newest pip that runs on all supported Pythons; return the folder that has it.
+
+    The pip that comes with a Python may be years older, and then it takes twice the time to find the packages.
+    """
+    target = f"{folder}/pip"
+    newest = ["--upgrade", "--only-binary=:all:", "--python-version", PYTHONS[0], "--target", target, "pip"]
+    run_quietly([sys.executable, "-m", "pip", "install", *INSTALL_OPTIONS, *newest])
+    return target
+
+
+def environment_of(python: str, folder: str, pip: str) -> Path:
+    """Make an environment with the tests' requirements, with the pip of that folder; return its interpreter."""
+    # It needs no pip of its own, which would take ten seconds to install.
+    run_quietly([python, "-m", "venv", "--without-pip", folder])
     own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    # Don't let pip compile all modules: the tests import, and so compile, only a part of them.
-    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    run_quietly([own, *install, "-r", "tests/requirements.txt"])
+    install = ["-m", "pip", "install", *INSTALL_OPTIONS, "-r", "tests/requirements.txt"]
+    run_quietly([own, *install], {"PYTHONPATH": pip})
     return own
 
 
@@ -92,7 +105,8 @@ def others() -> dict[str, str]:
 
 def environments_of(pythons: dict[str, str], folder: str) -> dict[str, Path]:
     """Make an environment for each of these Pythons; return their interpreters."""
-    return {version: environment_of(python, f"{folder}/{version}") for version, python in pythons.items()}
+    pip = download_pip(folder) if pythons else ""
+    return {version: environment_of(python, f"{folder}/{version}", pip) for version, python in pythons.items()}
 
 
 def test_on(pythons: dict[str, Path]) -> None:

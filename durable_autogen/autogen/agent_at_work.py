@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import Response, TaskResult
-from autogen_agentchat.messages import BaseChatMessage
 from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
 from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.session_state import SessionState
+from durable_autogen.autogen.transcript import messages_of
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at
@@ -28,21 +28,21 @@ from durable_autogen.record.recorder import Recorder
 class AtWork:
     """An agent or a team at work, with the `Place` of its calls."""
 
-    def __init__(self, outer: Place, session_state: SessionState, runnable: Any, *, is_team: bool) -> None:
+    def __init__(self, outer: Place, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
-        self._session_state = session_state
+        self._session_state: SessionState = outer.session.state
         self._recorder: Recorder = outer.session.recorder
         if is_team and not outer.is_inside:
             # The program itself runs this team. So the names of the team's members get no prefix.
             self._path = outer.path
         else:
-            self._path = session_state.names.of(runnable, outer.inside(runnable.name))
+            self._path = self._session_state.names.of(runnable, outer.inside(runnable.name))
         self._label = self._path
         if is_team:
             # Name the team's own calls, such as the call that selects the next speaker.
-            self._label = session_state.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
+            self._label = self._session_state.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
         else:
-            session_state.speaks_as(self._label, runnable.name)
+            self._session_state.speaks_as(self._label, runnable.name)
         self.place = dataclasses.replace(
             outer,
             agent=self._label,
@@ -56,17 +56,15 @@ class AtWork:
 
     async def turn(self, stream: AsyncIterator[Any], token: CancellationToken | None) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's streamed turn."""
-        steps = steps_at(self.place, stream)
-        try:
-            async for item in steps:
-                await self._passes_on(item)
-                yield item
-        except GeneratorExit:
-            raise
-        except BaseException as error:  # noqa: BLE001 - `_raise` raises it
-            self._raise(error, token)
-        finally:
-            await steps.aclose()
+        async with closing(steps_at(self.place, stream)) as steps:
+            try:
+                async for item in steps:
+                    await self._passes_on(item)
+                    yield item
+            except GeneratorExit:
+                raise
+            except BaseException as error:  # noqa: BLE001 - `_raise` raises it
+                self._raise(error, token)
 
     async def whole_turn(self, turn: Awaitable[Any], token: CancellationToken | None) -> Any:
         """Return the response of an agent's turn that isn't streamed."""
@@ -108,7 +106,7 @@ class AtWork:
         return self._session_state.transcript.result(result) if is_programs_own else result
 
     async def _passes_on(self, item: Any, task: Any = None) -> None:
-        self._session_state.transcript.settle(self._label, item, _given(task))
+        self._session_state.transcript.settle(self._label, item, messages_of(task))
         if isinstance(item, (Response, TaskResult)):
             self._recorder.setbacks.turn_is_over(self._path)
             if self._outer.ends_in_order:
@@ -125,13 +123,6 @@ class AtWork:
         if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
             raise error  # Python 3.10 can't tell whether the caller cancelled the agent
         raise made_ordinary(error, self._label) from error
-
-
-def _given(task: Any) -> list[BaseChatMessage]:
-    """Return the messages that the caller of a run passed as its task."""
-    if isinstance(task, BaseChatMessage):
-        return [task]
-    return [one for one in task if isinstance(one, BaseChatMessage)] if isinstance(task, (list, tuple)) else []
 
 
 def _words(item: Response | TaskResult) -> str:

@@ -12,13 +12,11 @@ from typing import Any
 
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
-from autogen_core.code_executor import CodeBlock, CodeResult
-from autogen_core.memory import MemoryQueryResult
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema, Workbench
 from pydantic import PydanticUserError, ValidationError
 
-from durable_autogen.autogen.fingerprints import describe_call, hashed, plain
+from durable_autogen.autogen.fingerprints import describe_call, hashed
 from durable_autogen.autogen.policies import (
     ToolForm,
     UnderPolicy,
@@ -45,9 +43,9 @@ from durable_autogen.autogen.values import (
 from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import ToolError
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
-from durable_autogen.record.failures import in_a_task, ordinary
+from durable_autogen.record.failures import end, in_a_task, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, current, recorded_call, started_at
+from durable_autogen.record.place import Place, closing, current, recorded_call, start_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
@@ -76,11 +74,7 @@ class _Stream:
                 self.passed_on.append(item)
                 yield item
         finally:
-            if not running.done():
-                running.cancel()
-                await asyncio.wait({running})
-            if not running.cancelled():
-                running.exception()  # mark the exception as retrieved: asyncio would log it if the consumer has left
+            await end(running)
 
 
 _END = object()
@@ -105,13 +99,13 @@ Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
 class Calls:
     """The recorded calls of one agent in one session."""
 
-    def __init__(self, place: Place, session_state: SessionState) -> None:
+    def __init__(self, place: Place) -> None:
         self._place = place
-        self._session_state = session_state
+        self._session_state: SessionState = place.session.state
         self._recorder: Recorder = place.session.recorder
         self._guard: Guard = place.session.guard
         self._agent = place.agent
-        self._agent_state: AgentState = session_state.agent(place.agent)
+        self._agent_state: AgentState = self._session_state.agent(place.agent)
         self._task = asyncio.current_task()
 
     # ---- Models ------------------------------------------------------------------------------------------------------
@@ -205,30 +199,28 @@ class Calls:
             return [representable(piece) for piece in stream.passed_on]
 
         def replayed(content: Content) -> None:
+            pieces: list[str] = []
             if isinstance(content, Returned):
                 self._log_replayed(call)  # log this line before the program prints the reply's pieces
-                held[:] = pieces_again(content.streamed, reply_again(content.value))
+                pieces = pieces_again(content.streamed, reply_again(content.value))
+                held.extend(pieces[-1:])
+                del pieces[-1:]
             elif isinstance(content, (Raised, GivenUp)):
-                held[:] = content.streamed
-            last = held[-1:] if isinstance(content, Returned) else []
-            for piece in held[: len(held) - len(last)]:
+                pieces = content.streamed
+            for piece in pieces:
                 stream.items.put_nowait(piece)
-            held[:] = last
 
         token = options.get("cancellation_token")
         running = asyncio.ensure_future(
             self._answer(call, perform, token, streamed=got, on_replay=replayed, early=True)
         )
-        pieces = stream.until(running)
         is_first = self._place.hands_on_late
-        try:
+        async with closing(stream.until(running)) as pieces:
             async for piece in pieces:
                 if is_first:
                     is_first = False
                     await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
                 yield piece
-        finally:
-            await pieces.aclose()
         result = self._received(client, await running)
         for text in filter(None, held):
             yield text
@@ -256,7 +248,7 @@ class Calls:
 
     def _received(self, client: ChatCompletionClient, answer: Answer) -> CreateResult:
         assert isinstance(answer.content, Returned)
-        result: CreateResult = answer.value if answer.has_value else reply_again(answer.content.value)
+        result: CreateResult = reply_again(answer.content.value) if answer.replayed else answer.value
         self._agent_state.received(answer.position, result, replayed=answer.replayed)
         tokens = result.usage.prompt_tokens + result.usage.completion_tokens
         self._count(answer.replayed, "model calls")
@@ -357,7 +349,7 @@ class Calls:
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
             # caller were cancelled.
-            running = started_at(current.get(), ordinary(run(edited), name))
+            running = start_at(current.get(), ordinary(run(edited), name))
             try:
                 return await in_a_task(running, name)
             except Exception as error:
@@ -502,13 +494,6 @@ class Calls:
         self._agent_state.position_of_call(made.call_id, made.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
-    async def tool_list(self, workbench: Workbench, run: Callable[[], Awaitable[list[ToolSchema]]]) -> list[ToolSchema]:
-        """Return the recorded list of a workbench's tools, or ask the workbench and record the list."""
-        request = hashed({"workbench": type(workbench).__name__})
-        label = f"the tools of {self._agent or 'the program'}"
-        found: list[ToolSchema] = await self._other(Kind.TOOLS, "tools", request, run, None, None, label=label)
-        return found
-
     # ---- People, code, memory ----------------------------------------------------------------------------------------
 
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
@@ -518,7 +503,7 @@ class Calls:
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # AutoGen announced the request before the callback has started, its UserInputManager would wait for ever.
         is_live = self._recorder.event_ahead(call.address) is None
-        asking = started_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
+        asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:
             said = representable(str(await (asking or run())))
@@ -527,49 +512,35 @@ class Calls:
         try:
             answer = await self._answer(call, perform, token)
         finally:
-            if asking is not None and not asking.done():
-                asking.cancel()
+            if asking is not None:
+                await end(asking)
         self._count(answer.replayed, "inputs")
         if answer.replayed:
             self._log_replayed(call)
         return str(self._value(answer, str))
 
-    async def code(
-        self, run: Callable[[], Awaitable[CodeResult]], blocks: Sequence[CodeBlock], token: CancellationToken | None
-    ) -> CodeResult:
-        """Return the recorded result of executed code, or execute the code and record its result."""
-        request = hashed({"code": "\n".join(block.code for block in blocks)})
-        found: CodeResult = await self._other(Kind.CODE, "code", request, run, CodeResult, token, counts="tool calls")
-        return found
-
-    async def memory(
-        self, run: Callable[[], Awaitable[MemoryQueryResult]], query: Any, token: CancellationToken | None
-    ) -> MemoryQueryResult:
-        """Return a memory's recorded answer, or query the memory and record the answer."""
-        request = hashed({"query": plain(query)})
-        found: MemoryQueryResult = await self._other(Kind.MEMORY, "memory", request, run, MemoryQueryResult, token)
-        return found
-
-    async def _other(
+    async def other(
         self,
         kind: Kind,
-        what: str,
         request: Mapping[str, Any],
         run: Callable[[], Awaitable[Any]],
         declared: Any,
-        token: CancellationToken | None,
-        *,
-        counts: str = "",
-        label: str = "",
+        token: CancellationToken | None = None,
     ) -> Any:
+        """Return the recorded value of a call of another kind, or make the call and record its value.
+
+        `declared` is the value's type, if the value isn't plain JSON.
+        """
+
         async def perform() -> Performed:
             value = await run()
             return Performed(value, Returned(value=representable(written_value(value))))
 
-        call = Call(kind, self._agent, self._agent_state.next(what), request, label=label)
+        label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
+        call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
         answer = await self._answer(call, perform, token)
-        if counts:
-            self._count(answer.replayed, counts)
+        if kind is Kind.CODE:
+            self._count(answer.replayed, "tool calls")
         return self._value(answer, declared)
 
     # ---- All of them -------------------------------------------------------------------------------------------------
@@ -617,7 +588,7 @@ class Calls:
         return await asking
 
     def _value(self, answer: Answer, declared: Any) -> Any:
-        if answer.has_value:
+        if not answer.replayed:
             return answer.value
         assert isinstance(answer.content, Returned)
         return value_again(answer.content.value, declared)
@@ -632,12 +603,9 @@ class Calls:
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
     """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
-    items = stream.until(running)
-    try:
+    async with closing(stream.until(running)) as items:
         async for item in items:
             yield item
-    finally:
-        await items.aclose()
     yield await running
 
 

@@ -36,10 +36,7 @@ MESSAGES_ALONE = {
 
 
 async def look(
-    condition: TerminationCondition,
-    place: Place,
-    session_state: SessionState,
-    ask: Callable[[], Awaitable[StopMessage | None]],
+    condition: TerminationCondition, place: Place, ask: Callable[[], Awaitable[StopMessage | None]]
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.
 
@@ -47,6 +44,7 @@ async def look(
     None and restores the condition's state, so that a later check, after the replay, can still stop the run.
     """
     recorder: Recorder = place.session.recorder
+    session_state: SessionState = place.session.state
     name = session_state.names.of(condition, place.inside(type(condition).__name__))
     recorder.looks[name] += 1
     look_number = recorder.looks[name]
@@ -71,7 +69,7 @@ async def look(
         return Performed(message, Returned(value=written_value(message)))
 
     answer = await recorder.call(Call(Kind.STOP, name, position, {}), stops)
-    if answer.has_value:
+    if not answer.replayed:
         return message
     assert isinstance(answer.content, Returned)
     if message is None and "_terminated" in state:

@@ -47,16 +47,11 @@ def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
         *_values("the model", recorded.get("model"), now.get("model")),
         *_options(recorded.get("options") or {}, now.get("options") or {}),
         *_messages(recorded.get("messages") or [], now.get("messages") or []),
-        *_values("the tool", recorded.get("tool"), now.get("tool")),
-        *_values("the arguments", recorded.get("arguments"), now.get("arguments")),
         *_texts("the question", recorded.get("task"), now.get("task")),
-        *_values("the team", recorded.get("team"), now.get("team")),
         *_values("the text", recorded.get("said"), now.get("said")),
-        *_values("the prompt", recorded.get("prompt"), now.get("prompt")),
-        *_values("the query", recorded.get("query"), now.get("query")),
-        *_values("the code", recorded.get("code"), now.get("code")),
-        *_values("the event", recorded.get("event"), now.get("event")),
     ]
+    for name in ("tool", "arguments", "team", "prompt", "query", "code", "event"):
+        found += _values(f"the {name}", recorded.get(name), now.get(name))
     return found or ["a part differs that is recorded only as a hash"]
 
 

@@ -10,7 +10,6 @@ import functools
 import inspect
 import logging
 import threading
-import weakref
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +20,8 @@ from autogen_agentchat.base import ChatAgent, Team, TerminationCondition
 from autogen_agentchat.teams._group_chat._base_group_chat_manager import BaseGroupChatManager
 from autogen_agentchat.teams._group_chat._chat_agent_container import ChatAgentContainer
 from autogen_core import AgentRuntime, BaseAgent
-from autogen_core.code_executor import CodeExecutor
-from autogen_core.memory import ListMemory, Memory
+from autogen_core.code_executor import CodeExecutor, CodeResult
+from autogen_core.memory import ListMemory, Memory, MemoryQueryResult
 from autogen_core.models import ChatCompletionClient
 from autogen_core.tools import BaseTool, StaticWorkbench, Workbench
 from pydantic import BaseModel
@@ -30,72 +29,64 @@ from pydantic import BaseModel
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
 from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
+from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import inside_a_call
-from durable_autogen.autogen.session_state import SessionState, total
+from durable_autogen.autogen.session_state import total
+from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary
-from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
-
-Original = Callable[..., Any]
-"""The original of a wrapped method, bound to an object."""
-
-_states: weakref.WeakKeyDictionary[OpenSession, SessionState] = weakref.WeakKeyDictionary()
-
-
-def state_of(session: OpenSession) -> SessionState:
-    """Return the state that the AutoGen integration keeps for an open session."""
-    if session not in _states:
-        _states[session] = SessionState(session.recorder)
-    return _states[session]
-
+from durable_autogen.record.while_open import while_open
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
 
-class _Given:
-    """The arguments of a call to a wrapped method."""
+class _Original:
+    """The original of a wrapped method, bound to its object and to the arguments of one call."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.method, self.args, self.kwargs = method, args, kwargs
 
-    def __call__(self, number: int, name: str) -> Any:
+    def __call__(self) -> Any:
+        return self.method(*self.args, **self.kwargs)
+
+    def given(self, number: int, name: str) -> Any:
         """Return the argument at position `number` or with the name `name`, however the caller passed it."""
         return self.args[number] if number < len(self.args) else self.kwargs.get(name)
 
-    def replaced(self, number: int, name: str, value: Any) -> _Given:
+    def with_argument(self, number: int, name: str, value: Any) -> _Original:
         """Return a copy in which `value` is the argument at position `number` or with the name `name`."""
         if number < len(self.args):
-            return _Given((*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
-        return _Given(self.args, {**self.kwargs, name: value})
+            return _Original(self.method, (*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
+        return _Original(self.method, self.args, {**self.kwargs, name: value})
 
 
-Recording = Callable[[Calls, Any, Original, _Given], Any]
-"""A function that records a call. Its parameters are the `Calls`, the object, the object's original method and the
-arguments. It returns an awaitable or a stream."""
+Wrapper = Callable[[Any, _Original], Any]
+"""A function that replaces a method. Its parameters are the object whose method is called, and the original."""
+
+Recording = Callable[[Calls, Any, _Original], Any]
+"""A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the original.
+It returns an awaitable or a stream."""
 
 
-def _recorded(recording: Recording) -> Callable[..., Any]:
+def _recorded(recording: Recording) -> Wrapper:
     """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    async def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
         if place is None:
-            return await original(*args, **kwargs)
-        return await recording(Calls(place, state_of(place.session)), self, original, _Given(args, kwargs))
+            return await original()
+        return await recording(Calls(place), self, original)
 
     return wrapper
 
 
-def _streamed(recording: Recording) -> Callable[..., Any]:
+def _streamed(recording: Recording) -> Wrapper:
     """Return a wrapper for a method that returns a stream, as `_recorded` does for other methods."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def wrapper(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
         place = recording_place()
-        stream = (
-            original(*args, **kwargs)
-            if place is None
-            else recording(Calls(place, state_of(place.session)), self, original, _Given(args, kwargs))
-        )
+        stream = original() if place is None else recording(Calls(place), self, original)
         async with closing(stream) as items:
             async for item in items:
                 yield item
@@ -104,143 +95,139 @@ def _streamed(recording: Recording) -> Callable[..., Any]:
 
 
 def _reply(stream: bool) -> Recording:
-    def recording(calls: Calls, client: Any, original: Original, given: _Given) -> Any:
-        messages = given(0, "messages")
+    def recording(calls: Calls, client: Any, original: _Original) -> Any:
+        messages = original.given(0, "messages")
 
         def ask(whole: Any) -> Any:
-            asked = given if whole is messages else given.replaced(0, "messages", whole)
-            return original(*asked.args, **asked.kwargs)
+            return (original if whole is messages else original.with_argument(0, "messages", whole))()
 
-        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, given.kwargs)
+        return (calls.streamed_reply if stream else calls.reply)(client, ask, messages, original.kwargs)
 
     return recording
 
 
 def _workbench_tool(stream: bool) -> Recording:
-    def recording(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
-        made = ToolCall(
-            given(0, "name"),
-            given(1, "arguments") or {},
-            given(2, "cancellation_token"),
-            given(3, "call_id"),
+    def recording(calls: Calls, workbench: Any, original: _Original) -> Any:
+        call = ToolCall(
+            original.given(0, "name"),
+            original.given(1, "arguments") or {},
+            original.given(2, "cancellation_token"),
+            original.given(3, "call_id"),
             workbench,
         )
-        if has_agent_as_tool(workbench, made.name):
-            calls.check_no_policy(made.name)
-            inside = original(*given.args, **given.kwargs)
-            place = calls.agent_as_tool(made)
-            return steps_at(place, inside) if stream else inside
+        if has_agent_as_tool(workbench, call.name):
+            calls.check_no_policy(call.name)
+            place = calls.agent_as_tool(call)
+            return steps_at(place, original()) if stream else original()
 
         def run(edited: Mapping[str, Any] | None) -> Any:
-            asked = given if edited is None else given.replaced(1, "arguments", edited)
-            return original(*asked.args, **asked.kwargs)
+            return (original if edited is None else original.with_argument(1, "arguments", edited))()
 
-        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, made)
+        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, call)
 
     return recording
 
 
 def _tool(stream: bool) -> Recording:
-    def recording(calls: Calls, tool: Any, original: Original, given: _Given) -> Any:
+    def recording(calls: Calls, tool: Any, original: _Original) -> Any:
         if is_recorded_inside(tool):
             calls.check_no_policy(tool.name)
-            return original(*given.args, **given.kwargs)
+            return original()
         # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
-        args = given(0, "args")
+        args = original.given(0, "args")
         arguments = args.model_dump(mode="json") if isinstance(args, BaseModel) else args or {}
-        made = ToolCall(tool.name, arguments, given(1, "cancellation_token"), given(2, "call_id"), tool)
+        call = ToolCall(
+            tool.name, arguments, original.given(1, "cancellation_token"), original.given(2, "call_id"), tool
+        )
 
         def run(edited: Mapping[str, Any] | None) -> Any:
             if edited is None:
-                return original(*given.args, **given.kwargs)
+                return original()
             value = tool.args_type().model_validate(edited) if isinstance(args, BaseModel) else edited
-            asked = given.replaced(0, "args", value)
-            return original(*asked.args, **asked.kwargs)
+            return original.with_argument(0, "args", value)()
 
-        return (calls.tool_stream if stream else calls.tool)(tool, run, made)
+        return (calls.tool_stream if stream else calls.tool)(tool, run, call)
 
     return recording
 
 
-def _tool_list(calls: Calls, workbench: Any, original: Original, given: _Given) -> Any:
+def _tool_list(calls: Calls, workbench: Any, original: _Original) -> Any:
     # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
-        return original(*given.args, **given.kwargs)
-    return calls.tool_list(workbench, lambda: original(*given.args, **given.kwargs))
+        return original()
+    return calls.other(Kind.TOOLS, {"workbench": type(workbench).__name__}, original, None)
 
 
-def _input(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
-    return calls.input(
-        lambda: original(*given.args, **given.kwargs), given(0, "prompt"), given(1, "cancellation_token")
-    )
+def _input(calls: Calls, _: Any, original: _Original) -> Any:
+    return calls.input(original, original.given(0, "prompt"), original.given(1, "cancellation_token"))
 
 
-def _code(calls: Calls, _: Any, original: Original, given: _Given) -> Any:
-    return calls.code(
-        lambda: original(*given.args, **given.kwargs), given(0, "code_blocks"), given(1, "cancellation_token")
-    )
+def _code(calls: Calls, _: Any, original: _Original) -> Any:
+    code = "\n".join(block.code for block in original.given(0, "code_blocks"))
+    return calls.other(Kind.CODE, {"code": code}, original, CodeResult, original.given(1, "cancellation_token"))
 
 
-def _memory(calls: Calls, memory: Any, original: Original, given: _Given) -> Any:
+def _memory(calls: Calls, memory: Any, original: _Original) -> Any:
     # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
-        return original(*given.args, **given.kwargs)
-    return calls.memory(
-        lambda: original(*given.args, **given.kwargs), given(0, "query"), given(1, "cancellation_token")
+        return original()
+    query = plain(original.given(0, "query"))
+    return calls.other(
+        Kind.MEMORY, {"query": query}, original, MemoryQueryResult, original.given(1, "cancellation_token")
     )
 
 
-async def _tool_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _tool_itself(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is not None and place.in_call:
         with inside_a_call(self, place):
             # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a
             # task would end the event loop.
-            return await ordinary(original(*args, **kwargs), self.name)
-    return await _recorded(_tool(stream=False))(self, original, *args, **kwargs)
+            return await ordinary(original(), self.name)
+    return await _recorded(_tool(stream=False))(self, original)
 
 
-async def _tool_stream_itself(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+async def _tool_stream_itself(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
     place = current.get()
     if place is None or not place.in_call:
-        async with closing(_streamed(_tool(stream=True))(self, original, *args, **kwargs)) as items:
+        async with closing(_streamed(_tool(stream=True))(self, original)) as items:
             async for item in items:
                 yield item
         return
-    async with closing(original(*args, **kwargs)) as items:
+    async with closing(original()) as items:
         with inside_a_call(self, place):
             async for item in items:
                 yield item
 
 
-async def _look(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _look(self: Any, original: _Original) -> Any:
     place = recording_place()
     if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
-        return await original(*args, **kwargs)
+        return await original()
 
     async def ask() -> Any:
         # Set the condition as `owner`, so that its call of the base class's method doesn't count as a second check.
         with at(replace(place, owner=self)):
-            return await original(*args, **kwargs)
+            return await original()
 
-    return await conditions.look(self, place, state_of(place.session), ask)
+    return await conditions.look(self, place, ask)
 
 
-def _usage(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+def _usage(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
-        return original(*args, **kwargs)
+        return original()
     with at(replace(place, in_call=True)):
-        usage = original(*args, **kwargs)
+        usage = original()
     # Add the usage of replayed replies: a program may decide by the usage, and a replay must decide the same.
-    return total(usage, state_of(place.session).replayed_usage_of(self))
+    return total(usage, place.session.state.replayed_usage_of(self))
 
 
-async def _preparation(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _preparation(self: Any, original: _Original) -> Any:
     """Start, stop or reset a workbench or executor. Neither record this call nor report its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
-        return await original(*args, **kwargs)
+        return await original()
 
 
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
@@ -251,30 +238,30 @@ def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
     place = recording_place()
     if place is None or place.owner is self:
         return None
-    return AtWork(place, state_of(place.session), self, is_team=is_team)
+    return AtWork(place, self, is_team=is_team)
 
 
-def _whole(method: str) -> Callable[..., Any]:
+def _whole(method: str) -> Wrapper:
     """Return a wrapper for an agent's unstreamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    async def wrapper(self: Any, original: _Original) -> Any:
         working = _at_work(self, is_team=False)
-        found = original(*args, **kwargs)
+        found = original()
         if working is None:
             return await found
-        return await getattr(working, method)(found, _task_or_token(args, kwargs))
+        return await getattr(working, method)(found, _task_or_token(original))
 
     return wrapper
 
 
-def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
+def _steps(method: str, *, is_team: bool = False) -> Wrapper:
     """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, original: Original, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+    async def wrapper(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
         working = _at_work(self, is_team=is_team)
-        stream = original(*args, **kwargs)
+        stream = original()
         if working is not None:
-            stream = getattr(working, method)(stream, _task_or_token(args, kwargs))
+            stream = getattr(working, method)(stream, _task_or_token(original))
         async with closing(stream) as items:
             async for item in items:
                 yield item
@@ -282,21 +269,21 @@ def _steps(method: str, *, is_team: bool = False) -> Callable[..., Any]:
     return wrapper
 
 
-def _task_or_token(args: Any, kwargs: Any) -> Any:
+def _task_or_token(original: _Original) -> Any:
     """Return a run's task, or a turn's cancellation token. The task of a run is always passed by name."""
-    return kwargs["task"] if "task" in kwargs else _Given(args, kwargs)(1, "cancellation_token")
+    return original.kwargs["task"] if "task" in original.kwargs else original.given(1, "cancellation_token")
 
 
-async def _on_message(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
-    place = _place_of(_Given(args, kwargs)(0, "message"))
+async def _on_message(self: Any, original: _Original) -> Any:
+    place = _place_of(original.given(0, "message"))
     if place is None or place.in_call or place.session.is_over:
-        return await original(*args, **kwargs)
+        return await original()
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
-        name = state_of(place.session).names.of(self, self.id.type)
-        place = Place(place.session, agent=name, path=name, is_inside=True, owner=self)
+        name = place.session.state.names.of(self, self.id.type)
+        place = Place(place.session, agent=name, path=name, is_inside=True, owner=self, around=place.around)
     with at(place):
-        return await original(*args, **kwargs)
+        return await original()
 
 
 _sent: dict[int, tuple[Any, Place]] = {}
@@ -313,19 +300,19 @@ def _place_of(message: Any) -> Place | None:
     return sent[1] if sent is not None and sent[0] is message else current.get()
 
 
-async def _send(self: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+async def _send(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is not None and not place.session.is_over:
-        message = _Given(args, kwargs)(0, "message")
+        message = original.given(0, "message")
         _sent[id(message)] = (message, place)
         while len(_sent) > MAX_SENT:
-            _sent.pop(next(iter(_sent)))
-    return await original(*args, **kwargs)
+            _sent.pop(next(iter(_sent)), None)  # another thread may have dropped it
+    return await original()
 
 
 # ---- Wrapping --------------------------------------------------------------------------------------------------------
 
-Methods = Mapping[str, Callable[..., Any]]
+Methods = Mapping[str, Wrapper]
 
 ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
@@ -379,7 +366,6 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
 """The recorded methods of each base class. They are wrapped in every subclass that defines them."""
 
 _lock = threading.RLock()
-_open_sessions = 0
 _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 """The original and the wrapper of each wrapped method, by class and method name."""
 
@@ -387,13 +373,6 @@ _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 @contextmanager
 def entry_points(session: Session) -> Iterator[None]:
     """Record calls of AutoGen's methods inside a `with` block. The blocks of several sessions may overlap."""
-    global _open_sessions
-    with _lock:
-        _open_sessions += 1
-        for base, methods in ENTRY_POINTS:
-            if _open_sessions == 1:  # one wrapping serves all sessions; `_watch_subclasses` adds later classes
-                _watch_subclasses(base, methods)
-                _wrap_all(base, methods)
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
@@ -403,21 +382,26 @@ def entry_points(session: Session) -> Iterator[None]:
 
     log.addFilter(is_news)
     try:
-        yield
+        with _wrapped_classes():
+            yield
     finally:
         log.removeFilter(is_news)
-        with _lock:
-            _open_sessions -= 1
-            if _open_sessions == 0:
-                _restore()
         for key in [key for key, (_, place) in list(_sent.items()) if place.session is session]:
             _sent.pop(key, None)
 
 
-def _wrap_all(base: type, methods: Methods) -> None:
-    for kind in reversed(_with_subclasses(base)):
-        for name, wrapper in methods.items():
-            _wrap(base, kind, name, wrapper)
+@while_open
+def _wrapped_classes() -> Iterator[None]:
+    with _lock:
+        for base, methods in ENTRY_POINTS:
+            _watch_subclasses(base, methods)
+            for kind in reversed(_with_subclasses(base)):
+                for name, wrapper in methods.items():
+                    _wrap(base, kind, name, wrapper)
+    try:
+        yield
+    finally:
+        _restore()
 
 
 def _with_subclasses(kind: type) -> list[type]:
@@ -431,7 +415,7 @@ def _with_subclasses(kind: type) -> list[type]:
     return list(found)
 
 
-def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> None:
+def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
     original = kind.__dict__.get(name)
     is_inherited = False
     if original is None:
@@ -453,17 +437,17 @@ def _wrap(base: type, kind: type, name: str, wrapper: Callable[..., Any]) -> Non
     setattr(kind, name, wrapped)
 
 
-def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
+def _wrapper_of(original: Any, wrapper: Wrapper) -> Any:
     """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`."""
 
-    def bound(self: Any) -> Original:
+    def bound(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Original:
         get = getattr(original, "__get__", None)
-        return original if get is None else get(self, type(self))  # type: ignore[no-any-return]
+        return _Original(original if get is None else get(self, type(self)), args, kwargs)
 
     if inspect.isasyncgenfunction(original):
 
         async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            async with closing(wrapper(self, bound(self), *args, **kwargs)) as items:
+            async with closing(wrapper(self, bound(self, args, kwargs))) as items:
                 async for item in items:
                     yield item
 
@@ -471,15 +455,15 @@ def _wrapper_of(original: Any, wrapper: Callable[..., Any]) -> Any:
     if inspect.iscoroutinefunction(original):
 
         async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await wrapper(self, bound(self), *args, **kwargs)
+            return await wrapper(self, bound(self, args, kwargs))
 
         return functools.wraps(original)(call)
 
     # `original` is a plain function. It may return a coroutine or a stream.
-    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(self, bound(self), *args, **kwargs)
+    def function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(self, bound(self, args, kwargs))
 
-    return functools.wraps(original)(plain) if inspect.isfunction(original) else plain
+    return functools.wraps(original)(function) if inspect.isfunction(original) else function
 
 
 def _watch_subclasses(base: type, methods: Methods) -> None:
@@ -491,7 +475,7 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
         before: Any = own.__get__(None, cls) if own is not None else above.__init_subclass__
         before(**kwargs)
         with _lock:
-            if _open_sessions:
+            if _wrapped:  # else the last session has just ended
                 for name, wrapper in methods.items():
                     _wrap(base, cls, name, wrapper)
 
@@ -501,11 +485,12 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
 
 
 def _restore() -> None:
-    for (kind, name), (original, wrapped) in _wrapped.items():
-        if wrapped is not None and kind.__dict__.get(name) is not wrapped:
-            continue  # the program has replaced the wrapper: leave the replacement
-        if original is None:
-            delattr(kind, name)
-        else:
-            setattr(kind, name, original)
-    _wrapped.clear()
+    with _lock:
+        for (kind, name), (original, wrapped) in _wrapped.items():
+            if wrapped is not None and kind.__dict__.get(name) is not wrapped:
+                continue  # the program has replaced the wrapper: leave the replacement
+            if original is None:
+                delattr(kind, name)
+            else:
+                setattr(kind, name, original)
+        _wrapped.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autogen_core import FunctionCall
 from autogen_core.models import CreateResult, LLMMessage, RequestUsage, UserMessage
@@ -13,9 +13,7 @@ from autogen_core.models import CreateResult, LLMMessage, RequestUsage, UserMess
 from durable_autogen.autogen.fingerprints import Conversation
 from durable_autogen.autogen.transcript import Transcript
 from durable_autogen.record.events import Event, Kind, Said
-
-if TYPE_CHECKING:
-    from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.recorder import Recorder
 
 MAX_OPEN_CALLS = 1000  # requested tool calls that no agent has made yet; the oldest ones are dropped
 
@@ -27,8 +25,8 @@ class AgentState:
         self.conversation = Conversation()
         self.replayed = False
         """Whether the agent's last reply was replayed."""
-        self.replies = 0
-        self._counts: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        """How many calls of each kind the agent has made."""
         self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
         self._last = 0
         self._thought = ""
@@ -36,10 +34,8 @@ class AgentState:
 
     def next(self, what: str) -> str:
         """Return the position of the agent's next call of the kind `what`, such as `reply/3` or `input/1`."""
-        self._counts[what] += 1
-        if what == "reply":
-            self.replies += 1
-        return f"{what}/{self._counts[what]}"
+        self.counts[what] += 1
+        return f"{what}/{self.counts[what]}"
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
         """Remember that the agent got a reply, and which tool calls the reply requests."""
@@ -70,10 +66,13 @@ class Names:
     """Unique names for objects. An object keeps its name, and no two objects have the same name."""
 
     def __init__(self) -> None:
-        self._names: dict[tuple[int, str], str] = {}
+        self._names: dict[tuple[int, str], tuple[str, object]] = {}
+        """For each object's `id()` and wanted name: the name, and a reference to the object.
+
+        The reference is weak, and removes the name when the object is freed. An object that can't be weakly referenced
+        is kept alive, so that no other object gets its `id()`.
+        """
         self._counts: Counter[str] = Counter()
-        self._kept: list[object] = []
-        """Objects that can't be weakly referenced. They are kept alive, so that no other object gets their `id()`."""
 
     def of(self, owner: object, wanted: str) -> str:
         """Return the name of `owner`: `wanted`, followed by a number if another object has that name."""
@@ -81,12 +80,12 @@ class Names:
         if key not in self._names:
             self._counts[wanted] += 1
             number = self._counts[wanted]
-            self._names[key] = wanted if number == 1 else f"{wanted}#{number}"
+            name, names = wanted if number == 1 else f"{wanted}#{number}", self._names
             try:
-                weakref.finalize(owner, self._names.pop, key, None).atexit = False
+                names[key] = name, weakref.ref(owner, lambda _: names.pop(key))
             except TypeError:
-                self._kept.append(owner)
-        return self._names[key]
+                names[key] = name, owner
+        return self._names[key][0]
 
 
 class SessionState:
@@ -117,7 +116,7 @@ class SessionState:
         Agents without a reply don't count. If no agent has a reply, return False.
         """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
-        return any(one.replayed for one in agents) and all(one.replayed or not one.replies for one in agents)
+        return any(one.replayed for one in agents) and all(one.replayed or not one.counts["reply"] for one in agents)
 
     def used(self, client: object, usage: RequestUsage) -> None:
         """Add a replayed reply's usage to the replayed usage of `client`."""

@@ -11,7 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import (
@@ -21,8 +21,7 @@ from autogen_agentchat.messages import (
     UserInputRequestedEvent,
 )
 
-if TYPE_CHECKING:
-    from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.recorder import Recorder
 
 Message = BaseAgentEvent | BaseChatMessage
 Item = Message | TaskResult
@@ -111,11 +110,11 @@ def _messages_in(item: Any) -> Iterable[Message]:
     return [item] if isinstance(item, (BaseAgentEvent, BaseChatMessage)) else []
 
 
-def messages_of(task: Task) -> list[BaseChatMessage]:
-    """Return the messages of `task`, or an empty list if `task` is a text or None."""
-    if task is None or isinstance(task, str):
-        return []
-    return [task] if isinstance(task, BaseChatMessage) else list(task)
+def messages_of(task: Any) -> list[BaseChatMessage]:
+    """Return the messages of a task; an empty list if the task is a text or None."""
+    if isinstance(task, BaseChatMessage):
+        return [task]
+    return [one for one in task if isinstance(one, BaseChatMessage)] if isinstance(task, Sequence) else []
 
 
 def marked(message: Message) -> Message:

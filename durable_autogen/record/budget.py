@@ -278,9 +278,9 @@ class BudgetCheck:
     `command` is the command line that decides the question, without its options.
     """
 
-    def __init__(self, budget: Budget, client: NexumClient, journal: Journal, command: str) -> None:
+    def __init__(self, budget: Budget, journal: Journal, command: str) -> None:
         self._budget = budget
-        self._client = client
+        self._client = journal.client
         self._journal = journal
         self._command = command
         self._is_in_usd = budget.usd is not None

@@ -9,43 +9,31 @@ from __future__ import annotations
 import builtins
 import functools
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from durable_autogen.record.events import Call, Kind, Returned, representable
 from durable_autogen.record.place import at, current
 from durable_autogen.record.recorder import Recorder
-
-_lock = threading.Lock()
-_open_sessions = 0
-_original = builtins.input
+from durable_autogen.record.while_open import while_open
 
 
-@contextmanager
+@while_open
 def recorded_console() -> Iterator[None]:
-    """Record `input()` inside sessions, for the length of a `with`."""
-    global _open_sessions, _original
-    with _lock:
-        _open_sessions += 1
-        if _open_sessions == 1:
-            _original = builtins.input
-            builtins.input = functools.wraps(_original)(_input)
+    """Record `input()` inside sessions."""
+    original = builtins.input
+    builtins.input = functools.wraps(original)(lambda prompt="", /: _input(original, prompt))
     try:
         yield
     finally:
-        with _lock:
-            _open_sessions -= 1
-            if _open_sessions == 0:
-                builtins.input = _original
+        builtins.input = original
 
 
-def _input(prompt: Any = "", /) -> str:
+def _input(original: Callable[[Any], str], prompt: Any) -> str:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
-        return _original(prompt)
+        return original(prompt)
     recorder: Recorder = place.session.recorder
     position = f"console/{recorder.next_question(place.agent)}"
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
@@ -56,6 +44,6 @@ def _input(prompt: Any = "", /) -> str:
         sys.stdout.flush()
         return recorded
     with at(replace(place, in_call=True)):
-        typed = _original(prompt)
+        typed = original(prompt)
     recorder.typed(call, Returned(value=representable(typed)))
     return typed

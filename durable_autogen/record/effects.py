@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import PAGE
+from durable_autogen.record.events import all_executions
 from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
@@ -62,14 +62,10 @@ def kept_for(session: str, asked_digest: str = "") -> str:
 
 async def effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
     """Return the effects whose keys begin with `key_prefix`, oldest first."""
-    found: list[Execution] = []
-    while page := await client.list_executions(
-        workflow_id=TOOL_EFFECT.workflow_id,
-        key_prefix=key_prefix,
-        before=found[-1].execution_id if found else "",
-        limit=PAGE,
-        with_nodes=True,
-        patience=PATIENCE,
-    ):
-        found += page
-    return [(EffectInput.model_validate_json(one.input_json), one) for one in reversed(found)]
+    found = [
+        (EffectInput.model_validate_json(one.input_json), one)
+        async for one in all_executions(
+            client, workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=PATIENCE
+        )
+    ]
+    return found[::-1]

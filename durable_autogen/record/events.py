@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Set
+from collections.abc import AsyncGenerator, Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -497,35 +497,37 @@ class Record:
         return {scope_of(address, self.times_replaced[address]) for address in addresses}
 
 
+async def all_executions(client: NexumClient, **query: Any) -> AsyncGenerator[Execution, None]:
+    """Yield all executions that a query of `list_executions` finds, the newest first."""
+    before = ""
+    while page := await client.list_executions(**query, before=before, limit=PAGE):
+        for execution in page:
+            yield execution
+        before = page[-1].execution_id
+
+
 async def read_record(client: NexumClient, session: str) -> Record:
     """Return everything that a session has recorded."""
     found = Record()
-    before = ""
-    while True:
-        page = await client.list_executions(
-            workflow_id=AGENT_EVENT.workflow_id,
-            key_prefix=f"{session}/",
-            before=before,
-            limit=PAGE,
-            with_nodes=True,
-            patience=SERVER_PATIENCE,
-        )
-        for execution in page:
-            if execution.status is ExecutionStatus.COMPLETED:
-                event = Event.model_validate_json(execution.outputs()["event"])
-                found.made.append(event)
-                found.ended_ms[event.seq] = execution.ended_ms or 0
-                found.tried.update(event.under_way)
-                continue
-            found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
-            input = EventInput.model_validate_json(execution.input_json)
-            found.made.append(input)
-            found.tried.add(input.address)
-            if execution.status is ExecutionStatus.RUNNING:
-                found.begun.append(input)
-        if not page:
-            break
-        before = page[-1].execution_id
+    async for execution in all_executions(
+        client,
+        workflow_id=AGENT_EVENT.workflow_id,
+        key_prefix=f"{session}/",
+        with_nodes=True,
+        patience=SERVER_PATIENCE,
+    ):
+        if execution.status is ExecutionStatus.COMPLETED:
+            event = Event.model_validate_json(execution.outputs()["event"])
+            found.made.append(event)
+            found.ended_ms[event.seq] = execution.ended_ms or 0
+            found.tried.update(event.under_way)
+            continue
+        found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
+        input = EventInput.model_validate_json(execution.input_json)
+        found.made.append(input)
+        found.tried.add(input.address)
+        if execution.status is ExecutionStatus.RUNNING:
+            found.begun.append(input)
     found.made.reverse()  # the server lists the newest first
     kept: dict[int, Event] = {}
     for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):

@@ -7,7 +7,8 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -59,62 +60,51 @@ class Failure(BaseModel):
         If the class can't be instantiated, return an instance of a new subclass of it. If the class allows no subclass,
         use the nearest base class that allows one.
         """
-        kind = class_named(self.module, self.name, Exception)
-        if self.validation is not None and (error := self._validation_error()) is not None:
-            return error
+        kind: Any = class_named(self.module, self.name, Exception)
+        ways: list[Callable[[], Exception]] = [] if self.validation is None else [self._validation_error]
         if kind is not None and issubclass(kind, Exception):
-            if self.args is not None and (error := self._made_from_args(kind)) is not None:
-                return error
-            if (error := self._made_without_its_constructor(kind)) is not None:
-                return error
-            for base in kind.__mro__:
-                if issubclass(base, Exception) and (error := self._derived_from(base)) is not None:
-                    return error
-        return self._derived_from(RecordedFailure) or RecordedFailure(self.text)
+            if self.args is not None:
+                ways.append(lambda: self._if_same(kind(*self.args or ()), kind))
+            ways.append(lambda: self._if_same(self._without_constructor(kind), kind))
+            ways += [partial(self._derived_from, base) for base in kind.__mro__ if issubclass(base, Exception)]
+        ways.append(partial(self._derived_from, RecordedFailure))
+        for way in ways:
+            with contextlib.suppress(Exception):  # the constructor may take other arguments, or refuse a subclass
+                return way()
+        return RecordedFailure(self.text)
 
-    def _validation_error(self) -> Exception | None:
-        with contextlib.suppress(Exception):  # pydantic may reject the recorded errors
-            details: list[Any] = [
-                {
-                    "type": one["type"]
-                    if one["type"] in _KNOWN_ERRORS
-                    else PydanticCustomError(one["type"], "{text}", {"text": one["msg"]}),
-                    **{name: one[name] for name in ("input", "ctx") if name in one},
-                    "loc": tuple(one["loc"]),
-                }
-                for one in self.validation or ()
-            ]
-            title = (self.text.partition(" for ")[2] or "input").partition("\n")[0]
-            return ValidationError.from_exception_data(title, details)
-        return None
+    def _validation_error(self) -> Exception:
+        details: list[Any] = [
+            {
+                "type": one["type"]
+                if one["type"] in _KNOWN_ERRORS
+                else PydanticCustomError(one["type"], "{text}", {"text": one["msg"]}),
+                **{name: one[name] for name in ("input", "ctx") if name in one},
+                "loc": tuple(one["loc"]),
+            }
+            for one in self.validation or ()
+        ]
+        title = (self.text.partition(" for ")[2] or "input").partition("\n")[0]
+        return ValidationError.from_exception_data(title, details)
 
-    def _made_from_args(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # the constructor may take other arguments
-            error = kind(*self.args or ())
-            vars(error).update(self.attributes)
-            if type(error) is kind and _text(error) == self.text:
-                return error
-        return None
+    def _if_same(self, error: Exception, kind: type[Exception]) -> Exception:
+        """Return `error` with the recorded attributes. Raises ValueError if it isn't the recorded error."""
+        vars(error).update(self.attributes)
+        if type(error) is not kind or _text(error) != self.text:
+            raise ValueError(f"{kind.__name__} made another error")
+        return error
 
-    def _made_without_its_constructor(self, kind: type[Exception]) -> Exception | None:
-        with contextlib.suppress(Exception):  # a class written in C may refuse to be instantiated without arguments
-            error = kind.__new__(kind)
-            error.args = (self.text,) if self.args is None else tuple(self.args)
-            vars(error).update(self.attributes)
-            if type(error) is kind and _text(error) == self.text:
-                return error
-        return None
-
-    def _derived_from(self, base: type[Exception]) -> Exception | None:
+    def _derived_from(self, base: type[Exception]) -> Exception:
         text = self.text
         body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
-        with contextlib.suppress(Exception):  # some classes allow no subclass, or need arguments
-            kind: Any = type(self.name.rpartition(".")[2], (base,), body)
-            error: Exception = kind.__new__(kind)
-            error.args = (text,) if self.args is None else tuple(self.args)
-            vars(error).update(self.attributes)
-            return error
-        return None
+        error = self._without_constructor(type(self.name.rpartition(".")[2], (base,), body))
+        vars(error).update(self.attributes)
+        return error
+
+    def _without_constructor(self, kind: Any) -> Exception:
+        error: Exception = kind.__new__(kind)
+        error.args = (self.text,) if self.args is None else tuple(self.args)
+        return error
 
 
 def class_named(module: str, name: str, base: type) -> type | None:
@@ -202,12 +192,20 @@ async def in_a_task(running: asyncio.Future[T], name: str) -> T:
     try:
         await asyncio.wait({running})
     except asyncio.CancelledError:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await end(running)
         raise
     if running.cancelled():
         raise RuntimeError(f"{name} ended with CancelledError")
     return running.result()
+
+
+async def end(running: asyncio.Future[Any]) -> None:
+    """Cancel a task if it isn't done, and wait for its end. Mark its error as retrieved: asyncio would log it."""
+    if not running.done():
+        running.cancel()
+        await asyncio.wait({running})
+    if not running.cancelled():
+        running.exception()
 
 
 def made_ordinary(error: BaseException, name: str) -> RuntimeError:

@@ -17,11 +17,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from durable_autogen.record.place import OpenSession, at, current
+from durable_autogen.record.while_open import while_open
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 class _Waiting:
-    def __init__(self, session: OpenSession, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, session: OpenSession) -> None:
+        loop = asyncio.get_running_loop()
         self.session = session
         self.idle: asyncio.Future[None] = loop.create_future()
         self.turns = 0
@@ -40,16 +41,18 @@ class _Waiting:
 
 
 class _Watcher:
-    """The watcher of one event loop's queue. It reads the queue at every turn of the loop while a session waits."""
+    """The watcher of the running event loop's queue. It reads the queue at every turn while a session waits.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    While no session waits, the watcher holds no reference to the loop, so that a closed loop is freed.
+    """
+
+    def __init__(self) -> None:
         self._waiting: list[_Waiting] = []
         self._watching: asyncio.Task[None] | None = None
 
     def is_idle_now(self, session: OpenSession) -> bool:
         """Return whether the session is idle and no earlier caller waits for it. If so, a new caller need not wait."""
-        ready = getattr(self._loop, "_ready", None)
+        ready = _queue()
         return (
             ready is not None
             and not session.activity.threads
@@ -58,12 +61,12 @@ class _Watcher:
         )
 
     async def wait(self, session: OpenSession) -> None:
-        waiting = _Waiting(session, self._loop)
+        waiting = _Waiting(session)
         self._waiting.append(waiting)
         if self._watching is None or self._watching.done():
             # Run the watcher in an empty context: otherwise it would count as work of the first waiting session.
             context = contextvars.Context()
-            self._watching = context.run(self._loop.create_task, self._watch())
+            self._watching = context.run(asyncio.ensure_future, self._watch())
         try:
             await waiting.idle
         finally:
@@ -71,38 +74,47 @@ class _Watcher:
                 self._waiting.remove(waiting)
 
     async def _watch(self) -> None:
-        # Read a private attribute: asyncio has no public way to read the loop's queue.
-        ready = getattr(self._loop, "_ready", None)
-        while self._waiting:
-            threads_only = all(waiting.session.activity.threads for waiting in self._waiting)
-            await asyncio.sleep(THREAD_LOOK_INTERVAL if threads_only else 0)
-            busy = None if ready is None else _sessions_ready_to_run(ready)
-            for waiting in list(self._waiting):
-                waiting.turns += 1
-                if self._is_idle(waiting, busy):
-                    self._waiting.remove(waiting)
-                    if not waiting.idle.done():
-                        waiting.idle.set_result(None)
+        ready = _queue()
+        try:
+            while self._waiting:
+                threads_only = all(waiting.session.activity.threads for waiting in self._waiting)
+                await asyncio.sleep(THREAD_LOOK_INTERVAL if threads_only else 0)
+                busy = None if ready is None else _sessions_ready_to_run(ready)
+                for waiting in list(self._waiting):
+                    waiting.turns += 1
+                    if _is_idle(waiting, busy):
+                        self._waiting.remove(waiting)
+                        if not waiting.idle.done():
+                            waiting.idle.set_result(None)
+        finally:
+            self._watching = None
 
-    def _is_idle(self, waiting: _Waiting, busy: set[int] | None) -> bool:
-        activity = waiting.session.activity
-        if not activity.threads:
-            if busy is None:
-                if waiting.turns >= ROUNDS_WITHOUT_A_LOOK:
-                    return True
-            elif id(waiting.session) not in busy:
+
+def _is_idle(waiting: _Waiting, busy: set[int] | None) -> bool:
+    activity = waiting.session.activity
+    if not activity.threads:
+        if busy is None:
+            if waiting.turns >= ROUNDS_WITHOUT_A_LOOK:
                 return True
-        patience = LESS_BUSY_PATIENCE if activity.is_never_idle else BUSY_PATIENCE
-        if self._loop.time() - waiting.begun < patience:
-            return False
-        if not activity.is_never_idle:
-            logger.warning(
-                "session %s has been busy for %g s: from now on, its events are delivered even if it is not idle",
-                waiting.session.session_id,
-                BUSY_PATIENCE,
-            )
-        activity.is_never_idle = True
-        return True
+        elif id(waiting.session) not in busy:
+            return True
+    patience = LESS_BUSY_PATIENCE if activity.is_never_idle else BUSY_PATIENCE
+    if asyncio.get_running_loop().time() - waiting.begun < patience:
+        return False
+    if not activity.is_never_idle:
+        logger.warning(
+            "session %s has been busy for %g s: from now on, its events are delivered even if it is not idle",
+            waiting.session.session_id,
+            BUSY_PATIENCE,
+        )
+    activity.is_never_idle = True
+    return True
+
+
+def _queue() -> Any:
+    """Return the queue of the running event loop; None if the loop has none that can be read (uvloop)."""
+    # Read a private attribute: asyncio has no public way to read the loop's queue.
+    return getattr(asyncio.get_running_loop(), "_ready", None)
 
 
 def _sessions_ready_to_run(ready: Any) -> set[int]:
@@ -126,43 +138,35 @@ async def idle(session: OpenSession) -> None:
     loop = asyncio.get_running_loop()
     watcher = _watchers.get(loop)
     if watcher is None:
-        watcher = _watchers[loop] = _Watcher(loop)
+        watcher = _watchers[loop] = _Watcher()
     if not watcher.is_idle_now(session):
         await watcher.wait(session)
 
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
-_open_sessions = 0
 _original_submit = ThreadPoolExecutor.submit
 _original_start = threading.Thread.start
 
 
-@contextmanager
+@while_open
 def watched_threads() -> Iterator[None]:
-    """Count the work that sessions give to threads, for the length of a `with`.
+    """Count the work that sessions give to threads.
 
     `ThreadPoolExecutor.submit` and `Thread.start` are wrapped, so that a thread knows its session. The program
     keeps using its own executors.
     """
-    global _open_sessions, _original_submit, _original_start
-    with _lock:
-        _open_sessions += 1
-        if _open_sessions == 1:
-            _original_submit, _original_start = ThreadPoolExecutor.submit, threading.Thread.start
-            start: Any = functools.wraps(_original_start)(_start)
-            threading.Thread.start = start  # type: ignore[method-assign]
-            submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
-            ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
+    global _original_submit, _original_start
+    _original_submit, _original_start = ThreadPoolExecutor.submit, threading.Thread.start
+    start: Any = functools.wraps(_original_start)(_start)
+    threading.Thread.start = start  # type: ignore[method-assign]
+    submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
+    ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
     try:
         yield
     finally:
-        with _lock:
-            _open_sessions -= 1
-            if _open_sessions == 0:
-                ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
-                threading.Thread.start = _original_start  # type: ignore[method-assign]
+        ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
+        threading.Thread.start = _original_start  # type: ignore[method-assign]
 
 
 def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -172,13 +176,12 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     # Copy the context, because it holds the session. run_in_executor doesn't copy it.
     context = contextvars.copy_context()
     session, loop = place.session, place.session.loop
-    if not place.in_call:
-        session.activity.threads += 1
     if _has_interpreters(self):
         future = _original_submit(self, fn, *args, **kwargs)
     else:
         future = _original_submit(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
     if not place.in_call:
+        session.activity.threads += 1  # only now: the pool may have refused the function
 
         def done() -> None:
             session.activity.threads -= 1

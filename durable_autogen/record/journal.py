@@ -8,7 +8,8 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -71,6 +72,7 @@ class Journal:
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
         )
         self._run: Task | None = None
+        self._moving = asyncio.Lock()
         self.next_seq = 1
         """The number of the next event."""
         self._summary = Summary()
@@ -78,8 +80,6 @@ class Journal:
         self._times_revoked: Counter[str] = Counter()
         self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
-        self._trailing: list[Event] = []
-        """The events that were recorded after the last unfinished call began."""
         self._inherited: dict[str, Task] = {}
         self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
@@ -92,12 +92,12 @@ class Journal:
         try:
             self._run, latest = await self._take_session(latest)
             if latest is not None:  # else the session is new
-                await self._read_and_take_over()
+                latest_events = await self._read_and_take_over()
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = end_of(latest, self.events)
                 if self.ended is None:
-                    await self._revoke_trailing_failures()
+                    await self._revoke_failures_at_end(latest_events)
         except BaseException:
             await self._owner.__aexit__()
             raise
@@ -167,8 +167,12 @@ class Journal:
         )
         return found[0] if found else None
 
-    async def _read_and_take_over(self) -> None:
-        """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
+    async def _read_and_take_over(self) -> list[Event]:
+        """Read the record and take over its unfinished calls, so that no earlier owner can record their results.
+
+        Return the events that were recorded after the last unfinished call began. An earlier failure didn't end the
+        run: the run continued, and made that call.
+        """
         while True:
             record = await read_record(self.client, self.session)
             self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
@@ -183,54 +187,46 @@ class Journal:
                 for event in record.events:
                     self._append(event)
                 self.next_seq = record.last_seq + 1
-                # Take only events recorded after the last unfinished call began. An earlier failure didn't end the run:
-                # the run continued, and made that call.
-                self._trailing = [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
-                return
+                return [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
 
-    async def _revoke_trailing_failures(self) -> None:
+    async def _revoke_failures_at_end(self, events: list[Event]) -> None:
         """Revoke the failures and broken replies at the end of an unfinished session. No later call depends on them."""
-        trailing: list[Event] = []
-        for event in reversed(self._trailing):
-            if not event.is_setback:
-                break
-            trailing.append(event)
+        trailing = list(takewhile(lambda event: event.is_setback, reversed(events)))
         if trailing and not any(event.accepted for event in trailing):
             await self.revoke(trailing, "the run ended with it")
 
     async def _start(self, input: EventInput) -> Started:
         """Begin an event of this run, or take it over. Raises SessionBusy if another process owns the run."""
-
-        async def start() -> Started:
-            return await self._owner.start(AGENT_EVENT, input, idempotency_key=self._key(input), holding=self._run)
-
-        started = await self._under_this_run(start)
+        started = await self._under_this_run(self._owner.start, AGENT_EVENT, input, idempotency_key=self._key(input))
         if started.task is not None:
             self._open[started.task.task_id] = started.task
         return started
 
-    async def _record_at_once(self, input: EventInput, event: Event) -> None:
-        """Begin and record an event of this run in one step. Raises SessionBusy if another process owns the run."""
-
-        async def record() -> None:
-            key = self._key(input)
-            await self._owner.record(AGENT_EVENT, input, event, idempotency_key=key, holding=self._run)
-
-        await self._under_this_run(record)
-
-    async def _under_this_run(self, send: Callable[[], Awaitable[T]]) -> T:
+    async def _under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
+        """Call a method of the owner as this run. Raises SessionBusy if another process owns the run."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         while True:
+            run = self._run
             try:
-                return await send()
+                return await send(*args, **options, holding=run)
+            except IdempotencyConflict:
+                raise
             except Conflict as conflict:
-                if await self._move_if_replaced():
+                if await self._move_if_replaced(run):
                     continue
                 if loop.time() >= give_up:
                     raise self._busy(f"another process has taken over: {conflict}") from conflict
                 # Try again: the event's owner may have died, and the server may not have noticed yet.
                 await asyncio.sleep(LOOK_INTERVAL)
+
+    @contextlib.contextmanager
+    def _held(self, what: str) -> Iterator[None]:
+        """Raise SessionBusy if the server answers, inside a `with`, that another process has taken over `what`."""
+        try:
+            yield
+        except StaleTask as stale:
+            raise self._busy(f"another process has taken over {what} ({stale})") from stale
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.agent}/{input.position}"
@@ -240,8 +236,16 @@ class Journal:
             return key
         return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
 
-    async def _move_if_replaced(self) -> bool:
-        """Record all events again if the server's database was replaced; return whether the database was replaced."""
+    async def _move_if_replaced(self, run: Task | None) -> bool:
+        """Record all events again if the server's database was replaced; return whether the database was replaced.
+
+        `run` is the task of this process's run when the server refused a request. Several requests may be refused at
+        the same time: only the first of them records the events again.
+        """
+        async with self._moving:
+            return self._run is not run or await self._moved()
+
+    async def _moved(self) -> bool:
         if self._run is None:
             return False
         try:
@@ -253,15 +257,16 @@ class Journal:
             )
         self._open.clear()
         self._inherited.clear()
-        self._run, _ = await self._take_session(await self._runs())
+        run, _ = await self._take_session(await self._runs())
         if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
                 f"the server was replaced, and the new server has recorded other events in session {self.session}. "
                 "Use another session"
             )
         for event in self.events:
-            input = EventInput(session=self.session, agent=event.agent, position=event.position, kind=event.kind)
+            input = self._input(event)
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
+        self._run = run  # only now: until then, other requests are refused and wait
         return True
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
@@ -271,14 +276,10 @@ class Journal:
 
         Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run.
         """
-
-        async def start() -> Started | None:
-            try:
-                return await self._owner.start(workflow, input, idempotency_key=key, holding=self._run)
-            except IdempotencyConflict:
-                return None
-
-        return await self._under_this_run(start)
+        try:
+            return await self._under_this_run(self._owner.start, workflow, input, idempotency_key=key)
+        except IdempotencyConflict:
+            return None
 
     def declare_tool(self, name: str, policy: Policy) -> None:
         """Tell the server about a tool of the session that has a policy."""
@@ -291,11 +292,7 @@ class Journal:
 
     async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
-
-        async def record() -> None:
-            await self._owner.record(workflow, input, output, idempotency_key=key, holding=self._run)
-
-        await self._under_this_run(record)
+        await self._under_this_run(self._owner.record, workflow, input, output, idempotency_key=key)
 
     async def effects_after(self, seq: int) -> list[str]:
         """Return the calls after event number `seq` whose effect must happen only once, as text."""
@@ -307,19 +304,13 @@ class Journal:
 
     async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
         """Record the result of an effect. Raises SessionBusy if another process has taken it over."""
-        try:
-            with contextlib.suppress(TaskNotFound):  # the server's database was replaced
-                await self._owner.complete(task, output)
-        except StaleTask as stale:
-            raise self._busy(f"another process has taken over its effect ({stale})") from stale
+        with self._held("its effect"), contextlib.suppress(TaskNotFound):  # the server's database was replaced
+            await self._owner.complete(task, output)
 
     async def fail_effect(self, task: Task, error: str, *, unknown: bool = False) -> None:
         """Record that an effect failed, or that it is unknown whether it happened."""
-        try:
-            with contextlib.suppress(TaskNotFound):
-                await self._owner.fail(task, error, unknown=unknown)
-        except StaleTask as stale:
-            raise self._busy(f"another process has taken over its effect ({stale})") from stale
+        with self._held("its effect"), contextlib.suppress(TaskNotFound):
+            await self._owner.fail(task, error, unknown=unknown)
 
     # ---- Limits ------------------------------------------------------------------------------------------------------
 
@@ -328,11 +319,7 @@ class Journal:
 
         Raises SessionBusy if another process owns the run.
         """
-
-        async def take() -> Task:
-            return await self._owner.take_place(workflow, input, key=key, holding=self._run)
-
-        return await self._under_this_run(take)
+        return await self._under_this_run(self._owner.take_place, workflow, input, key=key)
 
     async def free_place(self, task: Task) -> None:
         """Free the place of a call."""
@@ -420,22 +407,22 @@ class Journal:
         self._unrecorded = []
         event = event.model_copy(update={"summary": self._summary.plus(event)})
         input = self._input(call)
-        task = task or self._inherited.pop(self._key(input), None)
+        task, run = task or self._inherited.pop(self._key(input), None), self._run
         try:
             if task is not None:
-                await self._owner.complete(task, event)
+                with self._held(str(event)):
+                    await self._owner.complete(task, event)
                 self._open.pop(task.task_id, None)
         except TaskNotFound:
-            await self._move_if_replaced()
+            await self._move_if_replaced(run)
             task = None
-        except StaleTask as stale:
-            raise self._busy(f"another process has taken over {event} ({stale})") from stale
         if task is None:
-            await self._record_at_once(input, event)
+            key = self._key(input)
+            await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
         self._append(event)
         return event
 
-    def _input(self, call: Call) -> EventInput:
+    def _input(self, call: Call | Event) -> EventInput:
         return EventInput(
             session=self.session, agent=call.agent, position=call.position, kind=call.kind, tool=call.tool
         )
@@ -494,13 +481,12 @@ class Journal:
                 stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
             )
             try:
-                try:
-                    await self._owner.complete(self._run, summary)
-                except TaskNotFound:
-                    await self._move_if_replaced()
-                    await self._owner.complete(self._run, summary)
-            except StaleTask as stale:
-                raise self._busy(f"another process has taken over ({stale})") from stale
+                with self._held("it"):
+                    try:
+                        await self._owner.complete(self._run, summary)
+                    except TaskNotFound:
+                        await self._move_if_replaced(self._run)
+                        await self._owner.complete(self._run, summary)
             finally:
                 self._run = None
 
@@ -521,7 +507,7 @@ class Journal:
         # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
         with contextlib.suppress(StaleTask, TaskNotFound):
             await self._owner.fail(task, reason, patience=patience)
-        del self._open[task.task_id]
+        self._open.pop(task.task_id, None)
 
 
 def _run_number(latest: Execution | None) -> int:

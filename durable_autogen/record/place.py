@@ -47,6 +47,10 @@ class OpenSession(Protocol):
     def guard(self) -> Any:
         """The run's Guard. The type is Any, because guard.py imports this module."""
 
+    @property
+    def state(self) -> Any:
+        """The state that the framework's entry points keep for the session."""
+
     def left_the_record(self, agent: str, what: str) -> None: ...
 
 
@@ -73,6 +77,8 @@ class Place:
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     owner: Any = None
     """The agent or team at work."""
+    around: Place | None = None
+    """The place at which the session was opened, if that was inside another session."""
 
     def inside(self, name: str) -> str:
         """Return the name under which an agent inside this agent or team is recorded."""
@@ -128,7 +134,7 @@ def at(place: Place | None) -> Iterator[None]:
             current.set(None)
 
 
-def started_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
+def start_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
     """Start a task that awaits `call` at `place`; return the task."""
 
     async def run() -> T:

@@ -31,12 +31,12 @@ from durable_autogen.record.events import (
     Returned,
     representable,
 )
-from durable_autogen.record.failures import Failure, in_a_task, ordinary
+from durable_autogen.record.failures import Failure, end, in_a_task, ordinary
 from durable_autogen.record.handled_failures import Caller, Setbacks, continues
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.place import OpenSession, current, started_at
-from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay, same_request
+from durable_autogen.record.place import OpenSession, current, start_at
+from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 
@@ -44,7 +44,9 @@ OnDrift = Literal["stop", "continue"]
 
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
-_NOTHING: Any = object()
+
+def _ignore(_: Content) -> None:
+    """Do nothing: a call's `on_replay` by default, and after it was called early."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,8 @@ class Answer:
     replayed: bool
     position: str
     """The position at which the call is recorded."""
-    value: Any = _NOTHING
-    """The live call's value; unset for a replayed call, whose value the caller builds from `content`."""
-
-    @property
-    def has_value(self) -> bool:
-        """Whether `value` is set. Only the answer of a live call has a value."""
-        return self.value is not _NOTHING
+    value: Any = None
+    """The live call's value. For a replayed call, the caller builds the value from `content`."""
 
 
 @dataclass(eq=False)
@@ -100,10 +97,10 @@ class Recorder:
         journal: Journal,
         session: OpenSession,
         *,
-        on_drift: OnDrift = "stop",
-        compare: Compare = same_request,
-        budget: BudgetCheck | None = None,
-        park: bool = False,
+        on_drift: OnDrift,
+        compare: Compare,
+        budget: BudgetCheck | None,
+        park: bool,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
@@ -244,7 +241,6 @@ class Recorder:
                     live.given_up = True
                     running.cancel()
             await asyncio.gather(*left, return_exceptions=True)
-        broken = []
         async with self._record_lock:
             await self._record_apart()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
@@ -288,7 +284,7 @@ class Recorder:
         perform: Callable[[], Awaitable[Performed]] | None,
         *,
         streamed: Callable[[], list[Any]] = list,
-        on_replay: Callable[[Content], None] = lambda _: None,
+        on_replay: Callable[[Content], None] = _ignore,
         caller: Caller = None,
         early: bool = False,
         is_cancelled: bool = False,
@@ -311,7 +307,7 @@ class Recorder:
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
-            on_replay = _already_told
+            on_replay = _ignore
         answer = await self._replayed(call, on_replay, caller)
         if answer is None:
             answer = await self._made_live(call, perform, streamed, caller)
@@ -441,7 +437,7 @@ class Recorder:
         inside = dataclasses.replace(place, in_call=True)
         try:
             name = call.label or str(call)
-            done = await in_a_task(started_at(inside, ordinary(perform(), name)), name)
+            done = await in_a_task(start_at(inside, ordinary(perform(), name)), name)
         except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
             return None, Raised(failure=failure, streamed=live.streamed()), error
@@ -519,8 +515,7 @@ class Recorder:
             return None
         was, now = event.request.get("prompt"), call.request["prompt"]
         if was != now and not event.accepted:
-            if self.on_drift == "stop":
-                raise DriftError(self._drifted(f"{event} asked {was!r}, now it asks {now!r}"))
+            self.differs(f"{event} asked {was!r}, now it asks {now!r}")
             return None
         self.replayed["inputs"] += 1
         self.journal.log.info("%s: replayed from the record ✓", event)
@@ -566,13 +561,14 @@ class Recorder:
     async def _completed(self, record: Coroutine[Any, Any, Event]) -> Event:
         recording = asyncio.ensure_future(record)
         try:
-            return await asyncio.shield(recording)
+            await asyncio.wait({recording})
+            return recording.result()
         except asyncio.CancelledError:
             # Wait for the server's answer: if the server has recorded the event, the journal must have it, too.
             await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
             raise
         finally:
-            recording.cancel()
+            await end(recording)
 
     def _check_not_failed(self) -> None:
         if self.failed.done():
@@ -586,17 +582,14 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
-    def _drifted(self, what: str) -> str:
-        return (
-            f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "
-            "recorded program, use a new session, or continue live from here with on_drift='continue' "
-            "(--on-drift continue)"
-        )
-
     def differs(self, what: str) -> None:
         """Say that the program differs from the recorded one. Raises DriftError unless such a program continues."""
         if self.on_drift == "stop":
-            raise DriftError(self._drifted(what))
+            raise DriftError(
+                f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "
+                "recorded program, use a new session, or continue live from here with on_drift='continue' "
+                "(--on-drift continue)"
+            )
         self.journal.log.warning("%s", what)
 
     async def drift(self, after: int, what: str) -> None:
@@ -614,7 +607,3 @@ class Recorder:
             )
         await self.journal.revoke_after(after, what)
         self._replay.leave()
-
-
-def _already_told(_: Content) -> None:
-    """Do nothing. This function replaces an `on_replay` that was called early."""

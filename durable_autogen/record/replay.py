@@ -6,9 +6,8 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
 from durable_autogen.record.journal import Journal
@@ -22,15 +21,8 @@ CHOICE_HINT = (
 TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run also made all of these other calls
 
 
-class Compare(Protocol):
-    """A function that compares a recorded request with the current one."""
-
-    def __call__(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-        """Return a line for each difference between a recorded event and the call `now`.
-
-        `find` returns the recorded event of an address.
-        """
-        ...
+Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
+"""A function like `Session.differences` (session.py)."""
 
 
 @dataclass
@@ -232,12 +224,3 @@ def _is_in_order(event: Event) -> bool:
 def _deliver(asked: _Asked, event: Event | None) -> None:
     if not asked.delivered.done():
         asked.delivered.set_result(event)
-
-
-def same_request(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Return one line if a recorded request and the current one differ, else no line.
-
-    The line doesn't say how the requests differ.
-    """
-    requests: tuple[Mapping[str, Any], ...] = (recorded.request, now.request)
-    return [] if requests[0] == requests[1] else ["the request differs"]

@@ -13,7 +13,8 @@ from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import PAGE, SERVER_PATIENCE, check_session_id
+from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions, check_session_id
+from durable_autogen.record.place import closing
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, WorkflowNotFound
@@ -122,15 +123,13 @@ async def cancel_expected(client: NexumClient, session: str) -> None:
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:
     """Return the number of the session's oldest or newest event `name` on the server; 1 if the server has none."""
-    number, before = 1, ""
-    while page := await client.list_executions(
-        workflow_id=SENT_EVENT.workflow_id,
-        key_prefix=f"{session}/{name}/",
-        before=before,
-        limit=PAGE if is_oldest else 1,
-        patience=SERVER_PATIENCE,
-    ):
-        number, before = int(page[-1].idempotency_key.rpartition("/")[2]), page[-1].execution_id
-        if not is_oldest:
-            break
+    number = 1
+    events = all_executions(
+        client, workflow_id=SENT_EVENT.workflow_id, key_prefix=f"{session}/{name}/", patience=SERVER_PATIENCE
+    )
+    async with closing(events):
+        async for execution in events:
+            number = int(execution.idempotency_key.rpartition("/")[2])
+            if not is_oldest:
+                break
     return number

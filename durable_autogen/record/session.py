@@ -6,14 +6,15 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.budget import Budget, BudgetCheck
 from durable_autogen.record.console import recorded_console
-from durable_autogen.record.events import check_session_id
+from durable_autogen.record.events import Call, Event, check_session_id
 from durable_autogen.record.guard import Guard
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
@@ -21,7 +22,6 @@ from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Place, at, current, recording_place
 from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
-from durable_autogen.record.replay import Compare, same_request
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
 from nexum_engine.client import NexumClient
@@ -30,6 +30,8 @@ from nexum_engine.errors import InvalidRequest, NexumError
 from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
+S = TypeVar("S", bound="Session")
+T = TypeVar("T")
 
 
 class Session:
@@ -39,15 +41,14 @@ class Session:
         self,
         session_id: str,
         *,
-        nexum: str | None,
-        on_drift: OnDrift,
-        on_unrecorded: OnUnrecorded,
-        tell: Callable[[str], None] | None,
-        budget: Budget | None,
-        policies: Mapping[str, Policy] | None,
-        park: bool,
-        approve: bool,
-        compare: Compare = same_request,
+        nexum: str | None = None,
+        on_drift: OnDrift = "stop",
+        on_unrecorded: OnUnrecorded = "tell",
+        tell: Callable[[str], None] | None = None,
+        budget: Budget | None = None,
+        policies: Mapping[str, Policy] | None = None,
+        park: bool = False,
+        approve: bool = False,
     ) -> None:
         for name, value, choices in (
             ("on_drift", on_drift, get_args(OnDrift)),
@@ -67,7 +68,6 @@ class Session:
         self._policies = dict(policies or {})
         self._park = park
         self._approve = approve
-        self._compare = compare
         self._budget = budget
         if budget is not None and budget.usd is not None:
             check_prices()
@@ -95,28 +95,34 @@ class Session:
         """Record calls of the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+        """Return a line for each difference between a recorded event and the call `now`.
+
+        `find` returns the recorded event of an address.
+        """
+        raise NotImplementedError
+
+    @cached_property
+    def state(self) -> Any:
+        """The state that the framework's entry points keep for the session."""
+        raise NotImplementedError
+
     # ---- The run -----------------------------------------------------------------------------------------------------
 
     @property
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
-        if self._recorder is None:
-            raise RuntimeError("the session is not open: use it inside `async with`")
-        return self._recorder
+        return _opened(self._recorder)
 
     @property
     def guard(self) -> Guard:
         """The policies of the run. Raises RuntimeError outside `async with`."""
-        if self._guard is None:
-            raise RuntimeError("the session is not open: use it inside `async with`")
-        return self._guard
+        return _opened(self._guard)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which the session was opened. Raises RuntimeError outside `async with`."""
-        if self._loop is None:
-            raise RuntimeError("the session is not open: use it inside `async with`")
-        return self._loop
+        return _opened(self._loop)
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
@@ -126,12 +132,14 @@ class Session:
         """
         place = self._place()
         label = place.inside(name)
-        with at(Place(self, agent=label, path=label, in_call=place.in_call)):
+        with at(Place(self, agent=label, path=label, in_call=place.in_call, around=place.around)):
             yield
 
     def _place(self) -> Place:
         place = current.get()
-        return Place(self) if place is None or place.session is not self else place
+        while place is not None and place.session is not self:
+            place = place.around
+        return place or Place(self)
 
     # ---- Waits -------------------------------------------------------------------------------------------------------
 
@@ -169,7 +177,7 @@ class Session:
                 )
             yield place
 
-    async def __aenter__(self) -> Session:
+    async def __aenter__(self: S) -> S:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         async with AsyncExitStack() as stack:
@@ -185,18 +193,18 @@ class Session:
             stack.enter_context(watched_threads())
             stack.enter_context(recorded_console())
             stack.enter_context(self.entry_points())
-            stack.enter_context(at(Place(self)))
+            stack.enter_context(at(Place(self, around=current.get())))
             budget = None
             if self._budget is not None:
-                budget = BudgetCheck(self._budget, client, journal, self._command("budget"))
+                budget = BudgetCheck(self._budget, journal, self._command("budget"))
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
             self._recorder = Recorder(
-                journal, self, on_drift=self._on_drift, compare=self._compare, park=park, budget=budget
+                journal, self, on_drift=self._on_drift, compare=self.differences, park=park, budget=budget
             )
-            self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
-            self._waits = Waits(client, self._recorder, self._command("send"))
             stack.push_async_callback(self._close)
+            self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
+            self._waits = Waits(self._recorder, self._command("send"))
             self._stack = stack.pop_all()
         return self
 
@@ -255,6 +263,12 @@ class Session:
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
             self.log.warning("session %s: outside the record: %s", self.session_id, times)
+
+
+def _opened(value: T | None) -> T:
+    if value is None:
+        raise RuntimeError("the session is not open: use it inside `async with`")
+    return value
 
 
 def _counts(counts: Mapping[str, int]) -> str:

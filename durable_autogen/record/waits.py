@@ -31,7 +31,6 @@ from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
 from nexum_engine import jsontext
-from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
 from nexum_engine.owner import PATIENCE
@@ -47,8 +46,8 @@ class Waits:
     No two waits receive the same event. Events of one name are received in the order of their numbers.
     """
 
-    def __init__(self, client: NexumClient, recorder: Recorder, send_command: str) -> None:
-        self._client = client
+    def __init__(self, recorder: Recorder, send_command: str) -> None:
+        self._client = recorder.journal.client
         self._recorder = recorder
         self._log = recorder.journal.log
         self._send_command = send_command

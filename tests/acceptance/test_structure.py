@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -50,7 +51,10 @@ def imported(path: Path, *, at_import_time: bool = False) -> set[str]:
     return found
 
 
-IMPORTS = {name: imported(path) for name, path in MODULES.items()}
+@cache
+def imports_of(name: str) -> set[str]:
+    """Return what a module imports. Reading all modules takes a second, so don't do it when pytest collects tests."""
+    return imported(MODULES[name])
 
 
 def within(name: str, *packages: str) -> bool:
@@ -58,7 +62,7 @@ def within(name: str, *packages: str) -> bool:
 
 
 def importers(*packages: str) -> set[str]:
-    return {name for name, targets in IMPORTS.items() if any(within(target, *packages) for target in targets)}
+    return {name for name in MODULES if any(within(target, *packages) for target in imports_of(name))}
 
 
 def test_walk_finds_the_known_modules_and_imports() -> None:
@@ -66,8 +70,8 @@ def test_walk_finds_the_known_modules_and_imports() -> None:
     assert {"demo", "worker", "nexum_engine", "nexum_engine.store.sqlite", "nexum_engine.wire.nexum_pb2"} <= set(
         MODULES
     )
-    assert "nexum_engine.store.sqlite" in IMPORTS["nexum_engine.store"]
-    assert "nexum_engine.server" in IMPORTS["nexum_engine.__main__"]
+    assert "nexum_engine.store.sqlite" in imports_of("nexum_engine.store")
+    assert "nexum_engine.server" in imports_of("nexum_engine.__main__")
     assert "nexum_engine.server" not in imported(MODULES["nexum_engine.__main__"], at_import_time=True)
 
 
@@ -143,7 +147,7 @@ def test_every_module_of_the_engine_has_a_layer() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if within(name, "nexum_engine")))
 def test_the_engine_imports_downward_only(name: str) -> None:
-    ours = {target for target in IMPORTS[name] if target.split(".")[0] in {one.split(".")[0] for one in MODULES}}
+    ours = {target for target in imports_of(name) if target.split(".")[0] in {one.split(".")[0] for one in MODULES}}
     assert {target for target in ours if not within(target, "nexum_engine")} == set(), "the engine knows no script"
     if part(name) in ("__main__", "console_script"):
         return
@@ -153,8 +157,8 @@ def test_the_engine_imports_downward_only(name: str) -> None:
 
 def test_only_autogen_modules_import_autogen() -> None:
     for name in (name for name in MODULES if within(name, "durable_autogen.record")):
-        assert {target for target in IMPORTS[name] if target.split(".")[0].startswith("autogen")} == set(), name
-        ours = {target for target in IMPORTS[name] if within(target, "durable_autogen")}
+        assert {target for target in imports_of(name) if target.split(".")[0].startswith("autogen")} == set(), name
+        ours = {target for target in imports_of(name) if within(target, "durable_autogen")}
         assert {one for one in ours if not within(one, "durable_autogen.record", "durable_autogen.errors")} == set()
 
 
@@ -227,17 +231,18 @@ def test_top_level_holds_the_scripts_their_support_and_two_libraries() -> None:
 def test_library_imports_no_script_and_no_support() -> None:
     ours = {*SCRIPTS, "support", *LIBRARIES}
     for library, others in (("durable_autogen", {"nexum_engine"}), ("nexum_engine", set[str]())):
-        targets = {target for name in MODULES if within(name, library) for target in IMPORTS[name]}
+        targets = {target for name in MODULES if within(name, library) for target in imports_of(name)}
         assert {target.partition(".")[0] for target in targets} & ours <= {library, *others}, library
 
 
 def test_support_imports_no_script_but_the_workflow_data() -> None:
-    known = {target for name in MODULES if within(name, "support") for target in IMPORTS[name]}
+    known = {target for name in MODULES if within(name, "support") for target in imports_of(name)}
     assert known & SCRIPTS <= {"pipeline_workflow", "workflow"}
 
 
 def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:
-    known = {target for name in MODULES if within(name, "support.tools", "support.offline") for target in IMPORTS[name]}
+    tools = [name for name in MODULES if within(name, "support.tools", "support.offline")]
+    known = {target for name in tools for target in imports_of(name)}
     assert {target for target in known if within(target, "durable_autogen", "support.launcher")} == set()
     # The offline web imports the tools' modules, as the live web does. The tools' modules don't import the offline web.
     assert {name for name in importers("support.offline") if within(name, "support.tools")} == set()

@@ -15,8 +15,8 @@ from openai_server import OpenAIServer, Reply
 from processes import command_line
 from server_thread import ServerThread
 
-from durable_autogen import DurableSession, fork_session, list_sessions
-from durable_autogen.record.events import read_record
+from durable_autogen import DurableSession, fork_session, list_sessions, recorded_sessions
+from durable_autogen.record.events import Record, read_record
 from durable_autogen.session_report import table
 from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
@@ -71,6 +71,24 @@ async def test_session_is_listed_with_question_calls_and_tokens(server: ServerTh
     assert max(map(len, lines)) <= WIDTH
     events = json.loads(await look(command_line("ps", "--all", "--json", *where)))
     assert len(events) > session.session.events + fork.session.events
+
+
+async def test_shown_session_is_read_without_other_sessions(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    async def noted(client: NexumClient, session: str) -> Record:
+        read.append(session)
+        return await read_record(client, session)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for name in ("s", "s2", "t"):
+            await run(server, lambda: team(model), session=name)
+    monkeypatch.setattr(recorded_sessions, "read_record", noted)
+    async with NexumClient(server.address) as nexum:
+        assert (await recorded_sessions.show_session(nexum, "s")).info.session == "s"
+    assert set(read) == {"s"}
 
 
 async def test_session_of_a_program_without_a_task_is_listed_with_the_first_user_message(server: ServerThread) -> None:

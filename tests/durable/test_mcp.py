@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
 from support.models.live import LiveModel
 
-pytest.importorskip("mcp")
+# Don't import mcp to find out: it takes a second, and each process of pytest-xdist imports this file.
+pytestmark = pytest.mark.skipif(find_spec("mcp") is None, reason="mcp isn't installed")
 
 
 @contextmanager

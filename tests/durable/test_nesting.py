@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
+from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
-from autogen_core.tools import ToolResult
+from autogen_core.tools import FunctionTool, ToolResult
 from durable_agents import (
+    QUESTION,
     Own,
+    Scripted,
     agent,
     answer,
     bench,
@@ -24,7 +27,9 @@ from durable_agents import (
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import DriftError, DurableSession
+from durable_autogen import DriftError, DurableSession, NotDurable
+from durable_autogen.record.events import Kind, read_record
+from nexum_engine.client import NexumClient
 
 
 async def test_model_call_inside_tool_is_not_recorded_separately(server: ServerThread) -> None:
@@ -133,3 +138,29 @@ async def test_tool_call_inside_tool_is_not_recorded_separately(
         assert first[1] == "noted 2"
         assert await whole(program) == first
         assert (noted, len(model.requests)) == (2, 1)
+
+
+async def test_call_of_outer_session_in_session_of_tool_is_not_recorded_separately(server: ServerThread) -> None:
+    asked: list[str] = []
+    refused: list[str] = []
+
+    async def work() -> str:
+        """Use both sessions."""
+        async with DurableSession("inner", nexum=server.address):
+            with outer.agent("helper"):
+                said = str((await Scripted(asked).create(QUESTION)).content)
+            try:
+                await outer.sleep(0)
+            except NotDurable as error:
+                refused.append(str(error))
+        return said
+
+    results = []
+    for _ in range(2):
+        async with DurableSession("outer", nexum=server.address) as outer:
+            results.append(await FunctionTool(work, "Work.").run_json({}, CancellationToken()))
+    assert results[0] == results[1]
+    assert asked == ["model"]
+    assert len(refused) == 1
+    async with NexumClient(server.address) as client:
+        assert [event.kind for event in (await read_record(client, "outer")).events] == [Kind.TOOL]

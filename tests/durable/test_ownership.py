@@ -37,6 +37,7 @@ from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
+from nexum_engine.workflow import Workflow
 
 
 async def test_stopped_run_can_resume_at_once(server: ServerThread) -> None:
@@ -298,3 +299,63 @@ async def test_run_continues_after_server_is_replaced_by_empty_one(tmp_path: Pat
             assert [one.status for one in await list_sessions(nexum)] == ["finished"]
         assert await whole(program) == live
         assert len(model.requests) == 3
+
+
+CALLS = 3  # calls in parallel
+
+
+async def test_parallel_calls_continue_after_server_is_replaced_by_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / name for name in ("one", "other")]
+    for folder in folders:
+        folder.mkdir()
+    done: list[int] = []
+    asked: list[str] = []
+    journals: list[Journal] = []
+    recorded_again = asyncio.Event()
+    start, record = Owner.start, Owner.record
+
+    async def starts(owner: Owner, workflow: Workflow, input: Any, **options: Any) -> Started:
+        if workflow is AGENT_EVENT and len(done) == 1:
+            # All calls ask as the old run. The later ones reach the new server late, as after a slow reconnection.
+            asked.append(str(input))
+            if len(asked) > 1:
+                await recorded_again.wait()
+        return await start(owner, workflow, input, **options)
+
+    async def records(owner: Owner, workflow: Workflow, *args: Any, **options: Any) -> None:
+        await record(owner, workflow, *args, **options)
+        if asked and not recorded_again.is_set():
+            recorded_again.set()
+            # The other calls must wait until all events are recorded again. Give them the time not to wait.
+            loop, events = asyncio.get_running_loop(), journals[-1].events
+            end = loop.time() + 1
+            while len(events) == 1 and loop.time() < end:  # noqa: ASYNC110 - no event tells it
+                await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Owner, "start", starts)
+    monkeypatch.setattr(Owner, "record", records)
+
+    async def note(number: int) -> str:
+        """Note a number."""
+        done.append(number)
+        return f"{number} {random.random()}"
+
+    async def program() -> list[str]:
+        async with DurableSession("s", nexum=server.address) as session:
+            journals.append(session.recorder.journal)
+            tool = FunctionTool(note, "Note.")
+            found = [await tool.run_json({"number": 0}, CancellationToken())]
+            if len(done) == 1:
+                server.process.kill()
+                stack.enter_context(nexum_server(folders[1], port=server.port))
+            calls = (tool.run_json({"number": number}, CancellationToken()) for number in range(1, CALLS + 1))
+            return [*found, *await asyncio.gather(*calls)]
+
+    with ExitStack() as stack:
+        server = stack.enter_context(nexum_server(folders[0]))
+        live = await whole(program)
+        assert len(asked) >= CALLS
+        assert await whole(program) == live
+        assert sorted(done) == list(range(CALLS + 1))

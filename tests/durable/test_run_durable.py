@@ -22,7 +22,6 @@ from autogen_core import CancellationToken
 from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
 from autogen_core.models import ModelFamily, ModelInfo
 from autogen_core.tools import FunctionTool, TextResultContent, ToolResult, ToolSchema, Workbench
-from autogen_ext.agents.openai import OpenAIAgent
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from durable_agents import TIMEOUT, answer, client, run, texts
 from harness import tool_worker
@@ -517,6 +516,9 @@ async def test_executed_code_is_recorded(server: ServerThread) -> None:
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
 async def test_connection_of_custom_agent_is_reported(server: ServerThread, on_unrecorded: Any) -> None:
+    # Imported here: it takes a second, and each process of pytest-xdist imports this file.
+    from autogen_ext.agents.openai import OpenAIAgent
+
     lines: list[str] = []
 
     def build() -> OpenAIAgent:

@@ -6,12 +6,11 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 
 import pytest
 from certificates import TOKENS
-from harness import MODEL_VARIABLES
-from processes import Command
+from processes import Command, InProcess
 from server_thread import Secured, ServerThread, secured_server
 
 from nexum_engine.__main__ import main
@@ -27,23 +26,9 @@ def address(server: ServerThread) -> str:
 
 
 @pytest.fixture
-def nexum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The command `nexum` in the test's folder, run in the test's process: a new process takes half a second to start.
-
-    Don't start a server with it: the server would take over the signals of the test's process.
-    """
-    monkeypatch.chdir(tmp_path)
-    for name in MODEL_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*arguments: str) -> tuple[int, str]:
-        try:
-            code = main(list(arguments))
-        except SystemExit as ended:  # raised by argparse
-            code = int(str(ended.code))
-        return code, "".join(capsys.readouterr()).rstrip()
-
-    return run
+def nexum(in_process: InProcess) -> Command:
+    """The command `nexum` in the test's folder and process. Don't start a server: it would handle the test's signals."""
+    return partial(in_process, main)
 
 
 @pytest.fixture

@@ -7,12 +7,15 @@ import re
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import pytest
 from harness import Process, Server, environment, free_port, nexum_server, running
 from processes import (
+    Command,
     counting_worker,
     effects,
     recorded,
@@ -20,17 +23,13 @@ from processes import (
     submitter,
     wait_until,
 )
+from server_thread import ServerThread, server_thread
 
 WIDTH = 80
 
 
-@pytest.fixture
-def server(server_process: Server) -> Server:
-    return server_process
-
-
-def nexum(folder: Path, *arguments: str, **env: str) -> tuple[int, str]:
-    return run_script(["-m", "nexum_engine", *arguments], folder, env)
+def nexum_process(folder: Path, *arguments: str) -> tuple[int, str]:
+    return run_script(["-m", "nexum_engine", *arguments], folder)
 
 
 def database(folder: Path) -> tuple[str, str]:
@@ -38,16 +37,33 @@ def database(folder: Path) -> tuple[str, str]:
     return "--database-url", f"sqlite:///{folder / 'nexum.db'}"
 
 
-def run_one_call(folder: Path, server: Server) -> str:
-    """Make a completed execution with a long result and control characters."""
+@dataclass(frozen=True)
+class Run:
+    """The two executions of `run_one_call`, on a running server."""
+
+    address: str
+    completed: str
+    failed: str
+
+
+def run_one_call(folder: Path, server: ServerThread) -> Run:
+    """Make a completed execution with a long result, and a failed one with control characters."""
     arguments = {"url": "https://offline.example/tokyo-population", "\u001b[31m": "x" * 3000}
     with counting_worker(folder, server.address):
         with submitter(folder, server.address, "visit_webpage", {"url": arguments["url"]}) as process:
             assert process.wait() == 0
         with submitter(folder, server.address, "visit_webpage", arguments) as process:
             assert process.wait() == 1
-    completed: str = recorded(folder, server.address)[0]["execution_id"]
-    return completed
+    completed, failed = [one["execution_id"] for one in recorded(folder, server.address)]
+    return Run(server.address, completed, failed)
+
+
+@pytest.fixture(scope="module")
+def run_of_calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A server that the tests only read, with the executions of `run_one_call`."""
+    folder = tmp_path_factory.mktemp("calls")
+    with server_thread(folder, database_url=harness.url_of(folder)) as server:
+        yield run_one_call(folder, server)
 
 
 # ---- The server ------------------------------------------------------------------------------------------------------
@@ -89,8 +105,10 @@ def test_server_stops_while_worker_and_caller_are_connected(tmp_path: Path) -> N
         assert "Traceback" not in server.process.output + worker.output
 
 
-def test_second_server_on_port_is_refused_in_one_line(tmp_path: Path, server: Server) -> None:
-    code, output = nexum(tmp_path, "--listen", server.address, "--database-url", f"sqlite:///{tmp_path / 'other.db'}")
+def test_second_server_on_port_is_refused_in_one_line(tmp_path: Path, server: ServerThread) -> None:
+    code, output = nexum_process(
+        tmp_path, "--listen", server.address, "--database-url", f"sqlite:///{tmp_path / 'other.db'}"
+    )
     assert code == 1
     assert output == (
         f"error: can't listen on {server.address}: the port is in use (by another Nexum server?) or not allowed; "
@@ -101,26 +119,39 @@ def test_second_server_on_port_is_refused_in_one_line(tmp_path: Path, server: Se
 @pytest.mark.sqlite
 @pytest.mark.usefixtures("server")
 def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> None:
-    code, output = nexum(tmp_path, "--listen", f"127.0.0.1:{free_port()}", *database(tmp_path))
+    code, output = nexum_process(tmp_path, "--listen", f"127.0.0.1:{free_port()}", *database(tmp_path))
     assert code == 1
     assert output.startswith(f"error: database {tmp_path / 'nexum.db'} is in use by another Nexum server")
     assert len(output.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--listen", "0.0.0.0:5000"], "refusing to listen on 0.0.0.0:5000: without TLS and tokens"),
+        (["--listen", "[::]:5000"], "refusing to listen on [::]:5000"),
+        (["--listen", "example.com:5000"], "refusing to listen on example.com:5000"),
+        (["--listen", "5000"], "'5000' is not an address: give HOST:PORT"),
+        (["--listen", "localhost:99999"], "is not an address"),
+        (["--database-url", "postgresql://127.0.0.1:1/x"], "can't open postgresql: dbname=x host=127.0.0.1 port=1"),
+        (["--database-url", "mysql://localhost/x"], "database URL 'mysql://localhost/x' is not supported"),
+        (["--database-url", "sqlite:////proc/no/where.db"], "can't be opened"),
+        (["--database-url", "sqlite:///a%00b"], "database URL 'sqlite:///a%00b' is not supported"),
+        (["--listen", "127.0.0.1:٥٠٠٠"], "is not an address"),
+    ],
+)
+def test_server_that_cannot_start_says_why_in_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    code, output = nexum_process(tmp_path, *arguments)
+    assert code == 1
+    assert "error: " in output.splitlines()[-1]
+    assert said in output.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--listen", "0.0.0.0:5000"], 1, "refusing to listen on 0.0.0.0:5000: without TLS and tokens"),
-        (["--listen", "[::]:5000"], 1, "refusing to listen on [::]:5000"),
-        (["--listen", "example.com:5000"], 1, "refusing to listen on example.com:5000"),
-        (["--listen", "5000"], 1, "'5000' is not an address: give HOST:PORT"),
-        (["--listen", "localhost:99999"], 1, "is not an address"),
-        (["--database-url", "postgresql://127.0.0.1:1/x"], 1, "can't open postgresql: dbname=x host=127.0.0.1 port=1"),
-        (["--database-url", "mysql://localhost/x"], 1, "database URL 'mysql://localhost/x' is not supported"),
-        (["--database-url", "sqlite:////proc/no/where.db"], 1, "can't be opened"),
-        (["--database-url", "sqlite:///a%00b"], 1, "database URL 'sqlite:///a%00b' is not supported"),
         (["ps", "--database-url", "sqlite:///a%00b"], 1, "database URL 'sqlite:///a%00b' is not supported"),
-        (["--listen", "127.0.0.1:٥٠٠٠"], 1, "is not an address"),
         (["--lease", "inf"], 2, "argument --lease: 'inf' is not a number of seconds between 0.1 and 1,000,000"),
         (["--lease", "soon"], 2, "argument --lease: 'soon' is not a number of seconds between 0.1 and"),
         (["--lease", "0"], 2, "argument --lease: '0' is not a number of seconds between 0.1 and 1,000,000"),
@@ -133,26 +164,28 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
         (["ps", "--nexum", "nonsense"], 1, "'nonsense' is not the address of a server"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(tmp_path: Path, arguments: list[str], code: int, said: str) -> None:
-    got, output = nexum(tmp_path, *arguments)
+def test_bad_arguments_are_refused_in_one_line(
+    tmp_path: Path, nexum: Command, arguments: list[str], code: int, said: str
+) -> None:
+    got, output = nexum(*arguments)
     assert got == code
     assert "error: " in output.splitlines()[-1]
     assert said in output.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_foreign_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
+def test_foreign_database_is_refused_and_left_untouched(tmp_path: Path, nexum: Command) -> None:
     foreign = tmp_path / "nexum.db"
     with sqlite3.connect(foreign) as connection:
         connection.execute("CREATE TABLE diary (entry TEXT)")
     connection.close()
     before = foreign.read_bytes()
-    code, output = nexum(tmp_path, *database(tmp_path), "--listen", f"127.0.0.1:{free_port()}")
+    code, output = nexum_process(tmp_path, *database(tmp_path), "--listen", f"127.0.0.1:{free_port()}")
     assert code == 1
     assert output.startswith("error: ")
     assert "left untouched" in output
     assert foreign.read_bytes() == before
-    code, output = nexum(tmp_path, "ps", *database(tmp_path))
+    code, output = nexum("ps", *database(tmp_path))
     assert code == 1
     assert foreign.read_bytes() == before
 
@@ -161,11 +194,11 @@ def test_foreign_database_is_refused_and_left_untouched(tmp_path: Path) -> None:
 
 
 @pytest.mark.sqlite
-def test_ps_and_show_print_the_same_with_and_without_server(tmp_path: Path) -> None:
-    with nexum_server(tmp_path) as server:
-        execution_id = run_one_call(tmp_path, server)
-        online = [nexum(tmp_path, *command, "--nexum", server.address) for command in commands(execution_id)]
-    offline = [nexum(tmp_path, *command, *database(tmp_path)) for command in commands(execution_id)]
+def test_ps_and_show_print_the_same_with_and_without_server(tmp_path: Path, nexum: Command) -> None:
+    with server_thread(tmp_path) as server:
+        execution_id = run_one_call(tmp_path, server).completed
+        online = [nexum(*command, "--nexum", server.address) for command in commands(execution_id)]
+    offline = [nexum(*command, *database(tmp_path)) for command in commands(execution_id)]
     without_age = re.compile(r"\d+ (s|min) ago *")
     assert [code for code, _ in online] == [0] * 5
     for (_, with_server), (_, without) in zip(online, offline, strict=True):
@@ -191,26 +224,26 @@ def commands(execution_id: str) -> list[list[str]]:
     return [ps, [*ps, "--status", "completed"], [*ps, "--json"], show, [*show, "--json"]]
 
 
-def test_show_removes_control_characters(tmp_path: Path, server: Server) -> None:
-    run_one_call(tmp_path, server)
-    failed = recorded(tmp_path, server.address)[1]
-    code, output = nexum(tmp_path, "show", failed["execution_id"], "--nexum", server.address)
+def test_show_removes_control_characters(run_of_calls: Run, nexum: Command) -> None:
+    code, output = nexum("show", run_of_calls.failed, "--nexum", run_of_calls.address)
     assert code == 0
     assert "was called with wrong arguments" in output
     assert "\x1b" not in output
     assert max(map(len, output.splitlines())) <= WIDTH
 
 
-def test_ps_reports_an_empty_database(tmp_path: Path, server: Server) -> None:
-    assert nexum(tmp_path, "ps", "--nexum", server.address) == (0, "no executions")
-    assert nexum(tmp_path, "ps", "--json", "--nexum", server.address) == (0, "[]")
+def test_ps_reports_an_empty_database(server: ServerThread, nexum: Command) -> None:
+    assert nexum("ps", "--nexum", server.address) == (0, "no executions")
+    assert nexum("ps", "--json", "--nexum", server.address) == (0, "[]")
 
 
 @pytest.mark.parametrize(
     "command", [["ps"], ["show", "exec-1"], ["cancel", "exec-1"], ["retry", "exec-1"]], ids=lambda one: one[0]
 )
-def test_look_without_server_and_database_fails_and_creates_none(tmp_path: Path, command: list[str]) -> None:
-    code, output = nexum(tmp_path, *command)
+def test_look_without_server_and_database_fails_and_creates_none(
+    tmp_path: Path, nexum: Command, command: list[str]
+) -> None:
+    code, output = nexum(*command)
     assert code == 1
     assert output == (
         "error: no server on localhost:50051, and no database at sqlite:///.nexum/local.db: nothing recorded"
@@ -221,48 +254,49 @@ def test_look_without_server_and_database_fails_and_creates_none(tmp_path: Path,
 @pytest.mark.parametrize("before", [True, False], ids=["before the command", "after it"])
 @pytest.mark.parametrize("command", ["ps", "show", "cancel"])
 def test_database_url_is_opened_without_asking_a_server(
-    tmp_path: Path, server: Server, command: str, before: bool
+    tmp_path: Path, run_of_calls: Run, nexum: Command, monkeypatch: pytest.MonkeyPatch, command: str, before: bool
 ) -> None:
-    run_one_call(tmp_path, server)
-    (execution_id, *_) = [one["execution_id"] for one in recorded(tmp_path, server.address)]
-    arguments = [command] if command == "ps" else [command, execution_id]
+    monkeypatch.setenv("NEXUM_ADDRESS", run_of_calls.address)
+    arguments = [command] if command == "ps" else [command, run_of_calls.completed]
     named = ("--database-url", f"sqlite:///{tmp_path / 'other.db'}")
     command_line = [*named, *arguments] if before else [*arguments, *named]
-    there = (1, f"error: no database at {named[1]}: nothing recorded")
-    assert nexum(tmp_path, *command_line, NEXUM_ADDRESS=server.address) == there
+    assert nexum(*command_line) == (1, f"error: no database at {named[1]}: nothing recorded")
 
 
 @pytest.mark.sqlite
-def test_database_open_in_a_server_is_not_opened(tmp_path: Path, server: Server) -> None:
-    code, output = nexum(tmp_path, "ps", *database(tmp_path), NEXUM_ADDRESS=server.address)
+def test_database_open_in_a_server_is_not_opened(
+    tmp_path: Path, server_process: Server, nexum: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEXUM_ADDRESS", server_process.address)
+    code, output = nexum("ps", *database(tmp_path))
     url = database(tmp_path)[1]
     assert (code, output) == (1, f"error: a Nexum server has {url} open: ask that server with --nexum HOST:PORT")
-    code, output = nexum(tmp_path, "ps", *database(tmp_path), "--nexum", server.address)
+    code, output = nexum("ps", *database(tmp_path), "--nexum", server_process.address)
     assert (code, output.endswith("give only one of them")) == (1, True)
 
 
 @pytest.mark.parametrize("command", ["show", "cancel"])
-def test_unknown_execution_is_named_in_the_error(tmp_path: Path, server: Server, command: str) -> None:
+def test_unknown_execution_is_named_in_the_error(run_of_calls: Run, nexum: Command, command: str) -> None:
     for name in ("exec-nope", "x" * 200, "'; DROP TABLE executions; --"):
-        code, output = nexum(tmp_path, command, name, "--nexum", server.address)
+        code, output = nexum(command, name, "--nexum", run_of_calls.address)
         assert code == 1
         assert output.startswith("error: ")
         assert len(output.splitlines()) == 1
         assert name[:60] in output
 
 
-def test_named_server_must_answer(tmp_path: Path) -> None:
+def test_named_server_must_answer(nexum: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     address = f"127.0.0.1:{free_port()}"
-    code, output = nexum(tmp_path, "ps", NEXUM_ADDRESS=address)
+    monkeypatch.setenv("NEXUM_ADDRESS", address)
+    code, output = nexum("ps")
     assert code == 2
     assert output.startswith(f"error: no Nexum server answers on {address}")
 
 
-def test_closed_pipe_prints_no_traceback(tmp_path: Path, server: Server) -> None:
-    run_one_call(tmp_path, server)
-    (execution_id, *_) = [one["execution_id"] for one in recorded(tmp_path, server.address)]
+def test_closed_pipe_prints_no_traceback(tmp_path: Path, run_of_calls: Run) -> None:
+    show = ["show", run_of_calls.completed, "--json", "--nexum", run_of_calls.address]
     with subprocess.Popen(
-        [sys.executable, "-m", "nexum_engine", "show", execution_id, "--json", "--nexum", server.address],
+        [sys.executable, "-m", "nexum_engine", *show],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -277,7 +311,7 @@ def test_closed_pipe_prints_no_traceback(tmp_path: Path, server: Server) -> None
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 @pytest.mark.parametrize("command", [["ps"], ["--listen", "127.0.0.1:0"]], ids=["ps", "the server"])
-def test_full_disk_under_output_is_a_one_line_error(tmp_path: Path, server: Server, command: list[str]) -> None:
+def test_full_disk_under_output_is_a_one_line_error(tmp_path: Path, server: ServerThread, command: list[str]) -> None:
     with Path("/dev/full").open("wb") as full:
         run = subprocess.run(
             [sys.executable, "-m", "nexum_engine", *command],
@@ -290,7 +324,7 @@ def test_full_disk_under_output_is_a_one_line_error(tmp_path: Path, server: Serv
     assert (run.returncode, run.stderr) == (1, b"error: the output can't be written: No space left on device\n")
 
 
-def test_closed_pipe_on_windows_prints_no_traceback(tmp_path: Path, server: Server) -> None:
+def test_closed_pipe_on_windows_prints_no_traceback(tmp_path: Path, server: ServerThread) -> None:
     program = (
         "import errno, io, sys\n"
         "from nexum_engine.__main__ import main\n"
@@ -306,21 +340,21 @@ def test_closed_pipe_on_windows_prints_no_traceback(tmp_path: Path, server: Serv
 # ---- cancel ----------------------------------------------------------------------------------------------------------
 
 
-def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path) -> None:
+def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path, server: ServerThread, nexum: Command) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     arguments = {"log": str(log), "gate": str(gate)}
-    with nexum_server(tmp_path) as server, counting_worker(tmp_path, server.address) as worker:
+    with counting_worker(tmp_path, server.address) as worker:
         with submitter(tmp_path, server.address, "effect_then_gate", arguments) as process:
             wait_until(lambda: bool(effects(log)), "the tool runs")
             (execution,) = recorded(tmp_path, server.address)
             cancel = ["cancel", execution["execution_id"], "--nexum", server.address]
-            assert nexum(tmp_path, *cancel) == (0, f"{execution['execution_id']} is CANCELLED")
+            assert nexum(*cancel) == (0, f"{execution['execution_id']} is CANCELLED")
             assert process.wait() == 1
             assert process.lines[-1] == "ERROR ToolCallFailed effect_then_gate failed: the execution was cancelled"
         # The worker's later report changes nothing.
         gate.touch()
         worker.wait_for("refused")
-        assert nexum(tmp_path, *cancel) == (0, f"{execution['execution_id']} is CANCELLED")
+        assert nexum(*cancel) == (0, f"{execution['execution_id']} is CANCELLED")
         (execution,) = recorded(tmp_path, server.address)
         assert execution["status"] == "CANCELLED"
         assert execution["nodes"][0]["output_json"] is None
@@ -328,20 +362,20 @@ def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path) -> None
         with submitter(tmp_path, server.address, "effect_then_gate", arguments) as process:
             assert process.wait() == 0
         _, done = recorded(tmp_path, server.address)
-        code, output = nexum(tmp_path, "cancel", done["execution_id"], "--nexum", server.address)
+        code, output = nexum("cancel", done["execution_id"], "--nexum", server.address)
         assert code == 1
         assert output == f"error: execution {done['execution_id']} is COMPLETED and can't be cancelled any more"
 
 
 @pytest.mark.sqlite
-def test_cancel_works_after_server_has_ended(tmp_path: Path) -> None:
-    with nexum_server(tmp_path) as server:
+def test_cancel_works_after_server_has_ended(tmp_path: Path, nexum: Command) -> None:
+    with server_thread(tmp_path) as server:
         with submitter(tmp_path, server.address, "web_search", {"query": "x"}) as process:
             process.wait_for("Submitted")
         (execution,) = recorded(tmp_path, server.address)
         assert execution["status"] == "RUNNING"
-    code, _ = nexum(tmp_path, "cancel", execution["execution_id"], *database(tmp_path))
+    code, _ = nexum("cancel", execution["execution_id"], *database(tmp_path))
     assert code == 0
-    code, output = nexum(tmp_path, "ps", *database(tmp_path))
+    code, output = nexum("ps", *database(tmp_path))
     assert code == 0
     assert "CANCELLED" in output

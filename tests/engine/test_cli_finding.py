@@ -17,8 +17,8 @@ import harness
 import pytest
 from harness import Server, environment, free_port, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, register
-from processes import command_line, run_script
-from server_thread import ServerThread
+from processes import Command, command_line, run_script
+from server_thread import ServerThread, server_thread
 
 from nexum_engine.__main__ import main
 from nexum_engine.commands import look
@@ -40,10 +40,6 @@ def stub(server: ServerThread) -> Iterator[NexumServiceStub]:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with nexum_server(tmp_path_factory.mktemp("nexum")) as running:
         yield running
-
-
-def nexum(folder: Path, server: Server | ServerThread, *arguments: str) -> tuple[int, str]:
-    return run_script(["-m", "nexum_engine", *arguments, "--nexum", server.address], folder, {})
 
 
 def listed(server: ServerThread, *arguments: str) -> list[str]:
@@ -248,16 +244,18 @@ def test_follow_prints_what_happens_until_the_end(
 
 
 def test_follow_of_unknown_execution_fails(tmp_path: Path, server: ServerThread) -> None:
-    code, output = nexum(tmp_path, server, "show", "exec-9", "--follow")
+    follow = ["-m", "nexum_engine", "show", "exec-9", "--follow", "--nexum", server.address]
+    code, output = run_script(follow, tmp_path, {})
     assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
 
 
 def test_follow_of_ended_execution_needs_no_server(tmp_path: Path) -> None:
-    with nexum_server(tmp_path) as server, connected(server.address) as stub:
+    url = harness.url_of(tmp_path)
+    with server_thread(tmp_path, database_url=url) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         execution_id = begin(stub)
         complete(stub, poll(stub))
-    where = {"DATABASE_URL": harness.url_of(tmp_path)}
+    where = {"DATABASE_URL": url}
     code, output = run_script(["-m", "nexum_engine", "show", execution_id, "--follow"], tmp_path, where)
     assert (code, output.splitlines()[-1]) == (0, f"{execution_id} is COMPLETED")
 
@@ -265,23 +263,22 @@ def test_follow_of_ended_execution_needs_no_server(tmp_path: Path) -> None:
 # ---- retry -----------------------------------------------------------------------------------------------------------
 
 
-def test_retry_with_and_without_server(tmp_path: Path) -> None:
-    with nexum_server(tmp_path) as server, connected(server.address) as stub:
+def test_retry_with_and_without_server(tmp_path: Path, nexum: Command) -> None:
+    url = harness.url_of(tmp_path)
+    with server_thread(tmp_path, database_url=url) as server, connected(server.address) as stub:
         register(stub, {"a": [], "b": ["a"]})
         execution_id = begin(stub)
         complete(stub, poll(stub))
-        assert nexum(tmp_path, server, "retry", execution_id) == (
+        assert nexum("retry", execution_id, "--nexum", server.address) == (
             1,
             f"error: execution {execution_id} is RUNNING: only a FAILED one can be retried",
         )
         assert fail(stub) == "b"
-        assert nexum(tmp_path, server, "retry", execution_id) == (0, f"{execution_id} is RUNNING again")
+        assert nexum("retry", execution_id, "--nexum", server.address) == (0, f"{execution_id} is RUNNING again")
         assert fail(stub) == "b"
-        code, output = nexum(tmp_path, server, "retry", "exec-9")
+        code, output = nexum("retry", "exec-9", "--nexum", server.address)
         assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
-    where = ["--database-url", harness.url_of(tmp_path)]
-    retried = run_script(["-m", "nexum_engine", "retry", execution_id, *where], tmp_path, {})
-    assert retried == (0, f"{execution_id} is RUNNING again")
-    with nexum_server(tmp_path) as server, connected(server.address) as stub:
+    assert nexum("retry", execution_id, "--database-url", url) == (0, f"{execution_id} is RUNNING again")
+    with server_thread(tmp_path, database_url=url) as server, connected(server.address) as stub:
         task = poll(stub, wait_ms=20_000)
         assert (task.node_id, task.attempt) == ("b", 3)

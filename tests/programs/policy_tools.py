@@ -176,7 +176,7 @@ async def call(address: str, session_id: str, *calls: str) -> None:
         async def one(number: int, call: str) -> None:
             tool_name, arguments = json.loads(call)
             try:
-                said = {"result": (await session.call(tool_name, arguments)).text}
+                said = {"result": (await session.call(tool_name, arguments, timeout=120 + len(calls))).text}
             except NexumError as error:
                 said = {"error": str(error)}
             say(json.dumps({"call": number, **said}))

@@ -26,9 +26,10 @@ from pipelines import (
     run_crash_demo,
     start_pipeline,
 )
-from processes import children, is_alive, read_one_line, run_script, send, wait_until
+from processes import InProcess, children, is_alive, read_one_line, run_script, send, wait_until
 from server_thread import ServerThread
 
+from crash_demo import main as script
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from pipeline_workflow import STEPS
@@ -324,18 +325,30 @@ def test_live_model_runs_the_same_four_steps(server: ServerThread, tmp_path: Pat
         (["--crash-after", "research", "--all"], "not allowed with argument"),
         (["--query", " "], "the query is empty"),
         (["--html", "no-such-folder/page.html"], "give a file name in a folder that exists"),
-        (["--nexum", "nowhere"], "'nowhere' is not the address of a server"),
-        (["--nexum", "127.0.0.1:1"], "no Nexum server answers on 127.0.0.1:1"),
     ],
 )
-def test_wrong_argument_exits_with_2(tmp_path: Path, arguments: list[str], told: str) -> None:
-    code, output = run_crash_demo(tmp_path, *arguments)
+def test_wrong_argument_exits_with_2(in_process: InProcess, arguments: list[str], told: str) -> None:
+    code, output = in_process(script, *arguments)
     assert code == 2
     assert told in output
 
 
-def test_model_without_its_key_is_refused(tmp_path: Path) -> None:
-    code, output = run_crash_demo(tmp_path, env={"NEXUM_MODEL": "gpt-x"})
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("nowhere", "'nowhere' is not the address of a server"),
+        ("127.0.0.1:1", "no Nexum server answers on 127.0.0.1:1"),
+    ],
+)
+def test_wrong_address_exits_with_2(tmp_path: Path, address: str, told: str) -> None:
+    code, output = run_crash_demo(tmp_path, "--nexum", address)
+    assert code == 2
+    assert told in output
+
+
+def test_model_without_its_key_is_refused(in_process: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXUM_MODEL", "gpt-x")
+    code, output = in_process(script)
     assert code == 2
     assert "NEXUM_MODEL=gpt-x needs OPENAI_API_KEY" in output
 

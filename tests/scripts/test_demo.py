@@ -19,6 +19,7 @@ from harness import free_port, running
 from processes import (
     DEMO,
     QUESTION,
+    InProcess,
     answer,
     attempts,
     call_of,
@@ -31,6 +32,8 @@ from processes import (
     run_script,
     wait_until,
 )
+
+from demo import main as script
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +185,29 @@ def test_run_waits_for_the_database_of_a_dying_server_and_prints_that(tmp_path: 
         (["--session-id", "x\n"], "can't be used"),
         (["--session-id", ""], "session id '' can't be used"),
         (["--session-id", "a", "--new-session"], "not allowed with"),
-        (["--nexum", "nonsense"], "'nonsense' is not the address of a server: give HOST:PORT"),
-        (["--nexum", "localhost:99999"], "is not the address of a server"),
-        (["--nexum", "localhost:{free}"], "error: no Nexum server answers on localhost:{free}"),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
+    tmp_path: Path, in_process: InProcess, arguments: list[str], said: str
+) -> None:
+    code, output = in_process(script, *arguments)
+    assert code == 2
+    assert "error: " in output.splitlines()[-1]
+    assert said in output.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("nonsense", "'nonsense' is not the address of a server: give HOST:PORT"),
+        ("localhost:99999", "is not the address of a server"),
+        ("localhost:{free}", "error: no Nexum server answers on localhost:{free}"),
+    ],
+)
+def test_a_wrong_address_is_one_line_and_exit_code_2(tmp_path: Path, address: str, said: str) -> None:
     port = str(free_port())
-    code, output = run_demo(tmp_path, *(one.replace("{free}", port) for one in arguments))
+    code, output = run_demo(tmp_path, "--nexum", address.replace("{free}", port))
     assert code == 2
     assert "error: " in output.splitlines()[-1]
     assert said.replace("{free}", port) in output.splitlines()[-1]

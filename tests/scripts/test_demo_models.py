@@ -13,6 +13,7 @@ from harness import free_port
 from openai_server import OpenAIServer, Reply
 from processes import (
     QUESTION,
+    InProcess,
     answer,
     attempts,
     call_of,
@@ -23,6 +24,8 @@ from processes import (
     run_script,
 )
 from server_thread import ServerThread
+
+from demo import main as script
 
 TOKYO = "https://offline.example/tokyo-population"
 NEW_YORK = "https://offline.example/new-york-population"
@@ -207,7 +210,11 @@ def test_a_compatible_server_needs_no_key(tmp_path: Path, server: ServerThread) 
         ({"OPENAI_BASE_URL": "http://localhost:1/v1"}, "OPENAI_BASE_URL needs NEXUM_MODEL"),
     ],
 )
-def test_wrong_model_setting_is_a_one_line_error(tmp_path: Path, env: dict[str, str], said: str) -> None:
-    code, output = run_demo(tmp_path, env=env)
+def test_wrong_model_setting_is_a_one_line_error(
+    in_process: InProcess, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], said: str
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    code, output = in_process(script)
     assert code == 2
     assert output.splitlines() == [line for line in output.splitlines() if line.startswith(f"error: {said}")]

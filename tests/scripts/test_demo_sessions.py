@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 from harness import environment, running, tool_worker
 from openai_server import OpenAIServer, Reply
-from processes import DEMO, QUESTION, answer, recorded, run_demo
+from processes import DEMO, QUESTION, InProcess, answer, recorded, run_demo
 from server_thread import ServerThread
+
+from demo import main as script
 
 RUST = "What does Rust change in systems programming?"
 
@@ -195,15 +197,27 @@ def test_impossible_fork_is_one_line_and_exit_code_2(tmp_path: Path, address: st
     ask(tmp_path, address, "--session-id", "s", QUESTION)
     ask(tmp_path, address, "--session-id", "s2", RUST)
     said = {
-        ("--fork", "s@1"): "--fork needs the new session's name in --session-id",
         ("--fork", "s", "--session-id", "t"): "'s' must be SESSION@N, for example demo1@2",
         ("--fork", "s@8", "--session-id", "t"): "session 's' has 7 recorded call(s): give 0 to 7, not 8",
         ("--fork", "none@1", "--session-id", "t"): "session 'none' has nothing on record here",
         ("--fork", "s@1", "--session-id", "s2"): "session s2 has recorded other events than s",
-        ("--sessions", RUST): "--sessions only lists the sessions: give no question",
-        ("--sessions", "--team"): "--sessions only lists the sessions: give no question",
-        ("--sessions", "--budget", "0"): "--sessions only lists the sessions: give no question",
     }
     for arguments, words in said.items():
         code, output = ask(tmp_path, address, *arguments)
         assert (code, words in output.splitlines()[-1]) == (2, True), output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fork", "s@1"], "--fork needs the new session's name in --session-id"),
+        (["--sessions", RUST], "--sessions only lists the sessions: give no question"),
+        (["--sessions", "--team"], "--sessions only lists the sessions: give no question"),
+        (["--sessions", "--budget", "0"], "--sessions only lists the sessions: give no question"),
+    ],
+)
+def test_option_that_does_not_fit_is_one_line_and_exit_code_2(
+    in_process: InProcess, arguments: list[str], said: str
+) -> None:
+    code, output = in_process(script, "--offline", "--nexum", "127.0.0.1:1", *arguments)
+    assert (code, said in output.splitlines()[-1]) == (2, True), output

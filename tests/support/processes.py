@@ -43,6 +43,8 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout: float = 20)
 
 Command = Callable[..., tuple[int, str]]
 """A function that runs a command with its arguments; it returns the exit code and the output."""
+InProcess = Callable[..., tuple[int, str]]
+"""A function that runs a script's `main` with arguments; it returns the exit code and the output."""
 
 
 def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:

@@ -191,8 +191,8 @@ def _selector(tokens: list[Any]) -> _Selector | None:
 def _specificity(tokens: list[Any]) -> tuple[int, int, int]:
     """Return the number of ids, the number of classes and similar conditions, and the number of names.
 
-    The rank of a selector with "&" depends on the outer selector. It is also unknown whether the rule of such a selector
-    applies, so its values are unknown. Rank the selector above all others: unknown values hide nothing.
+    The rank of a selector with "&" depends on the outer selector. It is also unknown whether the selector's rule
+    applies, so the rule's values are unknown. Rank the selector above all others: unknown values hide nothing.
     """
     if "&" in tokens:
         return (len(tokens), 0, 0)

@@ -1,0 +1,121 @@
+"""A session that has ended leaves nothing behind: no object, no task, no count of threads, no unread error."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
+from autogen_agentchat.conditions import TimeoutTermination
+from autogen_agentchat.teams import RoundRobinGroupChat
+from durable_agents import QUESTION, Scripted, new_session
+from harness import Server
+
+from durable_autogen import DriftError, DurableSession, Policy, run_durable_stream
+from nexum_engine.errors import InvalidRequest
+
+
+@contextmanager
+def complaints() -> Iterator[list[str]]:
+    """Yield a list that gets what the event loop reports, such as errors that nobody has read."""
+    found: list[str] = []
+    loop = asyncio.get_running_loop()
+    before = loop.get_exception_handler()
+    loop.set_exception_handler(lambda _, context: found.append(f"{context['message']}: {context.get('exception')!r}"))
+    try:
+        yield found
+    finally:
+        gc.collect()
+        loop.set_exception_handler(before)
+
+
+async def test_ended_session_is_freed_while_its_team_lives(shared_server: Server) -> None:
+    model = Scripted([])
+    team = RoundRobinGroupChat(
+        [AssistantAgent("writer", model)], termination_condition=TimeoutTermination(60), max_turns=1
+    )
+
+    async def ended() -> list[weakref.ref[Any]]:
+        async with DurableSession(new_session(), nexum=shared_server.address) as session:
+            await team.run(task="Q")
+            recorder = session.recorder
+        return [weakref.ref(session), weakref.ref(recorder)]
+
+    refs = [ref for _ in range(3) for ref in await ended()]
+    await asyncio.sleep(0)
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
+
+
+def test_closed_event_loop_of_session_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Let the program open the database itself: gRPC, which speaks to other servers, keeps event loops.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+
+    async def program() -> weakref.ref[Any]:
+        async with DurableSession(new_session()):
+            await asyncio.gather(*(Scripted([]).create(QUESTION) for _ in range(2)))
+        return weakref.ref(asyncio.get_running_loop())
+
+    loops = [asyncio.run(program()) for _ in range(3)]
+    gc.collect()
+    assert [loop() for loop in loops[:-1]] == [None, None]  # gRPC keeps the last one, too
+
+
+async def test_session_that_refuses_its_policies_leaves_no_task(shared_server: Server) -> None:
+    session_id = new_session()
+    async with DurableSession(session_id, nexum=shared_server.address):
+        await Scripted([]).create(QUESTION)
+    before = asyncio.all_tasks()
+    with pytest.raises(InvalidRequest, match="a model's policy"):
+        async with DurableSession(
+            session_id, nexum=shared_server.address, policies={"model": Policy(approval="always")}
+        ):
+            pass
+    assert asyncio.all_tasks() == before
+
+
+async def test_refused_thread_does_not_keep_session_busy(shared_server: Server) -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    async with DurableSession(new_session(), nexum=shared_server.address) as session:
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            pool.submit(print)
+        assert not session.activity.threads
+        await Scripted([]).create(QUESTION)
+
+
+async def test_error_of_unrecorded_input_is_not_reported_as_unread(shared_server: Server) -> None:
+    session_id = new_session()
+    person = UserProxyAgent("person", input_func=lambda _: (_ for _ in ()).throw(EOFError("no terminal")))
+    async with DurableSession(session_id, nexum=shared_server.address):
+        await Scripted([]).create(QUESTION)
+    with complaints() as found:
+        with pytest.raises(DriftError), contextlib.suppress(EOFError):
+            async with DurableSession(session_id, nexum=shared_server.address):
+                await person.run(task="Q")
+        gc.collect()
+        await asyncio.sleep(0)
+    assert not found
+
+
+async def test_closed_stream_of_run_has_released_its_session(shared_server: Server) -> None:
+    session_id, model = new_session(), Scripted([])
+    stream = run_durable_stream(
+        lambda: RoundRobinGroupChat([AssistantAgent("writer", model)], max_turns=3),
+        task="Q",
+        session_id=session_id,
+        nexum=shared_server.address,
+    )
+    before = asyncio.all_tasks()
+    await stream.__anext__()
+    await stream.aclose()
+    assert asyncio.all_tasks() == before
