@@ -70,9 +70,9 @@ def servers_on_postgresql(postgres: Databases) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Collect the tests without garbage collections, then exclude the objects of the imports from them.
+    """Import the test files without garbage collections. Then exclude the imported objects from later collections.
 
-    The imports make 400,000 objects, and keep them: collections would take a third of the time and free little.
+    The imports make 400,000 objects, and keep them. Collections would take a third of the time and free little.
     """
     gc.disable()
     try:
@@ -153,7 +153,7 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     def run(main: Callable[[list[str]], int], *arguments: str) -> tuple[int, str]:
         try:
             code = main(list(arguments))
-        except SystemExit as ended:  # argparse
+        except SystemExit as ended:  # raised by argparse
             code = int(str(ended.code))
         return code, "".join(capsys.readouterr()).rstrip()
 

@@ -81,8 +81,8 @@ def download_pip(folder: str) -> str:
 
 
 def environment_of(python: str, folder: str, pip: str) -> Path:
-    """Make an environment with the tests' requirements, with the pip of that folder; return its interpreter."""
-    # It needs no pip of its own, which would take ten seconds to install.
+    """Make an environment in `folder` with the tests' requirements; return its interpreter. `pip` is the folder of pip."""
+    # Don't install pip into the environment: that would take ten seconds.
     run_quietly([python, "-m", "venv", "--without-pip", folder])
     own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     install = ["-m", "pip", "install", *INSTALL_OPTIONS, "-r", "tests/requirements.txt"]

@@ -27,7 +27,7 @@ def address(server: ServerThread) -> str:
 
 @pytest.fixture
 def nexum(in_process: InProcess) -> Command:
-    """The command `nexum` in the test's folder and process. Don't start a server: it would handle the test's signals."""
+    """The command `nexum` in the test's folder and process. Don't start a server with it: a server handles signals."""
     return partial(in_process, main)
 
 
