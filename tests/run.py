@@ -81,7 +81,7 @@ def download_pip(folder: str) -> str:
 
 
 def environment_of(python: str, folder: str, pip: str) -> Path:
-    """Make an environment in `folder` with the tests' requirements; return its interpreter. `pip` is pip's own folder."""
+    """Make an environment in `folder` with the tests' requirements; return its interpreter. `pip` is pip's folder."""
     # Don't install pip into the environment: that would take ten seconds.
     run_quietly([python, "-m", "venv", "--without-pip", folder])
     own = Path(folder) / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")

@@ -238,7 +238,7 @@ async def test_stopping_worker_goes_on_naming_a_task_whose_result_it_dropped(
         paid.append(task.execution_id)
         if len(paid) == 2:
             both_begun.set()
-            await go_on.wait()  # the worker's heartbeats continue
+            await go_on.wait()  # meanwhile, the worker's heartbeats continue
         return "paid"
 
     async with engine_server(tmp_path, lease=0.3) as faulty, NexumClient(faulty.address) as client:

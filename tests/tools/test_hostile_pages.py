@@ -134,7 +134,7 @@ def run_cases() -> None:
 
 
 def report(case: str, web: LiveWeb, server: LoopbackServer, path: str, counted: LoopbackServer) -> None:
-    """Fetch a page and print the outcome, with the number of connections that this made to the server `counted`."""
+    """Fetch a page and print the outcome, with the number of connections that the fetch made to `counted`."""
     before, begin = counted.connections, time.monotonic()
     tracemalloc.start()
     outcome: dict[str, object]

@@ -41,7 +41,7 @@ KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 def is_unseen(element: Element, name: str, style: Style) -> bool:
     if name == "template" and "shadowrootmode" in element.attrs:
-        return False  # a shadow root: browsers show its content in place of its parent's other content
+        return False  # a shadow root, whose content browsers show in place of the parent's other content
     if name in UNSEEN or name == "nav" or "hidden" in element.attrs or "popover" in element.attrs:
         return True
     if name == "dialog" and "open" not in element.attrs:

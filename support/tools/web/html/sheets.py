@@ -37,8 +37,8 @@ _COMBINATORS = (">", "+", "~")
 class _Selector(NamedTuple):
     """A selector by name, id and classes; "" is any name or id.
 
-    If not `exact`, these conditions are only a part of the page's selector: an element may meet them without being
-    selected.
+    If `exact` is false, the page's selector has further conditions. Then an element that meets these conditions may not
+    be selected.
     """
 
     name: str
