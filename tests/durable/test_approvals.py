@@ -1,4 +1,4 @@
-"""Approvals of tool calls: they outlive every process, and belong to one call."""
+"""Approvals of tool calls: an approval outlives every process, and permits one call only."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ POLICIES = '[charge]\napproval = "always"\n'
 
 
 def clerk_model(*calls: dict[str, Any]) -> Callable[[dict[str, Any]], Reply]:
-    """Return the replies of a model: at first these calls of `charge`, then the tool results as text."""
+    """Return a model's reply function: it first requests these calls of `charge`, then repeats the tool results."""
 
     def reply(body: dict[str, Any]) -> Reply:
         if is_after_a_tool(body):
@@ -109,7 +109,7 @@ def test_approval_given_while_every_process_is_dead_lets_the_call_run_once(folde
     with OpenAIServer(clerk_model({"cents": 20000})) as model:
         with nexum_server(folder, database_url=url) as server, script(folder, model, address=server.address) as killed:
             line = killed.wait_for("waiting for a decision")
-            assert 'charge({"cents": 20000, "customer": "c-1"}) of clerk' in line  # with the default filled in
+            assert 'charge({"cents": 20000, "customer": "c-1"}) of clerk' in line  # customer has its default
             assert f"--nexum {server.address}" in line
             killed.kill()
             server.process.kill()
@@ -131,7 +131,7 @@ def test_approval_given_while_every_process_is_dead_lets_the_call_run_once(folde
 
 def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -> None:
     with OpenAIServer(clerk_model({"cents": 20000})) as model:
-        for _ in range(2):  # a parked run parks again
+        for _ in range(2):  # before the decision, each run parks
             with script(folder, model, "--park") as parked:
                 line = parked.wait_for("waiting for a decision on charge")
                 assert parked.wait() == 75
@@ -168,8 +168,8 @@ def test_person_at_the_terminal_is_asked(folder: Path) -> None:
         os.close(its_end)
         try:
             answers = {"1": b"yes\n", "2": b"no, one is enough\n"}
-            while answers:  # the two calls of the reply are made at the same time: either may be asked about first
-                # The question's line ends, so that the next line of a log doesn't run into it.
+            while answers:  # the two calls are made at the same time: either question may come first
+                # PROMPT ends with a line break, so that the next line of a log begins on its own line.
                 shown = until(terminal, PROMPT)
                 asked = re.findall(r'\[Nexum\] charge\(\{"cents": (\d), "customer": "c-1"\}\) of clerk', shown)
                 assert "reason: It is due." in shown
@@ -213,7 +213,7 @@ def server(tmp_path: Path) -> Iterator[ServerThread]:
 
 
 class Shop:
-    """A tool that charges, and what it charged."""
+    """A shop: the tool `charge`, and the list of its charges."""
 
     def __init__(self, **policy: Any) -> None:
         self.charged: list[str] = []
@@ -300,7 +300,7 @@ async def test_waiting_run_continues_after_its_server_was_killed(tmp_path: Path)
         with nexum_server(tmp_path, database_url=url, port=port) as killed:
             waiting = asyncio.ensure_future(run(killed, shop.clerk(model)))
             async with NexumClient(killed.address) as client:
-                while not await client.pending_approvals():  # noqa: ASYNC110 - the server can't tell
+                while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event for this
                     await asyncio.sleep(0.01)
             killed.process.kill()
         with nexum_server(tmp_path, database_url=url, port=port) as restarted:
@@ -393,7 +393,7 @@ async def test_several_calls_of_one_reply_are_decided_one_by_one(server: ServerT
 
 
 async def test_decision_counts_for_one_call_of_one_session_only(server: ServerThread) -> None:
-    """Equal calls ask again: in the same reply, in another session and in a fork."""
+    """Each equal call needs its own decision: in the same reply, in another session and in a fork."""
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 5}, {"cents": 5})) as model:
         async with Deciders(server, approves) as people:
@@ -461,7 +461,7 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
         for _ in range(2):
             with pytest.raises(Parked, match=r"waiting for a decision on charge\(.*approve exec-"):
                 await run(server, build, park=True)
-            assert len(model.requests) == 4  # one reply of first, one of clerk, and two of notary
+            assert len(model.requests) == 4  # one reply of `first`, one of `clerk`, and two of `notary`
         async with NexumClient(server.address) as client:
             (question,) = await client.pending_approvals()
             (info,) = await list_sessions(client)
@@ -487,7 +487,7 @@ async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server:
     shop = Shop(approval="always")
     async with DurableSession("s", nexum=server.address), NexumClient(server.address) as client:
         calling = asyncio.ensure_future(shop.tool.run_json({"cents": 5}, CancellationToken()))
-        while not await client.pending_approvals():  # noqa: ASYNC110 - the server can't tell
+        while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event for this
             await asyncio.sleep(0.01)
         calling.cancel()
         await asyncio.wait({calling})
@@ -496,7 +496,7 @@ async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server:
 
 
 async def test_question_of_another_kind_under_the_key_is_no_permission(server: ServerThread) -> None:
-    """A client that starts another execution under a call's key can't get other arguments approved in advance."""
+    """An approval for other arguments doesn't permit a call, although the approval has the call's key."""
     shop = Shop(approval="always")
     other = Approval.of("s", "", "charge", {"cents": 1, "customer": "c-1"})
     key = key_of("s", NODE, "/reply/0/tool/1", describe_call("charge", {"cents": 5})["hash"])
@@ -526,8 +526,8 @@ async def test_policy_of_the_session_replaces_the_tools_own(server: ServerThread
 
 
 async def tools_of(client: NexumClient, count: int) -> list[DeclaredTool]:
-    """Ask until the server lists so many tools. The test's time limit ends a wait for nothing."""
-    while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - the server sets no event
+    """Poll the server until it lists `count` tools; return the tools. The test's time limit ends the polling."""
+    while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - nothing sets an event for this
         await asyncio.sleep(0.02)
     return tools
 
@@ -542,7 +542,7 @@ async def test_server_lists_the_policies_of_a_run(server: ServerThread) -> None:
         async with DurableSession("s", nexum=server.address, policies=policies):
             assert await durable_tool(look, rate="9/s").run_json({}, CancellationToken()) == "seen"
             tools = await tools_of(client, 3)
-        await tools_of(client, 0)  # the run has ended
+        await tools_of(client, 0)  # the policies of an ended run are not listed
     assert [(one.name, json.loads(one.policy_json), one.session) for one in tools] == [
         ("charge", {"approval": "always", "effect": "once"}, "s"),
         ("look", {"rate": "9/s"}, "s"),
@@ -568,7 +568,7 @@ async def test_call_of_a_tool_whose_policy_has_a_mistyped_name_is_refused(server
         with pytest.raises(InvalidRequest, match="charge has no policy, and no tool is known yet for the policy of ch"):
             await run(server, lambda: agent(model, "clerk", [shop.charge]), policies=policies)
         assert shop.charged == []
-        # Both names may be right.
+        # Now charge has a policy, so chrage may be the name of a tool that is not known yet.
         await run(server, lambda: agent(model, "clerk", [shop.charge]), policies={**policies, "charge": Policy()})
     assert len(shop.charged) == 1
 

@@ -1,4 +1,4 @@
-"""Broken replies are retried, and values that JSON lacks are replayed."""
+"""Broken replies are retried, and values that JSON lacks (such as infinity) are replayed."""
 
 from __future__ import annotations
 

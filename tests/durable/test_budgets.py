@@ -45,7 +45,7 @@ PRICE = 1000 * 2.5e-6 + 100 * 10e-6  # US dollars for one call of gpt-4o
 async def question(
     client: NexumClient, session: str, number: int = 1, status: ExecutionStatus | None = None
 ) -> tuple[BudgetQuestion, Execution]:
-    """Wait until a question of the session is asked and has the status; return the question."""
+    """Wait until the session's question of this number is asked and has the status; return it with its execution."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         for one, execution in await questions_of(client, session):
@@ -262,7 +262,7 @@ async def test_time_that_another_program_ran_the_session_counts(shared_server: S
         return await Slow(run.happened).create([UserMessage(content=content, source="user")])
 
     await run.start(lambda: program("one question"))
-    # The run drops the recorded call, but not the time that the call took.
+    # The run drops the recorded call, but the time that this call took still counts.
     running = run.start(lambda: program("another question"), on_drift="continue")
     assert (await run.decide(Budget(seconds=9))).reason == "1 of 1 seconds"
     await running

@@ -91,7 +91,7 @@ def decide(folder: Path, told: str) -> str:
 
 
 def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Path) -> None:
-    """BUDGET_RUNS=10 kills ten runs instead of five."""
+    """The test kills five runs, or as many as the environment variable BUDGET_RUNS says."""
     told = ""
     for number in range(1, RUNS + 1):
         # Kill the program in its first call, after its second, in its third, and then at the limit.
@@ -105,7 +105,7 @@ def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Pat
     # A decision that is made while no program runs counts.
     assert decide(folder, raising) == "raised the budget of session s to 6 model call(s)"
     with program(folder, "model") as resumed:
-        # The two calls that were cut off count. So only 4 of the program's 5 calls have a result.
+        # The limit of 6 includes the two calls that were cut off. So only 4 of the program's 5 calls have a result.
         assert resumed.wait_for("has used 6 of 6 model calls")
         assert decide(folder, f"{stopping} 'that is enough'").startswith("session s stops")
         assert "that is enough" in resumed.wait_for("ERROR BudgetExceeded")

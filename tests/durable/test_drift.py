@@ -153,7 +153,7 @@ async def test_fork_into_different_session_is_refused(
 
 
 class Held:
-    """A hook that makes an Owner wait after it has recorded the event of one position."""
+    """A hook: an Owner that has recorded the event of one position waits until `go` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, position: str) -> None:
         self.recorded, self.go = asyncio.Event(), asyncio.Event()
@@ -189,7 +189,8 @@ QUESTION = [UserMessage(content="Q", source="user")]
 async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The replay waits for the given-up call for longer than DRIFT_PATIENCE. That wait must not count as drift.
+    # In the replay, the program gives up its first call after 0.5 s. This is longer than
+    # DRIFT_PATIENCE, but must not be reported as drift.
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
 
     async def program(held: Held | None = None) -> str:
@@ -253,7 +254,7 @@ async def test_duration_of_call_does_not_extend_drift_patience(
 
     hold = threading.Event()
     with OpenAIServer(reply) as model:
-        await program("a")  # the call takes 3 s
+        await program("a")  # this call takes 3 s: the patience of the next run must not depend on that
         hold.set()
         with pytest.raises(DriftError, match="is next on record, but this run asks for reply 1 of b"):
             await asyncio.wait_for(program("b"), 2)

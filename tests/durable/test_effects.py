@@ -211,7 +211,7 @@ def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) ->
 async def resolve_unknown(address: str, result: str) -> None:
     """Wait until the server counts an effect as unknown; resolve it with a result."""
     async with NexumClient(address) as client:
-        while not (unknown := await client.unknown()):  # noqa: ASYNC110 - the server can't tell
+        while not (unknown := await client.unknown()):  # noqa: ASYNC110 - nothing sets an event for this
             await asyncio.sleep(0.05)
         await client.resolve(unknown[0].execution_id, unknown[0].node_id, output=result)
 
@@ -227,7 +227,7 @@ def server(tmp_path: Path) -> Iterator[ServerThread]:
 
 
 class Target:
-    """The outside world: a tool that acts on it, and a count of the tool's effects."""
+    """The outside world: a tool that acts on it, and the ids of the calls that had an effect."""
 
     def __init__(self, *errors: BaseException, **policy: Any) -> None:
         self.errors = list(errors)
@@ -493,7 +493,7 @@ async def test_fork_reuses_the_results_of_equal_calls_once(server: ServerThread)
             async with DurableSession("f", nexum=server.address):
                 found = [await target.call(1), await target.call(), await target.call(), await target.call()]
             assert found == ["receipt 3", "receipt 1", "receipt 2", "receipt 4"]
-        # A fork of the fork gets the results that the fork has reused, and those that it hasn't.
+        # A fork of the fork reuses the results that the fork had reused, and the result of the fork's own call (4).
         await fork_session(client, "f", 1, "g", effects="reuse")
         async with DurableSession("g", nexum=server.address):
             found = [await target.call(1)] + [await target.call() for _ in range(4)]
@@ -552,11 +552,11 @@ async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> Non
 class Order(BaseModel):
     cents: int
     reference: str = Field(default_factory=lambda: uuid4().hex)
-    """A default that is another one at each validation."""
+    """A default that differs in each run: each validation makes a new id."""
 
 
 class Pay(BaseTool[Order, Any]):
-    """A tool whose effect happens, and whose result is lost at first."""
+    """A tool that pays. The first payment happens, but its result is lost."""
 
     def __init__(self) -> None:
         super().__init__(Order, str, "pay", "Pay.")
@@ -570,7 +570,7 @@ class Pay(BaseTool[Order, Any]):
 
 
 async def parked(server: ServerThread, tool: Pay, cents: int = 5, **more: Any) -> str:
-    """Run a program that pays, until it parks; return the id of the execution that waits."""
+    """Run a program that calls the tool, until the run parks; return the id of the waiting execution."""
     with pytest.raises(Parked) as waits:
         async with DurableSession("s", nexum=server.address, park=True, **more):
             await tool.run_json({"cents": cents}, CancellationToken())
@@ -613,7 +613,7 @@ async def test_arguments_that_json_does_not_hold_are_refused(server: ServerThrea
         password: SecretStr
 
     class LogIn(BaseTool[Login, Any]):
-        """A tool whose argument is hidden in JSON."""
+        """A tool whose argument is a SecretStr: JSON gets asterisks instead of the value."""
 
         def __init__(self) -> None:
             super().__init__(Login, str, "log_in", "Log in.")

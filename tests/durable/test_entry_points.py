@@ -156,7 +156,7 @@ async def test_cached_reply_and_usage_stay_as_client_gave_them(shared_server: Se
     async def program() -> Any:
         store: Any = InMemoryStore()
         client = ChatCompletionCache(Scripted(happened), store)
-        # Dump each reply at once: the second call marks the first call's object as cached, and returns it again.
+        # Dump each reply before the next call: the second call returns the first call's object, marked as cached.
         return [*[plain(await client.create(QUESTION)) for _ in range(2)], client.actual_usage().prompt_tokens]
 
     live, hit, used = await twice(shared_server, program, happened)

@@ -534,7 +534,7 @@ async def test_slow_branch_is_no_drift_if_killed_run_had_call_in_flight(
         running = asyncio.ensure_future(run(server, build))
         await asyncio.wait_for(asked.wait(), TIMEOUT)
         async with NexumClient(server.address) as nexum:
-            while not any(  # noqa: ASYNC110 - the record is on the server
+            while not any(  # noqa: ASYNC110 - nothing sets an event for this
                 event.kind is Kind.TURN and event.agent == "b" for event in (await read_record(nexum, "s")).events
             ):
                 await asyncio.sleep(0.05)
@@ -568,7 +568,7 @@ async def test_stop_during_replay_stops_live_part(server: ServerThread) -> None:
 
     with OpenAIServer(lambda _: answer("on")) as model:
         running = asyncio.ensure_future(run(server, lambda: build(50)))
-        while len(model.requests) < 3:  # noqa: ASYNC110 - the server is a thread
+        while len(model.requests) < 3:  # noqa: ASYNC110 - nothing sets an event for this
             await asyncio.sleep(0.01)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -610,7 +610,7 @@ async def test_cancelled_call_that_is_made_again_keeps_its_id(server: ServerThre
     async def charge() -> str:
         ids.append(call_id())
         if len(ids) == 1:
-            await asyncio.Event().wait()  # the money may have moved
+            await asyncio.Event().wait()  # cancelled here: the money may have moved
         return "charged"
 
     async def look() -> str:

@@ -49,7 +49,7 @@ class Said(BaseModel):
 
 
 class Pieces(Scripted):
-    """A model that streams its script. It raises the script's errors and awaits its async functions."""
+    """A model that streams its script: texts are pieces, errors are raised, functions awaited. None ends a reply."""
 
     async def create_stream(self, messages: Sequence[Any], **_: Any) -> AsyncGenerator[str | CreateResult, None]:
         self.happened.append(self.name)

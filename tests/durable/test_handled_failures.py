@@ -147,7 +147,7 @@ class Caused(Exception):
 
 
 class Listed(Exception):
-    """An error whose text depends on an attribute that isn't recorded, because it isn't a plain value."""
+    """An error whose text depends on an attribute. The attribute isn't a plain value, so it isn't recorded."""
 
     status = 0
 

@@ -1,4 +1,4 @@
-"""The policy's heartbeat: an attempt that shows no progress for too long counts as one over its time limit."""
+"""The `heartbeat` of a policy: an attempt without progress for longer than this ends, as at its time limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from durable_autogen import DurableSession, Parked, Policy, durable_tool, heartb
 from durable_autogen.record.attempts import TookTooLong
 from nexum_engine.workflow import RetryPolicy
 
-LIMIT = 1.0  # seconds; the busy ones need longer than this, and show progress much more often
+LIMIT = 1.0  # seconds; the busy tools and models need longer than this, and show progress much more often
 RETRY = RetryPolicy(max_attempts=2, first_delay_seconds=0.01)
 SILENT = "sent no heartbeat for 1 s"
 
@@ -98,7 +98,7 @@ async def test_items_of_a_stream_are_heartbeats(server: ServerThread) -> None:
 
 
 class Slow(Scripted):
-    """A model that needs longer than the limit for a reply, and whose first stream stops after its first piece."""
+    """A model that needs longer than the limit for a reply. Its first stream hangs before the first piece."""
 
     streams = 0
 

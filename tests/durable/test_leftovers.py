@@ -1,4 +1,4 @@
-"""A session that has ended leaves nothing behind: no object, no task, no count of threads, no unread error."""
+"""An ended session leaves nothing behind: no object, no task, no thread that counts as busy, no unread error."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def test_ended_session_is_freed_while_its_team_lives(shared_server: Server
 
 
 def test_closed_event_loop_of_session_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Let the program open the database itself: gRPC, which speaks to other servers, keeps event loops.
+    # Let the program open the database itself. With another server, a gRPC connection would keep event loops alive.
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
 
@@ -67,7 +67,7 @@ def test_closed_event_loop_of_session_is_freed(tmp_path: Path, monkeypatch: pyte
 
     loops = [asyncio.run(program()) for _ in range(3)]
     gc.collect()
-    assert [loop() for loop in loops[:-1]] == [None, None]  # gRPC keeps the last one, too
+    assert [loop() for loop in loops[:-1]] == [None, None]  # gRPC keeps the last loop alive
 
 
 async def test_session_that_refuses_its_policies_leaves_no_task(shared_server: Server) -> None:

@@ -52,7 +52,7 @@ def program(folder: Path, *arguments: str) -> Iterator[Process]:
 
 
 async def places(server: ServerThread, name: str) -> list[Attempt]:
-    """Return an attempt for each call of a limited tool or model that its limits have let pass, in their order."""
+    """Return the attempts that the limits of a tool or model let begin: one for each call or retry, in order."""
     found: list[Attempt] = []
     async with NexumClient(server.address) as client:
         for one in await client.list_executions(workflow_id=f"limited-call:{name}"):
@@ -63,7 +63,7 @@ async def places(server: ServerThread, name: str) -> list[Attempt]:
 
 
 async def running_places(server: ServerThread, count: int) -> None:
-    """Wait until at least `count` calls have a place or wait for one."""
+    """Wait until at least `count` calls of `work` run, or wait because of its limits."""
     async with NexumClient(server.address) as client:
         while len(await client.list_executions(workflow_id="limited-call:work", status="RUNNING")) < count:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -99,7 +99,7 @@ async def test_rate_and_concurrency_of_a_tool_count_its_calls_and_retries(server
     found = await places(server, "work")
     assert len(found) == 6
     for first, later in enumerate(found[2:]):
-        # Two calls may begin at once, the third one interval later.
+        # The rate is 2 in 0.4 s: two calls may begin at once, and then one every 0.2 s.
         assert later.started_ms - found[first].started_ms >= 200 - 1
     async with DurableSession("s", nexum=server.address) as session:
         assert await asyncio.gather(*map(call, range(5))) == list(range(5))
@@ -145,7 +145,7 @@ async def test_run_killed_while_it_waits_has_made_no_call(server: ServerThread, 
             waiting.kill()
         holder.kill()
     with program(tmp_path, "two", server.address, "once", "works") as again:
-        assert again.wait_for("GOT") == "GOT done"  # the effect is not unknown
+        assert again.wait_for("GOT") == "GOT done"  # the killed run had not begun the effect, so it is not UNKNOWN
     async with NexumClient(server.address) as client:
         found = await client.list_executions(workflow_id="limited-call:work")
     assert len(found) == 2, "the second run took another place than the first one"

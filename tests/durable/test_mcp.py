@@ -26,7 +26,8 @@ from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
 from support.models.live import LiveModel
 
-# Don't import mcp to find out: it takes a second, and each process of pytest-xdist imports this file.
+# Don't import mcp to find out whether it is installed: the import takes a second, and each process of pytest-xdist
+# imports this file.
 pytestmark = pytest.mark.skipif(find_spec("mcp") is None, reason="mcp isn't installed")
 
 
@@ -37,7 +38,7 @@ def mcp_server(log: Path, transport: str) -> Iterator[Any]:
 
     program = [str(ROOT / "tests" / "programs" / "mcp_server.py"), str(log)]
     if transport == "stdio":
-        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes on only a part of the environment
+        env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes on only some variables
         yield StdioServerParams(command=sys.executable, args=program, env=env)
         return
     with socket.socket() as probe:
@@ -121,7 +122,7 @@ async def test_policy_of_an_mcp_tool_applies_by_name(server: ServerThread, tmp_p
             ):
                 calling = asyncio.ensure_future(bench.call_tool("note", {"text": "x"}))
                 if not log.exists():
-                    while not (pending := await client.pending_approvals()):  # noqa: ASYNC110 - the server can't tell
+                    while not (pending := await client.pending_approvals()):  # noqa: ASYNC110 - nothing sets an event for this
                         await asyncio.sleep(0.01)
                     await client.approve(pending[0].execution_id, NODE, approver="ann", answer={"text": "y"})
                 assert (await calling).to_text().startswith('(ann changed the arguments to {"copies": 1, "text": "y"})')

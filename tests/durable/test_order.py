@@ -38,7 +38,7 @@ OnLoop = Callable[[Coroutine[Any, Any, T]], T]
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def loop(request: pytest.FixtureRequest) -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop of each kind."""
+    """An event loop. Each test runs on asyncio's loop, and then on uvloop's."""
     if request.param == "uvloop":
         uvloop = pytest.importorskip("uvloop", reason="uvloop isn't installed: there is none for Windows")
         found: asyncio.AbstractEventLoop = uvloop.new_event_loop()
@@ -112,7 +112,7 @@ def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyn
         return seen
 
     seen = loop.run_until_complete(twice(shared_server, program, happened))
-    # The second branch's reply is delivered when the first branch's work in the thread is over.
+    # The second branch's reply is delivered only when the first branch's work in its thread is over.
     first, second = seen[0].split()[0], seen[2].split()[0]
     assert first != second
     assert seen[:2] == [f"{first} begins", f"{first} has worked"]
@@ -153,7 +153,7 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
 
 
 def fan_out(happened: list[str]) -> GraphFlow:
-    """Return a graph of three parallel branches: one streams an agent tool, one calls a tool, one streams a reply."""
+    """Return a graph of three branches: one calls a streaming agent as a tool, one a function, one streams a reply."""
 
     def note() -> str:
         happened.append("noted")
@@ -247,7 +247,7 @@ async def test_thread_keeps_the_context_that_the_program_gave_it(shared_server: 
 
     await inside(shared_server, program, new_session())
     assert seen == [("the program", True), ("nobody", True)]
-    assert given.run(current.get) is None  # unchanged
+    assert given.run(current.get) is None  # the session did not change the program's context
 
 
 @since_314
@@ -264,7 +264,8 @@ async def test_pool_of_interpreters_runs_its_functions_in_a_session(shared_serve
 
 @since_314
 def test_pool_started_in_session_has_no_session_after_it(shared_server: Server) -> None:
-    # Threads inherit their starter's context in a free-threaded Python, or with this option.
+    # The option thread_inherit_context lets a thread inherit its starter's context. In a free-threaded Python, this is
+    # the default.
     code = """
         import asyncio, sys
         from concurrent.futures import ThreadPoolExecutor

@@ -67,7 +67,7 @@ async def by_a_stream(world: World) -> None:
 
 
 async def by_a_process(world: World) -> None:
-    subprocess.run(world.command, check=True)  # noqa: ASYNC221 - a program may block
+    subprocess.run(world.command, check=True)  # noqa: ASYNC221 - users' programs may block the loop, too
 
 
 async def by_an_asynchronous_process(world: World) -> None:

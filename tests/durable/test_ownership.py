@@ -51,7 +51,7 @@ async def test_stopped_run_can_resume_at_once(server: ServerThread) -> None:
         for _ in range(12):
             running = asyncio.ensure_future(run(server, build))
             seen = len(model.requests)
-            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - the server is a thread
+            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - nothing sets an event for this
                 await asyncio.sleep(random.random() * 0.01)
             stopped += running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -113,7 +113,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
     async def slow(self: Owner, workflow: Any, input: Any, **more: Any) -> Started:
         started = await start(self, workflow, input, **more)
         if getattr(input, "position", "") == "reply/0/tool/1":
-            begun.set()  # the server has begun the call: hold back its answer
+            begun.set()  # the server has recorded that the call began: hold back the server's answer
             await hold.wait()
         return started
 
@@ -144,7 +144,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
 
 @asynccontextmanager
 async def killed(server: ServerThread) -> AsyncIterator[Journal]:
-    """Yield a journal whose process sends no more heartbeats after the `with`."""
+    """Yield a journal. At the end of the `with`, its heartbeats stop, as when its process is killed."""
     async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal(nexum, "s"))
         yield journal
@@ -318,7 +318,8 @@ async def test_parallel_calls_continue_after_server_is_replaced_by_empty_one(
 
     async def starts(owner: Owner, workflow: Workflow, input: Any, **options: Any) -> Started:
         if workflow is AGENT_EVENT and len(done) == 1:
-            # All calls ask as the old run. The later ones reach the new server late, as after a slow reconnection.
+            # The first of the parallel calls reaches the new server. Hold the other calls back until an event is
+            # recorded there, as a slow reconnection would.
             asked.append(str(input))
             if len(asked) > 1:
                 await recorded_again.wait()
@@ -328,10 +329,11 @@ async def test_parallel_calls_continue_after_server_is_replaced_by_empty_one(
         await record(owner, workflow, *args, **options)
         if asked and not recorded_again.is_set():
             recorded_again.set()
-            # The other calls must wait until all events are recorded again. Give them the time not to wait.
+            # The other calls must wait until all events are recorded again. If a call doesn't wait, it has one second
+            # to record its event too early.
             loop, events = asyncio.get_running_loop(), journals[-1].events
             end = loop.time() + 1
-            while len(events) == 1 and loop.time() < end:  # noqa: ASYNC110 - no event tells it
+            while len(events) == 1 and loop.time() < end:  # noqa: ASYNC110 - nothing sets an event for this
                 await asyncio.sleep(0.01)
 
     monkeypatch.setattr(Owner, "start", starts)

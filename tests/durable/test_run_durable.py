@@ -328,7 +328,7 @@ async def test_drift_error_names_a_description_that_the_model_sees(server: Serve
 
 
 def settings(model: OpenAIServer, **more: Any) -> OpenAIChatCompletionClient:
-    """Return AutoGen's own client of the local server, with these settings."""
+    """Return AutoGen's own client for the local model server, with these settings."""
     info = ModelInfo(
         vision=False, function_calling=True, json_output=True, structured_output=False, family=ModelFamily.UNKNOWN
     )
@@ -393,7 +393,7 @@ async def test_timeout_does_not_count_time_between_runs(server: ServerThread) ->
     with OpenAIServer(reply) as model:
         with pytest.raises(Exception, match="no usable answer"):
             await run(server, build)
-        await asyncio.sleep(1.6)  # this time must not count
+        await asyncio.sleep(1.6)  # longer than the timeout of 1.5 s; this time must not count
         ended = await run(server, build)
         assert ended.stop_reason == "Maximum number of turns 3 reached."
 
@@ -462,7 +462,7 @@ async def test_custom_workbench_is_recorded(server: ServerThread) -> None:
     with OpenAIServer(reply) as model:
         first = await run(server, lambda: agent(model, workbench=mailbox))
         assert texts(await run(server, lambda: agent(model, workbench=mailbox))) == texts(first)
-    assert sorted(mailbox.sent) == ["a", "b"]  # calls of one reply run at the same time
+    assert sorted(mailbox.sent) == ["a", "b"]  # the calls of a reply run at the same time, so in any order
 
 
 async def test_calls_of_agent_tool_are_recorded(server: ServerThread) -> None:
@@ -516,7 +516,7 @@ async def test_executed_code_is_recorded(server: ServerThread) -> None:
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])
 async def test_connection_of_custom_agent_is_reported(server: ServerThread, on_unrecorded: Any) -> None:
-    # Imported here: it takes a second, and each process of pytest-xdist imports this file.
+    # Import this only here: the import takes a second, and each process of pytest-xdist imports this file.
     from autogen_ext.agents.openai import OpenAIAgent
 
     lines: list[str] = []

@@ -97,7 +97,7 @@ async def test_sleep_is_never_early_and_takes_no_time_in_replay(shared_server: S
     assert wait.content.until_ms is not None
     assert end.recorded_ms >= wait.content.until_ms
 
-    async def longer() -> None:  # a run that slept again would not end
+    async def longer() -> None:  # a replay that slept again would take an hour
         await session().sleep(LONG)
 
     await inside(shared_server, longer, name)
@@ -310,11 +310,11 @@ async def test_event_sent_while_no_process_runs_is_received_by_next_run(
     await send(shared_server, name, payload="in time")
     (wait,) = await recorded(client, name, Kind.WAIT)
     await _until_over(wait)
-    assert await inside(shared_server, program, name) == "in time"  # the event counts, although the time is over
+    assert await inside(shared_server, program, name) == "in time"  # the event was sent in time
 
 
 async def _until_over(wait: Event) -> None:
-    """Wait until the time of a recorded wait is over."""
+    """Sleep until a recorded wait has reached its time limit."""
     assert isinstance(wait.content, Waiting)
     assert wait.content.until_ms is not None
     await asyncio.sleep(max(0.0, wait.content.until_ms / 1000 - time.time()) + 0.01)
@@ -492,7 +492,7 @@ async def test_another_event_than_recorded_is_drift(shared_server: Server) -> No
     with pytest.raises(DriftError, match=r"event 1 of the program is not .*: the event was payment, now it is refund"):
         await inside(shared_server, lambda: program("refund"), name)
     assert await inside(shared_server, lambda: program("refund"), name, on_drift="continue") == "refunded"
-    # The dropped event is received again.
+    # The run before dropped the event `payment`, so that the next wait for `payment` receives the event again.
     assert await inside(shared_server, lambda: program("payment"), name, on_drift="continue") == "paid"
 
 

@@ -92,7 +92,7 @@ def test_interrupted_and_killed_program_gets_event_of_the_meantime(folder: Path)
         killed.wait_for("waiting for event 'payment'")
         killed.kill()
         assert killed.wait() == KILLED
-    # No process has the database open: this one opens it.
+    # No other process has the database open, so this process opens it.
     assert [wait.event for wait in waits()] == ["payment"]
     asyncio.run(send_event(SESSION, "payment", {"amount": 990}))
     with program(folder, "event", 3600) as resumed:

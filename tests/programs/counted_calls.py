@@ -96,7 +96,7 @@ def _pages(log: Path) -> tuple[int, int]:
 
 
 async def main(address: str, folder: str, rounds: int, calls: int) -> None:
-    """Make the calls."""
+    """Make the calls of each kind, and print their counts."""
     watch = Watch(Path(folder))
     numbers = iter(range(1_000_000))
 

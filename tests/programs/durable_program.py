@@ -247,7 +247,7 @@ def run_on_loop(argv: list[str]) -> int:
 
 
 def run_forked(run: Callable[[], int], folder: str, output: str) -> int:
-    """Run a program in a forked process, which need not import AutoGen again; return its id. POSIX only."""
+    """Run a program in a forked process, which need not import AutoGen again; return the process id. POSIX only."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -257,7 +257,8 @@ def run_forked(run: Callable[[], int], folder: str, output: str) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     random.seed()
-    # Use grpcio, as in a program that isn't forked. This is safe, because the parent has made no gRPC call.
+    # By default, a forked process uses no grpcio. Use it here, as in a program that isn't forked. This is safe,
+    # because the parent has made no gRPC call.
     channel._is_forked = False
     code = 70
     try:
@@ -268,7 +269,7 @@ def run_forked(run: Callable[[], int], folder: str, output: str) -> int:
 
 
 def serve() -> None:
-    """Fork a program for each line of JSON on standard input, and print its process id."""
+    """Fork a program for each line of JSON on standard input. Print its process id, and later its exit code."""
     for line in sys.stdin:
         order = json.loads(line)
         pid = run_forked(partial(run_on_loop, order["argv"]), order["folder"], order["output"])

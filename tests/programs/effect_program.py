@@ -70,7 +70,7 @@ def calls_of(seed: int) -> list[list[tuple[str, int]]]:
 
 
 def budget_of(seed: int) -> Budget:
-    """Return the budget of a program. Most programs reach some of its limits."""
+    """Return the budget of the seed's program. The limits are so low that most programs reach at least one."""
     rng = random.Random(-seed)
     limited = rng.sample(list(POLICIES), 3)
     return Budget(model_calls=rng.randint(0, 3), tool_calls={name: rng.randint(0, 2) for name in limited})

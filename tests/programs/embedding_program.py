@@ -1,4 +1,4 @@
-"""Programs that embed the libraries: `embedding_program.py MODE LOG [SERVER [MODEL_URL]]`. They print what they got.
+"""Programs that embed the libraries: `embedding_program.py MODE LOG [SERVER [MODEL_URL]]`. They print their results.
 
 NEXUM_ADDRESS names the server. Each mode is one function below.
 """

@@ -1,6 +1,6 @@
 """Programs that open the database themselves, because no server runs, and record events: `hosting_program.py MODE ...`.
 
-Each mode is a function. `RECORDED n` is printed when the event n was acknowledged.
+Each mode is a function. It prints `RECORDED n` when the server has acknowledged event n.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ async def record(owner: Owner, key: str) -> None:
 
 
 def is_open(gate: str) -> bool:
-    """Return whether the file `gate` exists. A gate without a name is open."""
+    """Return whether the file `gate` exists. An empty `gate` counts as open."""
     return not gate or os.path.exists(gate)
 
 
 async def events(name: str, count: int, gate: str = "") -> None:
-    """Record events until there are `count` and the file `gate` exists."""
+    """Record at least `count` events, and continue until the file `gate` exists."""
     async with owner() as found:
         number = 0
         while number < count or not is_open(gate):
@@ -171,7 +171,7 @@ def main_ends(name: str) -> None:
 
 
 def ends(how: str) -> None:
-    """Record an event, and end the program while its owner is still open. `how` is the way in which it ends."""
+    """Record an event, and end the program in the way `how`, while the program's owner is still open."""
 
     async def main() -> None:
         async with owner() as found:
@@ -194,7 +194,7 @@ def ends(how: str) -> None:
 
     if how == "unclosed":
         loop = asyncio.new_event_loop()
-        loop.set_exception_handler(lambda *_: None)  # report no pending tasks of the program
+        loop.set_exception_handler(lambda *_: None)  # don't report the tasks that are still pending
         kept = loop.run_until_complete(leave_open())
         loop.close()
         del kept

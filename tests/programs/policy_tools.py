@@ -98,7 +98,7 @@ def pay_once(log: str, gate: str, number: int, *, call: ToolContext) -> str:
 
 @tool(effect="once", reconcile=find, time_limit=3600)
 def pay_and_find(log: str, gate: str, number: int, *, call: ToolContext) -> str:
-    """Pay, and wait for the gate."""
+    """Pay, and wait for the gate. If the worker dies then, `find` looks the payment up."""
     text = write_down(log, call, number=number)
     wait_at(gate)
     return text
@@ -122,7 +122,7 @@ def pay_slowly(log: str, *, call: ToolContext) -> str:
 
 @tool(heartbeat=1, retry=RetryPolicy(max_attempts=2, first_delay_seconds=0.01))
 def count_slowly(log: str, *, call: ToolContext) -> str:
-    """Hang at the first attempt. At the second one, count for longer than a heartbeat may take, with heartbeats."""
+    """Hang at the first attempt. At the second one, count for longer than the heartbeat limit, and send heartbeats."""
     write_down(log, call)
     if call.attempt == 1:
         time.sleep(3600)
@@ -170,7 +170,7 @@ async def work(address: str) -> None:
 
 
 async def call(address: str, session_id: str, *calls: str) -> None:
-    """Make the calls, each a JSON list of tool and arguments, at once. Print a line of JSON for each result."""
+    """Make the calls at the same time. Each is a JSON list of tool and arguments. Print each result as JSON."""
     async with Session(session_id, nexum=address) as session:
 
         async def one(number: int, call: str) -> None:
@@ -185,7 +185,7 @@ async def call(address: str, session_id: str, *calls: str) -> None:
 
 
 async def run(address: str, session_id: str, call: str) -> None:
-    """Make the call in a tool of a durable run. While a person has to decide, the run parks."""
+    """Make the call in a tool of a durable run. If the call waits for a person's decision, the run parks."""
     from autogen_core import CancellationToken
     from autogen_core.tools import FunctionTool
 

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py measures this project and plain AutoGen without the peers, and leaves no process behind."""
+"""benchmarks/compare.py runs although its peers are not installed, and leaves no process behind."""
 
 from __future__ import annotations
 

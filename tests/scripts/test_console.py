@@ -92,8 +92,8 @@ class Interrupter:
 
 sys.meta_path.insert(0, Interrupter())
 """
-"""The code of a `sitecustomize` module, which Python imports first. It sends this process a real SIGINT when the import
-of the module INTERRUPT_AT begins."""
+"""The code of a `sitecustomize` module, which Python imports first. When the import of the module INTERRUPT_AT begins,
+the process sends a real SIGINT to itself."""
 
 AT_ONCE = {
     "demo.py": (

@@ -1,4 +1,4 @@
-"""The demo's own server and worker: the worker ends with the demo, and the demo survives if one of them ends."""
+"""The demo's own server and worker: the worker ends with the demo. The demo survives if its server or worker ends."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def test_counts_at_the_end_of_a_run_have_one_meaning(tmp_path: Path, address: st
     ask(tmp_path, address, "--session-id", "s", "--crash-after-step", "1", QUESTION)
     code, output = ask(tmp_path, address, "--session-id", "s", QUESTION)
     assert code == 0
-    # When the first run died, the server had one call's result, and the session did not. So the session counts a call
-    # as live whose result the demo finds cached.
+    # When the first run died, one call's result was on the server, but not in the session's record. So the session
+    # makes this call live in the second run, and the demo counts its result as cached.
     counts = re.findall(r"(?:Model|Tool) calls: (\d+) executed(?: \(.*? tokens\))?, (\d+) cached", summary(output))
     (model_calls, cached_replies), (tool_calls, cached_results) = (tuple(map(int, one)) for one in counts)
     assert (model_calls, cached_replies, tool_calls + cached_results) == (2, 1, 4)

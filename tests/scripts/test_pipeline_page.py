@@ -117,7 +117,7 @@ def test_record_text_is_escaped() -> None:
     run = replace(run, execution=replace(run.execution, nodes=tuple(nodes), execution_id=evil))
     tags = {tag for tag, _ in elements(page([run]))}
     assert not tags & {"script", "img", "link", "iframe", "object", "form", "a"}
-    assert unescape(page([run])).count("<script>alert(1)</script>") == 4  # id twice, query, report
+    assert unescape(page([run])).count("<script>alert(1)</script>") == 4  # the id twice, the query, the report
 
 
 def test_page_loads_nothing_and_forbids_loading() -> None:

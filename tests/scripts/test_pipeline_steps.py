@@ -41,7 +41,7 @@ async def all_of(steps: PipelineSteps, query: str = QUERY) -> dict[str, Any]:
 
 
 def validated(kept: int = 1) -> dict[str, object]:
-    """Return the inputs of summarize and report."""
+    """Return what the steps summarize and report get from validate: one source, and `kept` equal claims."""
     return {
         "sources": [{"number": 1, "url": RUST_PAGE, "title": "Rust"}],
         "kept": [{"statement": "It is so.", "quote": RUST_QUOTE, "source": 1}] * kept,

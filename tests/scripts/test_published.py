@@ -43,7 +43,7 @@ def address(tmp_path: Path) -> Iterator[str]:
 
 
 def test_stand_in_gives_one_task_to_two_polls_at_the_same_moment(address: str) -> None:
-    """A published server has this fault. The tests below show nothing if the stand-in lacks it."""
+    """A published server has this fault. If the stand-in lacked the fault, the tests below would prove nothing."""
 
     def two_polls_get_one_task() -> bool:
         start(stub)

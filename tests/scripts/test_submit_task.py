@@ -65,7 +65,7 @@ print("THREADS", seen[-1] - seen[0])
 
 @pytest.fixture
 def address(server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a server with a worker. This process works in their folder and uses that server by default."""
+    """Run a server with a worker. The test's own process works in their folder, and uses this server by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEXUM_ADDRESS", server.address)
     with counting_worker(tmp_path, server.address):

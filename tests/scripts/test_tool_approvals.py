@@ -24,7 +24,7 @@ LARGE = 990
 
 
 def questions(caller: Process, count: int) -> dict[int, str]:
-    """Wait until the caller has asked about so many payments; return the executions of the questions by cents."""
+    """Wait until the caller has asked about `count` payments; return each question's execution id, by its cents."""
     lines = [caller.wait_for("waiting for a decision on") for _ in range(count)]
     return {shown_in(line)["cents"]: asked_in(line) for line in lines}
 
@@ -89,7 +89,7 @@ def test_durable_run_parks_while_a_workers_tool_waits_for_an_approval(tmp_path: 
     log = tmp_path / "log"
     call = ("pay", {"log": str(log), "cents": LARGE})
     with policy_worker(tmp_path, server.address):
-        for _ in range(2):  # a parked run parks again
+        for _ in range(2):  # before the decision, each run parks
             with parking_run(tmp_path, server.address, call) as parked:
                 line = parked.wait_for("session s is parked, run it again after the decision: waiting for a decision")
                 assert parked.wait() == 75
@@ -129,7 +129,7 @@ def test_once_tool_runs_once_if_its_approval_changes_and_the_session_file_is_los
 
 
 class Attack:
-    """A program that submits a payment to the worker without asking, with the id of some execution as its approval."""
+    """A program that submits a payment to the worker, and itself chooses which execution it names as the approval."""
 
     def __init__(self, client: NexumClient, session_id: str, log: Path) -> None:
         self.client = client
