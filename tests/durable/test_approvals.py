@@ -300,7 +300,7 @@ async def test_waiting_run_continues_after_its_server_was_killed(tmp_path: Path)
         with nexum_server(tmp_path, database_url=url, port=port) as killed:
             waiting = asyncio.ensure_future(run(killed, shop.clerk(model)))
             async with NexumClient(killed.address) as client:
-                while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event for this
+                while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event
                     await asyncio.sleep(0.01)
             killed.process.kill()
         with nexum_server(tmp_path, database_url=url, port=port) as restarted:
@@ -487,7 +487,7 @@ async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server:
     shop = Shop(approval="always")
     async with DurableSession("s", nexum=server.address), NexumClient(server.address) as client:
         calling = asyncio.ensure_future(shop.tool.run_json({"cents": 5}, CancellationToken()))
-        while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event for this
+        while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event
             await asyncio.sleep(0.01)
         calling.cancel()
         await asyncio.wait({calling})
@@ -527,7 +527,7 @@ async def test_policy_of_the_session_replaces_the_tools_own(server: ServerThread
 
 async def tools_of(client: NexumClient, count: int) -> list[DeclaredTool]:
     """Poll the server until it lists `count` tools; return the tools. The test's time limit ends the polling."""
-    while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - nothing sets an event for this
+    while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - nothing sets an event
         await asyncio.sleep(0.02)
     return tools
 

@@ -211,7 +211,7 @@ def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) ->
 async def resolve_unknown(address: str, result: str) -> None:
     """Wait until the server counts an effect as unknown; resolve it with a result."""
     async with NexumClient(address) as client:
-        while not (unknown := await client.unknown()):  # noqa: ASYNC110 - nothing sets an event for this
+        while not (unknown := await client.unknown()):  # noqa: ASYNC110 - nothing sets an event
             await asyncio.sleep(0.05)
         await client.resolve(unknown[0].execution_id, unknown[0].node_id, output=result)
 

@@ -534,7 +534,7 @@ async def test_slow_branch_is_no_drift_if_killed_run_had_call_in_flight(
         running = asyncio.ensure_future(run(server, build))
         await asyncio.wait_for(asked.wait(), TIMEOUT)
         async with NexumClient(server.address) as nexum:
-            while not any(  # noqa: ASYNC110 - nothing sets an event for this
+            while not any(  # noqa: ASYNC110 - nothing sets an event
                 event.kind is Kind.TURN and event.agent == "b" for event in (await read_record(nexum, "s")).events
             ):
                 await asyncio.sleep(0.05)
@@ -568,7 +568,7 @@ async def test_stop_during_replay_stops_live_part(server: ServerThread) -> None:
 
     with OpenAIServer(lambda _: answer("on")) as model:
         running = asyncio.ensure_future(run(server, lambda: build(50)))
-        while len(model.requests) < 3:  # noqa: ASYNC110 - nothing sets an event for this
+        while len(model.requests) < 3:  # noqa: ASYNC110 - nothing sets an event
             await asyncio.sleep(0.01)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

@@ -122,7 +122,7 @@ async def test_policy_of_an_mcp_tool_applies_by_name(server: ServerThread, tmp_p
             ):
                 calling = asyncio.ensure_future(bench.call_tool("note", {"text": "x"}))
                 if not log.exists():
-                    while not (pending := await client.pending_approvals()):  # noqa: ASYNC110 - nothing sets an event for this
+                    while not (pending := await client.pending_approvals()):  # noqa: ASYNC110 - nothing sets an event
                         await asyncio.sleep(0.01)
                     await client.approve(pending[0].execution_id, NODE, approver="ann", answer={"text": "y"})
                 assert (await calling).to_text().startswith('(ann changed the arguments to {"copies": 1, "text": "y"})')

@@ -51,7 +51,7 @@ async def test_stopped_run_can_resume_at_once(server: ServerThread) -> None:
         for _ in range(12):
             running = asyncio.ensure_future(run(server, build))
             seen = len(model.requests)
-            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - nothing sets an event for this
+            while len(model.requests) < seen + 1 and not running.done():  # noqa: ASYNC110 - nothing sets an event
                 await asyncio.sleep(random.random() * 0.01)
             stopped += running.cancel()
             await asyncio.gather(running, return_exceptions=True)
@@ -333,7 +333,7 @@ async def test_parallel_calls_continue_after_server_is_replaced_by_empty_one(
             # to record its event too early.
             loop, events = asyncio.get_running_loop(), journals[-1].events
             end = loop.time() + 1
-            while len(events) == 1 and loop.time() < end:  # noqa: ASYNC110 - nothing sets an event for this
+            while len(events) == 1 and loop.time() < end:  # noqa: ASYNC110 - nothing sets an event
                 await asyncio.sleep(0.01)
 
     monkeypatch.setattr(Owner, "start", starts)
