@@ -1,4 +1,4 @@
-"""Random programs with tools of every policy and budgets, killed and decided at random. See tests/effect_runs.py."""
+"""Random programs with budgets and tools of every policy; kills and decisions are random. See tests/effect_runs.py."""
 
 from __future__ import annotations
 

@@ -452,7 +452,7 @@ async def test_person_behind_own_get_input_is_asked_once(shared_server: Server, 
 
 
 class Drawn(TerminationCondition):
-    """A condition that decides by chance, or by a model if it has one."""
+    """A termination condition that decides by chance, or, if it has a model, by the model's reply."""
 
     def __init__(self, model: Scripted | None = None) -> None:
         self.model, self.over = model, False
@@ -649,7 +649,7 @@ WRAPPED = (
 
 
 def everything() -> dict[str, Any]:
-    """Return the current methods that a session wraps."""
+    """Return the methods that a session replaces, as they are now."""
     found: dict[str, Any] = {"input": input, "submit": ThreadPoolExecutor.submit, "start": threading.Thread.start}
     for kind in WRAPPED:
         for one in kind.__mro__[:-1]:

@@ -45,7 +45,7 @@ def write_down(log: str, call: ToolContext, **arguments: Any) -> str:
 
 
 def find(arguments: Mapping[str, Any], idempotency_key: str) -> Any:
-    """Look an effect up in the log. Effects with a negative number can't be looked up."""
+    """Look an effect up in the log; return its result, or NOT_DONE. Fail if the effect's number is negative."""
     if arguments["number"] < 0:
         raise ConnectionError("the log is down")
     log = Path(arguments["log"])
@@ -72,7 +72,7 @@ def pay(log: str, cents: int, to: str = "c-17", *, call: ToolContext) -> str:
 
 @tool(approval="always", approval_timeout=0.3)
 def pay_soon(log: str, *, call: ToolContext) -> str:
-    """Pay, if a person approves that at once."""
+    """Pay. A person has to approve the payment within 0.3 s."""
     return write_down(log, call, cents=0)
 
 
@@ -84,7 +84,7 @@ def pay_once_approved(log: str, cents: int, to: str = "c-17", *, call: ToolConte
 
 @tool(approval=lambda **_: "PAY_FREELY" not in os.environ, effect="once")
 def pay_once_or_ask(log: str, cents: int, *, call: ToolContext) -> str:
-    """Pay once. The environment says whether a person approves each call or none."""
+    """Pay once. A person approves each call, or no call if the variable PAY_FREELY is set."""
     return write_down(log, call, cents=cents)
 
 
