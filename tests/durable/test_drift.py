@@ -280,9 +280,12 @@ async def test_fork_keeps_external_stop(server: ServerThread) -> None:
 @pytest.mark.parametrize("is_team", [False, True])
 async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: ServerThread, is_team: bool) -> None:
     answers = threading.Event()
+    tokens: list[CancellationToken] = []
+    loop = asyncio.get_running_loop()
 
     def reply(_: dict[str, Any]) -> Reply:
         if len(model.requests) == 1:
+            loop.call_soon_threadsafe(tokens[0].cancel)
             answers.wait(TIMEOUT)
         return answer("yes")
 
@@ -291,7 +294,9 @@ async def test_model_call_cancelled_by_token_ends_the_same_in_replay(server: Ser
         async with DurableSession("s", nexum=server.address):
             runnable = alone(model) if is_team else agent(model, "a")
             token = CancellationToken()
-            asyncio.get_running_loop().call_later(0.7, token.cancel)
+            tokens.append(token)
+            if len(tokens) > 1:
+                loop.call_later(0.1, token.cancel)  # the replay makes no request
             try:
                 await runnable.run(task="Q", cancellation_token=token)
             except asyncio.CancelledError:
