@@ -188,7 +188,7 @@ async def look(args: argparse.Namespace) -> str:
 
 
 async def _settled(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:
-    """Return what `read` returns, read again while a run in it may be dead.
+    """Call `read` until its result contains no run that may be dead, or for OWNERS_PATIENCE; return the last result.
 
     If this process has just opened the database, a run whose process is dead still counts as running for half a second.
     """

@@ -278,7 +278,7 @@ async def fork_session(
 async def _later_effects(
     client: NexumClient, source: str, count: int, record: Record, copied: Set[str], effects: OnEffects
 ) -> list[tuple[EffectInput, Execution]]:
-    """Return the effects with a result that a session has after the events that a fork copies.
+    """Return the effects that have a result and that a session made after the events that a fork copies.
 
     Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
     doesn't prove that nothing happened. "reuse" forbids those that are UNKNOWN.
@@ -330,7 +330,7 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
 
 
 async def _effects_of_workers(client: NexumClient, source: str, before: Set[str]) -> list[Execution]:
-    """Return the executions whose effect must happen only once, and which workers ran for a session's calls.
+    """Return the executions that workers ran for a session's calls, and whose effect must happen only once.
 
     The executions of the calls in `before` are left out: their keys contain the id of the call.
     """

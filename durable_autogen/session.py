@@ -43,8 +43,8 @@ class DurableSession(Session):
     the tool's effect must happen only once. It applies to every tool of that name, also to the tools of workbenches and
     MCP servers. The policy "model", or one with a model's name, limits and retries the calls of model clients.
 
-    With `park`, a run ends with Parked instead of waiting for a person. With `approve`, and if there is a terminal, the
-    run asks there, and doesn't park.
+    With `park`, a run ends with Parked instead of waiting for a person. With `approve`, a run that has a
+    terminal asks the person at the terminal, and doesn't park.
 
     Enter a DurableSession only once. Entering it raises SessionBusy, ServerUnavailable, StoreError, and InvalidRequest
     for a wrong argument. Calls inside it, and leaving it, raise DriftError, BudgetExceeded, NotDurable, Parked and the

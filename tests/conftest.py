@@ -43,8 +43,8 @@ DESELECTED = {
     "none": "no test ran on PostgreSQL",
 }
 HALF = os.environ.get("HALF_OF_EVERY_PYTHON")
-"""If this is set, only every second test that is marked `every_python` runs: from the first one on with 0, and from the
-second one on with 1."""
+"""Which half of the tests that are marked `every_python` runs. With 0, the first, third, ... of them run; with 1, the
+second, fourth, ... If this is not set, all tests run."""
 assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
 
 
@@ -72,7 +72,8 @@ def servers_on_postgresql(postgres: Databases) -> None:
 def pytest_collection() -> Generator[None, object, object]:
     """Import the test files without garbage collections. Then exclude the imported objects from later collections.
 
-    The imports make 400,000 objects, and keep them. Collections would take a third of the time and free little.
+    The imports make 400,000 objects, and keep them. During the imports, collections would take a third of the time
+    and free little.
     """
     gc.disable()
     try:
@@ -103,7 +104,7 @@ def is_selected(item: pytest.Item) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which tests were deselected: pytest doesn't say it if several processes run the tests."""
+    """Say which tests were deselected: pytest doesn't say so if several processes run the tests."""
     terminalreporter.write_line(f"POSTGRES_TESTS={POSTGRES_TESTS}: {DESELECTED[POSTGRES_TESTS]}")
 
 
@@ -131,7 +132,7 @@ def database_url(new_database: Callable[[], str]) -> str:
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ServerThread]:
-    """A server with a database of its own. It is no process, so a test starts it quickly, but can't kill it."""
+    """A server in a thread, with a database of its own. It starts faster than a process, but a test can't kill it."""
     with server_thread(tmp_path, database_url=harness.url_of(tmp_path)) as running:
         yield running
 

@@ -35,7 +35,7 @@ from nexum_engine.errors import Conflict
 from nexum_engine.options import count
 
 DEATH = 0.12  # the probability that a program kills itself at each of two moments of a call
-MAX_DEATHS = 4  # of one program, by default; after that, it runs undisturbed
+MAX_DEATHS = 4  # of one program, by default; after these deaths, the program runs undisturbed
 TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
 MAX_RUNS = 40  # of one program
 AT_ONCE = 8

@@ -112,7 +112,7 @@ def environments_of(pythons: dict[str, str], folder: str) -> dict[str, Path]:
 def test_on(pythons: dict[str, Path]) -> None:
     """Run the tests that are marked `every_python` on these Pythons: half of them on each, if there are two.
 
-    A fault of a version is seldom seen by one test only.
+    Half of the tests are enough: a fault that only one Python version has seldom fails one test only.
     """
     # Name the files: pytest would import all test files to find the marked tests.
     files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "every_python" in path.read_text("utf-8")]

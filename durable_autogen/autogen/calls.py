@@ -360,7 +360,7 @@ class Calls:
         async def perform() -> Performed:
             journal = self._recorder.journal
             recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
-            # The tool may itself submit a call that a person has to decide.
+            # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
             noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
             try:
                 if policy is None:
@@ -501,7 +501,7 @@ class Calls:
         position = self._agent_state.next("input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
-        # AutoGen announced the request before the callback has started, its UserInputManager would wait for ever.
+        # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
         is_live = self._recorder.event_ahead(call.address) is None
         asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 

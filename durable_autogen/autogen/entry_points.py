@@ -62,11 +62,11 @@ class _Original:
 
 
 Wrapper = Callable[[Any, _Original], Any]
-"""A function that replaces a method. Its parameters are the object whose method is called, and the original."""
+"""A function that replaces a method. Its parameters are the object whose method is called, and the `_Original`."""
 
 Recording = Callable[[Calls, Any, _Original], Any]
-"""A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the original.
-It returns an awaitable or a stream."""
+"""A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the
+`_Original`. It returns an awaitable or a stream."""
 
 
 def _recorded(recording: Recording) -> Wrapper:

@@ -40,10 +40,10 @@ _own: WeakKeyDictionary[BaseTool[Any, Any], Policy] = WeakKeyDictionary()
 
 @contextmanager
 def inside_a_call(tool: BaseTool[Any, Any], place: Place | None) -> Iterator[None]:
-    """For a tool that runs in the `with`, note the tool's exception for the policy of the recorded call around it.
+    """Note the exception of a tool that runs in the `with`: the policy of the recorded call needs the exception.
 
-    Raises NotDurable if the tool's calls need approval or must happen only once, and the recorded call is a call of
-    another tool: the tool's policy would not be applied.
+    Raises NotDurable if the tool has a policy with an approval or with the effect "once", but the recorded call is not
+    a call of this tool. The recorded call would not apply the tool's policy.
     """
     call = under_policy.get()
     if place is not None and (call is None or tool.name not in call.names):
@@ -112,8 +112,8 @@ async def checked_arguments(
     """Return a call's validated arguments as JSON, with the defaults filled in.
 
     Raises ValidationError for wrong arguments. Only the arguments of a StaticWorkbench are validated here. Other
-    workbenches, such as an MCP server's, check them when they are called. If `will_run` is true, the tool will get the
-    returned arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
+    workbenches, such as an MCP server's, check the arguments when a tool is called. If `will_run` is true, the tool
+    will get the returned arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
     """
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is not None:
@@ -143,7 +143,7 @@ def _is_same(kind: type[BaseModel], written: Mapping[str, Any], validated: BaseM
 def differs_in_defaults(
     source: BaseTool[Any, Any] | Workbench, name: str, given: Mapping[str, Any], complete: Mapping[str, Any]
 ) -> bool:
-    """Return whether `complete` are the arguments `given` with defaults. A default may be another at each call."""
+    """Return whether `complete` are the arguments `given` with defaults. A default may differ at each call."""
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is None:
         return {**complete, **given} == complete

@@ -109,7 +109,7 @@ class Attempts:
                 await asyncio.sleep(delay)
 
     async def take(self) -> None:
-        """Unless the call has its place already, wait until the limits allow the call, and take the place."""
+        """Wait until the limits allow the call, and take a place. Do nothing if the call has a place already."""
         if not self._policy.is_limited or self._task is not None:
             return
         journal, scope = self._journal, self._journal.scope_of(self._call.address)

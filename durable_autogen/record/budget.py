@@ -62,7 +62,7 @@ class Budget(BaseModel):
     """The maximum time that programs run the session. Pauses between runs and waits for a person don't count."""
 
     def raised_by(self, other: Budget) -> Budget:
-        """Return a copy in which each limit is at least that of `other`. A limit that doesn't apply still doesn't."""
+        """Return a copy in which each limit is at least that of `other`. A limit that is None stays None."""
         found: dict[str, Any] = {
             "tool_calls": {name: max(n, other.tool_calls.get(name, 0)) for name, n in self.tool_calls.items()}
         }
@@ -85,7 +85,7 @@ class Spent:
     active_ms: int = 0
     """How long programs ran the session, up to the last event of each run."""
     tool_calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """The calls of each tool, by the tool's name. Each call is the part of its id that names it (see `scope_of`)."""
+    """The calls of each tool, by the tool's name. A call is stored as its scope (see `scope_of`)."""
     unpriced: set[str] = field(default_factory=set)
     """The models without a known price."""
     unmetered: set[str] = field(default_factory=set)
@@ -137,7 +137,11 @@ class Spent:
 
 
 def _active_ms(events: Iterable[Event]) -> int:
-    """Return the session's active time, with that of revoked events: after these, the next event's time is less."""
+    """Return the session's active time, with the time of revoked events.
+
+    The largest `active_ms` isn't the total: after a revocation, the next event's `active_ms` continues from the events
+    that still count.
+    """
     kept: dict[int, int] = {}
     total = reached = 0
     for event in events:
@@ -199,7 +203,7 @@ def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, live_ms: int) 
             yield Use(spent.usd, budget.usd, "$", "--usd ")
     if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
         made = spent.tool_calls[call.tool]
-        if scope not in made:  # a call that is in `made` was cut off by a crash: made again, it counts once
+        if scope not in made:  # else a crash cut the call off: the same call, made again, counts once
             yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
     if call.kind.is_call and budget.seconds is not None:
         yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
@@ -336,7 +340,7 @@ class BudgetCheck:
             self._journal.log.warning("%s", line)
 
     async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
-        """Apply the next decision about the budget. If there is none yet, ask for it and wait.
+        """Apply the next decision about the budget. If there is none yet, ask a person and wait.
 
         For the length of the wait, enter `waiting(line)`; the line says how to decide. The caller must check the limits
         again afterwards: the decision may be an old one, or may raise a limit too little. Raises BudgetExceeded if a

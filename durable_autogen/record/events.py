@@ -129,7 +129,7 @@ class GivenUp(_Frozen):
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
     was_made: bool = True
-    """Whether the call was made. False if it was given up before that, or if another event already records it."""
+    """Whether the call was made. False if it was given up before it began, or if a revoked event records it."""
 
 
 class Begun(_Frozen):
@@ -300,7 +300,7 @@ class Summary(_Frozen):
 def text_asked(event: Event) -> str:
     """Return the beginning of the first user message of a model request; empty if there is none.
 
-    It stands for the task of a session whose program doesn't name one, as `run_durable` does.
+    If a session has no recorded task, this text is shown in place of the task. Only `run_durable` records a task.
     """
     for message in event.request.get("messages", ()) if event.kind is Kind.REPLY else ():
         if str(message["from"]).startswith("UserMessage "):
@@ -334,7 +334,7 @@ class Event(Addressed, _Frozen):
     recorded_ms: int = 0
     """The time of recording, in milliseconds since 1970 by the recording process's clock."""
     active_ms: int = 0
-    """The session's active time when the event was recorded: the total length of its runs, without the pauses."""
+    """The session's active time at the recording: the length of all its runs, without the waits for a person."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []

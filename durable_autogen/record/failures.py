@@ -88,7 +88,7 @@ class Failure(BaseModel):
         return ValidationError.from_exception_data(title, details)
 
     def _if_same(self, error: Exception, kind: type[Exception]) -> Exception:
-        """Return `error` with the recorded attributes. Raises ValueError if it isn't the recorded error."""
+        """Return `error` with the recorded attributes. Raises ValueError if its class or its text differs."""
         vars(error).update(self.attributes)
         if type(error) is not kind or _text(error) != self.text:
             raise ValueError(f"{kind.__name__} made another error")

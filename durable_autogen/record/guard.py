@@ -1,6 +1,6 @@
 """Calls under a policy: approvals, and effects that must happen only once. Retries and limits are in attempts.py.
 
-A call without a policy makes no request to the server for any of these.
+A call without a policy makes no request to the server about approvals, effects or limits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ MODEL = "model"
 SIMILAR = 0.8
 """From this similarity on, the name of a policy may be a mistyped name of a tool (difflib's ratio)."""
 MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
-RESOLVE_INTERVAL = 1.0  # seconds between questions: --not-done doesn't end an execution, so it wakes no wait
+RESOLVE_INTERVAL = 1.0  # seconds between looks: `resolve --not-done` doesn't end the execution, so it ends no wait
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 TOOLS_OWN = "recorded_result"
@@ -79,7 +79,7 @@ class GuardedCall:
     asked_digest: str
     """The digest of the tool and of the arguments that the model gave, without defaults."""
     fits: Callable[[Mapping[str, Any]], bool]
-    """Returns whether other arguments differ from these at most in defaults that were filled in."""
+    """A function that returns whether other arguments equal `arguments`, apart from defaults that were filled in."""
     reason: str = ""
     """Why the model calls the tool, if it said so."""
 
@@ -161,9 +161,9 @@ class Guard:
             self._journal.declare_tool(name, policy)
 
     def _check_name(self, tool: str) -> None:
-        """Raise InvalidRequest if a tool without a policy has nearly the name of a policy that no tool is known for.
+        """Raise InvalidRequest if a tool without a policy has a name similar to that of a policy without a tool.
 
-        Without this check, a typing error would let the tool run unguarded.
+        The policy's name may be mistyped. Without this check, the tool would then run unguarded.
         """
         similar = difflib.get_close_matches(tool, self._unknown_names(), n=1, cutoff=SIMILAR)
         if similar:
@@ -196,7 +196,7 @@ class Guard:
         Log a warning about each policy whose name no tool or model of the run has.
         """
         if self._has_asked:
-            with contextlib.suppress(NexumError):  # if no server answers, the next run without an error does it
+            with contextlib.suppress(NexumError):  # if no server answers, a later run cancels them
                 await self._withdraw()
         if unknown := self._unknown_names():
             self._log.warning(
@@ -231,7 +231,8 @@ class Guard:
 
         self._has_asked = True
         with waiting, self._recorder.servers_errors():
-            # An earlier run may have filled in another default, such as a new id. What it has shown is what will run.
+            # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
+            # arguments that the earlier run has shown to the person.
             if (earlier := await asked_before(self._client, asked, key)) is not None:
                 arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
                 if guarded.fits(arguments):
@@ -285,7 +286,7 @@ class Guard:
         attempts = self.attempts(guarded.call, guarded.tool, guarded.policy)
         try:
             while True:
-                # Take the place before the effect begins: if the run dies in this wait, there was no effect.
+                # Wait for the limits before the effect begins: if the run dies in this wait, nothing has happened.
                 await attempts.take()
                 with self._recorder.servers_errors():
                     guarded, started = await self._started(guarded)
@@ -313,7 +314,7 @@ class Guard:
             begun = await effects(self._client, key)
             earlier = next(one for one, execution in begun if execution.idempotency_key == key)
             if earlier.asked_digest == guarded.asked_digest:
-                # It is the same call, but another default was filled in, such as a new id.
+                # The earlier run began the same call, but with other defaults, such as another new id.
                 input, guarded = earlier, guarded.edited(earlier.arguments)
             else:
                 self._recorder.differs(

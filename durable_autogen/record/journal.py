@@ -170,8 +170,8 @@ class Journal:
     async def _read_and_take_over(self) -> list[Event]:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results.
 
-        Return the events that were recorded after the last unfinished call began. An earlier failure didn't end the
-        run: the run continued, and made that call.
+        Return the events that were recorded after the last unfinished call began. A failure before that call didn't end
+        the run: the run continued after the failure, and made the call.
         """
         while True:
             record = await read_record(self.client, self.session)
@@ -203,7 +203,10 @@ class Journal:
         return started
 
     async def _under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
-        """Call a method of the owner as this run. Raises SessionBusy if another process owns the run."""
+        """Call `send`, a method of the owner, with `holding` set to this run. Return the result.
+
+        The server refuses the request if another process owns the run. Then SessionBusy is raised.
+        """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
         while True:
@@ -341,13 +344,13 @@ class Journal:
         return sum(start < seq for start in self._other_programs)
 
     async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
-        """If the next run must know that a call began, record that; return the call's task, else None.
+        """Record the beginning of a call if the next run must know it; return the call's task. Else return None.
 
-        With `is_counted`, always record it: each attempt at the call counts, even if it leaves no result. Raises
-        SessionBusy if another process owns the session.
+        With `is_counted`, always record the beginning: each attempt at the call counts, even if it leaves no result.
+        Raises SessionBusy if another process owns the session.
         """
-        # After a failure or a broken reply, record the beginning to show that the run continued. If another process may
-        # have taken over the session, record it, too: if one has, the server refuses, before the call costs money.
+        # After a failure or a broken reply, record the beginning to show that the run continued. Record the beginning,
+        # too, if another process may own the session now: if so, the server refuses before the call costs money.
         is_setback = bool(self.events) and self.events[-1].is_setback
         if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
             return await self.begin(call, anew=is_counted)

@@ -26,7 +26,7 @@ class Activity:
         self.threads = 0
         """How many functions of the session run in a thread or wait for one."""
         self.is_never_idle = False
-        """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits for it are shorter."""
+        """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
 
 
 class OpenSession(Protocol):
@@ -66,7 +66,7 @@ class Place:
     is_inside: bool = False
     """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
-    """Whether a recorded call is being made. Calls that it makes in turn are not recorded separately."""
+    """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
     ends_in_order: bool = False
     """Whether the agents inside this team work in parallel. If so, the order in which their turns end is recorded."""
     must_not_raise: bool = False

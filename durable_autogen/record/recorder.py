@@ -46,7 +46,7 @@ GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to e
 
 
 def _ignore(_: Content) -> None:
-    """Do nothing: a call's `on_replay` by default, and after it was called early."""
+    """Do nothing. Replaces the `on_replay` of a call that has none, or whose `on_replay` was called early."""
 
 
 @dataclass(frozen=True)
@@ -583,7 +583,7 @@ class Recorder:
             self.stop(error)
 
     def differs(self, what: str) -> None:
-        """Say that the program differs from the recorded one. Raises DriftError unless such a program continues."""
+        """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""
         if self.on_drift == "stop":
             raise DriftError(
                 f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "

@@ -18,7 +18,7 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
-TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run also made all of these other calls
+TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
 
 
 Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]

@@ -20,7 +20,7 @@ class Terminal:
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
         self._reading: asyncio.Future[str] | None = None
-        """The line that a thread is reading. If its question is decided elsewhere, it answers the next question."""
+        """The line that a thread is reading. If the question is decided elsewhere, the line answers the next one."""
 
     @staticmethod
     def is_there() -> bool:
