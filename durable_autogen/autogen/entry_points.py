@@ -376,7 +376,7 @@ def entry_points(session: Session) -> Iterator[None]:
     log = logging.getLogger("autogen_core")
 
     def is_news(_: logging.LogRecord) -> bool:
-        # AutoGen logs a traceback for each agent of a failed run. Drop these: the run itself raises the error.
+        # AutoGen logs a traceback for each agent of a failed run. Drop the tracebacks: the run itself raises the error.
         place = current.get()
         return place is None or place.session is not session or not session.recorder.failed.done()
 

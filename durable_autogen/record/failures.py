@@ -200,7 +200,7 @@ async def in_a_task(running: asyncio.Future[T], name: str) -> T:
 
 
 async def end(running: asyncio.Future[Any]) -> None:
-    """Cancel a task if it isn't done, and wait for its end. Mark its error as retrieved: asyncio would log it."""
+    """Cancel a task if it isn't done, and wait for its end. Retrieve its error, so that asyncio doesn't log it."""
     if not running.done():
         running.cancel()
         await asyncio.wait({running})

@@ -179,7 +179,7 @@ class Guard:
         return sorted(self._policies.keys() - self._known - {MODEL})
 
     def of_model(self, name: Callable[[], str]) -> Policy | None:
-        """Return the policy of a model client. `name` returns its model's name."""
+        """Return the policy of a model client. `name` returns the model's name."""
         if not self._policies:
             return None
         self._known.add(name())

@@ -110,7 +110,7 @@ class Replay:
         return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
-        """Wait until a call's recorded event is delivered; return the event, or None if it no longer counts."""
+        """Wait until a call's recorded event is delivered; return it. Return None if `leave` drops the event first."""
         asked = _Asked(call, asyncio.get_running_loop().create_future())
         self._asked[call.address] = asked
         self._changed.set()

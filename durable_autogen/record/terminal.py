@@ -48,7 +48,7 @@ class Terminal:
     async def _line(self) -> str:
         if self._reading is None:
             self._reading = asyncio.get_running_loop().create_future()
-            # Use a daemon thread: nothing can stop a read from a terminal, and it must not keep the process alive.
+            # Use a daemon thread: a read from a terminal can't be stopped, and must not keep the process alive.
             threading.Thread(target=_read, args=(self._reading, asyncio.get_running_loop()), daemon=True).start()
         line = await asyncio.shield(self._reading)
         self._reading = None
