@@ -39,7 +39,7 @@ def mcp_server(log: Path, transport: str) -> Iterator[Any]:
     program = [str(ROOT / "tests" / "programs" / "mcp_server.py"), str(log)]
     if transport == "stdio":
         env = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # MCP passes on only some variables
-        yield StdioServerParams(command=sys.executable, args=program, env=env)
+        yield StdioServerParams(command=sys.executable, args=program, env=env, read_timeout_seconds=60)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

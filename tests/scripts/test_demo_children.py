@@ -164,7 +164,11 @@ def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -
     assert [code for code, _ in ended] == [0, 0]
     (said,) = {answer(output) for _, output in ended}
     assert said
-    assert [len(attempts(execution)) for execution in recorded(tmp_path)] == [1, 1, 1, 1]
+    outcomes = [[attempt["outcome"] for attempt in attempts(execution)] for execution in recorded(tmp_path)]
+    assert [one[-1] for one in outcomes] == ["COMPLETED"] * 4
+    # If the demo with the server ends first, the other demo takes over the server. On a busy machine, a worker may be
+    # too late to reconnect, and its task is handed out again.
+    assert {outcome for one in outcomes for outcome in one[:-1]} <= {"INTERRUPTED", "LOST"}
 
 
 def test_two_demos_at_once_in_two_folders_have_a_server_and_a_record_each(tmp_path: Path) -> None:

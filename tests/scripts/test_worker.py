@@ -70,11 +70,11 @@ def test_worker_finds_the_server_of_its_folder_and_follows_it_to_another_port(tm
     own = {"DATABASE_URL": f"sqlite:///{tmp_path / 'nexum.db'}"}
     with running([WORKER], cwd=tmp_path, env=own) as worker:
         with nexum_server(tmp_path) as first:
-            worker.wait_for(f"connected to {tmp_path / 'nexum.db'} as worker")
+            worker.wait_for(f"connected to the server of {tmp_path / 'nexum.db'} as worker")
             first.process.kill()
         with nexum_server(tmp_path) as second:
             assert second.address != first.address
-            worker.wait_for(f"reconnected to {tmp_path / 'nexum.db'} as worker")
+            worker.wait_for(f"reconnected to the server of {tmp_path / 'nexum.db'} as worker")
 
 
 def test_ctrl_c_ends_a_worker_that_waits_for_a_server(tmp_path: Path) -> None:
