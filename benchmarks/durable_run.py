@@ -58,7 +58,7 @@ from nexum_engine.options import count  # noqa: E402 - the project is a folder o
 MODES = ("plain", "live", "replay")
 CASES = ("agent", "team", "results", "requests", "sessions", "busy", "blocking")
 HUNDRED = 50  # turns: together they have a hundred replies
-FLOORS = 100  # measurements of the floor after each run
+FLOORS = 100  # how often the floor (floor.py) is measured after each run
 RESULT_BYTES = 1024
 BIG_RESULTS = 5
 BIG_RESULT_BYTES = 1_000_000

@@ -48,7 +48,7 @@ class SessionInfo:
 
     session: str
     question: str
-    """The task and later user messages, or the first user message that a model got. Empty if there is none."""
+    """The task and later user messages. If there are none: the first user message that a model got, else empty."""
     models: tuple[str, ...]
     status: str
     calls: Counter[str]

@@ -83,11 +83,11 @@ class EmbeddedNexum:
     process opens the database, and serves in a thread of its own: on the default port or, if that port is taken, on a
     free one. Programs in other folders never use this server. The server ends when the process leaves its last block.
 
-    A program that uses another program's server opens the database itself if that server has ended. After too many
-    restarts, the block is cancelled, and the `async with` raises ServerError.
+    A program that uses another program's server opens the database itself if that server has ended.
 
     While the server is in this process, the given worker scripts run as child processes. A worker that ends early is
-    restarted.
+    restarted. If the server or a worker has to be restarted too often, the block is cancelled, and the `async with`
+    raises ServerError.
 
     With `owners`, the server must support owned executions. A published Nexum server doesn't: it is refused if its
     address was given, and ignored if it only listens on the default port.

@@ -207,7 +207,7 @@ class Execution:
     input_bytes: int = 0
     """If the input is left out: its size in bytes. Otherwise 0."""
     session: SessionSummary | None = None
-    """The run's session, if this is the latest run of the session in a list grouped by session. Otherwise None."""
+    """In a list grouped by session: the run's session, if this is the session's latest run. Otherwise None."""
     parent_execution_id: str = ""
     """The execution whose node started this one; empty if a client started it."""
     parent_node_id: str = ""

@@ -182,7 +182,7 @@ class Waiting(_Frozen):
 
 
 class Received(_Frozen):
-    """The content of a wait that received a sent event."""
+    """The content of the event that ends a wait, if the wait received a sent event."""
 
     type: Literal["received"] = "received"
     event: str
@@ -338,9 +338,10 @@ class Event(Addressed, _Frozen):
     asked_ms: int = 0
     """The session's active time when the call was made."""
     under_way: list[str] = []
-    """The addresses of other calls that were under way when this event was recorded.
+    """The addresses (kind, agent and position) of calls that were made since the previous event and are under way.
 
-    Only calls without a recorded beginning are listed, and only those made since the previous event.
+    If the process dies, the next run learns from this list that these calls were made, though their results are lost.
+    Calls whose beginning is recorded are not listed.
     """
     summary: Summary | None = None
     """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""

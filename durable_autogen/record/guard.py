@@ -314,7 +314,8 @@ class Guard:
             begun = await effects(self._client, key)
             earlier = next(one for one, execution in begun if execution.idempotency_key == key)
             if earlier.asked_digest == guarded.asked_digest:
-                # The earlier run began the same call, but with other defaults, such as another new id.
+                # The earlier run began the same call, but a default argument had another value there: for instance, an
+                # id that is new for each call. Use the arguments of the earlier run.
                 input, guarded = earlier, guarded.edited(earlier.arguments)
             else:
                 self._recorder.differs(

@@ -212,7 +212,7 @@ class Polls:
         if version_hash in self._openings:
             known_ms, timer = self._openings[version_hash]
             if known_ms <= opens_ms:
-                return  # the earlier offer leads to a claim, which finds out when the next task may pass
+                return  # a timer for an earlier time is set: after it, the claim says when the next task may pass
             timer.cancel()
         delay_ms = max(0, opens_ms - self._clock.now_ms())
         timer = asyncio.get_running_loop().call_later(delay_ms / 1000, self._open, version_hash)

@@ -134,7 +134,8 @@ def _matching(db: Db, wanted: _Filter, before: int, limit: int) -> list[Row]:
 def _candidates(db: Db, wanted: _Filter) -> tuple[Callable[..., list[Row]], bool]:
     """Return the query that finds candidates, and whether every candidate matches.
 
-    The query belongs to a condition that few executions meet. Without such a condition, all executions are candidates.
+    The query looks for one of the wanted conditions, one that few executions meet. If there is no such condition, all
+    executions are candidates.
     """
     conditions = [wanted.workflow_id, wanted.status, *wanted.attributes, wanted.group_sessions]
     is_only = sum(map(bool, conditions)) <= 1
@@ -214,7 +215,7 @@ def _as_session(db: Db, run: Execution, row: Row) -> Execution:
     latest = db.one("latest_run", execution=row["sequence"]) if slash else None
     if latest is None:
         return run
-    keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" follows "/"
+    keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" is the character after "/"
     events, last_ms, summary = 0, 0, _Summary()
     for workflow in db.all("workflow_ids"):
         found = db.one("session_events", workflow_id=workflow["workflow_id"], **keys)

@@ -197,7 +197,7 @@ class DatabaseFile:
         self._changes = self.connection.total_changes
 
     def commit(self) -> None:
-        """Commit the transaction. Raises FilesLost if the path doesn't name the files that hold the transaction."""
+        """Commit the transaction. Raises FilesLost if the database's files were moved, deleted or replaced."""
         stamp = self._stamp
         if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
             # The log was copied into the file, so this transaction starts the log again. Each log needs a new stamp.
@@ -268,7 +268,8 @@ class DatabaseFile:
 def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
     """Return the device and inode of the open file. They tell later whether the path still names this file.
 
-    Return None if the file system gives other numbers for the path than for the open file: they can't tell then.
+    Some file systems give other numbers for the path than for the open file. Then the numbers are of no use: return
+    None.
     """
     opened, named = _id(os.fstat(descriptor)), _id(os.stat(path))
     return named if named == opened else None

@@ -102,7 +102,7 @@ def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: 
     if node["node_type"] != NodeType.HUMAN_APPROVAL:
         raise NotFound(f"{what} is of type {node['node_type']}: it does not wait for an approval")
     if db.one("due_wait", node=node["node"], now=db.now_ms) is not None:
-        raise Conflict(f"{what} can't be decided any more: its time is over")  # a server has yet to end the wait
+        raise Conflict(f"{what} can't be decided any more: its time is over")  # no server has ended it yet
     if node["status"] == NodeStatus.WAITING:
         return node
     if node["status"] == NodeStatus.PENDING:

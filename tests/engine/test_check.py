@@ -42,12 +42,12 @@ async def fill(path: Path) -> SqliteStore:
         assert task is not None
         return task.task_id
 
-    await start("two", "completed")  # 1: its first node has failed once
+    await start("two", "completed")  # execution 1: its first node has failed once
     await store.run(tasks.fail_task, await take(), "no", False)
     clock.advance(10)
     for _ in range(2):
         await store.run(tasks.complete_task, await take(), '"done"')
-    await start("one", "failed")  # 2
+    await start("one", "failed")  # execution 2
     await store.run(tasks.fail_task, await take(), "no", True)
     await store.run(executions.cancel_execution, await start("two", "cancelled"))  # 3
     await store.run(executions.register_workflow, "parent", "v3", PARENT)

@@ -499,7 +499,7 @@ async def test_approval_that_nobody_decides_fails_in_time_and_has_no_decision(st
     execution_id = await ask(store, 60)
     clock.advance(60)
     await sweep(store)
-    assert await status(store, execution_id) is ExecutionStatus.RUNNING  # the 60 s must be over
+    assert await status(store, execution_id) is ExecutionStatus.RUNNING  # the time is over only after 60 s
     clock.advance(0.001)
     await sweep(store)
     execution = await store.run(reading.get_execution, execution_id, True)

@@ -342,7 +342,7 @@ async def test_random_transitions_on_both_leave_a_sound_database(
 async def test_execution_is_read_as_it_was_at_one_time(
     stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other server completes the execution between two statements of the reading."""
+    """Between two SQL statements of one reading, the other server completes the execution."""
     await register(stores[0], ONE)
     execution_id = await start(stores[0])
     task = await taken(stores[0])

@@ -240,7 +240,7 @@ CASES = {
         ("<svg><text>one</text></SVG>two<p>three", "one two\n\nthree"),
         ("<svg><table><tr><td>one</table></svg>two", "one\n\ntwo"),
     ],
-    # Elements whose content is plain text, and the readings of a `ruby`
+    # Elements whose content is plain text, and the pronunciations (rt) in a `ruby` element
     "raw": [
         ("<svg><style>no</svg>two<style>no</style>three", "twothree"),
         ("<svg><script>no</svg>two", "two"),

@@ -22,8 +22,8 @@ from support.tools.web.html.attributes import names
 from support.tools.web.page import page_to_markdown
 
 URL = "https://example.org/dir/page"
-SMALL = 150  # pieces
-GROWTH = 4
+SMALL = 150  # repeated pieces of HTML in the smaller page
+GROWTH = 4  # the larger page has this many times as many
 
 PAGES: dict[str, Callable[[int], str]] = {
     "list": lambda n: f"<ol>{'<li>a</li> ' * n}</ol>",
