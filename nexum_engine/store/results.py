@@ -61,8 +61,8 @@ class Gate:
     held_by: str = ""
     """The limit that holds the node back. Empty if the node may be handed out."""
     opens_ms: int | None = None
-    """When the rate lets a node pass: this node, if the rate holds it back; the next node, if this one may be handed out
-    now. None if the node has no rate, or if the concurrency limit holds the node back."""
+    """When the rate lets a node pass: this node, if the rate holds it back; the next node, if this one may pass now.
+    None if the node has no rate, or if the concurrency limit holds the node back."""
     full_ms: float | None = None
     """When the rate's bucket will be full again, if the node passes now."""
 

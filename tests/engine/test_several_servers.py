@@ -110,7 +110,8 @@ async def test_server_that_refuses_the_client_is_left_for_another_one(
             private_file(tmp_path / "one" / "tokens", f"ci use {USE}\n")
             private_file(tmp_path / "two" / "tokens", f"ci use {FORMER}\n")
             while client.address != servers[0].address:
-                with suppress(TokenRefused):  # if server two reads its file first, both refuse until server one has read its own
+                # If server two reads its file first, both servers refuse until server one has read its own.
+                with suppress(TokenRefused):
                     await client.ping()
         servers.reverse()
         async with NexumClient(f"{servers[0].address},{servers[0].address}") as client:
