@@ -108,17 +108,17 @@ async def test_rate_and_concurrency_of_a_tool_count_its_calls_and_retries(server
 
 async def test_rate_of_a_model_counts_over_sessions(server: ServerThread) -> None:
     lines: list[str] = []
-    policies = {"model": Policy(rate="1/1.2s")}
+    policies = {"model": Policy(rate="1/3s")}
     with logged(lines):
         for session in ("one", "two"):
             model = Scripted([], "hello", name="m")
             async with DurableSession(session, nexum=server.address, policies=policies):
                 assert (await model.create(QUESTION)).content == "hello"
     found = await places(server, "Scripted")
-    assert all(later.started_ms - earlier.started_ms >= 1199 for earlier, later in pairwise(found))
+    assert all(later.started_ms - earlier.started_ms >= 2999 for earlier, later in pairwise(found))
     assert len(found) == 2
     assert [line for line in lines if "waits" in line] == [
-        "reply 1 of the program waits, because of its rate of 1/1.2s"
+        "reply 1 of the program waits, because of its rate of 1/3s"
     ]
 
 

@@ -298,14 +298,15 @@ async def test_changed_token_file_counts_soon_also_for_calls_and_streams_under_w
             beats = stub.WorkerStream(metadata=metadata)
             await beats.write(pb.WorkerBeat(worker_id="w"))
             assert (await beats.read()).lease_ms
-            tokens.write_text("broken\n")
+            # Replace the file at once: the server could read a file that is only half written.
+            Path(private_file(tmp_path / "new", "broken\n")).replace(tokens)
             end = time.monotonic() + PROMPT
             while not errors and time.monotonic() < end:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await former.ping()
             start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
             assert errors[0].startswith(f"{start} {tokens}")
-            tokens.write_text(TOKENS)
+            Path(private_file(tmp_path / "new", TOKENS)).replace(tokens)
             # A waiting poll could still get a task. So the server refuses it at once, not only at the next call.
             with pytest.raises(TokenRefused):
                 await asyncio.wait_for(waiting, PROMPT)
