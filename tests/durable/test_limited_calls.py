@@ -117,9 +117,7 @@ async def test_rate_of_a_model_counts_over_sessions(server: ServerThread) -> Non
     found = await places(server, "Scripted")
     assert all(later.started_ms - earlier.started_ms >= 2999 for earlier, later in pairwise(found))
     assert len(found) == 2
-    assert [line for line in lines if "waits" in line] == [
-        "reply 1 of the program waits, because of its rate of 1/3s"
-    ]
+    assert [line for line in lines if "waits" in line] == ["reply 1 of the program waits, because of its rate of 1/3s"]
 
 
 @pytest.mark.parametrize("effect", ["idempotent", "once"])

@@ -280,6 +280,11 @@ def test_token_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
     Tokens(path)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Give a file another text in one step: the server could read a file that is only half written."""
+    Path(private_file(path.with_name("new"), text)).replace(path)
+
+
 async def test_changed_token_file_counts_soon_also_for_calls_and_streams_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,15 +303,14 @@ async def test_changed_token_file_counts_soon_also_for_calls_and_streams_under_w
             beats = stub.WorkerStream(metadata=metadata)
             await beats.write(pb.WorkerBeat(worker_id="w"))
             assert (await beats.read()).lease_ms
-            # Replace the file at once: the server could read a file that is only half written.
-            Path(private_file(tmp_path / "new", "broken\n")).replace(tokens)
+            replace_file(tokens, "broken\n")
             end = time.monotonic() + PROMPT
             while not errors and time.monotonic() < end:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await former.ping()
             start = "the former tokens stay valid, because the changed file is wrong: line 1 of the token file"
             assert errors[0].startswith(f"{start} {tokens}")
-            Path(private_file(tmp_path / "new", TOKENS)).replace(tokens)
+            replace_file(tokens, TOKENS)
             # A waiting poll could still get a task. So the server refuses it at once, not only at the next call.
             with pytest.raises(TokenRefused):
                 await asyncio.wait_for(waiting, PROMPT)
