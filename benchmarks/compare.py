@@ -59,7 +59,7 @@ from peers.processes import Child, PeerFailed, Processes, Trace, kill_pid  # noq
 
 from nexum_engine.options import count  # noqa: E402 - the project is a folder of scripts, not a package
 
-BLOCK = 10  # calls; then the same number of commits is measured
+BLOCK = 10  # calls in a row; after each block, as many plain SQLite commits are measured
 WARM_UP = 20  # calls before the measured ones
 TRACED = 20  # calls whose fsyncs are counted
 LONG_RECOVERY = 20.0  # seconds; a recovery that takes longer is measured only once

@@ -1,4 +1,4 @@
-"""The commands about executions and tools: ps, show, cancel, retry, approvals, approve, ..., tools, send.
+"""The commands that list, show and change executions, and the command that lists tools.
 
 The commands ask a server. If no server is named, and no server answers, they open the database themselves.
 """

@@ -111,7 +111,7 @@ class Heartbeat:
         """By task id, the progress that the server has not acknowledged yet, as JSON text."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._tools: list[DeclaredTool] = []
-        """Every tool that was declared, in order. New ones come last, so a stream only counts how many it has sent."""
+        """Every tool that was declared. New tools come last, so the number of sent tools says which is the next."""
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
         self._is_urgent = False

@@ -195,8 +195,7 @@ def tools(declared: Sequence[DeclaredTool]) -> str:
 
 def tool(declared: DeclaredTool) -> list[str]:
     """Return two lines about a tool: how it is called, and its policy."""
-    policy = json.loads(declared.policy_json or "{}")
-    fields = policy.items() if isinstance(policy, dict) else ()
+    fields = json.loads(declared.policy_json).items()
     shown = ", ".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields)
     return [printable(declared.signature or declared.name), f"    {printable(shown) or 'no policy'}"]
 

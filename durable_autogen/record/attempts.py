@@ -34,7 +34,7 @@ CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
 class LimitedCall(BaseModel):
-    """The input of the execution that holds a call's place."""
+    """The input of the execution that counts a call against the limits of its policy."""
 
     model_config = ConfigDict(frozen=True)
 

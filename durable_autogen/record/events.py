@@ -498,10 +498,10 @@ class Record:
         return {scope_of(address, self.times_replaced[address]) for address in addresses}
 
 
-async def all_executions(client: NexumClient, **query: Any) -> AsyncGenerator[Execution, None]:
-    """Yield all executions that a query of `list_executions` finds, the newest first."""
+async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any) -> AsyncGenerator[Execution, None]:
+    """Yield all executions that a query of `list_executions` finds, the newest first. Read `limit` at a time."""
     before = ""
-    while page := await client.list_executions(**query, before=before, limit=PAGE):
+    while page := await client.list_executions(**query, before=before, limit=limit):
         for execution in page:
             yield execution
         before = page[-1].execution_id

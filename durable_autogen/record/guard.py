@@ -296,8 +296,8 @@ class Guard:
                     if ended is not None:
                         return _result(ended, guarded, form)
                     continue
-                make = partial(attempt, guarded.arguments)
-                if (value := await self._attempted(guarded, started.task, make, form, attempts)) is not _UNKNOWN:
+                perform = partial(self._performed, guarded, started.task, attempt, form, attempts)
+                if (value := await self._attempted(started.task, perform, form)) is not _UNKNOWN:
                     return value
         finally:
             await attempts.free()
@@ -335,19 +335,12 @@ class Guard:
             asked_digest=guarded.asked_digest,
         )
 
-    async def _attempted(
-        self,
-        guarded: GuardedCall,
-        task: Task,
-        attempt: Callable[[], Awaitable[Any]],
-        form: ResultForm,
-        attempts: Attempts,
-    ) -> Any:
+    async def _attempted(self, task: Task, perform: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
         if not await self._journal.may_begin_effect(task):
             return _UNKNOWN
         try:
-            value = await self._performed(guarded, task, attempt, form, attempts)
+            value = await perform()
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # a failed run ends, and the server notices
                 given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
@@ -374,15 +367,16 @@ class Guard:
         self,
         guarded: GuardedCall,
         task: Task,
-        attempt: Callable[[], Awaitable[Any]],
+        attempt: Callable[[Mapping[str, Any]], Awaitable[Any]],
         form: ResultForm,
         attempts: Attempts,
     ) -> Any:
+        """Do the work of one attempt: ask `reconcile` if needed, and make the call if nothing has happened."""
         policy = guarded.policy
         if task.must_reconcile and (value := await self._reconciled(guarded, form)) is not NOT_DONE:
             return value
         try:
-            return await attempts.make(guarded.tool, attempt)
+            return await attempts.make(guarded.tool, partial(attempt, guarded.arguments))
         except Exception as error:
             if policy.reconcile is None or not is_unknown(cause_of(error)):
                 raise

@@ -213,8 +213,6 @@ class Journal:
             run = self._run
             try:
                 return await send(*args, **options, holding=run)
-            except IdempotencyConflict:
-                raise
             except Conflict as conflict:
                 if await self._move_if_replaced(run):
                     continue
@@ -279,10 +277,14 @@ class Journal:
 
         Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run.
         """
-        try:
-            return await self._under_this_run(self._owner.start, workflow, input, idempotency_key=key)
-        except IdempotencyConflict:
-            return None
+
+        async def start(*args: Any, **options: Any) -> Started | None:
+            try:
+                return await self._owner.start(*args, **options)
+            except IdempotencyConflict:
+                return None
+
+        return await self._under_this_run(start, workflow, input, idempotency_key=key)
 
     def declare_tool(self, name: str, policy: Policy) -> None:
         """Tell the server about a tool of the session that has a policy."""

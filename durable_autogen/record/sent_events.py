@@ -125,7 +125,11 @@ async def _first_number(client: NexumClient, session: str, name: str, *, is_olde
     """Return the number of the session's oldest or newest event `name` on the server; 1 if the server has none."""
     number = 1
     events = all_executions(
-        client, workflow_id=SENT_EVENT.workflow_id, key_prefix=f"{session}/{name}/", patience=SERVER_PATIENCE
+        client,
+        workflow_id=SENT_EVENT.workflow_id,
+        key_prefix=f"{session}/{name}/",
+        patience=SERVER_PATIENCE,
+        limit=PAGE if is_oldest else 1,
     )
     async with closing(events):
         async for execution in events:

@@ -6,8 +6,10 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable
+from contextlib import suppress
 from dataclasses import astuple, replace
 
+from nexum_engine import jsontext
 from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import InvalidRequest, StoreUnavailable
 from nexum_engine.records import DeclaredTool
@@ -111,11 +113,14 @@ class Liveness:
                     self._disconnected(worker_id)
 
     def _declare(self, worker_id: str, beat: pb.WorkerBeat) -> None:
-        """Keep the tools that a heartbeat declares. Ignore those above the limits: nothing depends on the list."""
+        """Keep the tools that a heartbeat declares. Ignore wrong ones and those above the limits: nothing needs them."""
         for one in beat.tools:
-            tool = DeclaredTool(one.name, one.signature, one.policy_json, one.session)
-            if len(self._tools[worker_id]) < MAX_TOOLS and one.ByteSize() <= MAX_TOOL_BYTES:
-                self._tools[worker_id].append(tool)
+            if len(self._tools[worker_id]) >= MAX_TOOLS or one.ByteSize() > MAX_TOOL_BYTES:
+                continue
+            with suppress(InvalidRequest):
+                if isinstance(jsontext.parse(one.policy_json, "policy_json"), dict):
+                    tool = DeclaredTool(one.name, one.signature, one.policy_json, one.session)
+                    self._tools[worker_id].append(tool)
 
     def tools(self) -> list[DeclaredTool]:
         """Return the tools that connected workers and owners have declared, sorted by name.

@@ -246,7 +246,10 @@ class DatabaseFile:
         return self._stamp_in_file in (self._stamp.own, self._stamp.base)
 
     def _is_separated(self) -> bool:
-        """Return whether file and log are whole, but at least one of them was moved, or the log was deleted."""
+        """Return whether the open file and log are undamaged, but the path no longer leads to both of them.
+
+        One of them was moved, or the log was deleted.
+        """
         if self._file < 0 or os.fstat(self._file).st_nlink == 0 or not self._is_ours() or not self._is_log_whole():
             return False
         return not self._is_named()

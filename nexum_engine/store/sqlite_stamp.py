@@ -2,7 +2,8 @@
 
 SQLite doesn't check that a log belongs to a file. So the first transaction of each log stores a new **stamp** in the
 table `log_stamp`, together with the log's **base**: the stamp that is in the file when the log starts. A log belongs to
-a file if the file's stamp is the log's base or, after a checkpoint, the log's own stamp.
+a file if the file's stamp is the log's base. After a checkpoint has copied the log into the file, the file's stamp is
+the log's own stamp instead.
 """
 
 from __future__ import annotations

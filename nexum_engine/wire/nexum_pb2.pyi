@@ -1100,7 +1100,9 @@ class DeclaredTool(google.protobuf.message.Message):
     signature: builtins.str
     """How a model calls the tool. Empty if the sender doesn't say it."""
     policy_json: builtins.str
-    """The tool's policy as a JSON object: the fields that differ from their defaults. Functions are given by name."""
+    """The tool's policy as a JSON object: the fields that differ from their defaults. Functions are given by name. A tool
+    with another text is not listed.
+    """
     session: builtins.str
     """The durable session to whose calls the policy applies. Empty for a worker's tool."""
     senders: builtins.int

@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[FaultyProxy], None]] = {
 
 
 def disturb(proxy: FaultyProxy, kind: str, gates: list[Path], what: str, choose: random.Random) -> None:
-    """Cause a fault while calls pass the gates, wait until it hits the connection, and end it some time later."""
+    """Let calls begin, each when its gate (a file) exists, and cause a fault. End the fault when it has hit."""
     wait_until(lambda: proxy.is_used, f"{what} is open")
     before = proxy.hits
     for gate in gates[:-1]:

@@ -68,13 +68,16 @@ async def test_tools_are_listed_while_their_workers_are_connected(
     assert (left.session, left.policy_json) == ("order-4711", OTHER_CHARGE.policy_json)
 
 
-async def test_many_tools_are_declared_on_each_connection_up_to_the_limits(server: ServerThread) -> None:
+async def test_tools_are_declared_on_each_connection_and_wrong_or_too_many_are_ignored(server: ServerThread) -> None:
     many = [DeclaredTool(f"tool-{number:03}", "", "{}") for number in range(MAX_TOOLS + 7)]
-    long = DeclaredTool("long", "x" * MAX_TOOL_BYTES, "{}")
+    refused = [
+        DeclaredTool("long", "x" * MAX_TOOL_BYTES, "{}"),
+        *(DeclaredTool("wrong", "", text) for text in ("", "[]", "{")),
+    ]
     async with NexumClient(server.address) as client:
         for _ in range(2):
             async with Owner(client) as owner:
-                owner.declare([long, *many])
+                owner.declare([*refused, *many])
                 tools = await listed(client, lambda tools: len(tools) == MAX_TOOLS)
             assert [one.name for one in tools] == [one.name for one in many[:MAX_TOOLS]]
             await listed(client, lambda tools: not tools)

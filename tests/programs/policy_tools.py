@@ -36,7 +36,7 @@ SOON = RetryPolicy(max_attempts=2, first_delay_seconds=0.05)
 
 
 def write_down(log: str, call: ToolContext, **arguments: Any) -> str:
-    """Add a line to the log, which is the effect of a call. Return a receipt."""
+    """Add a line to the log: the line is the effect of the call. Return a receipt."""
     line = json.dumps({"attempt": call.attempt, "key": call.idempotency_key, **arguments}) + "\n"
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(descriptor, line.encode())

@@ -1,4 +1,4 @@
-"""Helpers for tests of tools with policies, which run as processes of tests/programs/policy_tools.py."""
+"""Helpers for tests of tools with policies. They start tests/programs/policy_tools.py, which declares the tools."""
 
 from __future__ import annotations
 
