@@ -113,7 +113,7 @@ class Liveness:
                     self._disconnected(worker_id)
 
     def _declare(self, worker_id: str, beat: pb.WorkerBeat) -> None:
-        """Keep the tools that a heartbeat declares. Ignore wrong ones and those above the limits: nothing needs them."""
+        """Keep the tools that a heartbeat declares. Ignore wrong ones, and those above the limits."""
         for one in beat.tools:
             if len(self._tools[worker_id]) >= MAX_TOOLS or one.ByteSize() > MAX_TOOL_BYTES:
                 continue
