@@ -66,7 +66,7 @@ LONG_RECOVERY = 20.0  # seconds; a recovery that takes longer is measured only o
 
 
 class PlainCommits:
-    """The unit of the ratios: commits of plain SQLite with synchronous=FULL."""
+    """Commits of plain SQLite with synchronous=FULL. Their time is the unit in which the output gives other times."""
 
     def __init__(self, folder: Path) -> None:
         self._connection = sqlite3.connect(folder / "commits.db", isolation_level=None)

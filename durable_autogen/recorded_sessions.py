@@ -332,7 +332,8 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
 async def _effects_of_workers(client: NexumClient, source: str, before: Set[str]) -> list[Execution]:
     """Return the executions that workers ran for a session's calls, and whose effect must happen only once.
 
-    The executions of the calls in `before` are left out: their keys contain the id of the call.
+    Leave out the calls in `before`, because the fork copies their results. Their executions are recognised by the id
+    of the call, which is in the key.
     """
     is_copied = _contains_any([f"{source}/{scope}" for scope in before])
     has_effect: dict[str, bool] = {}

@@ -61,7 +61,7 @@ class DurableSession(Session):
 
     @cached_property
     def state(self) -> SessionState:
-        """The agents' names and counts, and the ids of messages."""
+        """The names of the agents, how many calls each has made, and the ids of messages."""
         return SessionState(self.recorder)
 
 

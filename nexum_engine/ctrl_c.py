@@ -31,7 +31,7 @@ def interrupt_on_ctrl_c() -> bool:
 
 
 def end_on_ctrl_c_again() -> None:
-    """Redo what `interrupt_on_ctrl_c` has undone, for the time in which the interpreter ends."""
+    """Let Ctrl+C end this process at once again. Call this function before the interpreter ends."""
     signal.signal(signal.SIGINT, _end_at_once)
 
 

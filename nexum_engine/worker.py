@@ -557,7 +557,10 @@ class Worker:
         outcome: str,
         reason: str = "",
     ) -> asyncio.Task[_Work | None] | None:
-        """Report an attempt, and log its end in one line. Return the slot's next poll if it has begun."""
+        """Report an attempt, and log its end in one line.
+
+        Return the poll for the next task if it has begun meanwhile; None otherwise.
+        """
         task = work.task
 
         async def report_newest() -> None:

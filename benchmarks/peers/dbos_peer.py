@@ -164,11 +164,12 @@ class DbosQueue(Peer):
         """Connect the client."""
         from dbos import DBOSClient
 
-        async def connect() -> Any:  # the worker creates the database
+        async def connect() -> Any:
             return await asyncio.to_thread(
                 lambda: DBOSClient(system_database_url=settings["url"], system_database_pool_size=IN_FLIGHT)
             )
 
+        # Retry: the worker creates the database, and may not have done so yet.
         yield QueueCaller(await retried(connect))
 
     async def work(self, settings: Settings, ready: Callable[[], None]) -> None:

@@ -287,7 +287,7 @@ async def _on_message(self: Any, original: _Original) -> Any:
 
 
 _sent: dict[int, tuple[Any, Place]] = {}
-"""Messages sent inside a session, each with its sender's place. The key is the message object's `id()`."""
+"""Messages sent inside a session, each with the `Place` of its sender. The key is the message object's `id()`."""
 MAX_SENT = 10_000  # messages; the oldest are dropped: AutoGen doesn't tell when all receivers have a message
 
 

@@ -216,7 +216,7 @@ class RunInput(_Frozen):
 
 
 class RunSummary(_Frozen):
-    """The result of a run's execution: counts and the reason for the run's end."""
+    """The output of the execution that stands for a run: counts and the reason for the run's end."""
 
     stop_reason: str = ""
     live: dict[str, int]

@@ -37,7 +37,7 @@ class Setbacks:
         self._setbacks.append(_Setback(event, error, caller, continued))
 
     def called(self, call: Call, caller: Caller) -> None:
-        """Note that a task makes a call. The call may show that the run continued after a setback (see `continues`)."""
+        """Note that `caller` makes a call, which may show that the run continued after a setback (see `continues`)."""
         for one in self._setbacks:
             one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
 

@@ -327,7 +327,7 @@ class Journal:
         return await self._under_this_run(self._owner.take_place, workflow, input, key=key)
 
     async def free_place(self, task: Task) -> None:
-        """Free the place of a call."""
+        """Give back the place that a call holds under its limits (see `take_place`)."""
         with contextlib.suppress(StaleTask, TaskNotFound):  # the server freed it already, or its database was replaced
             await self._owner.complete(task, {})
 

@@ -235,7 +235,7 @@ class NexumServicer(NexumServiceServicer):
                 dict(request.attributes),
             )
         )
-        # Use a callback: the sweep and the waiters need the effects of the start even if the caller is cancelled.
+        # Use a callback: the sweep and the waiters must hear of the start even if the caller is cancelled.
         starting.add_done_callback(self._started_owned)
         return await asyncio.shield(starting)
 

@@ -74,8 +74,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 def _counted_losses(outcome: Outcome, row: Row) -> int:
     # Count losses, because a task that kills one worker after another must fail in the end. Don't count an INTERRUPTED
-    # attempt, because its task did not end it. Don't count an UNKNOWN attempt: a person decides about its node. Don't
-    # count the losses of an owned node: it is never handed to workers.
+    # attempt: the server's restart ended it, not its task. Don't count an UNKNOWN attempt: a person decides about its
+    # node. Don't count the losses of an owned node: it is never handed to workers.
     return 0 if outcome in (Outcome.INTERRUPTED, Outcome.UNKNOWN) or row["owned"] else 1
 
 

@@ -84,8 +84,8 @@ def place_freed(db: Db, node: Row, changes: Changes) -> None:
     """
     if node["limits"] is None:
         return
-    # Take the lock. Otherwise another server's transaction could still count this attempt, and hold back a task that
-    # the next query does not see yet.
+    # Take the lock. Otherwise another server's transaction could still count this attempt, and hold back a task. The
+    # next query would not see that task yet, so nobody would announce it.
     db.run("lock_limit", execution=node["execution"], node_id=node["node_id"])
     waiting = db.all("versions_of_limit", execution=node["execution"], now=db.now_ms)
     # Announce tasks with size 0, so that any poll is woken. The poll's claim checks the true size.

@@ -220,7 +220,7 @@ class PostgresStore(GroupCommitStore):
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
-                    is_sent = kind is not Kind.SNAPSHOT  # once COMMIT is sent, only a reading may run again
+                    is_sent = kind is not Kind.SNAPSHOT  # after COMMIT, only a transaction that reads may run again
                     connection.execute("COMMIT")
                     pipeline.sync()
                 return outcomes

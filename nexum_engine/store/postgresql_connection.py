@@ -94,7 +94,7 @@ def open_database(url: str) -> Connection:
 
 
 def _check_session(url: str, connection: Connection) -> None:
-    """Raise StoreRefused if no notification arrives, because a pooler shares the connection's session among clients.
+    """Raise StoreRefused if no notification arrives: then a pooler shares the connection's session among clients.
 
     Some poolers lend the sessions of PostgreSQL to their clients for one transaction at a time. Then settings, prepared
     statements and notifications get to the wrong client.

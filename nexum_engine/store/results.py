@@ -61,8 +61,10 @@ class Gate:
     held_by: str = ""
     """The limit that holds the node back. Empty if the node may be handed out."""
     opens_ms: int | None = None
-    """When the rate lets a node pass: this node, if the rate holds it back; the next node, if this one may pass now.
-    None if the node has no rate, or if the concurrency limit holds the node back."""
+    """When the rate lets the next node pass. If the rate holds this node back, that is this node itself.
+
+    None if the node has no rate, or if the concurrency limit holds the node back.
+    """
     full_ms: float | None = None
     """When the rate's bucket will be full again, if the node passes now."""
 
@@ -128,5 +130,5 @@ class Changes:
         self.due_ms = due_ms if self.due_ms is None else min(self.due_ms, due_ms)
 
     def freeze(self) -> Changed:
-        """Return the effects as the result of the transition."""
+        """Return what the transition has changed, as its result."""
         return Changed(tuple(self.ready), tuple(self.ended), self.due_ms)

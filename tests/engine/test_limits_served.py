@@ -51,7 +51,7 @@ async def attempts_of(client: NexumClient, ids: Sequence[str]) -> list[Attempt]:
 
 
 def check_rate(attempts: Sequence[Attempt], rate: str) -> None:
-    """Check that no series of hand-outs is faster than the rate. At first, a whole bucket may pass at once."""
+    """Check that no series of hand-outs is faster than the rate. Its first `calls` hand-outs may come at once."""
     parsed = Rate.parse(rate)
     interval_ms = 1000 * parsed.seconds / parsed.calls
     for first, one in enumerate(attempts):

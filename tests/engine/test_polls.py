@@ -299,7 +299,7 @@ async def test_large_waiting_poll_gets_task_too_large_for_another(engine: Engine
 
 
 async def test_task_too_large_only_with_its_frame_is_passed_on(engine: Engine) -> None:
-    """A start wakes polls by the size of its input. With its frame, the task is a little larger than the input."""
+    """A start wakes a poll that may take the input. The task's whole message can still be too large for that poll."""
     await engine.register({"a": []})
     small, large = engine.poll("small", max_bytes=1010), engine.poll("large")
     await until_idle(engine, small, large)

@@ -123,7 +123,7 @@ async def test_slow_health_checks_of_strangers_block_nobody(secured: Secured, mo
     credentials = grpc.ssl_channel_credentials(authority("ours").cert_pem.bytes())
 
     async with grpc.aio.secure_channel(secured.address, credentials) as channel:
-        check: Any = channel.stream_stream("/grpc.health.v1.Health/Check")  # called without requests, it sends none
+        check: Any = channel.stream_stream("/grpc.health.v1.Health/Check")  # a call without a request sends nothing
         monkeypatch.setattr(bounds, "READ_PATIENCE", 60.0)
         for silent in [check() for _ in range(2 * bounds.READERS)]:
             await silent.wait_for_connection()

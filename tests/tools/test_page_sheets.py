@@ -82,7 +82,7 @@ def test_a_sheet_for_others_hides_nothing(tag: str) -> None:
 
 
 def test_page_that_its_sheets_hide_as_a_whole_is_read() -> None:
-    """If a page hides everything, its scripts show it once it has loaded."""
+    """A page that hides all its content is shown by its scripts, so its words are read."""
     html = "<style>#app{visibility:hidden}</style><div id=app><h1>Title</h1><p>words</div>"
     assert page_to_markdown(Page("https://example.org/", 200, "text/html", html.encode())) == "# Title\n\nwords"
 
