@@ -465,7 +465,7 @@ async def _decide(
             await decide(execution_id, node)
         except NexumError as error:  # such as: another person was faster
             if not done and not isinstance(error, (Conflict, NotFound)):
-                raise  # no decision of this command can succeed
+                raise  # for instance, there is no server: the other decisions would fail, too
             failures.append(f"{node} of {execution_id} is not {decision}: {error}")
         else:
             done.append(f"{node} of {execution_id} is {decision}")
@@ -476,7 +476,8 @@ async def _decide(
 
 async def _session_of(source: _Executions, pending: PendingApproval) -> object:
     """Return the session of a tool call that waits for approval, or None if `pending` is no tool call."""
-    input_json = pending.input_json or (await source.get(pending.execution_id)).input_json  # not listed if long
+    # The list of approvals leaves out a long input.
+    input_json = pending.input_json or (await source.get(pending.execution_id)).input_json
     value = jsontext.parse(input_json or "null", "the input")
     return value.get("session") if isinstance(value, dict) and "tool" in value else None
 

@@ -182,7 +182,7 @@ class Connection:
                 return
         metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
-        # Raise ServerUnavailable, so that a worker waits: this folder's server may start later, on another port.
+        # Don't raise AccessDenied, which ends a worker: this folder's server may start later, on another port.
         if isinstance(answer, AccessDenied):
             raise ServerNotReady(
                 f"a server that needs a token listens on {DEFAULT_ADDRESS} (name it with NEXUM_ADDRESS or --nexum)"

@@ -281,7 +281,7 @@ class UnknownNode:
     node_id: str
     workflow_id: str
     since_ms: int
-    """When the attempt whose effect is unknown ended."""
+    """When the attempt ended. Its effect is unknown."""
     error: str
     """Why the effect is unknown."""
     input_json: str

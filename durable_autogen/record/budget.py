@@ -139,8 +139,8 @@ class Spent:
 def _active_ms(events: Iterable[Event]) -> int:
     """Return the session's active time, with the time of revoked events.
 
-    The largest `active_ms` isn't the total: after a revocation, the next event's `active_ms` continues from the events
-    that still count.
+    The `active_ms` of an event is the total at that event, without the time of revoked events. So it may be smaller
+    than that of an earlier event, and the largest one isn't the whole time.
     """
     kept: dict[int, int] = {}
     total = reached = 0

@@ -129,7 +129,10 @@ class GivenUp(_Frozen):
     type: Literal["given_up"] = "given_up"
     streamed: list[Any] = []
     was_made: bool = True
-    """Whether the call was made. False if it was given up before it began, or if a revoked event records it."""
+    """Whether this event counts the call as made.
+
+    False if the call was given up before it began, or if a revoked event counts it already.
+    """
 
 
 class Begun(_Frozen):

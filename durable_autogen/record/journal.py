@@ -267,7 +267,8 @@ class Journal:
         for event in self.events:
             input = self._input(event)
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
-        self._run = run  # only now: until then, other requests are refused and wait
+        # Set it last. Until then, the server refuses the other requests of this process. They wait for this method.
+        self._run = run
         return True
 
     # ---- Effects -----------------------------------------------------------------------------------------------------

@@ -365,7 +365,7 @@ class Polls:
             poll.wake()
 
     async def stop(self) -> None:
-        """Answer every waiting poll without a task, and wait until the releases are stored."""
+        """Tell every waiting poll that there is no task. Wait until tasks that reached no worker are READY again."""
         self._stopping = True
         for _, timer in self._openings.values():
             timer.cancel()

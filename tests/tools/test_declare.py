@@ -155,17 +155,17 @@ def without_docstring(text: str) -> str:
 
 
 def without_hint(text) -> str:  # type: ignore[no-untyped-def]
-    """D."""
+    """A docstring."""
     return str(text)
 
 
 def with_the_rest(*texts: str) -> str:
-    """D."""
+    """A docstring."""
     return "".join(texts)
 
 
 def with_positional_context(call: ToolContext) -> str:
-    """D."""
+    """A docstring."""
     return call.idempotency_key
 
 
