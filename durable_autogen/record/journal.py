@@ -300,13 +300,13 @@ class Journal:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
         await self._under_this_run(self._owner.record, workflow, input, output, idempotency_key=key)
 
-    async def effects_after(self, seq: int) -> list[str]:
-        """Return the calls after event number `seq` whose effect must happen only once, as text."""
-        later = {self.scope_of(event.address) for event in self.events if event.seq > seq and event.kind is Kind.TOOL}
-        if not later:
+    async def effects_of(self, events: Iterable[Event]) -> list[str]:
+        """Return the calls of these events whose effect must happen only once, as text."""
+        calls = {self.scope_of(event.address) for event in events if event.kind is Kind.TOOL}
+        if not calls:
             return []
         found = await effects(self.client, of_session(self.session))
-        return [str(input) for input, _ in found if input.call in later]
+        return [str(input) for input, _ in found if input.call in calls]
 
     async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
         """Record the result of an effect. Raises SessionBusy if another process has taken it over."""

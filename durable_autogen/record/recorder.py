@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -353,17 +353,29 @@ class Recorder:
         """Wait until the caller is cancelled, as in the recorded run. If that takes too long, report drift."""
         differing = self._replay.differences(event, call)
         if differing:
-            await self.drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
+            await self._drift_of(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
         on_replay(event.content)
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed}
         await asyncio.wait(watched, timeout=DRIFT_PATIENCE + 2 * waited_ms / 1000)
         self._check_not_failed()
-        await self.drift(
-            event.seq - 1,
-            f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it",
+        await self._drift_of(
+            event, f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
         )
+
+    async def _drift_of(self, event: Event, what: str) -> None:
+        """Handle the drift of a given-up call: raise DriftError, or revoke its event and make the call live.
+
+        Keep all other events. Given-up calls are replayed outside the order of events, so the program may have got
+        later events already.
+        """
+        self.differs(what)
+        async with self._record_lock:
+            if event in self.journal.events:  # otherwise another drift has revoked it meanwhile
+                self.journal.log.warning("session %s makes this call live", self.journal.session)
+                await self._warn_of_effects([event])
+                await self.journal.revoke([event], what, is_another_program=True)
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
         call = live.call
@@ -549,6 +561,8 @@ class Recorder:
             live = self._given_up[0]
             try:
                 event = await self._record(live, GivenUp(streamed=live.streamed(), was_made=live.was_made))
+                if self._budget is not None:
+                    self._budget.recorded(event)
                 self.setbacks.add(event, None, live.caller, continued=live.continued)
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
@@ -585,11 +599,13 @@ class Recorder:
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""
         if self.on_drift == "stop":
-            raise DriftError(
+            error = DriftError(
                 f"this program differs from the one recorded in session {self.journal.session}: {what}. Restore the "
                 "recorded program, use a new session, or continue live from here with on_drift='continue' "
                 "(--on-drift continue)"
             )
+            self.stop(error)  # so that the run ends even if an agent takes the error for the result of its tool
+            raise error
         self.journal.log.warning("%s", what)
 
     async def drift(self, after: int, what: str) -> None:
@@ -597,13 +613,20 @@ class Recorder:
         session = self.journal.session
         self.differs(what)
         self.ended = None
-        left = len(self._replay.ahead)
-        self.journal.log.warning("session %s continues live from here; %d recorded event(s) are dropped", session, left)
-        if dropped := await self.journal.effects_after(after):
+        async with self._record_lock:
+            left = len(self._replay.ahead)
+            self.journal.log.warning(
+                "session %s continues live from here; %d recorded event(s) are dropped", session, left
+            )
+            await self._warn_of_effects([event for event in self.journal.events if event.seq > after])
+            await self.journal.revoke_after(after, what)
+            self._replay.leave()
+
+    async def _warn_of_effects(self, dropped: Iterable[Event]) -> None:
+        """Log a warning if dropped events have calls whose effect must happen only once."""
+        if effects := await self.journal.effects_of(dropped):
             self.journal.log.warning(
                 "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
                 "calls again: %s",
-                *(len(dropped), ", ".join(dropped)),
+                *(len(effects), ", ".join(effects)),
             )
-        await self.journal.revoke_after(after, what)
-        self._replay.leave()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ class Terminal:
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
         self._reading: asyncio.Future[str] | None = None
-        """The line that a thread is reading. If the question is decided elsewhere, the line answers the next one."""
+        """The line that a thread is reading. If the question is decided elsewhere, the thread goes on reading."""
 
     @staticmethod
     def is_there() -> bool:
@@ -30,6 +31,7 @@ class Terminal:
     async def ask(self, question: str) -> tuple[bool, str] | None:
         """Ask the person; return whether the call may be made, and a reason. Return None at the end of the input."""
         async with self._one_at_a_time:
+            self._forget_earlier_lines()
             print(f"[Nexum] {question}", file=sys.stderr)
             while True:
                 # End the line, so that the next line of a log doesn't run into the question.
@@ -44,6 +46,21 @@ class Terminal:
                     return False, no[1] or ""
                 if said:
                     print(f"[Nexum] {said[:MAX_REPEATED]!r} is neither yes nor no", file=sys.stderr)
+
+    def _forget_earlier_lines(self) -> None:
+        """Drop what was typed before the question is shown: a "yes" to another question must not approve this one."""
+        if self._reading is not None and self._reading.done():
+            self._reading = None
+        if sys.platform == "win32":
+            import msvcrt
+
+            while msvcrt.kbhit():
+                msvcrt.getwch()
+        else:
+            import termios
+
+            with contextlib.suppress(termios.error):  # the input isn't a terminal any more
+                termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
 
     async def _line(self) -> str:
         if self._reading is None:

@@ -187,6 +187,60 @@ def test_person_at_the_terminal_is_asked(folder: Path) -> None:
     assert ledger(folder) == ["c-1 1"]
 
 
+# Two questions. The first one is decided elsewhere, and then a person types two lines: the first line is read, and the
+# second one still waits in the terminal when the second question comes.
+TWO_QUESTIONS = """
+import asyncio, select, sys
+from durable_autogen.record.terminal import Terminal
+
+async def main():
+    terminal = Terminal()
+    asking = asyncio.create_task(terminal.ask("first?"))
+    while terminal._reading is None:
+        await asyncio.sleep(0.01)
+    asking.cancel()
+    await asyncio.wait({asking})
+    print("decided elsewhere", flush=True)
+    while not terminal._reading.done():
+        await asyncio.sleep(0.01)
+    print("read", flush=True)
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        await asyncio.sleep(0.01)
+    print("ANSWER", await terminal.ask("second?"))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_line_that_was_typed_before_a_question_does_not_answer_it(folder: Path) -> None:
+    import pty
+
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWO_QUESTIONS],
+        cwd=folder,
+        env=environment(),
+        stdin=its_end,
+        stdout=its_end,
+        stderr=its_end,
+    )
+    os.close(its_end)
+    try:
+        until(terminal, "decided elsewhere")
+        os.write(terminal, b"yes\n")
+        until(terminal, "read\r\n")
+        os.write(terminal, b"yes\n")
+        until(terminal, f"second?\r\n{PROMPT}")
+        os.write(terminal, b"no\n")
+        assert "ANSWER (False, '')" in until(terminal, None)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(terminal)
+
+
 def until(terminal: int, text: str | None) -> str:
     """Return what a terminal shows up to `text`; without `text`, until its programs have ended."""
     shown = ""

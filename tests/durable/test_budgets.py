@@ -140,6 +140,23 @@ async def test_model_without_a_price_is_told_once_and_its_tokens_count(shared_se
     ]
 
 
+async def test_price_is_known_after_a_call_that_was_given_up(shared_server: Server) -> None:
+    run = Run(shared_server, Budget(usd=1))
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    async def program() -> None:
+        model = Priced(run.happened, hangs)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(asked(model), 0.5)
+        await asked(model)
+
+    await run.start(program)
+    assert len(run.happened) == 2
+    assert run.told("no price is known") == []
+
+
 async def test_model_that_reports_no_usage_is_told_once(shared_server: Server) -> None:
     for budget, told in ((Budget(tokens=10), 1), (Budget(model_calls=10), 0)):
         run = Run(shared_server, budget)

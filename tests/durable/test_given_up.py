@@ -20,6 +20,8 @@ from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_
 from harness import Server
 from pydantic import BaseModel
 
+from durable_autogen import DriftError, current_session
+
 pytestmark = pytest.mark.every_python
 
 
@@ -275,3 +277,95 @@ async def test_tool_answers_call_with_already_cancelled_token(shared_server: Ser
     for _ in range(2):
         assert await inside(shared_server, program, session) == "cancelled before it began"
     assert happened == ["ran"]
+
+
+# ---- A program that no longer gives the call up ----------------------------------------------------------------------
+
+
+def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Set how long a replay waits for a call to be given up."""
+    monkeypatch.setattr("durable_autogen.record.recorder.DRIFT_PATIENCE", seconds)
+
+
+async def hasty(*models: Scripted) -> None:
+    """Ask the models at the same time, each as an agent of its name, and give all of them up."""
+
+    async def one(model: Scripted) -> str:
+        with current_session().agent(model.name):
+            return await asked(model)
+
+    asking = [asyncio.wait_for(one(model), GIVEN_UP_AFTER) for model in models]
+    assert all(isinstance(end, asyncio.TimeoutError) for end in await asyncio.gather(*asking, return_exceptions=True))
+
+
+async def test_late_drift_of_a_given_up_call_drops_nothing_that_the_program_got(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience(monkeypatch, 0.5)
+    session, model = new_session(), Scripted(happened, name="b")
+
+    async def recorded() -> list[str]:
+        await hasty(Scripted(happened, hangs, name="a"))
+        return [await asked(model) for _ in range(3)]
+
+    async def changed() -> list[str]:
+        async def patient() -> str:
+            with current_session().agent("a"):
+                return await asked(Scripted(happened, name="a"))
+
+        waiting = asyncio.create_task(patient())
+        answers = [await asked(model) for _ in range(5)]
+        return [*answers, await waiting]
+
+    first = await inside(shared_server, recorded, session)
+    lines: list[str] = []
+    second = await inside(shared_server, changed, session, lines, on_drift="continue")
+    assert second[:3] == first
+    assert any("this run still waits for it" in line for line in lines)
+    assert happened == ["a", "b", "b", "b", "b", "b", "a"]
+    assert await inside(shared_server, changed, session) == second
+    assert len(happened) == 7
+
+
+async def test_two_given_up_calls_may_both_be_made_live(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience(monkeypatch, 0.2)
+    session = new_session()
+
+    async def changed() -> list[str]:
+        async def one(name: str) -> str:
+            with current_session().agent(name):
+                return await asked(Scripted(happened, name=name))
+
+        return list(await asyncio.gather(one("a"), one("b")))
+
+    await inside(
+        shared_server, lambda: hasty(Scripted(happened, hangs, name="a"), Scripted(happened, hangs, name="b")), session
+    )
+    second = await inside(shared_server, changed, session, on_drift="continue")
+    assert sorted(happened) == ["a", "a", "b", "b"]
+    assert await inside(shared_server, changed, session) == second
+    assert len(happened) == 4
+
+
+async def test_drift_of_a_given_up_tool_ends_the_run_although_an_agent_takes_it_for_a_result(
+    shared_server: Server, happened: list[str]
+) -> None:
+    session = new_session()
+
+    async def work(number: int) -> str:
+        """Work on a number."""
+        happened.append(f"work {number}")
+        return await hangs()
+
+    async def program(number: int) -> str:
+        tool = FunctionTool(work, work.__doc__ or "", name="work")
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(tool.run_json({"number": number}, CancellationToken()), GIVEN_UP_AFTER)
+        return await asked(Scripted(happened))
+
+    await inside(shared_server, lambda: program(1), session)
+    with pytest.raises(DriftError, match="is not what this run asks for"):
+        await inside(shared_server, lambda: program(2), session)
+    assert happened == ["work 1", "model"]
