@@ -19,11 +19,12 @@ from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
-from durable_autogen.record.events import Begun, Kind, representable
+from durable_autogen.record.events import Begun, Kind
 from durable_autogen.record.failures import end
 from durable_autogen.record.place import closing
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
+from durable_autogen.record.surrogates import representable
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.policy import Policy

@@ -7,6 +7,7 @@ plaintext and sends no token: any program could listen there.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import ipaddress
 import os
 import re
@@ -174,7 +175,8 @@ async def tls_obstacle(target: str, security: Security) -> AccessDenied | None:
 
     gRPC reports UNAVAILABLE for a TLS failure, and also for other reasons, such as a server that restarts.
     """
-    finding = asyncio.ensure_future(_tls_obstacle(target, security))
+    # Connect without the caller's context variables: a durable session would take this connection for the program's.
+    finding = contextvars.Context().run(asyncio.ensure_future, _tls_obstacle(target, security))
     try:
         await asyncio.wait({finding}, timeout=HANDSHAKE_TIMEOUT)
         return finding.result() if finding.done() else None

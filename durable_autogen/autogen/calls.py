@@ -42,11 +42,12 @@ from durable_autogen.autogen.values import (
 )
 from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import ToolError
-from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned, representable
+from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
 from durable_autogen.record.failures import end, in_a_task, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
 from durable_autogen.record.place import Place, closing, current, recorded_call, start_at
 from durable_autogen.record.recorder import Answer, Performed, Recorder
+from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import InvalidRequest, first_problem

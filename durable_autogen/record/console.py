@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from durable_autogen.record.events import Call, Kind, Returned, representable
+from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import at, current
 from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.surrogates import representable
 from durable_autogen.record.while_open import while_open
 
 

@@ -412,7 +412,6 @@ AGENT_EVENT = workflow("agent-event", input=EventInput).effect("event", Event).b
 
 # ---- Values ----------------------------------------------------------------------------------------------------------
 
-_HALVES = re.compile("[\ud800-\udfff]")
 _FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
 
 
@@ -458,17 +457,6 @@ def decoded(value: Any) -> Any:
     if _TEXT in value:
         return json.loads(value[_TEXT])
     return {key: decoded(item) for key, item in value.get(_DICT, value).items()}
-
-
-def representable(value: Any) -> Any:
-    """Return a JSON-like value with each lone surrogate replaced: databases can't store lone surrogates."""
-    if isinstance(value, str):
-        return _HALVES.sub("\ufffd", value) if not value.isascii() else value
-    if isinstance(value, dict):
-        return {representable(key): representable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [representable(item) for item in value]
-    return value
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

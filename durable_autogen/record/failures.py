@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, get_args
 
@@ -15,9 +15,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
+from durable_autogen.record.surrogates import has_surrogates, representable
+
 T = TypeVar("T")
 
 MAX_TEXT = 20_000  # characters; an error's text is cut if it is longer; a longer argument or attribute is left out
+
+MAX_GROUP = 100  # exceptions; of a larger ExceptionGroup, only the first ones are recorded
 
 Plain = str | int | float | bool | None
 
@@ -39,12 +43,15 @@ class Failure(BaseModel):
     attributes: dict[str, Plain] = {}
     validation: list[dict[str, Any]] | None = None
     """The list of errors in a pydantic ValidationError. Such an exception is built from this list, not from `args`."""
+    group: list[Failure] | None = None
+    """The exceptions in an ExceptionGroup. `args` then holds only the group's message."""
 
     @classmethod
     def of(cls, error: Exception) -> Failure:
         """Return an exception as a Failure."""
         kind = type(error)
-        args = [_plain(one) for one in _made_with(error)]
+        group = _group(error)
+        args = [_plain(one) for one in (_made_with(error) if group is None else [getattr(error, "message", "")])]
         return cls(
             module=kind.__module__,
             name=kind.__qualname__,
@@ -52,6 +59,7 @@ class Failure(BaseModel):
             args=None if _NOT_PLAIN in args else args,
             attributes={name: one for name, value in vars(error).items() if (one := _plain(value)) is not _NOT_PLAIN},
             validation=_validation_errors(error),
+            group=None if group is None else [cls.of(one) for one in group],
         )
 
     def again(self) -> Exception:
@@ -64,7 +72,7 @@ class Failure(BaseModel):
         ways: list[Callable[[], Exception]] = [] if self.validation is None else [self._validation_error]
         if kind is not None and issubclass(kind, Exception):
             if self.args is not None:
-                ways.append(lambda: self._if_same(kind(*self.args or ()), kind))
+                ways.append(lambda: self._if_same(kind(*self._args()), kind))
             ways.append(lambda: self._if_same(self._without_constructor(kind), kind))
             ways += [partial(self._derived_from, base) for base in kind.__mro__ if issubclass(base, Exception)]
         ways.append(partial(self._derived_from, RecordedFailure))
@@ -102,9 +110,16 @@ class Failure(BaseModel):
         return error
 
     def _without_constructor(self, kind: Any) -> Exception:
-        error: Exception = kind.__new__(kind)
-        error.args = (self.text,) if self.args is None else tuple(self.args)
+        # An ExceptionGroup gets its members from __new__.
+        is_group = self.group is not None and getattr(kind, "exceptions", None) is not None
+        error: Exception = kind.__new__(kind, *self._args()) if is_group else kind.__new__(kind)
+        error.args = (self.text,) if self.args is None else self._args()
         return error
+
+    def _args(self) -> tuple[Any, ...]:
+        """Return the constructor's arguments."""
+        members = [] if self.group is None else [[one.again() for one in self.group]]
+        return (*(self.args or ()), *members)
 
 
 def class_named(module: str, name: str, base: type) -> type | None:
@@ -158,17 +173,26 @@ def _made_with(error: Exception) -> tuple[Any, ...]:
     return error.args
 
 
+def _group(error: Exception) -> Sequence[Exception] | None:
+    """Return the exceptions in an ExceptionGroup. Return None for another exception."""
+    # Python 3.10 has no ExceptionGroup, but anyio and others use the class of the package `exceptiongroup` there.
+    if not any(one.__name__ == "BaseExceptionGroup" for one in type(error).__mro__):
+        return None
+    members: Sequence[Exception] = getattr(error, "exceptions", ())
+    return members[:MAX_GROUP]
+
+
 def _plain(value: object) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return _NOT_PLAIN
     if isinstance(value, str):
-        return value if len(value) <= MAX_TEXT else _NOT_PLAIN
+        return _NOT_PLAIN if len(value) > MAX_TEXT or has_surrogates(value) else value
     return value if value is None or isinstance(value, (bool, int, float)) else _NOT_PLAIN
 
 
 def _text(error: Exception) -> str:
     try:
-        text = str(error)
+        text: str = representable(str(error))
     except Exception as unsaid:  # noqa: BLE001 - the program's __str__ may raise anything
         text = f"(its text can't be read: {type(unsaid).__name__})"
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [cut]"

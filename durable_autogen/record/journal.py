@@ -33,10 +33,10 @@ from durable_autogen.record.events import (
     Summary,
     end_of,
     read_record,
-    representable,
     scope_of,
 )
 from durable_autogen.record.log import LOG
+from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound

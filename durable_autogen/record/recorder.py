@@ -29,7 +29,6 @@ from durable_autogen.record.events import (
     Kind,
     Raised,
     Returned,
-    representable,
 )
 from durable_autogen.record.failures import Failure, end, in_a_task, ordinary
 from durable_autogen.record.handled_failures import Caller, Setbacks, continues
@@ -37,6 +36,7 @@ from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, current, start_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
+from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 

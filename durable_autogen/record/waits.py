@@ -25,11 +25,11 @@ from durable_autogen.record.events import (
     encoded,
     end_of_wait,
     name_of,
-    representable,
 )
 from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
+from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from openai_server import OpenAIServer
 from server_thread import ServerThread
 
 from durable_autogen import DurableSession
-from durable_autogen.record.failures import MAX_TEXT, Failure, RecordedFailure
+from durable_autogen.record.failures import MAX_GROUP, MAX_TEXT, Failure, RecordedFailure
 
 
 async def test_call_of_outer_agent_shows_that_failure_was_survived(server: ServerThread) -> None:
@@ -241,3 +243,25 @@ def test_failure_of_unloaded_class_has_its_name_and_text() -> None:
         found = Failure(module=module, name=name, text="no", attributes={"status": 1}).again()
         assert isinstance(found, RecordedFailure)
         assert (type(found).__name__, str(found), vars(found)) == (name, "no", {"status": 1})
+
+
+def test_failure_with_lone_surrogates_is_recorded() -> None:
+    missing = again(FileNotFoundError(2, "no such file", "caf\udce9"))
+    assert isinstance(missing, FileNotFoundError)
+    assert str(missing) == "[Errno 2] no such file: 'caf\\udce9'"
+    odd = again(ValueError("caf\udce9"))
+    assert (isinstance(odd, ValueError), str(odd)) == (True, "caf\ufffd")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="ExceptionGroup is new in Python 3.11")
+def test_exception_group_is_built_with_its_members() -> None:
+    group: Any = getattr(builtins, "ExceptionGroup")  # noqa: B009 - Python 3.10 has no such name
+    inner = group("two", [Plain("no", 503), KeyError("x")])
+    found: Any = again(group("one", [ValueError("a"), inner]))
+    assert (type(found), str(found)) == (group, "one (2 sub-exceptions)")
+    assert [repr(one) for one in found.exceptions[1].exceptions] == [repr(one) for one in inner.exceptions]
+    assert found.split(KeyError)[0].exceptions[0].exceptions[0].args == ("x",)
+
+    large: Any = again(group("many", [ValueError(number) for number in range(MAX_GROUP + 1)]))
+    assert (isinstance(large, group), str(large)) == (True, f"many ({MAX_GROUP + 1} sub-exceptions)")
+    assert [one.args for one in large.exceptions] == [(number,) for number in range(MAX_GROUP)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+import ssl
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,13 @@ from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.tools import FunctionTool
-from durable_agents import Own, Scripted, asked, call, inside, new_session, run, twice, word
-from harness import Server
+from durable_agents import Own, Scripted, agent, asked, call, inside, new_session, run, texts, twice, word
+from harness import Server, nexum_server
+from openai_server import OpenAIServer, Reply
 from web_servers import LoopbackServer, page
 
-from durable_autogen import NotDurable
+from durable_autogen import DurableSession, NotDurable
+from nexum_engine import security
 
 pytestmark = pytest.mark.every_python
 
@@ -214,3 +219,33 @@ async def test_console_input_is_recorded_and_not_reported(
     assert sys.stdin.readline() == "fourth\n"
     assert about_outside(lines) == []
     assert input is before
+
+
+async def test_connection_to_restarted_server_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    restarted: list[Server] = []
+    starting = threading.Lock()
+    shake_hands = security._shake_hands
+
+    def reply(_: dict[str, Any]) -> Reply:
+        if len(model.requests) == 2:
+            server.process.kill()
+            server.process.wait()
+        return Reply("yes")
+
+    async def connect(target: str, context: ssl.SSLContext) -> OSError | EOFError | None:
+        failure = await shake_hands(target, context)
+        with starting:  # the client connects in two threads
+            if not restarted:  # start the server only now: the client has tried to connect by Python's sockets
+                restarted.append(stack.enter_context(nexum_server(tmp_path, port=server.port)))
+        return failure
+
+    monkeypatch.setattr(security, "_shake_hands", connect)
+    with ExitStack() as stack, OpenAIServer(reply) as model:
+        server = stack.enter_context(nexum_server(tmp_path))
+        async with DurableSession("s", nexum=server.address, on_unrecorded="stop", tell=lines.append):
+            one = agent(model, "one")
+            found = [texts(await one.run(task="Q"))[-1] for _ in range(3)]
+
+    assert (found, len(restarted)) == (["yes"] * 3, 1)
+    assert about_outside(lines) == []
