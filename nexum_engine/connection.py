@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeVar
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "localhost:50051"
 FIRST_ANSWER = 2.0  # seconds within which a Nexum server must give its first answer
+OTHER_ANSWERS = 0.3  # seconds to wait for the other servers after the first one has answered
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
 MAX_PAUSE = 20.0  # the longest pause between calls to an overloaded server, in seconds, without the random factor
@@ -54,6 +55,8 @@ class ServerInfo:
     """The absolute path of the server's database."""
     embedded: bool
     """Whether a program started the server for its own runs."""
+    database_id: str = ""
+    """The same for all servers on one database. Empty if the server is of an older version."""
 
 
 class Route(NamedTuple):
@@ -82,6 +85,8 @@ class Connection:
         self._database: Path | None = None
         self.targets: list[str] = []
         """HOST:PORT of each named server, in the order in which they are tried."""
+        self._database_ids: dict[str, str] = {}
+        """The last known `database_id` of each named server."""
         self._is_searching = address is None
         self.address = DEFAULT_ADDRESS if address is None else address
         """HOST:PORT of the server, or the path of its database."""
@@ -142,7 +147,8 @@ class Connection:
     async def reach(self) -> None:
         """If the server's address may change, look it up again.
 
-        Raises ServerUnavailable, NotANexumServer, AccessDenied.
+        Raises ServerUnavailable, NotANexumServer, AccessDenied, and InvalidRequest if the named servers have different
+        databases.
         """
         if self._is_searching:
             await self._search()
@@ -152,20 +158,46 @@ class Connection:
             await self._choose()
 
     async def _choose(self) -> None:
-        """Connect to the first named server that answers, beginning with the present one."""
+        """Connect to the first named server that answers, beginning with the present one.
+
+        Raises InvalidRequest if the servers have different databases. In the other database, a call that was made
+        already would be unknown, and would be made again.
+        """
         present = self.targets.index(self._latest().target)
-        failures = []
-        for target in (*self.targets[present:], *self.targets[:present]):
-            answer = await self._first_answer(target, ())
-            if not isinstance(answer, ServerError):
-                self._connect(target, ())
-                self.address, self._is_lost = target, False
-                return
-            failures.append(answer)
+        order = (*self.targets[present:], *self.targets[:present])
+        asking = {target: asyncio.create_task(self._first_answer(target, ())) for target in order}
+        try:
+            failures = []
+            for target in order:
+                answer = await asking[target]
+                if not isinstance(answer, ServerError):
+                    await asyncio.wait(asking.values(), timeout=OTHER_ANSWERS)
+                    self._compare_databases({name: one.result() for name, one in asking.items() if one.done()})
+                    self._connect(target, ())
+                    self.address, self._is_lost = target, False
+                    return
+                failures.append(answer)
+        finally:
+            for one in asking.values():
+                one.cancel()
+            await asyncio.gather(*asking.values(), return_exceptions=True)
         lasting = [error for error in failures if isinstance(error, (AccessDenied, NotANexumServer))]
         if len(lasting) == len(failures):
             raise lasting[0]
         raise ServerUnavailable("; ".join(dict.fromkeys(map(str, failures))))
+
+    def _compare_databases(self, answers: Mapping[str, ServerInfo | ServerError | None]) -> None:
+        """Raise InvalidRequest if the named servers have different databases, now or when they last answered."""
+        for target, answer in answers.items():
+            if isinstance(answer, ServerInfo) and answer.database_id:
+                self._database_ids[target] = answer.database_id
+        one, *others = [*self._database_ids] or [""]
+        for other in others:
+            if self._database_ids[one] != self._database_ids[other]:
+                raise InvalidRequest(
+                    f"the servers on {one} and {other} have different databases: name only servers of one database. "
+                    "If the database was replaced, start this program again"
+                )
 
     async def _search(self) -> None:
         """Connect to this folder's own server, else to the server on the default port."""
@@ -292,7 +324,7 @@ def _targets_in(address: str) -> list[str]:
 
 def server_info_of(answer: pb.ServerInfo) -> ServerInfo:
     """Return a server's answer to GetServerInfo as a ServerInfo."""
-    return ServerInfo(answer.database, answer.embedded)
+    return ServerInfo(answer.database, answer.embedded, answer.database_id)
 
 
 def _is_host(text: str) -> bool:

@@ -145,7 +145,8 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:
-        return pb.ServerInfo(database=self._store.opened_as, embedded=self._embedded)
+        store = self._store
+        return pb.ServerInfo(database=store.opened_as, embedded=self._embedded, database_id=store.database_id)
 
     @_rpc
     async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:

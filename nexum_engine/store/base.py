@@ -51,6 +51,11 @@ class Store(ABC):
 
     @property
     @abstractmethod
+    def database_id(self) -> str:
+        """A random value that tells the database from others. A copy, such as a restored backup, has the same value."""
+
+    @property
+    @abstractmethod
     def file(self) -> Path | None:
         """The database's file on this machine, or None if the database is not a file (PostgreSQL)."""
 

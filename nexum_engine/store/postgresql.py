@@ -39,6 +39,7 @@ from nexum_engine.store.postgresql_connection import (
     is_lost,
     line_of,
     open_database,
+    read_database_id,
     vacuum,
     without_password,
 )
@@ -78,7 +79,7 @@ class PostgresStore(GroupCommitStore):
 
     _reads_snapshots = True
 
-    def __init__(self, url: str, clock: Clock, connection: Connection, server: int) -> None:
+    def __init__(self, url: str, clock: Clock, connection: Connection, server: int, database_id: str) -> None:
         super().__init__()
         self._url = url
         self._clock = clock
@@ -88,6 +89,7 @@ class PostgresStore(GroupCommitStore):
         )
         self._connection: Connection | None = connection
         self._opened_as = without_password(url)
+        self._database_id = database_id
         self._next_comparison = 0.0
         self._server = server
         self._channel = channel_of(connection)
@@ -102,16 +104,21 @@ class PostgresStore(GroupCommitStore):
             connection = await asyncio.to_thread(open_database, database_url)
             server = secrets.randbits(62)
             await asyncio.to_thread(hold_server, connection, server)
+            database_id = await asyncio.to_thread(read_database_id, connection)
         except psycopg.Error as error:
             why = line_of(error)
             if "unsupported startup parameter" in why:
                 why += "; let the pool's role have the setting instead: ALTER ROLE … SET search_path = …"
             raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
-        return cls(database_url, clock, connection, server)
+        return cls(database_url, clock, connection, server, database_id)
 
     @property
     def opened_as(self) -> str:
         return self._opened_as
+
+    @property
+    def database_id(self) -> str:
+        return self._database_id
 
     @property
     def file(self) -> Path | None:

@@ -93,6 +93,14 @@ def open_database(url: str) -> Connection:
     return connection
 
 
+def read_database_id(connection: Connection) -> str:
+    """Return the value of `Store.database_id`."""
+    row = connection.execute("SELECT database_id FROM nexum_schema").fetchone()
+    assert row is not None
+    database_id: str = row["database_id"]
+    return database_id
+
+
 def _check_session(url: str, connection: Connection) -> None:
     """Raise StoreRefused if no notification arrives: then a pooler shares the connection's session among clients.
 

@@ -80,6 +80,10 @@ class SqliteStore(GroupCommitStore):
         return str(self._path)
 
     @property
+    def database_id(self) -> str:
+        return self._database.mark.hex()
+
+    @property
     def file(self) -> Path | None:
         return self._path
 

@@ -65,7 +65,8 @@ class DatabaseFile:
         self._log = os.open(self._log_path, flags)
         self._file_id, self._log_id = _file_id(self._file, self._path), _file_id(self._log, self._log_path)
         self._file_bytes = self._log_bytes = 0
-        self._mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
+        self.mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
+        """Random bytes that never change. A copy of the database has the same."""
         self._stamp = read_stamp(connection)
         self._stamp_in_file = self._stamp.own
         self._changes = 0
@@ -239,7 +240,7 @@ class DatabaseFile:
     def _is_ours(self) -> bool:
         """Return whether the open file still has this database's mark and stamp, and has not shrunk."""
         layout, size = self._layout, os.fstat(self._file).st_size
-        if size < self._file_bytes or blob_in(self._page(layout.mark_page)) != self._mark:
+        if size < self._file_bytes or blob_in(self._page(layout.mark_page)) != self.mark:
             return False
         self._file_bytes = size
         self._stamp_in_file = Stamp.decode(blob_in(self._page(layout.stamp_page))).own

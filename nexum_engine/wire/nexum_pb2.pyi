@@ -1211,17 +1211,21 @@ class ServerInfo(google.protobuf.message.Message):
 
     DATABASE_FIELD_NUMBER: builtins.int
     EMBEDDED_FIELD_NUMBER: builtins.int
+    DATABASE_ID_FIELD_NUMBER: builtins.int
     database: builtins.str
     """The absolute path of the database that the server has open."""
     embedded: builtins.bool
     """True if a run started the server, for the runs of one folder: the server ends with that run."""
+    database_id: builtins.str
+    """The same for all servers on one database, and different for other databases. A copy of a database has the same id."""
     def __init__(
         self,
         *,
         database: builtins.str = ...,
         embedded: builtins.bool = ...,
+        database_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["database", b"database", "embedded", b"embedded"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["database", b"database", "database_id", b"database_id", "embedded", b"embedded"]) -> None: ...
 
 global___ServerInfo = ServerInfo
 

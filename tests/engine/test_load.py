@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from nexum_wire import complete, connected, poll, register, start
-from server_thread import server_thread
+from server_thread import folders_of_one_database, server_thread
 
 from nexum_engine import connection
 from nexum_engine.client import NexumClient
@@ -149,11 +149,10 @@ async def test_server_with_too_many_rpcs_answers_in_these_words(
 
 async def test_client_leaves_a_server_with_too_many_rpcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.shuffle", lambda _: None)
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    with server_thread(tmp_path / "two") as two:
+    first_folder, second_folder = folders_of_one_database(tmp_path)
+    with server_thread(second_folder) as two:
         monkeypatch.setattr("nexum_engine.server.run.MAX_RPCS", 1)
-        with server_thread(tmp_path / "one") as one:
+        with server_thread(first_folder) as one:
             async with NexumClient(f"{one.address},{two.address}") as client, NexumClient(one.address) as other:
                 await client.ping()
                 assert client.address == one.address

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from certificates import FORMER, USE, private_file
-from harness import Server, nexum_server
-from server_thread import server_thread
+from harness import Server, free_port, nexum_server
+from server_thread import folders_of_one_database, server_thread
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import ServerUnavailable, TokenRefused
+from nexum_engine.errors import InvalidRequest, ServerUnavailable, TokenRefused
 from nexum_engine.owner import Owner
 from nexum_engine.server.access import Tokens
 from nexum_engine.worker import Binding, TaskContext, Worker
@@ -25,17 +25,12 @@ ONE = workflow("one").effect("a").build()
 
 
 def on_two_servers(stack: ExitStack, tmp_path: Path) -> list[Server]:
-    servers = []
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        servers.append(stack.enter_context(nexum_server(tmp_path / name)))
-    return servers
+    return [stack.enter_context(nexum_server(folder)) for folder in folders_of_one_database(tmp_path)]
 
 
 async def test_clients_use_all_servers_and_stay_with_one(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    with server_thread(tmp_path / "one") as one, server_thread(tmp_path / "two") as two:
+    first_folder, second_folder = folders_of_one_database(tmp_path)
+    with server_thread(first_folder) as one, server_thread(second_folder) as two:
         servers = (one, two)
         address = ", ".join([*(server.address for server in servers), "127.0.0.1:1"])
         used = set()
@@ -80,6 +75,38 @@ async def test_calls_and_worker_continue_with_another_server(tmp_path: Path) -> 
             await working
 
 
+async def test_servers_of_different_databases_are_refused(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with server_thread(tmp_path / "one") as one, server_thread(tmp_path / "two") as two:
+        async with NexumClient(f"{one.address},{two.address}") as client:
+            with pytest.raises(InvalidRequest, match="have different databases: name only servers of one database"):
+                await client.ping()
+
+
+async def test_another_database_is_refused_when_its_server_replaces_a_lost_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    port = free_port()
+    with server_thread(tmp_path / "one") as one:
+        client = NexumClient(f"{one.address},127.0.0.1:{port}")
+        await client.register_workflow(ONE)
+    with server_thread(tmp_path / "two", listen=f"127.0.0.1:{port}"):
+        async with client:
+            with pytest.raises(InvalidRequest, match="have different databases"):
+                await client.start_execution(ONE, {}, idempotency_key="k", patience=20)
+
+
+async def test_worker_ends_if_the_servers_have_different_databases(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with server_thread(tmp_path / "one") as one, server_thread(tmp_path / "two") as two:
+        async with NexumClient(f"{one.address},{two.address}") as client:
+            worker = Worker(client, [Binding(ONE, {"a": lambda _: asyncio.sleep(0)})])
+            with pytest.raises(InvalidRequest, match="have different databases"):
+                await asyncio.wait_for(worker.run(asyncio.Event()), 20)
+
+
 async def stack_client(address: str) -> NexumClient:
     client = NexumClient(address)
     await client.ping()
@@ -98,10 +125,9 @@ async def test_server_that_refuses_the_client_is_left_for_another_one(
     monkeypatch.setenv("NEXUM_TOKEN", USE)
     with ExitStack() as stack:
         servers = []
-        for name, token in (("one", FORMER), ("two", USE)):
-            (tmp_path / name).mkdir()
-            tokens = private_file(tmp_path / name / "tokens", f"ci use {token}\n")
-            servers.append(stack.enter_context(server_thread(tmp_path / name, tokens=Tokens(Path(tokens)))))
+        for folder, token in zip(folders_of_one_database(tmp_path), (FORMER, USE), strict=True):
+            tokens = private_file(folder / "tokens", f"ci use {token}\n")
+            servers.append(stack.enter_context(server_thread(folder, tokens=Tokens(Path(tokens)))))
         async with NexumClient(",".join(server.address for server in servers)) as client:
             async with Owner(client):
                 await client.ping()

@@ -65,6 +65,12 @@ def errors(outcomes: list[object]) -> list[object]:
     return [one for one in outcomes if isinstance(one, BaseException)]
 
 
+async def test_both_name_the_database_by_the_same_id(stores: tuple[Store, Store]) -> None:
+    one, other = stores
+    assert one.database_id == other.database_id
+    assert len(one.database_id) == 32
+
+
 async def test_key_started_on_both_gets_one_execution(stores: tuple[Store, Store]) -> None:
     await register(stores[0], ONE)
     for number in range(RACES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,19 @@ def server_thread(
         yield server
     finally:
         server.stop()
+
+
+def folders_of_one_database(parent: Path) -> tuple[Path, Path]:
+    """Make the folders `one` and `two`, each with a copy of one new database.
+
+    Clients take the servers of these folders for servers on one database.
+    """
+    one, two = parent / "one", parent / "two"
+    one.mkdir()
+    with server_thread(one):
+        pass
+    shutil.copytree(one, two)
+    return one, two
 
 
 class Secured:
