@@ -158,8 +158,6 @@ class Session:
         self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.address)
         """The server to name in printed commands. None if it is the server of this folder's database."""
         self._workflow = workflow
-        self._writing: set[asyncio.Task[None]] = set()
-        """The tasks that are writing entries to the session file."""
 
     async def __aenter__(self) -> Session:
         return self
@@ -169,7 +167,7 @@ class Session:
 
     async def close(self) -> None:
         """Finish the session file. Close the connection to the server, unless the session was given a client."""
-        await asyncio.gather(*self._writing)
+        await self.file.finish()
         if self._owns_client:
             await self._client.close()
 
@@ -201,16 +199,16 @@ class Session:
                         return recorded
                 started, origin = await self._start(call, deadline)
                 execution_id = started.execution_id
-                writing = asyncio.create_task(self.file.record(workflow.workflow_id, key, execution_id))
-                self._writing.add(writing)
-                writing.add_done_callback(self._writing.discard)
-                try:
-                    return await self._result_of(execution_id, call, origin, deadline, started.ended)
-                finally:
-                    # If StartExecution has already reported the execution's end, don't wait for the session file. Only
+                if started.ended is not None:
+                    # StartExecution has already reported the execution's end, so don't wait for the session file. Only
                     # this project's server reports the end so early, and this server also finds a call by its key.
-                    if started.ended is None:
-                        await writing
+                    self.file.record_soon(workflow.workflow_id, key, execution_id)
+                    return await self._result_of(execution_id, call, origin, deadline, started.ended)
+                writing = asyncio.create_task(self.file.record(workflow.workflow_id, key, execution_id))
+                try:
+                    return await self._result_of(execution_id, call, origin, deadline)
+                finally:
+                    await writing
             except ExecutionNotFound as gone:
                 # The server or its database was replaced, perhaps while this call waited. Start the call again.
                 if not deadline.left:

@@ -131,6 +131,32 @@ class _Work:
         """Whether the work has begun, and its effect must happen only once."""
         self.acknowledged = False
         """Whether the server has accepted or refused the report."""
+        self.reporting: asyncio.Task[None] | None = None
+        """The report, after the handler has ended."""
+
+
+class _Wait:
+    """The present task's wait for an answer of the server. A stopping worker limits the wait."""
+
+    def __init__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self.is_given_up = False
+        """Whether the limit was reached, and the task was cancelled for that reason."""
+
+    def limit(self, seconds: float) -> None:
+        """Cancel the task in `seconds`, unless the wait ends before."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        assert self._task is not None
+        self.is_given_up = True
+        self._task.cancel()
+
+    def end(self) -> None:
+        """End the wait. The task is no longer cancelled."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class Worker:
@@ -203,8 +229,7 @@ class Worker:
         self._loop: tuple[asyncio.AbstractEventLoop, int] | None = None
         """The event loop and the id of its thread."""
         self._told_to_stop = asyncio.Event()
-        self._stopped: asyncio.Task[bool] | None = None
-        self._reports: set[asyncio.Task[None]] = set()
+        self._waits: set[_Wait] = set()
         self._closing = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -215,7 +240,6 @@ class Worker:
         """
         self._loop = asyncio.get_running_loop(), threading.get_ident()
         connection = asyncio.create_task(self._stay_connected(), name="worker's heartbeat")
-        self._stopped = asyncio.create_task(self._told_to_stop.wait(), name="told to stop")
         slots = [asyncio.create_task(self._slot(), name=f"slot {n + 1}") for n in range(self._concurrency)]
         stopping = asyncio.ensure_future(stop.wait())
         try:
@@ -227,25 +251,33 @@ class Worker:
             await self._drain(slots)
         finally:
             self._closing = True
-            self._told_to_stop.set()
+            self._tell_to_stop()
             for task in (connection, stopping, *slots):
                 task.cancel()
             await asyncio.gather(connection, stopping, *slots, return_exceptions=True)
             # Finish the reports that have begun, even if the worker was cancelled.
-            await asyncio.gather(*self._reports, return_exceptions=True)
+            reports = [work.reporting for work in self._at_work.values() if work.reporting is not None]
+            await asyncio.gather(*reports, return_exceptions=True)
 
     async def _drain(self, slots: Sequence[asyncio.Task[None]]) -> None:
         held = len(self._at_work)
         if held:
             logger.info("stopping: finishing %d task(s) first (Ctrl+C again to abandon them)", held)
-        self._told_to_stop.set()
+        self._tell_to_stop()
         self._heartbeat.draining = True
         self._heartbeat.beat()
-        # Wake the slots that wait for a connection, so that these slots end. They hold no task.
+        # Wake the slots that wait for a connection, so that these slots end. They run no task.
         self._heartbeat.connected.set()
         await asyncio.wait(slots)
         for slot in slots:
             slot.result()
+
+    def _tell_to_stop(self) -> None:
+        """Let the slots take no further task, and limit the waits for the server's answers."""
+        if not self._told_to_stop.is_set():
+            self._told_to_stop.set()
+            for wait in self._waits:
+                wait.limit(STOP_PATIENCE)
 
     # ---- The connection ----------------------------------------------------------------------------------------------
 
@@ -304,40 +336,40 @@ class Worker:
     # ---- One slot ----------------------------------------------------------------------------------------------------
 
     async def _slot(self) -> None:
-        polling: asyncio.Task[_Work | None] | None = None
+        work: _Work | None = None
         refusals = 0
-        try:
-            while True:
-                if polling is None:
-                    if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
-                        await self._heartbeat.connected.wait()
-                    if self._told_to_stop.is_set():
-                        return
-                    polling = self._begin_poll()
-                try:
-                    work = await polling
-                    refusals = 0
-                except ServerUnavailable as unavailable:
-                    # The lost answer may have contained a task. Send heartbeats now: they don't name that task, so the
-                    # server soon hands out the task again.
-                    self._heartbeat.beat()
-                    if isinstance(unavailable, ServerNotReady) and not self._is_refusal_logged:
-                        self._is_refusal_logged = True
-                        logger.warning("no task from %s, retrying: %s", self._client.address, unavailable)
-                    await wait_until_set(self._told_to_stop, pause_after(unavailable, refusals))
-                    refusals += isinstance(unavailable, ServerNotReady)
-                    work = None
-                except ServerFault as error:
-                    logger.warning("no task from %s, retrying: %s", self._client.address, error)
-                    await wait_until_set(self._told_to_stop, FAULT_DELAY)
-                    work = None
-                polling = None if work is None else await self._hold(work)
-        finally:
-            if polling is not None:
-                polling.cancel()
+        while await self._may_poll():
+            next_work = None
+            try:
+                # Poll while the report of `work` is under way, so that one message has both.
+                next_work = await self._next_work()
+                refusals = 0
+            except ServerUnavailable as unavailable:
+                # The lost answer may have contained a task. Send heartbeats now: they don't name that task, so the
+                # server soon hands out the task again.
+                self._heartbeat.beat()
+                if isinstance(unavailable, ServerNotReady) and not self._is_refusal_logged:
+                    self._is_refusal_logged = True
+                    logger.warning("no task from %s, retrying: %s", self._client.address, unavailable)
+                await wait_until_set(self._told_to_stop, pause_after(unavailable, refusals))
+                refusals += isinstance(unavailable, ServerNotReady)
+            except ServerFault as error:
+                logger.warning("no task from %s, retrying: %s", self._client.address, error)
+                await wait_until_set(self._told_to_stop, FAULT_DELAY)
+            await self._reported(work)
+            work = next_work
+            if work is not None:
+                await self._hold(work)
+            # With `after_report`, or with a published server, poll only after the answer to the report.
+            if self._after_report is not None or not self._streams:
+                await self._reported(work)
+        await self._reported(work)
 
-    def _begin_poll(self) -> asyncio.Task[_Work | None]:
-        return asyncio.create_task(self._next_work(), name="poll")
+    async def _may_poll(self) -> bool:
+        """Wait until the worker is connected or told to stop. Return whether it takes tasks."""
+        if not self._told_to_stop.is_set():  # when stopping, don't wait: the server may never come back
+            await self._heartbeat.connected.wait()
+        return not self._told_to_stop.is_set()
 
     async def _next_work(self) -> _Work | None:
         requested = time.monotonic()
@@ -366,39 +398,51 @@ class Worker:
 
     async def _answer(self, call: Awaitable[T]) -> T:
         """Return the answer to `call`. A stopping worker waits STOP_PATIENCE seconds, then raises ServerUnavailable."""
-        calling = asyncio.ensure_future(call)
-        assert self._stopped is not None
+        # Await the call in the present task. Another task would need three more turns of the event loop.
+        wait = _Wait()
+        self._waits.add(wait)
+        if self._told_to_stop.is_set():
+            wait.limit(STOP_PATIENCE)
         try:
-            await asyncio.wait({calling, self._stopped}, return_when=asyncio.FIRST_COMPLETED)
-            if not calling.done():
-                await asyncio.wait({calling}, timeout=STOP_PATIENCE)
-            if not calling.done():
-                raise ServerUnavailable(
-                    f"the worker is stopping, and {self._client.address} did not answer within {STOP_PATIENCE:g} s"
-                )
-            return calling.result()
+            return await call
+        except asyncio.CancelledError:
+            if not wait.is_given_up:
+                raise
+            # `run` may have cancelled this task, too. The task still ends soon, because the worker is stopping.
+            raise ServerUnavailable(
+                f"the worker is stopping, and {self._client.address} did not answer within {STOP_PATIENCE:g} s"
+            ) from None
         finally:
-            calling.cancel()
+            wait.end()
+            self._waits.discard(wait)
 
-    async def _hold(self, work: _Work) -> asyncio.Task[_Work | None] | None:
-        """Run and report the task, unless its node already runs here. Return the slot's next poll if it has begun.
-
-        The next poll begins together with the report, so that one message has both.
-        """
-        node = work.task.execution_id, work.task.node_id, _index_of(work.task)
-        running = self._at_work.get(node)
+    async def _hold(self, work: _Work) -> None:
+        """Run the task and begin its report, unless its node already runs here."""
+        running = self._at_work.get(_node_of(work.task))
         if running is not None:
             self._adopt(running, work)
-            return None
-        self._at_work[node] = work
+            return
+        self._at_work[_node_of(work.task)] = work
         try:
-            return await self._run_task(work) if await self._may_begin(work) else None
+            if await self._may_begin(work):
+                work.reporting = asyncio.create_task(await self._run_task(work), name="report")
         finally:
-            del self._at_work[node]
-            # If the report got no answer, and the effect must happen only once, keep the task in the heartbeats.
-            # Otherwise the server would conclude that the task never began, and hand it out again.
-            if work.acknowledged or not work.once:
-                self._heartbeat.release(work.task.task_id)
+            if work.reporting is None:
+                self._release(work)
+
+    def _release(self, work: _Work) -> None:
+        del self._at_work[_node_of(work.task)]
+        # If the report got no answer, and the effect must happen only once, keep the task in the heartbeats. Otherwise
+        # the server would conclude that the task never began, and hand it out again.
+        if work.acknowledged or not work.once:
+            self._heartbeat.release(work.task.task_id)
+
+    @staticmethod
+    async def _reported(work: _Work | None) -> None:
+        """Wait until the report of the work, if any, has ended."""
+        if work is not None and work.reporting is not None:
+            # Shield the report: `run` cancels the slots, but finishes the reports that have begun.
+            await asyncio.shield(work.reporting)
 
     def _adopt(self, running: _Work, work: _Work) -> None:
         """Let the running work report as the new attempt, because the old attempt counts as lost on the server."""
@@ -425,7 +469,8 @@ class Worker:
                 return may_begin
         return True
 
-    async def _run_task(self, work: _Work) -> asyncio.Task[_Work | None] | None:
+    async def _run_task(self, work: _Work) -> Coroutine[Any, Any, None]:
+        """Run the task's handler. Return the call that reports its result."""
         task = work.task
         start = time.monotonic()
         context = _context(task, partial(self._send_progress, work))
@@ -443,8 +488,8 @@ class Worker:
             reason = _reason(error)
             report = partial(self._failure, reason=reason, final=final, unknown=unknown)
             outcome = "unknown" if unknown else "failed, no retry" if final else "failed"
-            return await self._report(work, what, start, report, outcome, reason)
-        return await self._report(work, what, start, partial(self._success, output=output), "finished")
+            return self._report(work, what, start, report, outcome, reason)
+        return self._report(work, what, start, partial(self._success, output=output), "finished")
 
     def _work_of(self, task: Task) -> tuple[Handler, NodeDefinition]:
         """Return the task's handler and node. Raises NotFound if this worker has no handler for the node.
@@ -556,54 +601,43 @@ class Worker:
         report: Callable[[Task], Coroutine[Any, Any, None]],
         outcome: str,
         reason: str = "",
-    ) -> asyncio.Task[_Work | None] | None:
-        """Report an attempt, and log its end in one line.
-
-        Return the poll for the next task if it has begun meanwhile; None otherwise.
-        """
+    ) -> None:
+        """Report an attempt, log its end in one line, and release the task."""
         task = work.task
-
-        async def report_newest() -> None:
-            while True:
-                newest = work.task
-                try:
-                    return await report(newest)
-                except StaleTask:
-                    if work.task is newest:
-                        raise
-                except (ServerUnavailable, ServerFault) as error:
-                    if not work.once:
-                        raise
-                    # Retry: without the report, nobody could tell whether the effect has happened.
-                    logger.warning("the report of %s is not stored, retrying: %s", what, error)
-                    await asyncio.sleep(FAULT_DELAY)
-
-        reporting = asyncio.create_task(self._answer(report_newest()))
-        self._reports.add(reporting)
-        reporting.add_done_callback(self._reports.discard)
         is_stored = False
-        # With `after_report`, or with a published server, the next poll begins only after the answer to the report.
-        may_poll = self._streams and self._after_report is None and not self._told_to_stop.is_set()
-        polling = self._begin_poll() if may_poll else None
         try:
-            await asyncio.shield(reporting)
-            is_stored = work.acknowledged = True
-        except (StaleTask, TaskNotFound, InvalidRequest) as error:
-            work.acknowledged = True
-            reason = f"refused by the server: {error}"
-        except NexumError as error:
-            reason = f"not reported{'' if work.once else ', so the task will be run again'}: {error}"
-        except asyncio.CancelledError:
-            if polling is not None:
-                polling.cancel()
-            raise
-        seconds = time.monotonic() - start
-        level = logging.INFO if outcome == "finished" and is_stored else logging.WARNING
-        in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
-        logger.log(level, "%-8s %s, %.2f s%s", outcome, what, seconds, f": {in_one_line}" if in_one_line else "")
-        if is_stored and self._after_report is not None:
-            self._after_report(task)
-        return polling
+            try:
+                await self._answer(self._report_newest(work, what, report))
+                is_stored = work.acknowledged = True
+            except (StaleTask, TaskNotFound, InvalidRequest) as error:
+                work.acknowledged = True
+                reason = f"refused by the server: {error}"
+            except NexumError as error:
+                reason = f"not reported{'' if work.once else ', so the task will be run again'}: {error}"
+            seconds = time.monotonic() - start
+            level = logging.INFO if outcome == "finished" and is_stored else logging.WARNING
+            in_one_line = " ".join(reason[:MAX_LOGGED_CHARACTERS].split())
+            logger.log(level, "%-8s %s, %.2f s%s", outcome, what, seconds, f": {in_one_line}" if in_one_line else "")
+            if is_stored and self._after_report is not None:
+                self._after_report(task)
+        finally:
+            self._release(work)
+
+    async def _report_newest(self, work: _Work, what: str, report: Callable[[Task], Coroutine[Any, Any, None]]) -> None:
+        """Report the newest attempt at the node, even if the server hands it out during the report."""
+        while True:
+            newest = work.task
+            try:
+                return await report(newest)
+            except StaleTask:
+                if work.task is newest:
+                    raise
+            except (ServerUnavailable, ServerFault) as error:
+                if not work.once:
+                    raise
+                # Retry: without the report, nobody could tell whether the effect has happened.
+                logger.warning("the report of %s is not stored, retrying: %s", what, error)
+                await asyncio.sleep(FAULT_DELAY)
 
 
 def _reason(error: Exception) -> str:
@@ -613,6 +647,11 @@ def _reason(error: Exception) -> str:
     except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__
         text = f"{type(error).__name__} (its message can't be shown)"
     return text[:MAX_REASON_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+
+
+def _node_of(task: Task) -> tuple[str, str, int | None]:
+    """Return the key that all attempts at the same node share."""
+    return task.execution_id, task.node_id, _index_of(task)
 
 
 def _index_of(task: Task) -> int | None:

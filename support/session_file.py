@@ -25,6 +25,7 @@ from support.console import say
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _LOCK_TIMEOUT = 30.0  # seconds
+_WRITE_DELAY = 0.1  # seconds until `record_soon` writes
 
 _Signature: TypeAlias = tuple[int, int, int]  # inode, time of the last change, size
 
@@ -76,12 +77,17 @@ class SessionFile:
         self._seen: _Signature | None = None
         self._unreadable: _Signature | None = None
         self._unwritten: deque[tuple[str, str, str]] = deque()
+        self._next_write: threading.Timer | None = None
         self._locks: list[tuple[threading.Lock, FileLock]] = []
         self.new_locks()
         _files.add(self)
 
     def new_locks(self) -> None:
-        """Make new locks, as a forked process must: if another thread held a lock at the fork, it stays locked here."""
+        """Make new locks, as a forked process must: if another thread held a lock at the fork, it stays locked here.
+
+        A forked process doesn't have the thread of the next write, either.
+        """
+        self._next_write = None
         one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
         # Keep the old locks: a deleted FileLock unlocks its file. If a forked process deleted one, the parent process
         # would lose its lock, too.
@@ -127,13 +133,29 @@ class SessionFile:
 
     async def record(self, workflow_id: str, key: str, execution_id: str) -> None:
         """Write an execution's id to the file. If the file can't be written, report that and raise no error."""
-        self._known.executions.setdefault(workflow_id, {})[key] = execution_id
-        self._unwritten.append((workflow_id, key, execution_id))
+        self._add(workflow_id, key, execution_id)
         await asyncio.to_thread(self._write_down)
+
+    def record_soon(self, workflow_id: str, key: str, execution_id: str) -> None:
+        """Do what `record` does, 0.1 s later and in a thread. Entries that come meanwhile share the write."""
+        self._add(workflow_id, key, execution_id)
+        if self._next_write is None:
+            # Not a daemon thread: the interpreter waits for the write before it ends.
+            self._next_write = threading.Timer(_WRITE_DELAY, self._write_down)
+            self._next_write.start()
+
+    async def finish(self) -> None:
+        """Write at once what `record_soon` has not written yet."""
+        if self._unwritten or self._one_thread().locked():
+            await asyncio.to_thread(self._write_down)
 
     async def create(self) -> None:
         """Create the file, with no calls in it, unless the file exists."""
         await asyncio.to_thread(self._write_down, new=True)
+
+    def _add(self, workflow_id: str, key: str, execution_id: str) -> None:
+        self._known.executions.setdefault(workflow_id, {})[key] = execution_id
+        self._unwritten.append((workflow_id, key, execution_id))
 
     def _known_id(self, workflow_id: str, key: str) -> str | None:
         return self._known.executions.get(workflow_id, {}).get(key)
@@ -166,6 +188,9 @@ class SessionFile:
         """Write the unwritten entries of all threads. If `new`, write the file even if there are no entries."""
         try:
             with self._one_thread():
+                if self._next_write is not None:
+                    self._next_write.cancel()
+                    self._next_write = None
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]
                 if new or entries:
                     with self._one_process():

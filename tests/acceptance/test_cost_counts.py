@@ -35,11 +35,11 @@ COSTS = {
     "server's fsyncs": (2, 2, 1, 0),
     "server's loop turns": (23.3, 22, 10.8, 10),
     "server's loop callbacks": (44, 32, 16, 3),
-    "worker's loop turns": (28.2, 0, 0, 10),
-    "worker's loop callbacks": (34.4, 0, 0, 6),
+    "worker's loop turns": (16.4, 0, 0, 10),
+    "worker's loop callbacks": (20.2, 0, 0, 6),
     "client's fsyncs": (0, 0, 0, 0),
-    "client's loop turns": (10, 15.1, 18.4, 10),
-    "client's loop callbacks": (12, 17.9, 26.4, 8),
+    "client's loop turns": (6, 15.1, 18.4, 10),
+    "client's loop callbacks": (6, 17.9, 26.4, 8),
 }
 
 

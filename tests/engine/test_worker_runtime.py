@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from server_thread import server_thread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, FinalError, InvalidRequest, ServerFault
-from nexum_engine.records import Execution, ExecutionStatus, Outcome
+from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
 from nexum_engine.server import Limits
 from nexum_engine.store import tasks
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker
+from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker, _Wait
 from nexum_engine.workflow import Workflow, workflow
 
 SOON = 15.0  # seconds
@@ -343,6 +343,71 @@ async def test_cancelled_worker_finishes_its_begun_report(address: str, client: 
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(running.run, SOON)
     assert (await client.get_execution(execution_id)).execution.status is ExecutionStatus.COMPLETED
+
+
+class Hung(NexumClient):
+    """A client whose polls never get an answer."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.polls = asyncio.Event()
+
+    async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
+        self.polls.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+async def test_stopped_worker_gives_up_its_polls_after_a_short_time(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.worker.STOP_PATIENCE", 0.1)
+    hung = Hung(address)
+    async with hung:
+        running = Running(Worker(hung, [Binding(ONE, {"a": _one})]))
+        await asyncio.wait_for(hung.polls.wait(), SOON)
+        await running.stop()
+
+
+async def test_worker_that_is_cancelled_while_it_stops_ends_at_once(address: str) -> None:
+    hung = Hung(address)
+    async with hung:
+        running = Running(Worker(hung, [Binding(ONE, {"a": _one})]))
+        await asyncio.wait_for(hung.polls.wait(), SOON)
+        stopping = asyncio.create_task(running.stop())
+        began = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.1)
+        assert not running.run.done()
+        running.run.cancel()
+        await asyncio.wait({stopping, running.run}, timeout=SOON)
+        assert running.run.cancelled()
+        assert asyncio.get_running_loop().time() - began < STOP_PATIENCE
+        await asyncio.gather(stopping, return_exceptions=True)
+
+
+@pytest.mark.parametrize("first", ["worker", "poll"])
+async def test_worker_that_is_cancelled_together_with_its_polls_ends(
+    address: str, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    monkeypatch.setattr("nexum_engine.worker.STOP_PATIENCE", 0.1)
+    hung = Hung(address)
+    async with hung:
+        worker = Running(Worker(hung, [Binding(ONE, {"a": _one})]))
+        give_up = _Wait._give_up
+
+        def cancel_both(wait: _Wait) -> None:
+            if first == "worker":
+                worker.run.cancel()
+            give_up(wait)
+            if first == "poll":
+                worker.run.cancel()
+
+        monkeypatch.setattr(_Wait, "_give_up", cancel_both)
+        await asyncio.wait_for(hung.polls.wait(), SOON)
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.wait({worker.run}, timeout=SOON)
+        assert worker.run.cancelled()
+        await asyncio.gather(stopping, return_exceptions=True)
 
 
 async def test_handler_cancelled_with_its_worker_is_not_reported_failed(address: str, client: NexumClient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,56 @@ async def test_calls_that_record_at_the_same_time_are_written_together(
     assert record is not None
     assert record.executions == {"w": {str(n): f"exec-{n}" for n in range(40)}}
     assert len(written) < 40  # one write has the entries of several calls
+
+
+async def test_entries_to_write_soon_share_the_write_that_finish_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("support.session_file._WRITE_DELAY", 3600.0)
+    file = SessionFile("s", tmp_path)
+    written: list[str] = []
+    monkeypatch.setattr(file, "_write", written.append)
+    for n in range(40):
+        file.record_soon("w", str(n), f"exec-{n}")
+        assert await file.find("w", str(n)) == f"exec-{n}"
+    assert not written
+    await file.finish()
+    (text,) = written
+    assert SessionRecord.model_validate_json(text).executions == {"w": {str(n): f"exec-{n}" for n in range(40)}}
+    await file.finish()
+    assert len(written) == 1
+    assert not [one for one in threading.enumerate() if isinstance(one, threading.Timer) and not one.finished.is_set()]
+
+
+async def test_finish_waits_for_a_write_that_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("support.session_file._WRITE_DELAY", 0.0)
+    file = SessionFile("s", tmp_path)
+    begun, go_on = threading.Event(), threading.Event()
+    write = file._write
+
+    def slow(text: str) -> None:
+        begun.set()
+        go_on.wait()
+        write(text)
+
+    monkeypatch.setattr(file, "_write", slow)
+    file.record_soon("w", "a", "exec-a")
+    assert await asyncio.to_thread(begun.wait, 30)
+    finishing = asyncio.create_task(file.finish())
+    await asyncio.sleep(0)
+    assert not finishing.done()
+    go_on.set()
+    await finishing
+    assert await SessionFile("s", tmp_path).find("w", "a") == "exec-a"
+
+
+def test_program_that_ends_writes_its_last_entries(tmp_path: Path) -> None:
+    program = "from support.session_file import SessionFile; SessionFile('s').record_soon('w', 'a', 'exec-a')"
+    with running(["-c", program], cwd=tmp_path) as process:
+        assert process.wait() == 0
+    record = SessionFile("s", tmp_path).load()
+    assert record is not None
+    assert record.executions == {"w": {"a": "exec-a"}}
 
 
 async def test_a_reader_waits_for_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
