@@ -127,8 +127,9 @@ class GroupCommitStore(Store):
         # loop.
         try:
             outcomes = self._run_batch([one.transition for one in batch], batch[0].kind)
-        except CommitFailed as error:
-            self._loop.call_soon_threadsafe(self._commit_failed, batch, error)
+        except Exception as error:  # noqa: BLE001 - also after a bug, every caller must get an answer
+            failure = error if isinstance(error, CommitFailed) else CommitFailed(error)
+            self._loop.call_soon_threadsafe(self._commit_failed, batch, failure)
         else:
             self._loop.call_soon_threadsafe(self._committed, batch, outcomes)
 
