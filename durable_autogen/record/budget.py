@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from durable_autogen.errors import BudgetExceeded
 from durable_autogen.record.events import (
-    PAGE,
     SERVER_PATIENCE,
     Call,
     Event,
@@ -27,6 +26,7 @@ from durable_autogen.record.events import (
     Record,
     Returned,
     Revoked,
+    all_executions,
     scope_of,
     usage_of,
 )
@@ -240,12 +240,12 @@ def _prefix(session: str) -> str:
 async def questions_of(
     client: NexumClient, session: str, *, patience: float = SERVER_PATIENCE
 ) -> list[tuple[BudgetQuestion, Execution]]:
-    """Return a session's newest questions with their executions, ordered by number."""
+    """Return a session's questions with their newest executions, ordered by number."""
     found: dict[int, tuple[BudgetQuestion, Execution]] = {}
-    for execution in await client.list_executions(
+    async for execution in all_executions(
+        client,
         workflow_id=BUDGET_QUESTION.workflow_id,
         key_prefix=_prefix(session),
-        limit=PAGE,
         with_nodes=True,
         patience=patience,
     ):

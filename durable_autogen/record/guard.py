@@ -26,7 +26,7 @@ from durable_autogen.record.effects import (
     kept_for,
     of_session,
 )
-from durable_autogen.record.events import PAGE, SERVER_PATIENCE, Call
+from durable_autogen.record.events import Call, cancel_running
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
@@ -42,7 +42,7 @@ from nexum_engine.approvals import (
     key_of,
 )
 from nexum_engine.client import Started
-from nexum_engine.errors import Conflict, InvalidRequest, NexumError, UnknownEffect
+from nexum_engine.errors import InvalidRequest, NexumError, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
@@ -246,16 +246,9 @@ class Guard:
         return guarded, decision.answer, decision.by
 
     async def _withdraw(self) -> None:
-        """Cancel the questions that nobody has decided: the server never prunes a session with a running execution."""
-        for execution in await self._client.list_executions(
-            workflow_id=approval_workflow().workflow_id,
-            status=ExecutionStatus.RUNNING.value,
-            key_prefix=f"{self._journal.session}:{NODE}/",
-            limit=PAGE,
-            patience=SERVER_PATIENCE,
-        ):
-            with contextlib.suppress(Conflict):  # it was decided in the meantime
-                await self._client.cancel_execution(execution.execution_id, by=f"session {self._journal.session}")
+        """Cancel the questions that nobody has decided."""
+        session = self._journal.session
+        await cancel_running(self._client, session, approval_workflow().workflow_id, f"{session}:{NODE}/")
 
     async def _ask_at_once(self, ask: Ask, execution_id: str, guarded: GuardedCall) -> None:
         """Ask the person at the terminal. Another person may decide first."""

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 import uuid
-from contextlib import suppress
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions, check_session_id
+from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions, cancel_running, check_session_id
 from durable_autogen.record.place import closing
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
@@ -106,19 +105,9 @@ async def send(
 async def cancel_expected(client: NexumClient, session: str) -> None:
     """Cancel the executions of events that the session has waited for and that were not sent.
 
-    The server never prunes a session with a running execution. If such an event is sent later, its execution is
-    started again.
+    If such an event is sent later, its execution is started again.
     """
-    while running := await client.list_executions(
-        workflow_id=SENT_EVENT.workflow_id,
-        status=ExecutionStatus.RUNNING.value,
-        key_prefix=f"{session}/",
-        limit=PAGE,
-        patience=SERVER_PATIENCE,
-    ):
-        for execution in running:
-            with suppress(Conflict):  # the event was sent in the meantime
-                await client.cancel_execution(execution.execution_id, by=f"session {session}")
+    await cancel_running(client, session, SENT_EVENT.workflow_id, f"{session}/")
 
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:

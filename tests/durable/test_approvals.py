@@ -26,6 +26,7 @@ from server_thread import ServerThread, server_thread
 
 from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
 from durable_autogen.autogen.fingerprints import describe_call
+from durable_autogen.record.events import PAGE
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import Connection
@@ -483,11 +484,12 @@ async def test_run_parks_when_all_calls_of_a_reply_wait(server: ServerThread) ->
     assert sorted(shop.charged) == ["c-1 1", "c-1 2"]
 
 
-async def test_question_of_a_call_that_the_program_gives_up_is_withdrawn(server: ServerThread) -> None:
+async def test_questions_of_calls_that_the_program_gives_up_are_withdrawn(server: ServerThread) -> None:
     shop = Shop(approval="always")
     async with DurableSession("s", nexum=server.address), NexumClient(server.address) as client:
-        calling = asyncio.ensure_future(shop.tool.run_json({"cents": 5}, CancellationToken()))
-        while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event
+        calls = range(PAGE + 1)
+        calling = asyncio.gather(*(shop.tool.run_json({"cents": cents}, CancellationToken()) for cents in calls))
+        while len(await client.pending_approvals()) < len(calls):  # noqa: ASYNC110 - nothing sets an event
             await asyncio.sleep(0.01)
         calling.cancel()
         await asyncio.wait({calling})
