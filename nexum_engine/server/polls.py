@@ -122,6 +122,9 @@ class Polls:
         finally:
             self._remove(poll)
             if poll.claim is not None:
+                # The poll no longer hears of tasks that become due. So its claim must not set the number of due tasks
+                # to 0: see `_count`.
+                poll.missed = True
                 # Release the task that the claim may have taken: the worker's call was cancelled during the claim.
                 self._begin_release(self._release_claimed(poll.claim))
 

@@ -34,10 +34,11 @@ def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awa
 
     def run(submitted: Transition, *args: Any, **options: Any) -> Submitted[Any]:
         run_it = partial(run_any, submitted, *args, **options)
-        if submitted is not transition:
-            return run_it()
+        outcome = instead(run_it) if submitted is transition else run_it()
+        if isinstance(outcome, Submitted):
+            return outcome
         given: Submitted[Any] = Submitted(asyncio.get_running_loop())
-        task = asyncio.ensure_future(_settle(given, instead(run_it)))
+        task = asyncio.ensure_future(_settle(given, outcome))
         settling.add(task)
         task.add_done_callback(settling.discard)
         return given
