@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -147,9 +148,9 @@ class _Stream:
         self._places.free -= 1
         answering = asyncio.create_task(self._answer(frame, context))
         self._calls[frame.call] = answering, context
-        answering.add_done_callback(lambda _: self._ended(frame.call))
+        answering.add_done_callback(partial(self._ended, frame.call))
 
-    def _ended(self, call: int) -> None:
+    def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         _, context = self._calls.pop(call)
         self._places.free += 1
         context.end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import suppress
 from dataclasses import astuple, replace
 
@@ -17,6 +17,7 @@ from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases, reading
 from nexum_engine.store.results import Changed, News, ReadyTask
+from nexum_engine.store.submitted import Submitted
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 
@@ -149,25 +150,18 @@ class Liveness:
     def _disconnected(self, worker_id: str) -> None:
         # Submit the shorter leases at once. If they were submitted later, they could come after the first heartbeat on
         # the worker's next stream, and shorten the leases of a worker that has reconnected.
-        stored = asyncio.ensure_future(self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS))
-        stored.add_done_callback(self._count_grace)
+        stored = self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS)
+        stored.when_stored(self._count_grace)
 
-    def _count_grace(self, stored: asyncio.Future[None]) -> None:
-        # Schedule no sweep if the shorter leases were not stored: the worker's leases then run out as before.
-        if not stored.cancelled() and stored.exception() is None:
-            self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
+    def _count_grace(self, _: None) -> None:
+        self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
 
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
-    async def carry_out(self, submitted: Awaitable[Changed]) -> None:
+    async def carry_out(self, submitted: Submitted[Changed]) -> None:
         """Wait until a submitted transition is stored. Its effects are applied even if the caller is cancelled."""
-        stored = asyncio.ensure_future(submitted)
-        stored.add_done_callback(self._apply_stored)
-        await asyncio.shield(stored)
-
-    def _apply_stored(self, stored: asyncio.Future[Changed]) -> None:
-        if not stored.cancelled() and stored.exception() is None:
-            self.apply(stored.result())
+        submitted.when_stored(self.apply)
+        await submitted
 
     def apply(self, changed: Changed) -> None:
         """Wake the polls, the waiters and the sweep that must act after a stored transition."""

@@ -16,6 +16,7 @@ from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 from nexum_engine.store import Store, tasks
 from nexum_engine.store.results import Claim, ReadyTask, Started
+from nexum_engine.store.submitted import Submitted
 
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
@@ -38,7 +39,7 @@ class _WaitingPoll:
         self.worker_id = worker_id
         self.version_hashes = version_hashes
         self.max_bytes = max_bytes
-        self.claim: asyncio.Future[Claim] | None = None
+        self.claim: Submitted[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
         self.missed = False
         """Whether a task became due after the claim was submitted. The claim may have missed that task."""
@@ -105,7 +106,7 @@ class Polls:
                 self._submit_claim(poll)
             while True:
                 if poll.claim is not None:
-                    claim = await asyncio.shield(poll.claim)
+                    claim = await poll.claim
                     poll.claim = None
                     if claim.task is not None:
                         return claim.task
@@ -121,6 +122,9 @@ class Polls:
         finally:
             self._remove(poll)
             if poll.claim is not None:
+                # The poll no longer hears of tasks that become due. So its claim must not set the number of due tasks
+                # to 0: see `_count`.
+                poll.missed = True
                 # Release the task that the claim may have taken: the worker's call was cancelled during the claim.
                 self._begin_release(self._release_claimed(poll.claim))
 
@@ -165,20 +169,17 @@ class Polls:
     def _submit_claim(self, poll: _WaitingPoll) -> None:
         poll.missed = False
         lease_ms, streamed = self.lease_of(poll.worker_id)
-        poll.claim = asyncio.ensure_future(
-            self._store.run(tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed)
+        poll.claim = self._store.run(
+            tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed
         )
-        poll.claim.add_done_callback(partial(self._count, poll))
+        poll.claim.when_stored(partial(self._count, poll))
 
-    def _count(self, poll: _WaitingPoll, done: asyncio.Future[Claim]) -> None:
+    def _count(self, poll: _WaitingPoll, claim: Claim) -> None:
         """Update the number of due tasks after a claim.
 
         Claims are counted in the order of their transactions. Otherwise a claim that found no task could set the number
         to 0 before an earlier claim subtracts its task, and the number would become too low.
         """
-        if done.cancelled() or done.exception() is not None:
-            return
-        claim = done.result()
         for version_hash, opens_ms in claim.opening:
             self._offer_at(version_hash, opens_ms)
         if claim.task is not None:
@@ -328,7 +329,7 @@ class Polls:
         self._releases.add(releasing)
         releasing.add_done_callback(self._releases.discard)
 
-    async def _release_claimed(self, claim: Awaitable[Claim]) -> None:
+    async def _release_claimed(self, claim: Submitted[Claim]) -> None:
         try:
             task = (await claim).task
         except Exception:  # noqa: BLE001 - the claim took no task, or the task's lease will run out

@@ -176,22 +176,20 @@ class NexumServicer(NexumServiceServicer):
         # cancelled at once.
         full_at = await self.queue.full_at()
         self.queue.add()
-        starting = asyncio.ensure_future(
-            self._store.run(
-                executions.start_execution,
-                request.workflow_id,
-                request.version_hash,
-                input_json,
-                request.idempotency_key,
-                attributes=dict(request.attributes),
-                max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
-                full_at=full_at,
-            )
+        starting = self._store.run(
+            executions.start_execution,
+            request.workflow_id,
+            request.version_hash,
+            input_json,
+            request.idempotency_key,
+            attributes=dict(request.attributes),
+            max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
+            full_at=full_at,
         )
+        starting.when_stored(self._started)
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
         self._polls.task_ready(task)
-        starting.add_done_callback(self._started)
-        started = await asyncio.shield(starting)
+        started = await starting
         # If the input is large, don't wait for the execution's end: the request would stay in memory until then.
         ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
@@ -222,38 +220,33 @@ class NexumServicer(NexumServiceServicer):
         )
 
     async def _submit_owned(self, request: pb.StartRequest, input_json: str) -> Started:
-        starting = asyncio.ensure_future(
-            self._store.run(
-                tasks.start_owned,
-                request.workflow_id,
-                request.version_hash,
-                input_json,
-                request.idempotency_key,
-                request.owner,
-                *self._polls.lease_of(request.owner),
-                request.held_task_id,
-                request.output_json,
-                dict(request.attributes),
-            )
+        starting = self._store.run(
+            tasks.start_owned,
+            request.workflow_id,
+            request.version_hash,
+            input_json,
+            request.idempotency_key,
+            request.owner,
+            *self._polls.lease_of(request.owner),
+            request.held_task_id,
+            request.output_json,
+            dict(request.attributes),
         )
-        # Use a callback: the sweep and the waiters must hear of the start even if the caller is cancelled.
-        starting.add_done_callback(self._started_owned)
-        return await asyncio.shield(starting)
+        # The sweep and the waiters must hear of the start even if the caller is cancelled.
+        starting.when_stored(self._started_owned)
+        return await starting
 
-    def _started_owned(self, done: asyncio.Future[Started]) -> None:
-        if done.cancelled() or done.exception() is not None:
-            return
-        if (task := done.result().task) is not None:
-            self._liveness.task_handed_out(task.timeout_ms)
-        self._liveness.apply(done.result().changed)
+    def _started_owned(self, started: Started) -> None:
+        if started.task is not None:
+            self._liveness.task_handed_out(started.task.timeout_ms)
+        self._liveness.apply(started.changed)
 
-    def _started(self, done: asyncio.Future[Started]) -> None:
-        if done.cancelled() or done.exception() is not None or done.result().existing:
+    def _started(self, started: Started) -> None:
+        if started.existing:
             return
-        self._waiters.execution_started(done.result().execution_id)
-        changed = done.result().changed
+        self._waiters.execution_started(started.execution_id)
         # Leave out the first task: `StartExecution` has announced it.
-        self._liveness.apply(replace(changed, ready=changed.ready[1:]))
+        self._liveness.apply(replace(started.changed, ready=started.changed.ready[1:]))
 
     @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
@@ -362,8 +355,11 @@ class NexumServicer(NexumServiceServicer):
                 )
                 if execution.status.ended:
                     return execution
-            await asyncio.wait({ended}, timeout=wait)
-            return ended.result() if ended.done() else None
+            timer = asyncio.get_running_loop().call_later(wait, self._waiters.give_up, ended)
+            try:
+                return await ended
+            finally:
+                timer.cancel()
 
     @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:

@@ -49,6 +49,11 @@ class Waiters:
             if not others:
                 del self._waiting[execution_id]
 
+    def give_up(self, future: asyncio.Future[Execution | None]) -> None:
+        """Make one caller query the store, because it has waited long enough."""
+        if not future.done():
+            future.set_result(None)
+
     def execution_ended(self, execution: Execution) -> None:
         """Answer the callers that wait for the execution. If its payloads are large, the callers query the store."""
         self._running.discard(execution.execution_id)

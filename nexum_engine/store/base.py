@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.store.db import Db
 from nexum_engine.store.results import News
+from nexum_engine.store.submitted import Submitted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,15 +81,15 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         """Submit a transition. The transition runs in one transaction, after the transitions submitted before it.
 
-        When the transaction is durable, the awaitable returns the transition's result. The awaitable raises the
+        When the transaction is durable, awaiting the return value returns the transition's result. It raises the
         transition's error, or StoreUnavailable if it is unknown whether the transaction was stored.
         """
 
     @abstractmethod
-    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         """Submit a transition as `run` does, in a transaction of its own, without checks of references between rows.
 
         Use this for deletions: to check that no row refers to a deleted row, SQLite would read whole tables.

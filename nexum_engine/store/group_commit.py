@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from itertools import takewhile
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.store.base import Store
 from nexum_engine.store.db import SNAPSHOTS, Db
+from nexum_engine.store.submitted import Submitted
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class Kind(Enum):
 @dataclass
 class _Submission:
     transition: Transition
-    future: asyncio.Future[Any]
+    submitted: Submitted[Any]
     kind: Kind
 
 
@@ -68,7 +68,10 @@ class GroupCommitStore(Store):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
         self._waiting: list[_Submission] = []
         self._submitted = 0
-        self._pump: asyncio.Task[None] | None = None
+        self._idle = asyncio.Event()
+        """Set while no transition waits or runs."""
+        self._idle.set()
+        self._recovering: asyncio.Task[None] | None = None
         self._closed = False
 
     @abstractmethod
@@ -90,44 +93,59 @@ class GroupCommitStore(Store):
     def submitted(self) -> int:
         return self._submitted
 
-    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+    def run(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         is_snapshot = self._reads_snapshots and transition in SNAPSHOTS
         kind = Kind.SNAPSHOT if is_snapshot else Kind.TOGETHER
         return self._submit(lambda db: transition(db, *args, **kwargs), kind)
 
-    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Awaitable[T]:
+    def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         return self._submit(lambda db: transition(db, *args, **kwargs), Kind.ALONE)
 
-    def _submit(self, transition: Callable[[Db], T], kind: Kind) -> Awaitable[T]:
-        future: asyncio.Future[T] = self._loop.create_future()
+    def _submit(self, transition: Callable[[Db], T], kind: Kind) -> Submitted[T]:
+        submitted: Submitted[T] = Submitted(self._loop)
         if self._closed or self._failed.done():
-            future.set_exception(stopping())
-            return future
-        self._waiting.append(_Submission(transition, future, kind))
+            submitted.settle(stopping())
+            return submitted
+        self._waiting.append(_Submission(transition, submitted, kind))
         self._submitted += 1
-        if self._pump is None:
-            self._pump = self._loop.create_task(self._write_waiting())
-        return future
+        if self._idle.is_set():
+            self._idle.clear()
+            # In the next turn of the loop: the transitions that are submitted in this turn share the transaction.
+            self._loop.call_soon(self._write_waiting)
+        return submitted
 
-    async def _write_waiting(self) -> None:
+    def _write_waiting(self) -> None:
+        """Hand the next batch to the writer thread, if any transition waits."""
+        if self._waiting:
+            self._writer.submit(self._write, self._next_batch())
+        else:
+            self._idle.set()
+
+    def _write(self, batch: list[_Submission]) -> None:
+        """Run a batch in the writer thread, and tell the event loop how it went."""
+        # The thread calls the loop itself. With `run_in_executor`, each transaction would take two more turns of the
+        # loop.
         try:
-            while self._waiting:
-                batch = self._next_batch()
-                run = partial(self._run_batch, [one.transition for one in batch], batch[0].kind)
-                try:
-                    outcomes = await self._loop.run_in_executor(self._writer, run)
-                except CommitFailed as error:
-                    outcomes = [error.for_caller()] * len(batch)
-                    await self._recover(error)
-                for submission, outcome in zip(batch, outcomes, strict=True):
-                    if submission.future.cancelled():
-                        continue
-                    if isinstance(outcome, BaseException):
-                        submission.future.set_exception(outcome)
-                    else:
-                        submission.future.set_result(outcome)
-        finally:
-            self._pump = None
+            outcomes = self._run_batch([one.transition for one in batch], batch[0].kind)
+        except Exception as error:  # noqa: BLE001 - also after a bug, every caller must get an answer
+            failure = error if isinstance(error, CommitFailed) else CommitFailed(error)
+            self._loop.call_soon_threadsafe(self._commit_failed, batch, failure)
+        else:
+            self._loop.call_soon_threadsafe(self._committed, batch, outcomes)
+
+    def _committed(self, batch: list[_Submission], outcomes: list[Any]) -> None:
+        self._write_waiting()  # first, so that the writer thread works meanwhile
+        for submission, outcome in zip(batch, outcomes, strict=True):
+            submission.submitted.settle(outcome)
+
+    def _commit_failed(self, batch: list[_Submission], error: CommitFailed) -> None:
+        async def recover() -> None:
+            try:
+                await self._recover(error)
+            finally:
+                self._committed(batch, [error.for_caller()] * len(batch))
+
+        self._recovering = self._loop.create_task(recover(), name="recover the database")
 
     def _next_batch(self) -> list[_Submission]:
         """Take the submissions of the next transaction out of the queue, and return them."""
@@ -142,8 +160,7 @@ class GroupCommitStore(Store):
     async def _end_waiting(self) -> None:
         """Accept no further transitions, and finish those that were submitted."""
         self._closed = True
-        if self._pump is not None:
-            await self._pump
+        await self._idle.wait()
 
     def _look_again(self) -> None:
         """Make the calls that wait query the store."""
@@ -155,8 +172,7 @@ class GroupCommitStore(Store):
         if not self._failed.done():
             self._failed.set_result(reason)
         for submission in self._waiting:
-            if not submission.future.done():
-                submission.future.set_exception(error.for_caller())
+            submission.submitted.settle(error.for_caller())
         self._waiting = []
 
 

@@ -146,8 +146,7 @@ class PostgresStore(GroupCommitStore):
     def join(self, on_news: Callable[[News], None]) -> None:
         # Forget the servers whose process has ended. If this server replaces a killed server, the workers of the killed
         # server then need not wait until that server counts as dead.
-        forgetting = self.run(lambda db: db.run("forget_ended", seconds=ALIVE_SECONDS))
-        asyncio.ensure_future(forgetting).add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.run(lambda db: db.run("forget_ended", seconds=ALIVE_SECONDS))
         self._others = OtherServers(
             self._url,
             self._server,

@@ -40,6 +40,7 @@ class SqliteStore(GroupCommitStore):
     def __init__(self, path: Path, clock: Clock, lock: FileLock, database: DatabaseFile) -> None:
         super().__init__()
         self._path = path
+        self._opened_as = str(path)
         self._clock = clock
         self._lock = lock
         self._database = database
@@ -77,7 +78,7 @@ class SqliteStore(GroupCommitStore):
 
     @property
     def opened_as(self) -> str:
-        return str(self._path)
+        return self._opened_as
 
     @property
     def database_id(self) -> str:

@@ -53,7 +53,8 @@ class DatabaseFile:
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
-        self._log_path = log_of(path)
+        # Keep the paths as texts: `check` runs twice for each transaction, and a Path would cost it time.
+        self._name, self._log_name = os.fspath(path), os.fspath(log_of(path))
         self._attach(connection)
 
     def _attach(self, connection: sqlite3.Connection) -> None:
@@ -62,8 +63,8 @@ class DatabaseFile:
         flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
         # Close this descriptor only after the connection: on POSIX, closing it releases SQLite's locks on the file.
         self._file = os.open(self._path, flags)
-        self._log = os.open(self._log_path, flags)
-        self._file_id, self._log_id = _file_id(self._file, self._path), _file_id(self._log, self._log_path)
+        self._log = os.open(self._log_name, flags)
+        self._file_id, self._log_id = _file_id(self._file, self._name), _file_id(self._log, self._log_name)
         self._file_bytes = self._log_bytes = 0
         self.mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
         """Random bytes that never change. A copy of the database has the same."""
@@ -223,7 +224,7 @@ class DatabaseFile:
     def _is_named(self) -> bool:
         """Return whether the paths of the database and of its log still name the open files."""
         try:
-            file, log = os.stat(self._path), os.stat(self._log_path)
+            file, log = os.stat(self._name), os.stat(self._log_name)
         except OSError:
             return False
         return self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
@@ -231,7 +232,7 @@ class DatabaseFile:
     def _is_log_whole(self) -> bool:
         # SQLite never shrinks an open log. So if the log is smaller, another program has truncated it. If SQLite has
         # written to the truncated log since then, the log may be long enough again, but it begins with zeros.
-        size = os.fstat(self._log).st_size
+        size = os.lseek(self._log, 0, os.SEEK_END)
         if size < self._log_bytes or (size and not any(self._read(self._log, 0, 4))):
             return False
         self._log_bytes = size
@@ -239,11 +240,11 @@ class DatabaseFile:
 
     def _is_ours(self) -> bool:
         """Return whether the open file still has this database's mark and stamp, and has not shrunk."""
-        layout, size = self._layout, os.fstat(self._file).st_size
+        layout, size = self._layout, os.lseek(self._file, 0, os.SEEK_END)
         if size < self._file_bytes or blob_in(self._page(layout.mark_page)) != self.mark:
             return False
         self._file_bytes = size
-        self._stamp_in_file = Stamp.decode(blob_in(self._page(layout.stamp_page))).own
+        self._stamp_in_file = blob_in(self._page(layout.stamp_page))[:STAMP_BYTES]
         return self._stamp_in_file in (self._stamp.own, self._stamp.base)
 
     def _is_separated(self) -> bool:
@@ -259,8 +260,10 @@ class DatabaseFile:
         return self._read(self._file, (number - 1) * self._layout.page_size, self._layout.page_size)
 
     def _read(self, descriptor: int, start: int, size: int) -> bytes:
-        os.lseek(descriptor, start, os.SEEK_SET)
-        return os.read(descriptor, size)
+        if sys.platform == "win32":  # it has no pread
+            os.lseek(descriptor, start, os.SEEK_SET)
+            return os.read(descriptor, size)
+        return os.pread(descriptor, size, start)
 
     def _lost(self, why: str) -> str:
         return (
@@ -269,7 +272,7 @@ class DatabaseFile:
         )
 
 
-def _file_id(descriptor: int, path: Path) -> tuple[int, int] | None:
+def _file_id(descriptor: int, path: str) -> tuple[int, int] | None:
     """Return the device and inode of the open file. They tell later whether the path still names this file.
 
     Some file systems give other numbers for the path than for the open file. Then the numbers are of no use: return

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
 from itertools import pairwise
 from typing import Any
@@ -257,6 +258,24 @@ async def test_cancelled_poll_leaves_its_task_to_the_next_poll(engine: Engine, h
     handed_out += [given_up.result()] if not given_up.cancelled() and given_up.result() else []  # type: ignore[list-item]
     assert [task.execution_id for task in handed_out] == [execution_id]
     waiting.cancel()
+
+
+async def test_claim_of_a_cancelled_poll_does_not_hide_a_later_task(engine: Engine) -> None:
+    """The claim runs before the start, and finds nothing. The next poll must get the task of the start."""
+    await engine.register({"a": []})
+    go_on = threading.Event()
+    holding = engine.store.run(lambda _: go_on.wait(SOON))
+    given_up = engine.poll("w1")
+    await turns()
+    given_up.cancel()
+    await turns()
+    start = asyncio.create_task(engine.start())
+    await turns()
+    go_on.set()
+    await holding
+    execution_id = await start
+    await asyncio.gather(given_up, return_exceptions=True)
+    assert (await engine.task(engine.poll("w2"))).execution_id == execution_id
 
 
 def _has_task(poll: asyncio.Task[Task | None]) -> bool:

@@ -20,6 +20,7 @@ from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
+from nexum_engine.store.submitted import Submitted
 
 Transition = Callable[..., Any]
 Run = Callable[[], Awaitable[Any]]
@@ -29,12 +30,27 @@ Run = Callable[[], Awaitable[Any]]
 def intercept(store: Store, transition: Transition, instead: Callable[[Run], Awaitable[Any]]) -> None:
     """Call `instead` for every run of the transition on the store. `instead` may run the transition."""
     run_any = store.run
+    settling: set[asyncio.Task[None]] = set()
 
-    def run(submitted: Transition, *args: Any, **options: Any) -> Awaitable[Any]:
+    def run(submitted: Transition, *args: Any, **options: Any) -> Submitted[Any]:
         run_it = partial(run_any, submitted, *args, **options)
-        return instead(run_it) if submitted is transition else run_it()
+        outcome = instead(run_it) if submitted is transition else run_it()
+        if isinstance(outcome, Submitted):
+            return outcome
+        given: Submitted[Any] = Submitted(asyncio.get_running_loop())
+        task = asyncio.ensure_future(_settle(given, outcome))
+        settling.add(task)
+        task.add_done_callback(settling.discard)
+        return given
 
     store.run = run  # type: ignore[method-assign,assignment]
+
+
+async def _settle(submitted: Submitted[Any], outcome: Awaitable[Any]) -> None:
+    try:
+        submitted.settle(await outcome)
+    except Exception as error:  # noqa: BLE001 - the caller of the intercepted transition gets this error
+        submitted.settle(error)
 
 
 class EngineServer:
