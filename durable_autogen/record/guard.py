@@ -55,7 +55,6 @@ SIMILAR = 0.8
 """From this similarity on, the name of a policy may be a mistyped name of a tool (difflib's ratio)."""
 MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
 RESOLVE_INTERVAL = 1.0  # seconds between looks: `resolve --not-done` doesn't end the execution, so it ends no wait
-CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 TOOLS_OWN = "recorded_result"
 """The only name in the output of an effect whose tool returned. A person's result has another form."""

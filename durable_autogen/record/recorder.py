@@ -176,6 +176,10 @@ class Recorder:
         """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
         return self._replay.event_ahead(address)
 
+    def recorded(self, address: str) -> Event | None:
+        """Return the recorded event of an address as `event_ahead` does, or the event of a given-up call."""
+        return self._replay.recorded(address)
+
     def _delivered(self, event: Event) -> None:
         self.last_recorded_ms, self.last_seq = event.recorded_ms, event.seq
 
@@ -183,11 +187,6 @@ class Recorder:
     def programs(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
         return self.journal.programs_before(self.last_seq)
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the replay is over."""
-        return self._replay.over_since is not None
 
     def was_checked(self, condition: str, look: int) -> bool:
         """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""

@@ -70,27 +70,37 @@ class Replay:
         """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
         return self._by_address[address] if address in self._addresses else None
 
+    def recorded(self, address: str) -> Event | None:
+        """Return the event that will answer the call at this address: one that is ahead, or that of a given-up call."""
+        return self.event_ahead(address) or self._given_up.get(address)
+
     def matching(self, call: Call) -> Call:
         """Return the call with the position at which the recorded run made it.
 
         An agent may make simultaneous calls in a different order than in the recorded run. The call's fingerprint shows
-        which recorded event belongs to the call. If no recorded event has this fingerprint, return `call`.
+        which recorded event belongs to the call. If no recorded event has this fingerprint, return `call`. But if
+        another call has taken the event at that position, return the call with the agent's next free position.
         """
         at_its_place = self.event_ahead(call.address)
-        if at_its_place is None or at_its_place.accepted:
-            return call
         wanted = call.request.get("hash")
-        if wanted is None or at_its_place.request.get("hash") == wanted:
+        if at_its_place is None or at_its_place.accepted or wanted is None:
             return call
-        for event in self.ahead:
-            if (
-                (event.kind, event.agent, event.request.get("hash")) == (call.kind, call.agent, wanted)
-                and event.address not in self._asked
-                and event.address not in self._moved
-            ):
-                self._moved.add(event.address)
-                return dataclasses.replace(call, position=event.position)
-        return call
+        is_taken = self._is_taken(at_its_place)
+        if not is_taken and at_its_place.request.get("hash") == wanted:
+            return call
+        left = [
+            event
+            for event in self.ahead
+            if (event.kind, event.agent) == (call.kind, call.agent) and not self._is_taken(event)
+        ]
+        same = [event for event in left if event.request.get("hash") == wanted]
+        if not (found := same or (left if is_taken else [])):
+            return call
+        self._moved.add(found[0].address)
+        return dataclasses.replace(call, position=found[0].position)
+
+    def _is_taken(self, event: Event) -> bool:
+        return event.address in self._asked or event.address in self._moved
 
     def peek(self, call: Call) -> Event | None:
         """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""

@@ -23,9 +23,11 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
+from autogen_core.models import UserMessage
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import ROOT, Server
 
+from durable_autogen import DriftError
 from durable_autogen.record.idle import BUSY_PATIENCE
 from durable_autogen.record.place import current
 
@@ -285,3 +287,29 @@ def test_pool_started_in_session_has_no_session_after_it(shared_server: Server) 
         [*command, shared_server.address, new_session()], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.returncode) == ("None\n", 0), done.stderr
+
+
+# ---- Simultaneous calls in another order -----------------------------------------------------------------------------
+
+
+async def test_equal_calls_may_begin_in_another_order(shared_server: Server) -> None:
+    happened: list[str] = []
+    session, model = new_session(), Scripted(happened)
+
+    async def ask(questions: str) -> dict[str, list[str]]:
+        """Ask the questions, each a letter, at the same time; return the answers to each."""
+        replies = await asyncio.gather(
+            *(model.create([UserMessage(content=letter, source="user")]) for letter in questions)
+        )
+        answers: dict[str, list[str]] = {}
+        for letter, reply in zip(questions, replies, strict=True):
+            answers.setdefault(letter, []).append(str(reply.content))
+        return answers
+
+    first = await inside(shared_server, lambda: ask("XYY"), session)
+    again = await inside(shared_server, lambda: ask("YYX"), session)
+    assert (len(happened), again) == (3, first)
+    with pytest.raises(DriftError, match="is not what this run asks for"):
+        await inside(shared_server, lambda: ask("YYZ"), session)
+    continued = await inside(shared_server, lambda: ask("YYZ"), session, on_drift="continue")
+    assert await inside(shared_server, lambda: ask("ZYY"), session) == continued

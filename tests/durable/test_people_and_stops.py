@@ -16,17 +16,20 @@ from autogen_agentchat.messages import (
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_agentchat.ui import Console, UserInputManager
 from autogen_core import CancellationToken
+from autogen_core.models import UserMessage
 from durable_agents import (
     TIMEOUT,
     agent,
     answer,
+    client,
+    named,
     run,
     texts,
 )
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import run_durable_stream
+from durable_autogen import DurableSession, run_durable_stream
 from nexum_engine.errors import InvalidRequest
 
 
@@ -52,6 +55,26 @@ async def test_user_input_manager_answer_is_replayed(server: ServerThread) -> No
         first = await program()
         assert await program() == first
         assert (len(model.requests), asked) == (2, 2)
+
+
+async def test_person_is_not_asked_again_for_an_input_that_was_given_up(server: ServerThread) -> None:
+    asked: list[str] = []
+
+    async def person(prompt: str, cancellation_token: CancellationToken | None) -> str:
+        asked.append(prompt)
+        await asyncio.Event().wait()
+        return "never"
+
+    async def program() -> str:
+        user = UserProxyAgent("user", input_func=person)
+        async with DurableSession("s", nexum=server.address):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(user.on_messages([], CancellationToken()), 0.5)
+            return str((await named(client(model), "a").create([UserMessage(content="Q", source="user")])).content)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        assert await program() == await program()
+        assert (len(model.requests), len(asked)) == (1, 1)
 
 
 async def test_external_stop_is_replayed_at_same_message(server: ServerThread) -> None:
