@@ -442,7 +442,8 @@ class Journal:
     async def add_copy(self, event: Event) -> None:
         """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
         call = Call(event.kind, event.agent, event.position)
-        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": []})
+        # `asked_after` is a number of the other session: here, it could name an event that came after the copy.
+        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": [], "asked_after": 0})
         await self._write(None, call, copy)
 
     async def add_message(self, text: str) -> None:

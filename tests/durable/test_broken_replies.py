@@ -19,7 +19,8 @@ from harness import Server
 from openai_server import OpenAIServer
 from web_servers import LoopbackServer, page
 
-from durable_autogen import DriftError
+from durable_autogen import DriftError, fork_session
+from nexum_engine.client import NexumClient
 
 CUT_OFF = reply([FunctionCall(id="1", name="note", arguments='{"text": "half')], finish_reason="length")
 
@@ -169,3 +170,30 @@ async def test_half_surrogate_pair_in_task_is_replaced(shared_server: Server, is
         found = await run(shared_server, lambda: AssistantAgent("a", Scripted(happened)), again, session)
         assert texts(found)[-1] == texts(first)[-1]
     assert happened == ["model"]
+
+
+async def test_broken_reply_at_end_of_fork_is_dropped(shared_server: Server) -> None:
+    """The source's numbers are larger than the fork's: the source had revoked a failure before its last reply."""
+    happened: list[str] = []
+    lines: list[str] = []
+    source, fork = new_session(), new_session()
+    scripts: list[Any] = [""]
+
+    async def program() -> list[str]:
+        return [await asked(Scripted(happened)), await asked(Scripted(happened, *scripts)), await asked(Scripted([]))]
+
+    async def ends_early() -> list[str]:
+        return [await asked(Scripted(happened)), await asked(Scripted(happened, *scripts))]
+
+    for _ in range(3):  # each run drops its broken reply, and the numbers grow
+        await inside(shared_server, ends_early, source)
+    scripts = []
+    await inside(shared_server, program, source)
+    async with NexumClient(shared_server.address) as nexum:
+        await fork_session(nexum, source, 3, fork)
+
+    async def continues() -> list[str]:
+        return [*await program(), await asked(Scripted(happened, ""))]
+
+    await inside(shared_server, continues, fork, logs=lines)
+    assert any("is empty or cut off" in line for line in lines)
