@@ -352,7 +352,13 @@ class Guard:
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
                 await self._journal.fail_effect(task, str(error), unknown=True)
                 return _UNKNOWN
-            await self._journal.complete_effect(task, output)
+            completing = asyncio.ensure_future(self._journal.complete_effect(task, output))
+            try:
+                await asyncio.shield(completing)
+            except asyncio.CancelledError:
+                if not self._recorder.failed.done():  # the effect has happened: its result must not be lost
+                    await completing
+                raise
         return value
 
     async def _performed(

@@ -7,7 +7,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from durable_autogen import (
 )
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.attempts import TookTooLong, retry_after
+from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
+from nexum_engine.records import Task
 from nexum_engine.workflow import RetryPolicy, workflow
 
 PROGRAM = """
@@ -371,6 +373,33 @@ async def test_once_call_that_the_program_gives_up_is_unknown(server: ServerThre
     async with NexumClient(server.address) as client:
         (unknown,) = await client.unknown()
     assert unknown.error == "the program gave the call up"
+
+
+async def test_result_of_once_call_is_recorded_if_program_gives_it_up_meanwhile(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target(effect="once")
+    recording, go_on = asyncio.Event(), asyncio.Event()
+    complete = Journal.complete_effect
+
+    async def complete_later(journal: Journal, task: Task, output: Mapping[str, Any]) -> None:
+        recording.set()
+        await go_on.wait()
+        await complete(journal, task, output)
+
+    monkeypatch.setattr(Journal, "complete_effect", complete_later)
+    async with DurableSession("s", nexum=server.address):
+        calling = asyncio.ensure_future(target.call())
+        await recording.wait()
+        calling.cancel()
+        for _ in range(20):  # turns of the loop, in which the cancellation reaches the recording
+            await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.wait({calling})
+    async with NexumClient(server.address) as client:
+        assert await client.unknown() == []
+        assert [one.status.value for one in await client.list_executions(workflow_id="tool-effect")] == ["COMPLETED"]
+    assert len(target.done) == 1
 
 
 async def test_tool_with_a_policy_can_not_be_called_inside_another_tool(server: ServerThread) -> None:
