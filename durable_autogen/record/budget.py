@@ -416,4 +416,7 @@ class BudgetCheck:
         with suppress(NexumError):  # if no server answers, the question stays
             for _, execution in await questions_of(self._client, self._journal.session):
                 if not execution.status.ended:
-                    await self._client.cancel_execution(execution.execution_id, by=f"session {self._journal.session}")
+                    with suppress(Conflict):  # it ended in the meantime
+                        await self._client.cancel_execution(
+                            execution.execution_id, by=f"session {self._journal.session}"
+                        )
