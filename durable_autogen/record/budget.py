@@ -27,6 +27,7 @@ from durable_autogen.record.events import (
     Returned,
     Revoked,
     all_executions,
+    cancel_running,
     scope_of,
     usage_of,
 )
@@ -414,9 +415,5 @@ class BudgetCheck:
         if not self._has_asked:
             return
         with suppress(NexumError):  # if no server answers, the question stays
-            for _, execution in await questions_of(self._client, self._journal.session):
-                if not execution.status.ended:
-                    with suppress(Conflict):  # it ended in the meantime
-                        await self._client.cancel_execution(
-                            execution.execution_id, by=f"session {self._journal.session}"
-                        )
+            session = self._journal.session
+            await cancel_running(self._client, session, BUDGET_QUESTION.workflow_id, _prefix(session))
