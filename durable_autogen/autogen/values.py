@@ -20,7 +20,7 @@ from pydantic import BaseModel, TypeAdapter
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import decoded, encoded
 from durable_autogen.record.failures import class_named
-from durable_autogen.record.surrogates import has_surrogates, representable
+from durable_autogen.record.surrogates import representable
 
 _CLASS, _VALUE, _UNRECORDED = "$class", "$value", "$unrecorded"
 
@@ -53,14 +53,11 @@ def written_value(value: Any) -> Any:
 
 def _written(value: Any) -> Any:
     kind = type(value)
-    if kind is str:
-        # A lone surrogate, as in a file's name that isn't UTF-8, can't be stored: write such a text with escapes.
-        return _tagged(str, value.encode("unicode_escape").decode("ascii")) if has_surrogates(value) else value
-    if value is None or kind in (bool, int, float):
+    if value is None or kind in (str, bool, int, float):
         return value
     if kind is list:
         return [_written(one) for one in value]
-    if kind is dict and all(map(_is_plain_key, value)):
+    if kind is dict and all(type(key) is str for key in value) and not value.keys() & {_CLASS, _UNRECORDED}:
         return {key: _written(one) for key, one in value.items()}
     if isinstance(value, dict):
         return _tagged(dict, [[_written(key), _written(one)] for key, one in value.items()])
@@ -79,10 +76,6 @@ def _written(value: Any) -> Any:
         raise ValueError(f"a {kind.__name__} can't be recorded as a value")
     # Let pydantic write the value. Some classes, such as AutoGen's Image, define how pydantic writes their values.
     return _tagged(kind, TypeAdapter(kind).dump_python(value, mode="json"))
-
-
-def _is_plain_key(key: Any) -> bool:
-    return type(key) is str and key not in (_CLASS, _UNRECORDED) and not has_surrogates(key)
 
 
 def _tagged(kind: type, value: Any) -> Any:
@@ -148,8 +141,6 @@ def _again(written: Any) -> Any:
     kind = class_named(module, name, BaseModel)
     if kind is None:
         return _Unknown({key: _again(one) for key, one in value.items()} if isinstance(value, dict) else value)
-    if kind is str:
-        return value.encode("ascii").decode("unicode_escape")
     if kind is dict:
         return {_again(key): _again(one) for key, one in value}
     if kind in _SIMPLE:

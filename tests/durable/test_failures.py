@@ -245,22 +245,6 @@ async def test_half_surrogate_pair_in_reply_is_replaced(server: ServerThread) ->
         assert len(model.requests) == 1
 
 
-async def test_tool_result_with_lone_surrogate_is_kept(server: ServerThread) -> None:
-    def first_file() -> str:
-        """Return the first file's name."""
-        return "caf\udce9"
-
-    async def program() -> list[Any]:
-        async with DurableSession("s", nexum=server.address):
-            own = AssistantAgent("one", client(model, "one"), tools=[first_file])
-            found = [message async for message in own.run_stream(task="Which file?")]
-        return [result.content for one in found if isinstance(one, ToolCallExecutionEvent) for result in one.content]
-
-    with OpenAIServer(lambda _: Reply(calls=[("first_file", {})])) as model:
-        assert [await program() for _ in range(2)] == [["caf\udce9"]] * 2
-        assert len(model.requests) == 1
-
-
 class Caller(Own):
     """A custom agent that asks its model itself."""
 
