@@ -191,13 +191,12 @@ class Connection:
         for target, answer in answers.items():
             if isinstance(answer, ServerInfo) and answer.database_id:
                 self._database_ids[target] = answer.database_id
-        one, *others = [*self._database_ids] or [""]
-        for other in others:
-            if self._database_ids[one] != self._database_ids[other]:
-                raise InvalidRequest(
-                    f"the servers on {one} and {other} have different databases: name only servers of one database. "
-                    "If the database was replaced, start this program again"
-                )
+        one_of_each = {database_id: target for target, database_id in self._database_ids.items()}
+        if len(one_of_each) > 1:
+            raise InvalidRequest(
+                f"the servers on {' and '.join(one_of_each.values())} have different databases: name only servers of "
+                "one database. If the database was replaced, start this program again"
+            )
 
     async def _search(self) -> None:
         """Connect to this folder's own server, else to the server on the default port."""

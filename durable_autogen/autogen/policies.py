@@ -112,8 +112,8 @@ async def checked_arguments(
     """Return a call's validated arguments as JSON, with the defaults filled in.
 
     Raises ValidationError for wrong arguments of a tool or of a StaticWorkbench. Other workbenches, such as an MCP
-    server's, check the arguments only when a tool is called. If `will_run` is true, the tool
-    will get the returned arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
+    server's, check the arguments only when a tool is called. If `will_run` is true, the tool will get the returned
+    arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
     """
     tool = source if isinstance(source, BaseTool) else static_tool(source, name)
     if tool is not None:

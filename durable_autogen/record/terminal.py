@@ -21,7 +21,10 @@ class Terminal:
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()
         self._reading: asyncio.Future[str] | None = None
-        """The line that a thread is reading. If the question is decided elsewhere, the thread goes on reading."""
+        """The line that a thread is reading or has read. None if no thread was started, or if its line was used.
+
+        A read can't be stopped: if a question is decided elsewhere, the thread goes on reading, for the next question.
+        """
 
     @staticmethod
     def is_there() -> bool:

@@ -18,7 +18,7 @@ class Submitted(Generic[T]):
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._callers: list[asyncio.Future[None]] = []
-        """A future for each caller that waits. If a caller is cancelled, only its own future is."""
+        """A future for each caller that waits, so that the cancellation of one caller doesn't cancel the others."""
         self._effects: list[Callable[[T], None]] = []
         self._outcome: T | BaseException | None = None
         self._is_settled = False

@@ -153,37 +153,22 @@ PROMPT = "[Nexum] approve it? Type yes, or no, or no and a reason, such as: no, 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_person_at_the_terminal_is_asked(folder: Path) -> None:
-    import pty
-
-    with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:
-        terminal, its_end = pty.openpty()
-        command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", "--approve"]
-        process = subprocess.Popen(
-            [sys.executable, *command, "program.py", model.base_url],
-            cwd=folder,
-            env=environment(),
-            stdin=its_end,
-            stdout=its_end,
-            stderr=its_end,
-        )
-        os.close(its_end)
-        try:
-            answers = {"1": b"yes\n", "2": b"no, one is enough\n"}
-            while answers:  # the two calls are made at the same time: either question may come first
-                # PROMPT ends with a line break, so that the next line of a log begins on its own line.
-                shown = until(terminal, PROMPT)
-                asked = re.findall(r'\[Nexum\] charge\(\{"cents": (\d), "customer": "c-1"\}\) of clerk', shown)
-                assert "reason: It is due." in shown
-                if len(answers) == 2:
-                    os.write(terminal, b"sure, do it\n")
-                    until(terminal, f"[Nexum] 'sure, do it' is neither yes nor no\r\n{PROMPT}")
-                os.write(terminal, answers.pop(asked[-1]))
-            assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-            process.wait(10)
-            os.close(terminal)
+    command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", "--approve"]
+    with (
+        OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model,
+        at_a_terminal(folder, *command, "program.py", model.base_url) as terminal,
+    ):
+        answers = {"1": b"yes\n", "2": b"no, one is enough\n"}
+        while answers:  # the two calls are made at the same time: either question may come first
+            # PROMPT ends with a line break, so that the next line of a log begins on its own line.
+            shown = until(terminal, PROMPT)
+            asked = re.findall(r'\[Nexum\] charge\(\{"cents": (\d), "customer": "c-1"\}\) of clerk', shown)
+            assert "reason: It is due." in shown
+            if len(answers) == 2:
+                os.write(terminal, b"sure, do it\n")
+                until(terminal, f"[Nexum] 'sure, do it' is neither yes nor no\r\n{PROMPT}")
+            os.write(terminal, answers.pop(asked[-1]))
+        assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
     assert ledger(folder) == ["c-1 1"]
 
 
@@ -214,19 +199,7 @@ asyncio.run(main())
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_line_that_was_typed_before_a_question_does_not_answer_it(folder: Path) -> None:
-    import pty
-
-    terminal, its_end = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", TWO_QUESTIONS],
-        cwd=folder,
-        env=environment(),
-        stdin=its_end,
-        stdout=its_end,
-        stderr=its_end,
-    )
-    os.close(its_end)
-    try:
+    with at_a_terminal(folder, "-c", TWO_QUESTIONS) as terminal:
         until(terminal, "decided elsewhere")
         os.write(terminal, b"yes\n")
         until(terminal, "read\r\n")
@@ -234,6 +207,20 @@ def test_line_that_was_typed_before_a_question_does_not_answer_it(folder: Path) 
         until(terminal, f"second?\r\n{PROMPT}")
         os.write(terminal, b"no\n")
         assert "ANSWER (False, '')" in until(terminal, None)
+
+
+@contextmanager
+def at_a_terminal(folder: Path, *command: str) -> Iterator[int]:
+    """Run a Python command at a pseudo-terminal, and check its exit code; yield the person's end of the terminal."""
+    import pty
+
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=folder, env=environment(), stdin=its_end, stdout=its_end, stderr=its_end
+    )
+    os.close(its_end)
+    try:
+        yield terminal
         assert process.wait(30) == 0
     finally:
         process.kill()

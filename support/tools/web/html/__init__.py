@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from support.tools.web.html.hooks import SeenPageHooks
+from support.tools.web.html.kinds import UNSEEN
 from support.tools.web.html.seen import SeenPage
 from support.tools.web.html.sheets import Sheets
 from support.tools.web.html.tree import parse
@@ -24,7 +25,7 @@ _IN_LINK = str.maketrans({"(": "%28", ")": "%29"})
 
 def html_to_markdown(html: str, url: str, *, xml: bool = False) -> tuple[str, bool]:
     """Return the page's content as Markdown, and whether the whole page was read. Set `xml` for XHTML."""
-    page = parse(html, xml=xml)
+    page = parse(html, unseen=UNSEEN, xml=xml)
     base_url = _base_url(page.base, url)
     for rules in (Sheets(page.sheets), Sheets([])):
         content = SeenPage(page.root, rules, lambda address: _absolute(base_url, address), _element_maker()).content

@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
 
 from support.tools.web.html.style import Style
-
-if TYPE_CHECKING:
-    from support.tools.web.html.tree import Element
+from support.tools.web.html.tree import Element
 
 MAX_CLASSES = 20  # further classes of an element are ignored
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from support.tools.web.html.attributes import names
 from support.tools.web.html.style import Style, hides_all
-
-if TYPE_CHECKING:
-    from support.tools.web.html.tree import Element
+from support.tools.web.html.tree import Element
 
 # A table without heading cells is a layout if one of its cells exceeds one of these limits.
 LAYOUT_CELL = 1_000  # characters

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
-
-from support.tools.web.html.kinds import UNSEEN
 
 if TYPE_CHECKING:
     from selectolax.lexbor import LexborNode
@@ -64,8 +62,8 @@ class Document:
     sheets: list[str]
 
 
-def parse(html: str, *, xml: bool = False) -> Document:
-    """Return the parsed page. Set `xml` for XHTML."""
+def parse(html: str, *, unseen: Set[str], xml: bool = False) -> Document:
+    """Return the parsed page. Elements with names in `unseen` are empty. Set `xml` for XHTML."""
     from selectolax.lexbor import LexborDocumentOptions, LexborHTMLParser, SelectolaxError
 
     if xml:
@@ -77,7 +75,7 @@ def parse(html: str, *, xml: bool = False) -> Document:
     except SelectolaxError as error:
         raise MemoryError from error  # this parser accepts any text, so it fails only for lack of memory
     assert page.root is not None
-    root, complete = _tree(page.root)
+    root, complete = _tree(page.root, unseen)
     title = page.css_first("title:not(svg title)")
     base = page.css_first("base[href]")
     return Document(
@@ -89,8 +87,8 @@ def parse(html: str, *, xml: bool = False) -> Document:
     )
 
 
-def _tree(root: LexborNode) -> tuple[Element, bool]:
-    """Return the root as an element, and whether it holds the whole page. Elements of the kinds in UNSEEN are empty."""
+def _tree(root: LexborNode, unseen: Set[str]) -> tuple[Element, bool]:
+    """Return the root as an element, and whether it holds the whole page."""
     top = Element("", {})
     size = 0
     open_nodes: list[tuple[Element, Iterator[LexborNode]]] = [(top, iter([root]))]
@@ -108,7 +106,7 @@ def _tree(root: LexborNode) -> tuple[Element, bool]:
             parent.contents.append(element)
             if element.name == "template" and "shadowrootmode" in element.attrs:
                 open_nodes.append((element, node.template_fragments()[0].iter(include_text=True)))
-            elif element.name not in UNSEEN:
+            elif element.name not in unseen:
                 open_nodes.append((element, node.iter(include_text=True)))
                 size += len(f"<{element.name}></>")
     return top.elements[0], size <= MAX_SIZE
