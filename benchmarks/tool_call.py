@@ -5,7 +5,7 @@
 
 A call has 300 bytes of arguments, a no-op tool and 1 KB of result, on SQLite with synchronous=FULL. The paths:
 
-- worker: submit_task with its session file, a server process and a worker process.
+- worker: submit_task with its session file, a server process and a worker process. Both run uvloop, if it is installed.
 - replay: a repetition of a call whose result is recorded.
 - owned: the caller records the start, executes the call itself, and records the result (nexum_engine.owner).
 - event: an Owner records only the result, in one transaction. This is measured twice: through the server, and without a
@@ -59,6 +59,7 @@ sys.path.insert(0, str(ROOT))
 
 from bare_limit import BareLimit, open_bare_limit  # noqa: E402 - the project is a folder of scripts, not a package
 
+from nexum_engine import event_loop  # noqa: E402
 from nexum_engine.client import NexumClient  # noqa: E402
 from nexum_engine.embedded import EmbeddedNexum  # noqa: E402
 from nexum_engine.options import count  # noqa: E402
@@ -328,7 +329,7 @@ def main() -> int:
     parser.add_argument("--reply", metavar="HOST:PORT", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        asyncio.run(work(args.work))
+        event_loop.run(work(args.work))
         return 0
     if args.reply:
         asyncio.run(reply(args.reply))
