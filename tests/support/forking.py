@@ -19,9 +19,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 IMPORTED = (
     *("nexum_engine.maintenance", "nexum_engine.commands", "nexum_engine.server", "nexum_engine.worker"),
@@ -39,10 +40,20 @@ def can_fork(command: Sequence[str], env: Mapping[str, str]) -> bool:
     """
     changed = {name for name in {*env, *_environment()} if env.get(name) != _environment().get(name)}
     return (
-        sys.platform == "linux"
+        _has_pidfd()
         and command[0] != "-c"
         and not any(name.startswith(("PYTHON", "LC_", "LANG", "GRPC_")) for name in changed)
     )
+
+
+@cache
+def _has_pidfd() -> bool:
+    """Return whether the system has file descriptors of processes: Linux has them, unless a container forbids them."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 @cache
@@ -58,17 +69,20 @@ def _environment() -> dict[str, str]:
 class Forked:
     """A forked process, with those attributes of `subprocess.Popen` that the tests use."""
 
-    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], *, cwd: Path, env: Mapping[str, str], own_errors: bool = False) -> None:
+        """Fork the process. With `own_errors`, `stderr` is a pipe of its own; otherwise it goes to `stdout`."""
         reading, output = os.pipe()
+        reading_errors, errors = os.pipe() if own_errors else (None, output)
         self._status, status = os.pipe()
         order = json.dumps({"command": [*command], "cwd": str(cwd), "env": dict(env)}).encode()
         assert len(order) <= MAX_ORDER, f"the arguments and the environment have {len(order)} bytes: don't fork"
         try:
-            self.pid = _forking_process().start(order, [output, status])
+            self.pid = _forking_process().start(order, [output, errors, status])
         finally:
-            os.close(output)
-            os.close(status)
-        self.stdout = open(reading, encoding="utf-8", errors="replace")  # noqa: SIM115 - the caller closes it
+            for descriptor in {output, errors, status}:
+                os.close(descriptor)
+        self.stdout = _text_of(reading)
+        self.stderr = None if reading_errors is None else _text_of(reading_errors)
         self.returncode: int | None = None
         self._ended = threading.Event()
         threading.Thread(target=self._wait_for_end, daemon=True).start()
@@ -98,6 +112,25 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def _text_of(descriptor: int) -> TextIO:
+    return open(descriptor, encoding="utf-8", errors="replace")
+
+
+def run_forked(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run a forked process to its end, as `subprocess.run` does; return its exit code, output and errors."""
+    process = Forked(command, cwd=cwd, env=env, own_errors=True)
+    assert process.stderr is not None
+    with process.stdout, process.stderr, ThreadPoolExecutor(2) as reading:
+        output, errors = reading.submit(process.stdout.read), reading.submit(process.stderr.read)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(command, code, output.result(), errors.result())
 
 
 class _ForkingProcess:
@@ -147,17 +180,17 @@ def serve(connection: socket.socket) -> dict[str, Any] | None:
             os.write(status, str(code).encode())
             _close(process, status)
         if connection.fileno() in ready:
-            order, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, 2)
+            order, descriptors, _, _ = socket.recv_fds(connection, MAX_ORDER, 3)
             if not order:
                 return None
-            output, status = descriptors
+            output, errors, status = descriptors
             pid = os.fork()
             if pid == 0:
                 connection.close()
                 _close(status, *(one for process, (_, other) in ends.items() for one in (process, other)))
-                return {**json.loads(order), "output": output}
+                return {**json.loads(order), "output": output, "errors": errors}
             ends[os.pidfd_open(pid)] = pid, status
-            os.close(output)
+            _close(output, errors)
             connection.send(str(pid).encode())
 
 
@@ -166,12 +199,12 @@ def _close(*descriptors: int) -> None:
         os.close(descriptor)
 
 
-def run(command: list[str], cwd: str, env: dict[str, str], output: int) -> None:
+def run(command: list[str], cwd: str, env: dict[str, str], output: int, errors: int) -> None:
     """Run a script, or a module after `-m`, in a forked process. Like Python, raise what the program raises."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.close(output)
+    os.dup2(errors, 2)
+    _close(output, errors)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

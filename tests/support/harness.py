@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from forking import Forked, can_fork
+from forking import Forked, can_fork, run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -148,6 +148,25 @@ def running(
         yield process
     finally:
         process.end()
+
+
+def run_to_end(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, forked: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a process to its end; return its exit code, its output and, separately, its errors."""
+    env = environment(env)
+    if forked and can_fork(command, env):
+        return run_forked(command, cwd=cwd, env=env, timeout=60)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def sqlite_url(folder: Path) -> str:
