@@ -134,7 +134,8 @@ class Calls:
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
-        answer = await self._answer(call, perform, options.get("cancellation_token"))
+        token = options.get("cancellation_token")
+        answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         if answer.replayed:
             self._log_replayed(call)
         return self._received(client, answer)
@@ -193,11 +194,11 @@ class Calls:
                 # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
                 result = await attempts.make(str(call), attempt, lambda: not stream.produced)
             written, result = written_reply(result)
-            streamed = written_pieces(stream.produced, result)
-            return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
+            pieces = written_pieces(stream.produced, result)
+            return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
 
-        def got() -> list[Any]:
-            return [representable(piece) for piece in stream.passed_on]
+        def streamed(whole: bool) -> list[Any]:
+            return [representable(piece) for piece in (stream.produced if whole else stream.passed_on)]
 
         def replayed(content: Content) -> None:
             pieces: list[str] = []
@@ -213,7 +214,9 @@ class Calls:
 
         token = options.get("cancellation_token")
         running = asyncio.ensure_future(
-            self._answer(call, perform, token, streamed=got, on_replay=replayed, early=True)
+            self._recorder.call(
+                call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
+            )
         )
         is_first = self._place.hands_on_late
         async with closing(stream.until(running)) as pieces:
@@ -379,15 +382,17 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
-                for written in content.streamed:
-                    item = value_again(written)
+                for one in content.streamed:
+                    item = value_again(one)
                     self._session_state.transcript.settle(self._agent, item, made_before=True)
                     stream.items.put_nowait(item)
 
-        def got() -> list[Any]:
-            return [] if stream is None else [written_value(item) for item in stream.passed_on]
+        def written(whole: bool) -> list[Any]:
+            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)] if stream else []
 
-        answer = await self._answer(call, perform, token, streamed=got, on_replay=replayed)
+        answer = await self._recorder.call(
+            call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
+        )
         self._count(answer.replayed, "tool calls")
         if answer.replayed:
             self._recorder.journal.log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
@@ -511,7 +516,7 @@ class Calls:
             return Performed(said, Returned(value=said))
 
         try:
-            answer = await self._answer(call, perform, token)
+            answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         finally:
             if asking is not None:
                 await end(asking)
@@ -539,54 +544,10 @@ class Calls:
 
         label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
         call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
-        answer = await self._answer(call, perform, token)
+        answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         if kind is Kind.CODE:
             self._count(answer.replayed, "tool calls")
         return self._value(answer, declared)
-
-    # ---- All of them -------------------------------------------------------------------------------------------------
-
-    async def _answer(
-        self,
-        call: Call,
-        perform: Callable[[], Awaitable[Performed]],
-        token: CancellationToken | None,
-        *,
-        streamed: Callable[[], list[Any]] = list,
-        on_replay: Callable[[Content], None] = lambda _: None,
-        early: bool = False,
-    ) -> Answer:
-        """Return the recorder's answer to `call`. The replay of a given-up call waits until `token` is cancelled."""
-        loop = asyncio.get_running_loop()
-
-        def give_up() -> None:
-            loop.call_soon_threadsafe(asking.cancel)
-
-        async def performing() -> Performed:
-            try:
-                return await perform()
-            except asyncio.CancelledError:
-                if token is not None and token.is_cancelled():
-                    asking.cancel()  # record that the program gave the call up, not that the call failed
-                raise
-
-        def replayed(content: Content) -> None:
-            on_replay(content)
-            if isinstance(content, GivenUp) and token is not None:
-                token.add_callback(give_up)
-
-        asking = asyncio.ensure_future(
-            self._recorder.call(
-                call,
-                performing,
-                streamed=streamed,
-                on_replay=replayed,
-                caller=self._task,
-                early=early,
-                is_cancelled=token is not None and token.is_cancelled(),
-            )
-        )
-        return await asking
 
     def _value(self, answer: Answer, declared: Any) -> Any:
         if not answer.replayed:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.events import Call, Event
 
 T = TypeVar("T")
 
@@ -50,6 +51,8 @@ class OpenSession(Protocol):
     @property
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
+
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]: ...
 
     def left_the_record(self, agent: str, what: str) -> None: ...
 

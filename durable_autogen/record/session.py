@@ -199,9 +199,7 @@ class Session:
                 budget = BudgetCheck(self._budget, journal, self._command("budget"))
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
-            self._recorder = Recorder(
-                journal, self, on_drift=self._on_drift, compare=self.differences, park=park, budget=budget
-            )
+            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget)
             stack.push_async_callback(self._close)
             self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
             self._waits = Waits(self._recorder, self._command("send"))
