@@ -45,6 +45,11 @@ OnDrift = Literal["stop", "continue"]
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
 
+def _nothing(_: bool) -> list[Any]:
+    """Return the items of a call that isn't a stream."""
+    return []
+
+
 def _ignore(_: Content) -> None:
     """Do nothing. Replaces the `on_replay` of a call that has none, or whose `on_replay` was called early."""
 
@@ -89,9 +94,9 @@ class _LiveCall:
 
     call: Call
     asked: Asked
-    streamed: Streamed
-    caller: Caller
-    token: Token | None
+    streamed: Streamed = _nothing
+    caller: Caller = None
+    token: Token | None = None
     task: Task | None = None
     was_made: bool = False
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
@@ -99,9 +104,7 @@ class _LiveCall:
     """Set when the program gives the call up."""
     is_cancelled: bool = False
     _is_sending: bool = False
-    answer: asyncio.Future[Answer | Exception] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    answer: asyncio.Future[Answer | Exception] = field(init=False)
     """The call's answer or error. Set an error with `set_result`: asyncio warns of exceptions that nobody retrieves."""
 
     def cancel(self, running: asyncio.Task[None]) -> None:
@@ -157,9 +160,11 @@ class Recorder:
         self._session = session
         self.setbacks = Setbacks()
         self._questions: Counter[str] = Counter()
-        self._typed: list[tuple[Call, Returned, Asked]] = []
-        """The lines typed at the console that are not recorded yet."""
-        self._given_up: list[_LiveCall] = []
+        self._apart: list[tuple[_LiveCall, Returned | GivenUp]] = []
+        """The typed console lines and given-up calls that are not recorded yet.
+
+        They are recorded before the next event. A replay delivers them outside the order of events.
+        """
         self._record_lock = asyncio.Lock()
         self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
@@ -303,7 +308,9 @@ class Recorder:
     async def end_with(self, error: BaseException) -> None:
         """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
         async with self._record_lock:
-            await self._record_typed()
+            # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
+            self._apart = [(live, content) for live, content in self._apart if isinstance(content, Returned)]
+            await self._record_apart()
             if ended_it := self.setbacks.ended_by(error, self.journal.events):
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
 
@@ -318,7 +325,7 @@ class Recorder:
         call: Call,
         perform: Callable[[], Awaitable[Performed]] | None,
         *,
-        streamed: Streamed = lambda _: [],
+        streamed: Streamed = _nothing,
         on_replay: Callable[[Content], None] = _ignore,
         caller: Caller = None,
         token: Token | None = None,
@@ -366,6 +373,7 @@ class Recorder:
     async def _made_live(
         self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None
     ) -> Answer | Exception:
+        live.answer = asyncio.get_running_loop().create_future()
         running = self._start(live, self._live(live, perform))
         try:
             return await live.answer
@@ -399,7 +407,7 @@ class Recorder:
                 self.stop(error)
                 return
             live.task, live.was_made = None, False
-        self._given_up.append(live)
+        self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
 
     async def _wait_to_be_given_up(
         self, event: Event, call: Call, on_replay: Callable[[Content], None], token: Token | None
@@ -452,7 +460,7 @@ class Recorder:
             giving_up = [running for running, one in self._calls.items() if one.setback is not None]
             if giving_up:
                 await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
-            if self._typed or self._given_up:
+            if self._apart:
                 async with self._record_lock:
                     with live.sending():
                         await self._record_apart()
@@ -484,9 +492,11 @@ class Recorder:
                         error or Answer(event.content, replayed=False, position=event.position, value=value)
                     )
         except asyncio.CancelledError:
-            if not live.answer.done():
-                ended = self.failed.result() if self.failed.done() else RuntimeError(f"{call} was cancelled")
-                live.answer.set_result(ended)
+            if not self.failed.done() and live.setback is not None:
+                live.answer.cancel()
+            elif not live.answer.done():
+                error = self.failed.result() if self.failed.done() else RuntimeError(f"{call} was cancelled")
+                live.answer.set_result(error)
             raise
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
@@ -592,37 +602,22 @@ class Recorder:
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
         self.live["inputs"] += 1
-        self._typed.append((call, content, Asked(self.last_seq, self.active_now_ms)))
+        self._apart.append((_LiveCall(call, Asked(self.last_seq, self.active_now_ms)), content))
 
-    async def _record_typed(self) -> None:
-        while self._typed:
-            call, content, asked = self._typed[0]
-            before = [event for event in self.journal.events if event.address == call.address]
+    async def _record_apart(self) -> None:
+        while self._apart:
+            live, content = self._apart[0]
+            before = [event for event in self.journal.events if event.address == live.call.address]
             if before:
                 await self.journal.revoke(before, "the program asked something else")
             try:
-                await self.journal.record(call, content, None, asked, self.active_now_ms)
-            finally:
-                if any(event.content is content for event in self.journal.events):
-                    self._typed.pop(0)
-
-    async def _record_apart(self) -> None:
-        """Record typed lines and given-up calls. A replay delivers both outside the order of events."""
-        await self._record_typed()
-        await self._record_given_up()
-
-    async def _record_given_up(self) -> None:
-        """Record given-up calls. The run continued after them, so the program itself cancelled them."""
-        while self._given_up:
-            live = self._given_up[0]
-            try:
-                event = await self._record(live, GivenUp(streamed=live.streamed(False), was_made=live.was_made))
-                assert live.setback is not None
-                live.setback.event = event
+                event = await self._record(live, content)
+                if live.setback is not None:
+                    live.setback.event = event
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
-                if any(event.address == live.call.address for event in self.journal.events):
-                    self._given_up.remove(live)
+                if any(event.content is content for event in self.journal.events):
+                    self._apart.pop(0)
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
         event = await self.journal.record(live.call, content, live.task, live.asked, self.active_now_ms)
