@@ -494,7 +494,7 @@ class Calls:
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
-        is_live = self._recorder.recorded(call.address) is None
+        is_live = self._recorder.replay.recorded(call.address) is None
         asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:

@@ -173,13 +173,13 @@ class Recorder:
         """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
-        self._replay = Replay(journal, session)
+        self.replay = Replay(journal, session)
         self._handled_seq = 0
         """The number of the last event that the program has surely handled: the session was idle after it."""
         self._replaying = asyncio.create_task(self._run_replay(), name="replay")
 
     async def _idle(self) -> None:
-        delivered = self.last_seq
+        delivered = self.replay.last_seq
         await idle(self._session)
         self._handled_seq = delivered
 
@@ -195,7 +195,7 @@ class Recorder:
         """End the run with an error. Every waiting call and every later call raises the error."""
         if not self.failed.done():
             self.failed.set_result(error)
-        self._replay.fail(error)
+        self.replay.fail(error)
         for running, live in self._calls.items():
             live.cancel(running)
 
@@ -208,28 +208,10 @@ class Recorder:
             self.stop(error)
             raise
 
-    def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
-        return self._replay.event_ahead(address)
-
-    def recorded(self, address: str) -> Event | None:
-        """Return the recorded event of an address as `event_ahead` does, or the event of a given-up call."""
-        return self._replay.recorded(address)
-
-    @property
-    def last_seq(self) -> int:
-        """The number of the last delivered event."""
-        return self._replay.last_seq
-
-    @property
-    def last_recorded_ms(self) -> int:
-        """The time at which the last delivered event was recorded, in milliseconds since 1970."""
-        return self._replay.last_recorded_ms
-
     @property
     def programs(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
-        return self.journal.programs_before(self.last_seq)
+        return self.journal.programs_before(self.replay.last_seq)
 
     def was_checked(self, condition: str, look: int) -> bool:
         """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
@@ -237,19 +219,14 @@ class Recorder:
         return ended is not None and look <= ended.looks.get(condition, 0)
 
     @property
-    def is_replaying(self) -> bool:
-        """Whether there are recorded events that are not delivered yet."""
-        return bool(self._replay.ahead)
-
-    @property
     def active_now_ms(self) -> int:
         """The session's active time until now: the total length of its runs, without the waits for a person."""
-        return self._replay.active_ms + self._live_ms
+        return self.replay.active_ms + self._live_ms
 
     @property
     def _live_ms(self) -> int:
         """How long this run has been live, without the waits for a person."""
-        since = self._replay.over_since
+        since = self.replay.over_since
         if since is None:
             return 0
         now = time.monotonic()
@@ -263,7 +240,7 @@ class Recorder:
                 position = "begin"
                 if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
                     position = f"begin/{number}"
-                self._replay.delivered(
+                self.replay.delivered(
                     await self.journal.record(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
                 )
 
@@ -271,8 +248,8 @@ class Recorder:
 
     async def end(self, stop_reason: str) -> None:
         """Record the run's end. Raises DriftError if the program did not make every recorded call."""
-        if self._replay.ahead:
-            event = self._replay.ahead[0]
+        if self.replay.ahead:
+            event = self.replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended without asking for {event}")
         while self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
@@ -343,13 +320,15 @@ class Recorder:
         self._check_not_failed()
         caller = caller or asyncio.current_task()
         self.setbacks.called(call, caller, is_cancelled=token is not None and token.is_cancelled())
-        call = self._replay.matching(call)
-        if early and (peeked := self._replay.peek(call)) is not None:
+        call = self.replay.matching(call)
+        if early and (peeked := self.replay.peek(call)) is not None:
             on_replay(peeked.content)
             on_replay = _ignore
         answer = await self._replayed(call, on_replay, caller, token)
         if answer is None:
-            answer = await self._made_live(_LiveCall(call, Asked(self.last_seq), streamed, caller, token), perform)
+            answer = await self._made_live(
+                _LiveCall(call, Asked(self.replay.last_seq), streamed, caller, token), perform
+            )
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
@@ -358,10 +337,10 @@ class Recorder:
     async def _replayed(
         self, call: Call, on_replay: Callable[[Content], None], caller: Caller, token: Token | None
     ) -> Answer | Exception | None:
-        if (event := self._replay.take_apart(call.address)) is not None:
+        if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay, token)
             return None
-        if self.event_ahead(call.address) is None or (event := await self._replay.take(call)) is None:
+        if self.replay.event_ahead(call.address) is None or (event := await self.replay.take(call)) is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):
@@ -413,7 +392,7 @@ class Recorder:
         self, event: Event, call: Call, on_replay: Callable[[Content], None], token: Token | None
     ) -> None:
         """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
-        differing = self._replay.differences(event, call)
+        differing = self.replay.differences(event, call)
         if differing:
             await self._drift_of(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
@@ -450,7 +429,7 @@ class Recorder:
         call = live.call
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
-            await self._replay.wait_until_over(call)
+            await self.replay.wait_until_over(call)
             if self.ended is not None:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
@@ -477,14 +456,14 @@ class Recorder:
                 value, content, error = await self._performed(call, perform, live)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
-                while self._handled_seq < self.last_seq:
+                while self._handled_seq < self.replay.last_seq:
                     await self._idle()
                 self._check_not_failed()
                 with live.sending():
                     await self._record_apart()
                     event = await self._record(live, content)
                 await self._idle()
-                self._replay.delivered(event)
+                self.replay.delivered(event)
                 if error is not None:
                     self.setbacks.add(call.agent, live.caller, error, event)
                 if not live.answer.done():
@@ -588,7 +567,7 @@ class Recorder:
 
         Raises DriftError if the prompt differs.
         """
-        event = self._replay.take_apart(call.address)
+        event = self.replay.take_apart(call.address)
         if event is None or not isinstance(event.content, Returned):
             return None
         was, now = event.request.get("prompt"), call.request["prompt"]
@@ -602,7 +581,7 @@ class Recorder:
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
         self.live["inputs"] += 1
-        self._apart.append((_LiveCall(call, Asked(self.last_seq, self.active_now_ms)), content))
+        self._apart.append((_LiveCall(call, Asked(self.replay.last_seq, self.active_now_ms)), content))
 
     async def _record_apart(self) -> None:
         while self._apart:
@@ -633,7 +612,7 @@ class Recorder:
 
     async def _run_replay(self) -> None:
         try:
-            while (differs := await self._replay.run()) is not None:
+            while (differs := await self.replay.run()) is not None:
                 await self.drift(*differs)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
@@ -656,13 +635,13 @@ class Recorder:
         self.differs(what)
         self.ended = None
         async with self._record_lock:
-            left = len(self._replay.ahead)
+            left = len(self.replay.ahead)
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
             await self._warn_of_effects([event for event in self.journal.events if event.seq > after])
             await self.journal.revoke_after(after, what)
-            self._replay.leave()
+            self.replay.leave()
 
     async def _warn_of_effects(self, dropped: Iterable[Event]) -> None:
         """Log a warning if dropped events have calls whose effect must happen only once."""
