@@ -76,7 +76,6 @@ class Journal:
         self.next_seq = 1
         """The number of the next event."""
         self._summary = Summary()
-        self._starting: set[asyncio.Task[Started]] = set()
         self._times_revoked: Counter[str] = Counter()
         self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
@@ -105,8 +104,6 @@ class Journal:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            if self._starting:
-                await asyncio.wait(self._starting, timeout=TAKE_OVER_PATIENCE)
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
@@ -374,11 +371,7 @@ class Journal:
             await self._close(
                 inherited, "the run that made this call died, and the call was made again", OWNER_PATIENCE
             )
-        starting = asyncio.create_task(self._start(input))
-        self._starting.add(starting)
-        starting.add_done_callback(self._starting.discard)
-        # Shield the start: if the caller is cancelled, the journal still gets the task, and closes it at the run's end.
-        started = await asyncio.shield(starting)
+        started = await self._start(input)
         if started.task is None:
             raise self._busy(f"another process has recorded {call}")
         return started.task
