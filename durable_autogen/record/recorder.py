@@ -577,8 +577,10 @@ class Recorder:
             await asyncio.wait({recording})
             return recording.result()
         except asyncio.CancelledError:
-            # Wait for the server's answer: if the server has recorded the event, the journal must have it, too.
-            await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE)
+            # Wait for the server's answer: if the server has recorded the event, the journal must have it, too. There
+            # is no limit if only this call was cancelled and the run continues: the server would refuse its next event.
+            is_ending = self.failed.done() or asyncio.current_task() not in self._calls
+            await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE if is_ending else None)
             raise
         finally:
             await end(recording)

@@ -21,6 +21,7 @@ from harness import Server
 from pydantic import BaseModel
 
 from durable_autogen import DriftError, current_session
+from nexum_engine.owner import Owner
 
 pytestmark = pytest.mark.every_python
 
@@ -277,6 +278,40 @@ async def test_tool_answers_call_with_already_cancelled_token(shared_server: Ser
     for _ in range(2):
         assert await inside(shared_server, program, session) == "cancelled before it began"
     assert happened == ["ran"]
+
+
+async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.recorder.TAKE_OVER_PATIENCE", 0.1)
+    record = Owner.record
+    is_recorded, answers = asyncio.Event(), asyncio.Event()
+
+    async def slowly(self: Owner, *args: Any, **options: Any) -> None:
+        await record(self, *args, **options)
+        if happened == ["slow"] and not is_recorded.is_set():
+            is_recorded.set()
+            await answers.wait()
+
+    async def program() -> str:
+        asking = asyncio.create_task(asked(Scripted(happened, name="slow")))
+        await wait_for_record()
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+
+        async def next_reply() -> str:
+            answers.set()  # later than TAKE_OVER_PATIENCE: this call has waited for the call before (GIVE_UP_PATIENCE)
+            return word()
+
+        return await asked(Scripted(happened, next_reply, name="next"))
+
+    async def wait_for_record() -> None:
+        await (asyncio.sleep(GIVEN_UP_AFTER) if is_recorded.is_set() else is_recorded.wait())
+
+    monkeypatch.setattr(Owner, "record", slowly)
+    await twice(shared_server, program, happened)
+    assert happened == ["slow", "next"]
 
 
 # ---- A program that no longer gives the call up ----------------------------------------------------------------------
