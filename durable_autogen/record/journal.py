@@ -133,8 +133,7 @@ class Journal:
             except Conflict as conflict:
                 if loop.time() >= give_up:
                     raise SessionBusy(
-                        f"session {self.session} is being run: {conflict}. Wait for that run to end, or use another "
-                        "session"
+                        f"session {self.session} is being run: {conflict}. Or use another session"
                     ) from conflict
                 if not is_reported:
                     self.log.warning(
@@ -153,7 +152,7 @@ class Journal:
             latest = await self._runs()
 
     def _busy(self, why: str) -> SessionBusy:
-        return SessionBusy(f"session {self.session}: {why}. Run it again when that process has ended")
+        return SessionBusy(f"session {self.session}: {why}. Run the session again when that process has ended")
 
     async def _runs(self, status: str = "") -> Execution | None:
         """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
