@@ -423,8 +423,10 @@ class Recorder:
                 if not live.answer.done():
                     live.answer.set_result(self.failed.result())
             elif live.given_up:
-                await self._take_back(live)
-                live.answer.cancel()
+                try:
+                    await self._take_back(live)
+                finally:
+                    live.answer.cancel()
             elif not live.answer.done():
                 live.answer.set_result(RuntimeError(f"{call} was cancelled"))
             raise
@@ -456,14 +458,15 @@ class Recorder:
 
     async def _take_back(self, live: _LiveCall) -> None:
         """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
-        event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
-        if event is not None:
-            try:
-                await self.journal.revoke([event], "the program gave the call up")
-            except NexumError as error:
-                self.stop(error)
-                return
-            live.task, live.was_made = None, False
+        async with self._record_lock:  # the run may be ending and revoke the same event
+            event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
+            if event is not None:
+                try:
+                    await self.journal.revoke([event], "the program gave the call up")
+                except NexumError as error:
+                    self.stop(error)
+                    return
+                live.task, live.was_made = None, False
         self._given_up.append(live)
 
     # ---- People ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,9 @@ from harness import Server
 from pydantic import BaseModel
 
 from durable_autogen import DriftError, current_session
+from durable_autogen.record.events import Event
+from durable_autogen.record.handled_failures import Setbacks
+from durable_autogen.record.journal import Journal
 from nexum_engine.owner import Owner
 
 pytestmark = pytest.mark.every_python
@@ -312,6 +315,36 @@ async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session
     monkeypatch.setattr(Owner, "record", slowly)
     await twice(shared_server, program, happened)
     assert happened == ["slow", "next"]
+
+
+async def test_failed_call_that_is_given_up_as_the_run_ends_is_revoked_once(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    failing: list[asyncio.Task[str]] = []
+    add, revoke, revoked = Setbacks.add, Journal.revoke, []
+
+    def cancelling(self: Setbacks, *args: Any, **options: Any) -> None:
+        add(self, *args, **options)
+        failing[0].cancel()  # the call's failure is recorded, but its caller doesn't have it yet
+
+    async def slowly(self: Journal, events: Iterable[Event], *args: Any, **options: Any) -> None:
+        revoked.append([event.position for event in events])
+        await asyncio.sleep(0.1)  # so that a second revoke could overlap
+        await revoke(self, events, *args, **options)
+
+    async def program() -> str:
+        failing.append(asyncio.create_task(asked(Scripted(happened, ConnectionError("offline"), name="failing"))))
+        await asyncio.wait(failing)
+        raise ValueError("the program's own error")
+
+    monkeypatch.setattr(Setbacks, "add", cancelling)
+    monkeypatch.setattr(Journal, "revoke", slowly)
+    with pytest.raises(ValueError, match="the program's own error"):
+        await inside(shared_server, program, session)
+    assert revoked == [["reply/1"]]
+    monkeypatch.undo()
+    assert await inside(shared_server, lambda: asked(Scripted(happened, "yes")), session) == "yes"
 
 
 # ---- A program that no longer gives the call up ----------------------------------------------------------------------
