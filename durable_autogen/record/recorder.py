@@ -34,7 +34,7 @@ from durable_autogen.record.failures import Failure, end, in_a_task, ordinary
 from durable_autogen.record.handled_failures import Caller, Setbacks, continues
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.place import OpenSession, current, start_at
+from durable_autogen.record.place import OpenSession, current, has_ended, start_at
 from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
@@ -337,6 +337,8 @@ class Recorder:
         streamed: Callable[[], list[Any]],
         caller: Caller,
     ) -> Answer | Exception:
+        if self._session.is_over:
+            raise has_ended(self._session)
         live = _LiveCall(call, Asked(self.last_seq), streamed, caller)
         running = asyncio.create_task(self._live(live, perform))
         self._calls[running] = live

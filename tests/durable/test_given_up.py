@@ -21,9 +21,11 @@ from harness import Server
 from pydantic import BaseModel
 
 from durable_autogen import DriftError, current_session
+from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import Event
 from durable_autogen.record.handled_failures import Setbacks
 from durable_autogen.record.journal import Journal
+from durable_autogen.record.recorder import Recorder
 from nexum_engine.owner import Owner
 
 pytestmark = pytest.mark.every_python
@@ -315,6 +317,53 @@ async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session
     monkeypatch.setattr(Owner, "record", slowly)
     await twice(shared_server, program, happened)
     assert happened == ["slow", "next"]
+
+
+@pytest.mark.parametrize("ends", ["without an error", "with an error"])
+@pytest.mark.parametrize("what", ["model", "tool", "sleep", "console"])
+async def test_background_call_while_the_end_is_recorded_is_an_error(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, what: str, ends: str
+) -> None:
+    ending, answered = asyncio.Event(), asyncio.Event()
+    session, background = new_session(), []
+    monkeypatch.setattr("builtins.input", lambda _: happened.append("console"))
+
+    async def note() -> None:
+        happened.append("tool")
+
+    async def call() -> Any:
+        await ending.wait()
+        try:
+            if what == "model":
+                return await asked(Scripted(happened))
+            if what == "tool":
+                return await FunctionTool(note, "Note.").run_json({}, CancellationToken())
+            return input("?") if what == "console" else await current_session().sleep(0)  # noqa: ASYNC250
+        finally:
+            answered.set()
+
+    async def program() -> str:
+        background.append(asyncio.create_task(call()))
+        said = await asked(Scripted(happened, name="last"))
+        if ends == "with an error":
+            raise LookupError(said)
+        return said
+
+    def held_back(end: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def held(*args: Any, **options: Any) -> None:
+            ending.set()
+            await answered.wait()
+            await end(*args, **options)
+
+        return held
+
+    for method in ("end", "end_with"):
+        monkeypatch.setattr(Recorder, method, held_back(getattr(Recorder, method)))
+    with contextlib.suppress(LookupError):
+        await inside(shared_server, program, session)
+    with pytest.raises(NotDurable, match=f"session {session} has ended, and this call was started inside it"):
+        await background[0]
+    assert happened == ["last"]
 
 
 async def test_failed_call_that_is_given_up_as_the_run_ends_is_revoked_once(
