@@ -487,7 +487,7 @@ def _build_parser() -> argparse.ArgumentParser:
         type=seconds(),
         metavar="SECONDS",
         default=120.0,
-        help="how long to wait for the result (%(default)g)",
+        help="how long to wait for the result (default: %(default)g)",
     )
     add_nexum_option(parser)
     return parser

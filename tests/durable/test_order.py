@@ -342,3 +342,32 @@ async def test_equal_calls_may_begin_in_another_order(shared_server: Server) -> 
         await inside(shared_server, lambda: ask("YYZ"), session)
     continued = await inside(shared_server, lambda: ask("YYZ"), session, on_drift="continue")
     assert await inside(shared_server, lambda: ask("ZYY"), session) == continued
+
+
+@pytest.mark.parametrize(("first", "then"), [("XY", "YX"), ("XYY", "YYX"), ("YXX", "XXY")])
+async def test_given_up_calls_may_begin_in_another_order(shared_server: Server, first: str, then: str) -> None:
+    happened: list[str] = []
+
+    async def hangs() -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    async def ask(questions: str) -> list[str]:
+        """Ask the questions at the same time. The last `Y` gets no answer: the program gives it up."""
+
+        async def one(number: int, letter: str) -> str:
+            is_last_y = letter == "Y" and "Y" not in questions[number + 1 :]
+            model = Scripted(happened, *([hangs] if is_last_y else [f"answer to {letter}"]))
+            question = model.create([UserMessage(content=letter, source="user")])
+            try:
+                return str((await asyncio.wait_for(question, 0.6)).content)
+            except asyncio.TimeoutError:
+                return f"gave {letter} up"
+
+        return sorted(await asyncio.gather(*(one(*each) for each in enumerate(questions))))
+
+    session = new_session()
+    answers = await inside(shared_server, lambda: ask(first), session)
+    assert await inside(shared_server, lambda: ask(then), session) == answers
+    assert "gave Y up" in answers
+    assert len(happened) == len(first)
