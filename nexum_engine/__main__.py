@@ -141,7 +141,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
             "--nexum",
             metavar="HOST:PORT",
             help="the server to ask (default: $NEXUM_ADDRESS, else the server that has this folder's database open, "
-            f"else {DEFAULT_ADDRESS}; if none answers, the database is read directly)",
+            f"else {DEFAULT_ADDRESS}; if none answers, this command opens the database itself)",
         )
         _add_database(command, argparse.SUPPRESS)
     restore = commands.add_parser(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.events import Call, Event
 
 T = TypeVar("T")
 
@@ -27,6 +28,12 @@ class Activity:
         """How many functions of the session run in a thread or wait for one."""
         self.is_never_idle = False
         """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
+
+
+Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
+"""A function that returns a line for each difference between a recorded event and a call.
+
+Its last parameter is a function that returns the recorded event of an address."""
 
 
 class OpenSession(Protocol):
@@ -51,6 +58,9 @@ class OpenSession(Protocol):
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
 
+    @property
+    def differences(self) -> Compare: ...
+
     def left_the_record(self, agent: str, what: str) -> None: ...
 
 
@@ -67,10 +77,6 @@ class Place:
     """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
     """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
-    ends_in_order: bool = False
-    """Whether the agents inside this team work in parallel. If so, the order in which their turns end is recorded."""
-    must_not_raise: bool = False
-    """Whether the agent would wait for ever if a tool raised an error."""
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
@@ -98,6 +104,14 @@ def call_id() -> str:
     return recorded_call.get()
 
 
+def has_ended(session: OpenSession) -> NotDurable:
+    """Return the error of a call that is made when its session has ended, or while its end is being recorded."""
+    return NotDurable(
+        f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
+        "session ends, or start it outside"
+    )
+
+
 def recording_place() -> Place | None:
     """Return the place of the current call; None if no session has to record the call.
 
@@ -109,10 +123,7 @@ def recording_place() -> Place | None:
         return None
     session = place.session
     if session.is_over:
-        raise NotDurable(
-            f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
-            "session ends, or start it outside"
-        )
+        raise has_ended(session)
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
             f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "
