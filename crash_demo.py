@@ -63,6 +63,11 @@ EVERY_POINT = (*(CrashPoint(step) for step in CRASH_AFTER), CrashPoint("summariz
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
+        # argparse would write the alternatives in one long line.
+        usage="%(prog)s [-h]\n"
+        "       [--crash-after STEP | --crash-during STEP | --all |\n"
+        "        --graphflow | --cyclic | --effect]\n"
+        "       [--query TEXT] [--offline] [--nexum HOST:PORT] [--html FILE]",
         description=(__doc__ or "").partition("\n")[0],
         epilog="Models and keys are chosen as in demo.py (python demo.py --help). Exit code: 0 if every check of the "
         "run passed, 1 if one failed, 2 if the script could not run.",

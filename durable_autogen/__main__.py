@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions; send "
         "events to them.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument(
         "--nexum",
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "(tell), or stop (default: %(default)s)",
     )
     limits = run.add_argument_group(
-        "budget", "Limits over all runs of a session. At a limit, the session waits for `budget`."
+        "budget", "Limits over all runs of a session. At a limit, the session waits for the command `budget`."
     )
     add_limits(limits, "budget-")
     run.add_argument(
@@ -124,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
         "budget",
         parents=[server],
         help="raise the budget of a session, or stop the session",
-        description="Raise limits of SESSION's budget to new values, whether it waits for this now, later, or does not "
-        "run. Without a limit, say what the session has used.",
+        description="Raise limits of SESSION's budget to new values: before SESSION reaches a limit, while it waits at "
+        "one, or while its program doesn't run. Without an option, print what SESSION has used.",
     )
     budget.add_argument("session", metavar="SESSION")
     add_limits(budget)

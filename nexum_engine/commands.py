@@ -94,7 +94,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     ps.add_argument("--all", action="store_true", help="list each execution of a session, too")
     ps.add_argument(
-        "--limit", type=count(1, 1000), default=20, help="how many to list (default: %(default)s, at most 1000)"
+        "--limit",
+        type=count(1, 1000),
+        default=20,
+        metavar="N",
+        help="how many to list (default: %(default)s, at most 1000)",
     )
     ps.add_argument(
         "--watch",
@@ -140,6 +144,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     resolve = commands.add_parser(
         "resolve",
+        # argparse would write the alternatives in one long line.
+        usage="%(prog)s [-h] [--by NAME] [--nexum HOST:PORT]\n"
+        "       [--database-url URL] (--result JSON | --not-done | --failed REASON)\n"
+        "       EXECUTION [NODE]",
         help="say whether the effect of an UNKNOWN node has happened",
         description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
     )

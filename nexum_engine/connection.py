@@ -22,7 +22,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.location import is_same_database, own_database, read_address
+from nexum_engine.location import absolute, is_same_database, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
@@ -93,7 +93,7 @@ class Connection:
         if address is None:
             self._database = own_database()
         elif ("/" in address or "\\" in address) and "://" not in address:
-            self._database = Path(address).absolute()
+            self._database = absolute(address)
             self._metadata = metadata_for(str(self._database))
             self._follow()
         else:

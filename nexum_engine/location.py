@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote
 
-from nexum_engine.errors import StoreRefused
+from nexum_engine.errors import StoreError, StoreRefused
+from nexum_engine.streams import NO_WORKING_FOLDER
 
 DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
 _REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # tries to replace an address file, and seconds between two tries
@@ -28,7 +29,10 @@ def default_database_url() -> str:
 
 def database_path(database_url: str) -> Path:
     """Return the absolute path that a SQLite URL names: `sqlite:///relative`, `sqlite:////absolute`,
-    `sqlite:///C:/path`, or a published server's `sqlite://relative?mode=rwc`. Raises StoreRefused for other URLs."""
+    `sqlite:///C:/path`, or a published server's `sqlite://relative?mode=rwc`.
+
+    Raises StoreRefused for other URLs, and StoreError if the path is relative to a working folder that was deleted.
+    """
     if database_url.startswith(("postgresql:", "postgres:")):
         raise StoreRefused(
             "the database is in PostgreSQL, and this command is for database files: use pg_dump for a backup, "
@@ -43,7 +47,15 @@ def database_path(database_url: str) -> Path:
         raise StoreRefused(
             f"database URL {database_url!r} is not supported: use sqlite:///path, a file on this machine"
         )
-    return Path(name).absolute()
+    return absolute(name)
+
+
+def absolute(name: str) -> Path:
+    """Return the absolute path of a file. Raises StoreError if this process's working folder was deleted."""
+    try:
+        return Path(name).absolute()
+    except FileNotFoundError as error:
+        raise StoreError(NO_WORKING_FOLDER) from error
 
 
 def database_url(path: Path) -> str:

@@ -241,6 +241,13 @@ class Owner:
         finally:
             self._heartbeat.release(task.task_id)
 
+    async def give_back(self, task: Task, reason: str, *, patience: float = PATIENCE) -> None:
+        """Record that the work of `task` has not begun. The next start with its idempotency key begins the work."""
+        try:
+            await self._client.fail_task(task.task_id, reason, patience=patience)
+        finally:
+            self._heartbeat.release(task.task_id)
+
 
 def _written(output: BaseModel | Mapping[str, Any]) -> str:
     what = "the result"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+NO_WORKING_FOLDER = "the working folder was deleted: change to another folder, and run the command again"
+
 
 def open_closed_streams() -> None:
     """Open the null device in the place of each standard stream that the caller has closed, as with `>&-`.
@@ -27,6 +29,8 @@ def open_closed_streams() -> None:
 
 def in_words(error: OSError) -> str:
     """Return the message of an error that ends a program. An error without a file's name concerns the output."""
+    if error.filename is None and isinstance(error, FileNotFoundError):
+        return NO_WORKING_FOLDER  # os.getcwd raised it
     if error.filename is None and error.strerror is not None:
         return f"the output can't be written: {error.strerror}"
     return str(error)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from durable_autogen.record.events import Call, Kind, Returned
-from durable_autogen.record.place import at, current
+from durable_autogen.record.place import at, current, has_ended
 from durable_autogen.record.recorder import Recorder
 from durable_autogen.record.surrogates import representable
 from durable_autogen.record.while_open import while_open
@@ -33,8 +33,10 @@ def recorded_console() -> Iterator[None]:
 
 def _input(original: Callable[[Any], str], prompt: Any) -> str:
     place = current.get()
-    if place is None or place.in_call or place.session.is_over:
+    if place is None or place.in_call:
         return original(prompt)
+    if place.session.is_over:
+        raise has_ended(place.session)
     recorder: Recorder = place.session.recorder
     position = f"console/{recorder.next_question(place.agent)}"
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})

@@ -15,7 +15,7 @@ from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
 from nexum_engine.records import Execution
-from nexum_engine.workflow import workflow
+from nexum_engine.workflow import RetryPolicy, workflow
 
 
 class EffectInput(BaseModel):
@@ -46,8 +46,12 @@ class EffectInput(BaseModel):
 
 EFFECT = "effect"
 """The name of the only node of an effect's execution."""
-TOOL_EFFECT = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True).build()
-TOOL_EFFECT_RECONCILED = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True, reconcile=True).build()
+# The run reports every failure of the tool as final. Only an effect that has not begun is retried (`give_back_effect`).
+_RETRY = RetryPolicy(max_attempts=1000)
+TOOL_EFFECT = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True, retry=_RETRY).build()
+TOOL_EFFECT_RECONCILED = (
+    workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True, reconcile=True, retry=_RETRY).build()
+)
 
 
 def of_session(session: str) -> str:

@@ -330,7 +330,12 @@ class Guard:
 
     async def _attempted(self, task: Task, perform: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
-        if not await self._journal.may_begin_effect(task):
+        try:
+            may_begin = await self._journal.may_begin_effect(task)
+        except asyncio.CancelledError:
+            self._journal.give_back_effect(task)
+            raise
+        if not may_begin:
             return _UNKNOWN
         try:
             value = await perform()

@@ -13,6 +13,8 @@ from typing import Any
 
 from durable_autogen.record.events import Call, Event
 
+MAX_CONTINUED = 100  # setbacks to remember after which the run continued
+
 Caller = asyncio.Task[Any] | None
 
 
@@ -29,18 +31,28 @@ class Setback:
     """The recorded event; None if it isn't recorded yet."""
     continued: bool = False
     """Whether another call has shown that the run continued (see `_continues`)."""
+    was_handled: bool = False
+    """Whether the task or agent that made the call, or an agent that contains it, made another call afterwards."""
 
 
 class Setbacks:
-    """The failed and given-up calls of a run. When an agent finishes its turn, the agent's calls are forgotten."""
+    """The failed and given-up calls of a run. When an agent finishes its turn, the agent's calls are forgotten.
+
+    Of the calls after which the run continued, only the newest `MAX_CONTINUED` are remembered.
+    """
 
     def __init__(self) -> None:
         self._setbacks: list[Setback] = []
 
     def add(self, agent: str, caller: Caller, error: Exception | None = None, event: Event | None = None) -> Setback:
         """Remember that a call of `agent` failed with `error`. If `error` is None, the call was given up."""
-        self._setbacks.append(Setback(agent, caller, error, event))
-        return self._setbacks[-1]
+        new = Setback(agent, caller, error, event)
+        self._setbacks.append(new)
+        # A program that calls models itself may run for long, and its turn is never over: forget the oldest setbacks.
+        past = [one for one in self._setbacks if one.continued]
+        if len(past) > MAX_CONTINUED:
+            self._setbacks.remove(past[0])
+        return new
 
     def called(self, call: Call, caller: Caller, *, is_cancelled: bool) -> None:
         """Note that `caller` makes a call, which may show that the run continued after a setback (see `_continues`).
@@ -51,6 +63,7 @@ class Setbacks:
         for one in self._setbacks:
             if one.error is not None or not is_cancelled:
                 one.continued = one.continued or _continues(one, call, caller)
+                one.was_handled = one.was_handled or _handles(one, call, caller)
 
     def turn_is_over(self, path: str) -> None:
         """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
@@ -64,20 +77,29 @@ class Setbacks:
         return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
 
     def ended_by(self, error: BaseException, events: Sequence[Event]) -> list[Event]:
-        """Return the events of the calls whose failure or cancellation ended the run with `error`."""
+        """Return the events of the calls whose failure or cancellation ended the run with `error`.
+
+        If the program handled the failure, made other calls and then raised it again, return their events, too: the
+        next run makes the failed call again, and makes those calls only if it fails again.
+        """
         setbacks = [
             one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
         ]
         failures = [one for one in setbacks if one.error is not None]
         causes = _chain(error)  # `error` itself is the first one
         found = [one for one in failures if one.error in causes]
+        # An error that is raised in an `except` block has the handled failure as its context. Keep the handled failure.
+        found = [one for one in found if not one.was_handled] or found[-1:]
         # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
         # If no text matches, the error has another reason. Take every failure after which the run did not continue.
         found = found or [one for one in failures if not one.continued]
         # Add the given-up calls after which the run did not continue. The run's end cancelled these calls.
         found += [one for one in setbacks if one.error is None and not one.continued]
-        return [one.event for one in found if one.event is not None]
+        ended_it = {one.event.seq: one.event for one in found if one.event is not None}
+        if handled := [one.event.seq for one in found if one.event is not None and one.was_handled]:
+            ended_it.update((event.seq, event) for event in events if event.asked_after >= min(handled))
+        return list(ended_it.values())
 
 
 def _continues(setback: Setback, call: Call, caller: Caller) -> bool:
@@ -86,7 +108,11 @@ def _continues(setback: Setback, call: Call, caller: Caller) -> bool:
     It does if one of these made the call: the task of the setback, its agent, a team or agent that contains the agent,
     or the program itself.
     """
-    return caller is setback.caller or not call.agent or f"{setback.agent}/".startswith(f"{call.agent}/")
+    return not call.agent or _handles(setback, call, caller)
+
+
+def _handles(setback: Setback, call: Call, caller: Caller) -> bool:
+    return caller is setback.caller or (bool(call.agent) and f"{setback.agent}/".startswith(f"{call.agent}/"))
 
 
 def _is_within(agent: str, path: str) -> bool:

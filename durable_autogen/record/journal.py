@@ -8,7 +8,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, TypeVar
 
@@ -76,6 +76,9 @@ class Journal:
         self.next_seq = 1
         """The number of the next event."""
         self._summary = Summary()
+        self._in_background: set[asyncio.Task[None]] = set()
+        self._given_back: set[str] = set()
+        """The ids of the executions of effects that were given back (see `give_back_effect`)."""
         self._times_revoked: Counter[str] = Counter()
         self._times_replaced: Counter[str] = Counter()
         self._other_programs: list[int] = []
@@ -104,10 +107,14 @@ class Journal:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
+            if self._in_background:
+                await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
+            elif error is None:
+                await self._cancel_given_back()
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
@@ -130,8 +137,7 @@ class Journal:
             except Conflict as conflict:
                 if loop.time() >= give_up:
                     raise SessionBusy(
-                        f"session {self.session} is being run: {conflict}. Wait for that run to end, or use another "
-                        "session"
+                        f"session {self.session} is being run: {conflict}. Or use another session"
                     ) from conflict
                 if not is_reported:
                     self.log.warning(
@@ -150,7 +156,7 @@ class Journal:
             latest = await self._runs()
 
     def _busy(self, why: str) -> SessionBusy:
-        return SessionBusy(f"session {self.session}: {why}. Run it again when that process has ended")
+        return SessionBusy(f"session {self.session}: {why}. Run the session again when that process has ended")
 
     async def _runs(self, status: str = "") -> Execution | None:
         """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
@@ -273,7 +279,8 @@ class Journal:
     async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started | None:
         """Start an effect's execution for this run. If it exists already, take it over, or find its result.
 
-        Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run.
+        Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run. If the
+        caller is cancelled, an effect that was started for it is given back (see `give_back_effect`).
         """
 
         async def start(*args: Any, **options: Any) -> Started | None:
@@ -282,7 +289,48 @@ class Journal:
             except IdempotencyConflict:
                 return None
 
-        return await self._under_this_run(start, workflow, input, idempotency_key=key)
+        starting = asyncio.create_task(self._under_this_run(start, workflow, input, idempotency_key=key))
+        try:
+            started = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._finish_later(self._give_back_started(starting))
+            raise
+        if started is not None:
+            self._given_back.discard(started.execution_id)
+        return started
+
+    def give_back_effect(self, task: Task) -> None:
+        """Record, in the background, that an effect has not begun, although this run has its task.
+
+        If the effect's call is made again, the effect begins then, and no person has to find out whether it happened.
+        """
+        self._finish_later(self._give_back(task))
+
+    async def _give_back_started(self, starting: asyncio.Task[Started | None]) -> None:
+        with contextlib.suppress(NexumError):  # the server has started nothing, or another process owns the run
+            started = await starting
+            if started is not None and started.task is not None:
+                await self._give_back(started.task)
+
+    async def _give_back(self, task: Task) -> None:
+        # If the server doesn't answer, it notices later that the task is lost, and a person decides.
+        with contextlib.suppress(NexumError):
+            await self._owner.give_back(
+                task, "the call was given up before the tool began", patience=TAKE_OVER_PATIENCE
+            )
+            self._given_back.add(task.execution_id)
+
+    def _finish_later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work in the background. The session's end waits for it."""
+        working = asyncio.create_task(work)
+        self._in_background.add(working)
+        working.add_done_callback(self._in_background.discard)
+
+    async def _cancel_given_back(self) -> None:
+        """Cancel the effects that were given back: the run has ended without making their calls again."""
+        for execution_id in self._given_back:
+            with contextlib.suppress(Conflict):  # it has ended
+                await self.client.cancel_execution(execution_id)
 
     def declare_tool(self, name: str, policy: Policy) -> None:
         """Tell the server about a tool of the session that has a policy."""

@@ -104,6 +104,14 @@ def call_id() -> str:
     return recorded_call.get()
 
 
+def has_ended(session: OpenSession) -> NotDurable:
+    """Return the error of a call that is made when its session has ended, or while its end is being recorded."""
+    return NotDurable(
+        f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
+        "session ends, or start it outside"
+    )
+
+
 def recording_place() -> Place | None:
     """Return the place of the current call; None if no session has to record the call.
 
@@ -115,10 +123,7 @@ def recording_place() -> Place | None:
         return None
     session = place.session
     if session.is_over:
-        raise NotDurable(
-            f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
-            "session ends, or start it outside"
-        )
+        raise has_ended(session)
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
             f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "

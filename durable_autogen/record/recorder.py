@@ -34,7 +34,7 @@ from durable_autogen.record.failures import Failure, ordinary
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.place import OpenSession, at, current
+from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
@@ -107,19 +107,23 @@ class _LiveCall:
     answer: asyncio.Future[Answer | Exception] = field(init=False)
     """The call's answer or error. Set an error with `set_result`: asyncio warns of exceptions that nobody retrieves."""
 
-    def cancel(self, running: asyncio.Task[None]) -> None:
-        """Cancel `running`, the task that makes the call. Wait TAKE_OVER_PATIENCE if it is sending (see `sending`)."""
+    def cancel(self, running: asyncio.Task[None], *, is_ending: bool = False) -> None:
+        """Cancel `running`, the task that makes the call. If it is sending, it is cancelled later (see `sending`).
+
+        If the run is ending, it is cancelled after TAKE_OVER_PATIENCE at the latest.
+        """
         self.is_cancelled = True
-        if self._is_sending:
-            running.get_loop().call_later(TAKE_OVER_PATIENCE, running.cancel)
-        else:
+        if not self._is_sending:
             running.cancel()
+        elif is_ending:
+            running.get_loop().call_later(TAKE_OVER_PATIENCE, running.cancel)
 
     @contextmanager
     def sending(self) -> Iterator[None]:
         """Delay a cancellation to the end of a `with` that sends requests.
 
-        The journal needs the answer: if the server has recorded the event, the journal must have it, too.
+        The journal needs the answer: if the server has recorded the event, the journal must have it, too. Otherwise the
+        server would refuse the run's next event.
         """
         self._is_sending = True
         try:
@@ -197,7 +201,7 @@ class Recorder:
             self.failed.set_result(error)
         self.replay.fail(error)
         for running, live in self._calls.items():
-            live.cancel(running)
+            live.cancel(running, is_ending=True)
 
     @contextmanager
     def servers_errors(self) -> Iterator[None]:
@@ -352,6 +356,8 @@ class Recorder:
     async def _made_live(
         self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None
     ) -> Answer | Exception:
+        if self._session.is_over:
+            raise has_ended(self._session)
         live.answer = asyncio.get_running_loop().create_future()
         running = self._start(live, self._live(live, perform))
         try:
@@ -378,14 +384,15 @@ class Recorder:
         await asyncio.wait({running})
         if self.failed.done():
             return
-        event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
-        if event is not None:
-            try:
-                await self.journal.revoke([event], "the program gave the call up")
-            except NexumError as error:
-                self.stop(error)
-                return
-            live.task, live.was_made = None, False
+        async with self._record_lock:  # the run may be ending and revoke the same event
+            event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
+            if event is not None:
+                try:
+                    await self.journal.revoke([event], "the program gave the call up")
+                except NexumError as error:
+                    self.stop(error)
+                    return
+                live.task, live.was_made = None, False
         self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
 
     async def _wait_to_be_given_up(

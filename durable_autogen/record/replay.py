@@ -77,7 +77,7 @@ class Replay:
         which recorded event belongs to the call. If no recorded event has this fingerprint, return `call`. But if
         another call has taken the event at that position, return the call with the agent's next free position.
         """
-        at_its_place = self.event_ahead(call.address)
+        at_its_place = self._by_address[call.address] if call.address in self._moved else self.recorded(call.address)
         wanted = call.request.get("hash")
         if at_its_place is None or at_its_place.accepted or wanted is None:
             return call
@@ -86,7 +86,7 @@ class Replay:
             return call
         left = [
             event
-            for event in self.ahead
+            for event in (*self.ahead, *self._apart.values())
             if (event.kind, event.agent) == (call.kind, call.agent) and not self._is_taken(event)
         ]
         same = [event for event in left if event.request.get("hash") == wanted]

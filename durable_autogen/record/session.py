@@ -60,6 +60,7 @@ class Session:
         self.stop_reason = ""
         """The reason for the run's end, recorded when the session is left."""
         self.is_over = False
+        """Whether the session has ended, or its end is being recorded. It then makes no further call."""
         self.activity = Activity()
         self._address = nexum
         self.log = log_for(tell, self._could_not_tell)
@@ -206,6 +207,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         recorder = self.recorder
+        self.is_over = True  # a call that a background task makes from now on would not be recorded
         failure = recorder.failed.result() if recorder.failed.done() else None
         if error is not None and (failure is None or error is failure or not isinstance(error, Exception)):
             try:

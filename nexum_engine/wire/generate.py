@@ -9,6 +9,7 @@ tests/requirements.txt installs both packages on Python 3.10 to 3.13.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import sys
 import sysconfig
@@ -69,5 +70,6 @@ def _plugin(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     generate(HERE)
     print(f"wrote {', '.join(GENERATED)} to {HERE}", file=sys.stderr)

@@ -95,7 +95,7 @@ ENGINE = {
     "deadline": (),
     "scheduling": ("workflow", "records"),
     "report": ("records",),
-    "location": ("errors",),
+    "location": ("errors", "streams"),
     "security": ("errors",),
     "wire": ("location", "errors"),
     "store": ("location", "scheduling", "workflow", "jsontext", "records", "errors", "clock"),

@@ -127,9 +127,12 @@ async def test_session_has_one_owner_and_is_entered_once(server: ServerThread) -
     with pytest.raises(RuntimeError, match="inside `async with`"):
         _ = session.recorder
     async with session:
-        with pytest.raises(SessionBusy, match="session s is being run"):
+        with pytest.raises(SessionBusy, match="session s is being run") as busy:
             async with DurableSession("s", nexum=server.address):
                 pass
+        assert str(busy.value).endswith(
+            "wait until the execution has ended, or end that process. Or use another session"
+        )
 
 
 @pytest.mark.parametrize("stream", [False, True])

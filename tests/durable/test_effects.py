@@ -37,6 +37,7 @@ from durable_autogen.record.attempts import TookTooLong, retry_after
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
+from nexum_engine.owner import Owner
 from nexum_engine.records import Task
 from nexum_engine.workflow import RetryPolicy, workflow
 
@@ -105,7 +106,7 @@ except Parked as parked:
 @contextmanager
 def program(folder: Path, *arguments: str, die: str = "") -> Iterator[Process]:
     """Run the program. With `die`, kill it when it reaches that point."""
-    with running(["program.py", *arguments], cwd=folder, env={"DIE": die}) as process:
+    with running(["program.py", *arguments], cwd=folder, env={"DIE": die}, forked=True) as process:
         if die:
             process.wait_for(f"AT {die}")
             process.kill()
@@ -129,7 +130,7 @@ def resolve(folder: Path, line: str, *how: str) -> None:
     """Run the command that a waiting run names in `line`, with the options `how`."""
     found = re.search(r"python (-m nexum_engine resolve \S+) --result JSON, or --not-done, or --failed REASON", line)
     assert found is not None, line
-    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder) as process:
+    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder, forked=True) as process:
         assert process.wait() == 0, process.output
 
 
@@ -201,7 +202,7 @@ def test_recorded_effect_is_found_if_the_run_dies_before_it_records_its_call(fol
 def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) -> None:
     with nexum_server(folder, lease=1) as server:
         env = {"DIE": "suspended", "NEXUM_ADDRESS": server.address}
-        with running(["program.py"], cwd=folder, env=env) as suspended:
+        with running(["program.py"], cwd=folder, env=env, forked=True) as suspended:
             suspended.wait_for("AT suspended")
             asyncio.run(resolve_unknown(server.address, "receipt 7"))
             suspended.popen.send_signal(signal.SIGCONT)
@@ -373,6 +374,54 @@ async def test_once_call_that_the_program_gives_up_is_unknown(server: ServerThre
     async with NexumClient(server.address) as client:
         (unknown,) = await client.unknown()
     assert unknown.error == "the program gave the call up"
+
+
+@pytest.mark.parametrize("ends", ["the call", "the run"])
+@pytest.mark.parametrize("moment", ["start", "may_begin"])
+@pytest.mark.parametrize("reconcile", [None, lambda arguments, key: NOT_DONE])
+async def test_once_call_that_is_cancelled_before_it_began_needs_no_person(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch, moment: str, ends: str, reconcile: Any
+) -> None:
+    target = Target(effect="once", reconcile=reconcile)
+    original, hold, held = getattr(Owner, moment), asyncio.Event(), asyncio.Event()
+
+    async def held_back(self: Owner, *args: Any, **options: Any) -> Any:
+        answer = await original(self, *args, **options)
+        if moment == "may_begin" or args[0].workflow_id == "tool-effect":
+            held.set()
+            await hold.wait()
+        return answer
+
+    async def run() -> None:
+        async with DurableSession("s", nexum=server.address):
+            calling = asyncio.ensure_future(target.call())
+            if ends == "the call":
+                await held.wait()
+                calling.cancel()
+                await asyncio.wait({calling})
+            else:
+                await calling
+
+    monkeypatch.setattr(Owner, moment, held_back)
+    running = asyncio.ensure_future(run())
+    await held.wait()
+    if ends == "the run":
+        running.cancel()
+    for _ in range(20):  # turns of the loop, in which the cancellation reaches the recording
+        await asyncio.sleep(0)
+    hold.set()
+    await asyncio.wait({running})
+    assert running.cancelled() == (ends == "the run")
+    monkeypatch.undo()
+    async with NexumClient(server.address) as client:
+        assert await client.unknown() == []
+        assert target.done == []
+        if ends == "the run":
+            async with DurableSession("s", nexum=server.address):
+                await target.call()
+            assert len(target.done) == 1
+        (effect,) = await client.list_executions(workflow_id="tool-effect")
+    assert effect.status.value == ("COMPLETED" if ends == "the run" else "CANCELLED")
 
 
 async def test_result_of_once_call_is_recorded_if_program_gives_it_up_meanwhile(

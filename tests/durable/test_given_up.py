@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,12 @@ from harness import Server
 from pydantic import BaseModel
 
 from durable_autogen import DriftError, current_session
+from durable_autogen.errors import NotDurable
+from durable_autogen.record.events import Event
+from durable_autogen.record.handled_failures import Setbacks
+from durable_autogen.record.journal import Journal
+from durable_autogen.record.recorder import Recorder
+from nexum_engine.owner import Owner
 
 pytestmark = pytest.mark.every_python
 
@@ -277,6 +283,117 @@ async def test_tool_answers_call_with_already_cancelled_token(shared_server: Ser
     for _ in range(2):
         assert await inside(shared_server, program, session) == "cancelled before it began"
     assert happened == ["ran"]
+
+
+async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.recorder.TAKE_OVER_PATIENCE", 0.1)
+    record = Owner.record
+    is_recorded, answers = asyncio.Event(), asyncio.Event()
+
+    async def slowly(self: Owner, *args: Any, **options: Any) -> None:
+        await record(self, *args, **options)
+        if happened == ["slow"] and not is_recorded.is_set():
+            is_recorded.set()
+            await answers.wait()
+
+    async def program() -> str:
+        asking = asyncio.create_task(asked(Scripted(happened, name="slow")))
+        await wait_for_record()
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+
+        async def next_reply() -> str:
+            answers.set()  # later than TAKE_OVER_PATIENCE: this call has waited for the call before (GIVE_UP_PATIENCE)
+            return word()
+
+        return await asked(Scripted(happened, next_reply, name="next"))
+
+    async def wait_for_record() -> None:
+        await (asyncio.sleep(GIVEN_UP_AFTER) if is_recorded.is_set() else is_recorded.wait())
+
+    monkeypatch.setattr(Owner, "record", slowly)
+    await twice(shared_server, program, happened)
+    assert happened == ["slow", "next"]
+
+
+@pytest.mark.parametrize("ends", ["without an error", "with an error"])
+@pytest.mark.parametrize("what", ["model", "tool", "sleep", "console"])
+async def test_background_call_while_the_end_is_recorded_is_an_error(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, what: str, ends: str
+) -> None:
+    ending, answered = asyncio.Event(), asyncio.Event()
+    session, background = new_session(), []
+    monkeypatch.setattr("builtins.input", lambda _: happened.append("console"))
+
+    async def note() -> None:
+        happened.append("tool")
+
+    async def call() -> Any:
+        await ending.wait()
+        try:
+            if what == "model":
+                return await asked(Scripted(happened))
+            if what == "tool":
+                return await FunctionTool(note, "Note.").run_json({}, CancellationToken())
+            return input("?") if what == "console" else await current_session().sleep(0)  # noqa: ASYNC250
+        finally:
+            answered.set()
+
+    async def program() -> str:
+        background.append(asyncio.create_task(call()))
+        said = await asked(Scripted(happened, name="last"))
+        if ends == "with an error":
+            raise LookupError(said)
+        return said
+
+    def held_back(end: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+        async def held(*args: Any, **options: Any) -> None:
+            ending.set()
+            await answered.wait()
+            await end(*args, **options)
+
+        return held
+
+    for method in ("end", "end_with"):
+        monkeypatch.setattr(Recorder, method, held_back(getattr(Recorder, method)))
+    with contextlib.suppress(LookupError):
+        await inside(shared_server, program, session)
+    with pytest.raises(NotDurable, match=f"session {session} has ended, and this call was started inside it"):
+        await background[0]
+    assert happened == ["last"]
+
+
+async def test_failed_call_that_is_given_up_as_the_run_ends_is_revoked_once(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = new_session()
+    failing: list[asyncio.Task[str]] = []
+    add, revoke, revoked = Setbacks.add, Journal.revoke, []
+
+    def cancelling(self: Setbacks, *args: Any, **options: Any) -> None:
+        add(self, *args, **options)
+        failing[0].cancel()  # the call's failure is recorded, but its caller doesn't have it yet
+
+    async def slowly(self: Journal, events: Iterable[Event], *args: Any, **options: Any) -> None:
+        revoked.append([event.position for event in events])
+        await asyncio.sleep(0.1)  # so that a second revoke could overlap
+        await revoke(self, events, *args, **options)
+
+    async def program() -> str:
+        failing.append(asyncio.create_task(asked(Scripted(happened, ConnectionError("offline"), name="failing"))))
+        await asyncio.wait(failing)
+        raise ValueError("the program's own error")
+
+    monkeypatch.setattr(Setbacks, "add", cancelling)
+    monkeypatch.setattr(Journal, "revoke", slowly)
+    with pytest.raises(ValueError, match="the program's own error"):
+        await inside(shared_server, program, session)
+    assert revoked == [["reply/1"]]
+    monkeypatch.undo()
+    assert await inside(shared_server, lambda: asked(Scripted(happened, "yes")), session) == "yes"
 
 
 # ---- A program that no longer gives the call up ----------------------------------------------------------------------

@@ -12,9 +12,11 @@ import pytest
 from durable_agents import (
     Failing,
     Offline,
+    Scripted,
     all_of,
     answer,
     ask,
+    asked,
     client,
     named,
     whole,
@@ -265,3 +267,74 @@ def test_exception_group_is_built_with_its_members() -> None:
     large: Any = again(group("many", [ValueError(number) for number in range(MAX_GROUP + 1)]))
     assert (isinstance(large, group), str(large)) == (True, f"many ({MAX_GROUP + 1} sub-exceptions)")
     assert [one.args for one in large.exceptions] == [(number,) for number in range(MAX_GROUP)]
+
+
+async def test_only_newest_handled_failures_are_remembered(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.handled_failures.MAX_CONTINUED", 5)
+    calls = 0
+
+    def fails() -> Exception:
+        nonlocal calls
+        calls += 1
+        return Offline(f"failure {calls}")
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address) as session:
+            llm, errors = Failing(model, "m", fails), []
+            for _ in range(20):
+                with pytest.raises(Offline) as failed:
+                    await ask(llm)
+                errors.append(failed.value)
+            assert len(session.recorder.setbacks._setbacks) == 6  # one of them is the last call
+            raise errors[-3]
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for made in (20, 23):  # the run ended with the error of call 18, so that the next run makes this call again
+            with pytest.raises(Offline):
+                await whole(program)
+            assert calls == made
+
+
+async def test_failure_that_is_raised_again_after_other_calls_is_retried(server: ServerThread) -> None:
+    happened: list[str] = []
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address):
+            await asked(Scripted(happened, name="first"))
+            try:
+                return await asked(Scripted(happened, *([Offline("down")] if is_down else []), name="fails"))
+            except Offline:
+                await asked(Scripted(happened, name="clean up"))
+                raise
+
+    is_down = True
+    for _ in range(2):
+        with pytest.raises(Offline):
+            await whole(program)
+    is_down = False
+    await whole(program)
+    assert happened == ["first", *["fails", "clean up"] * 2, "fails"]
+    await whole(program)
+    assert len(happened) == 6
+
+
+async def test_failure_whose_handler_fails_is_kept(server: ServerThread) -> None:
+    happened: list[str] = []
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address):
+            try:
+                return await asked(Scripted(happened, Offline("down"), name="fails"))
+            except Offline:
+                await asked(Scripted(happened, name="fall back"))
+                return await asked(Scripted(happened, *([Offline("also down")] if is_down else []), name="also"))
+
+    is_down = True
+    for _ in range(2):
+        with pytest.raises(Offline, match="also down"):
+            await whole(program)
+    is_down = False
+    await whole(program)
+    assert happened == ["fails", "fall back", "also", "also", "also"]

@@ -28,7 +28,7 @@ from durable_agents import Own, Scripted, asked, call, inside, new_session, twic
 from harness import ROOT, Server
 
 from durable_autogen import DriftError
-from durable_autogen.record.idle import BUSY_PATIENCE
+from durable_autogen.record import idle
 from durable_autogen.record.place import current
 
 pytestmark = pytest.mark.every_python
@@ -84,8 +84,37 @@ def test_session_does_not_wait_for_a_neighbours_busy_task(
         return seconds
 
     with caplog.at_level(logging.WARNING, logger="durable_autogen"):
-        assert loop.run_until_complete(main()) < BUSY_PATIENCE
-    assert "was busy" not in caplog.text
+        assert loop.run_until_complete(main()) < idle.BUSY_PATIENCE
+    assert "has been busy" not in caplog.text
+
+
+@pytest.mark.parametrize("turns", [50, 1200])
+def test_session_with_usual_work_in_a_slow_event_loop_is_not_taken_for_busy(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, turns: int
+) -> None:
+    async def slow() -> None:
+        while True:
+            time.sleep(0.002)  # noqa: ASYNC251 - other work of the loop, which makes each turn longer
+            await asyncio.sleep(0)
+
+    async def program() -> None:
+        async def work() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        working = asyncio.create_task(work())
+        await asked(Scripted([]))
+        await working
+
+    async def main() -> None:
+        beside = asyncio.create_task(slow())
+        await inside(shared_server, program, new_session())
+        beside.cancel()
+
+    monkeypatch.setattr(idle, "BUSY_PATIENCE", 0.05)
+    with caplog.at_level(logging.WARNING, logger="durable_autogen"):
+        asyncio.run(main())
+    assert ("has been busy" in caplog.text) == (turns > idle.BUSY_TURNS)
 
 
 def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyncio.AbstractEventLoop) -> None:
@@ -313,3 +342,32 @@ async def test_equal_calls_may_begin_in_another_order(shared_server: Server) -> 
         await inside(shared_server, lambda: ask("YYZ"), session)
     continued = await inside(shared_server, lambda: ask("YYZ"), session, on_drift="continue")
     assert await inside(shared_server, lambda: ask("ZYY"), session) == continued
+
+
+@pytest.mark.parametrize(("first", "then"), [("XY", "YX"), ("XYY", "YYX"), ("YXX", "XXY")])
+async def test_given_up_calls_may_begin_in_another_order(shared_server: Server, first: str, then: str) -> None:
+    happened: list[str] = []
+
+    async def hangs() -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    async def ask(questions: str) -> list[str]:
+        """Ask the questions at the same time. The last `Y` gets no answer: the program gives it up."""
+
+        async def one(number: int, letter: str) -> str:
+            is_last_y = letter == "Y" and "Y" not in questions[number + 1 :]
+            model = Scripted(happened, *([hangs] if is_last_y else [f"answer to {letter}"]))
+            question = model.create([UserMessage(content=letter, source="user")])
+            try:
+                return str((await asyncio.wait_for(question, 0.6)).content)
+            except asyncio.TimeoutError:
+                return f"gave {letter} up"
+
+        return sorted(await asyncio.gather(*(one(*each) for each in enumerate(questions))))
+
+    session = new_session()
+    answers = await inside(shared_server, lambda: ask(first), session)
+    assert await inside(shared_server, lambda: ask(then), session) == answers
+    assert "gave Y up" in answers
+    assert len(happened) == len(first)
