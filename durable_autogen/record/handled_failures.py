@@ -38,6 +38,8 @@ class Setbacks:
 
     def __init__(self) -> None:
         self._setbacks: list[_Setback] = []
+        self._agents: set[str] = set()
+        """The agents that have made calls."""
 
     def add(self, event: Event, error: Exception | None, caller: Caller, *, continued: bool = False) -> None:
         """Remember that a recorded call failed with `error`. If `error` is None, the call was given up."""
@@ -47,11 +49,19 @@ class Setbacks:
         if len(past) > MAX_CONTINUED:
             self._setbacks.remove(past[0])
 
-    def called(self, call: Call, caller: Caller) -> None:
-        """Note that `caller` makes a call, which may show that the run continued after a setback (see `continues`)."""
+    def called(self, call: Call, caller: Caller) -> bool:
+        """Note that `caller` makes a call, which may show that the run continued after a setback (see `continues`).
+
+        Return whether it is the first call of an agent. The program started this agent, so it continued after a call
+        that it gave up itself.
+        """
+        is_first = call.agent not in self._agents
+        self._agents.add(call.agent)
         for one in self._setbacks:
             one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
+            one.continued = one.continued or (is_first and one.error is None and not one.event.agent)
             one.was_handled = one.was_handled or _handles(one.event.agent, one.caller, call, caller)
+        return is_first
 
     def turn_is_over(self, path: str) -> None:
         """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""

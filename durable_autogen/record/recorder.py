@@ -300,9 +300,10 @@ class Recorder:
         """
         self._check_not_failed()
         caller = caller or asyncio.current_task()
-        self.setbacks.called(call, caller)
+        is_first = self.setbacks.called(call, caller)
         for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
             live.continued = live.continued or continues(live.call.agent, live.caller, call, caller)
+            live.continued = live.continued or (is_first and not live.call.agent)
         call = self._replay.matching(call)
         if early and (peeked := self._replay.peek(call)) is not None:
             on_replay(peeked.content)
