@@ -175,7 +175,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     cached = conversation.results - executed - attached
     failed = f", {conversation.failed} failed" if conversation.failed else ""
     counts = f"{executed} executed, {cached} cached, {attached} attached{failed}"
-    say(f"\n[demo] Tool calls: {counts} (python -m nexum_engine ps)")
+    say(f"[demo] Tool calls: {counts} (python -m nexum_engine ps)")
     if args.crash_after_step is not None:
         say(f"[demo] No crash: this run executed {executed} tool call(s), not {args.crash_after_step}")
     if not conversation.answered:

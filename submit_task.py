@@ -56,7 +56,12 @@ from support.session_file import SessionFile
 from support.tools import NO_POLICY, TOOLS, Tool, find_tool
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL, ToolCallInput, ToolCallOutput, workflow_of
 
-BRIEFLY = 0.05  # seconds that StartExecution waits for the execution to end
+BRIEFLY = 0.25
+"""How many seconds StartExecution waits for the execution to end.
+
+Even on a busy server, a short call should end within this time: otherwise it costs a GetExecution, too. The line
+"Submitted" of a longer call appears after this time.
+"""
 FIRST_NOTICE = 1.0  # seconds after which a waiting call prints its first notice
 NOTICE_EVERY = 5.0  # seconds after which a waiting call prints its next notice
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 from autogen_agentchat.base import ChatAgent, TaskResult, Team
@@ -31,59 +31,12 @@ from nexum_engine.policy import Policy
 
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Runnable = ChatAgent | Team
 
 _at_work: WeakKeyDictionary[Any, DurableSession] = WeakKeyDictionary()
 """The session of each agent or team that is being run."""
-
-
-async def run_durable(
-    team: Runnable | Callable[[], Runnable | Awaitable[Runnable]],
-    *,
-    task: Task = None,
-    session_id: str,
-    nexum: str | None = None,
-    on_drift: OnDrift = "stop",
-    on_unrecorded: OnUnrecorded = "tell",
-    cancellation_token: CancellationToken | None = None,
-    output_task_messages: bool = True,
-    tell: Callable[[str], None] | None = None,
-    budget: Budget | None = None,
-    policies: Mapping[str, Policy] | None = None,
-    park: bool = False,
-    approve: bool = False,
-) -> TaskResult:
-    """Run an agent or team in a session, or resume the session's run; return its result.
-
-    `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed. Later
-    calls are made live and recorded. A session holds one task. To resume the session with its recorded task, leave
-    `task` out. `cancellation_token` and `output_task_messages` mean the same as in AutoGen's `run`. The other arguments
-    mean the same as in DurableSession.
-
-    `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
-
-    Raises RunCancelled, Parked, the errors of DurableSession, and the errors of the team's run.
-    """
-    result: TaskResult | None = None
-    async for item in run_durable_stream(
-        team,
-        task=task,
-        session_id=session_id,
-        nexum=nexum,
-        on_drift=on_drift,
-        on_unrecorded=on_unrecorded,
-        cancellation_token=cancellation_token,
-        output_task_messages=output_task_messages,
-        tell=tell,
-        budget=budget,
-        policies=policies,
-        park=park,
-        approve=approve,
-    ):
-        if isinstance(item, TaskResult):
-            result = item
-    assert result is not None
-    return result
 
 
 async def run_durable_stream(
@@ -118,6 +71,40 @@ async def run_durable_stream(
     async with closing(run.items()) as items:
         async for item in items:
             yield item
+
+
+def _with_parameters_of(
+    other: Callable[P, Any],
+) -> Callable[[Callable[..., Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """Return a decorator that gives a function the signature of `other`, to which it passes all of its arguments."""
+
+    def decorate(function: Any) -> Any:
+        shown = inspect.signature(other).replace(return_annotation=function.__annotations__["return"])
+        function.__signature__ = shown
+        return function
+
+    return decorate
+
+
+@_with_parameters_of(run_durable_stream)
+async def run_durable(*args: Any, **options: Any) -> TaskResult:
+    """Run an agent or team in a session, or resume the session's run; return its result.
+
+    `team` is an agent or team that has never run, or a function that builds one. Recorded calls are replayed. Later
+    calls are made live and recorded. A session holds one task. To resume the session with its recorded task, leave
+    `task` out. `cancellation_token` and `output_task_messages` mean the same as in AutoGen's `run`. The other arguments
+    mean the same as in DurableSession.
+
+    `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
+
+    Raises RunCancelled, Parked, the errors of DurableSession, and the errors of the team's run.
+    """
+    result: TaskResult | None = None
+    async for item in run_durable_stream(*args, **options):
+        if isinstance(item, TaskResult):
+            result = item
+    assert result is not None
+    return result
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 
@@ -10,7 +9,6 @@ from durable_autogen.autogen.differences import differences
 from durable_autogen.autogen.entry_points import entry_points
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.errors import NotDurable
-from durable_autogen.record.events import Call, Event
 from durable_autogen.record.place import current
 from durable_autogen.record.session import Session
 
@@ -55,9 +53,7 @@ class DurableSession(Session):
         """Record calls of AutoGen's methods for the length of a `with`."""
         return entry_points(self)
 
-    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-        """Return a line for each difference between a recorded event and the call `now`."""
-        return differences(recorded, now, find)
+    differences = staticmethod(differences)
 
     @cached_property
     def state(self) -> SessionState:

@@ -57,7 +57,6 @@ class Conversation:
                     self.results += 1
         elif isinstance(item, TextMessage) and source == self._answerer:
             self.answered = bool(item.content.strip())
-            if not self._is_streaming:
-                say(f"\n{item.content}")
+            say("" if self._is_streaming else f"\n{item.content}\n")
         elif isinstance(item, TextMessage) and source != "user":
             say(f"[{who}] reports:\n{item.content}")

@@ -14,7 +14,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -29,7 +28,7 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # as in pytest's settings
 
-from harness import ROOT, environment, nexum_server
+from harness import ROOT, environment, nexum_server, running
 from openai_server import OpenAIServer, Reply
 
 from durable_autogen.record.events import Event, Kind, Returned, read_record
@@ -54,6 +53,7 @@ SHAPES = (
 PARALLEL = {"fan_out": 3, "random": 5}  # the number of agents that work in parallel; one in all other shapes
 MAX_KILLS = 4
 MAX_CALLS_AT_ONCE = 2  # tool calls in one reply
+MAX_LENGTH = 300.0  # seconds that a program may run
 TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
 
 
@@ -108,49 +108,26 @@ def _ledger(words: str) -> str:
     )
 
 
+@dataclass(frozen=True)
 class Programs:
-    """A starter of durable programs. It forks them from a process that has AutoGen imported, so each start is quick."""
+    """A starter of durable programs. It forks them, so that each start is quick."""
 
-    def __init__(self, env: Mapping[str, str], folder: Path) -> None:
-        self._folder = folder
-        self._serving = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "programs" / "durable_program.py"), "--serve"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=folder,
-            env=environment(env),
-            text=True,
-        )
+    env: Mapping[str, str]
+    folder: Path
 
     def run(self, argv: Sequence[str], *, kill_after: float | None = None) -> tuple[int, str]:
         """Run a program; return its exit code (negative for a signal) and output."""
-        output = self._folder / f"output-{time.monotonic_ns()}"
-        order = {"argv": list(argv), "folder": str(self._folder), "output": str(output)}
-        assert self._serving.stdin is not None
-        assert self._serving.stdout is not None
-        self._serving.stdin.write(json.dumps(order) + "\n")
-        self._serving.stdin.flush()
-        pid = int(self._line().removeprefix("PID "))
-        killer = None
-        if kill_after is not None:
-            killer = threading.Timer(kill_after, _kill, (pid,))
-            killer.start()
-        code = int(self._line().removeprefix("END "))
-        if killer is not None:
-            killer.cancel()
-            killer.join()
-        return code, output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
-
-    def _line(self) -> str:
-        assert self._serving.stdout is not None
-        line = self._serving.stdout.readline().strip()
-        assert line, "the process that starts programs has ended"
-        return line
-
-    def end(self) -> None:
-        assert self._serving.stdin is not None
-        self._serving.stdin.close()
-        self._serving.wait(30)
+        program = str(ROOT / "tests" / "programs" / "durable_program.py")
+        with running([program, *argv], cwd=self.folder, env=self.env, forked=True) as process:
+            killer = None
+            if kill_after is not None:
+                killer = threading.Timer(kill_after, _kill, (process.popen.pid,))
+                killer.start()
+            code = process.wait(MAX_LENGTH)
+            if killer is not None:
+                killer.cancel()
+                killer.join()
+        return code, process.output
 
 
 def _kill(pid: int) -> None:
@@ -208,9 +185,7 @@ def bench(folder: Path, *, without_server: bool = False) -> Iterator[Bench]:
         else:
             env = {"NEXUM_ADDRESS": stack.enter_context(nexum_server(folder)).address}
         http = stack.enter_context(OpenAIServer(model))
-        programs = Programs(env, folder)
-        stack.callback(programs.end)
-        yield Bench(env, http.base_url, model, programs, folder)
+        yield Bench(env, http.base_url, model, Programs(env, folder), folder)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))  # as in pytest's settings
 
-from harness import ROOT, environment, nexum_server
+from harness import ROOT, nexum_server, running
 from programs.effect_program import MODEL, PARKED, POLICIES, STOPPED, budget_of, calls_of
 
 from durable_autogen import Budget
@@ -37,6 +37,7 @@ from nexum_engine.options import count
 DEATH = 0.12  # the probability that a program kills itself at each of two moments of a call
 MAX_DEATHS = 4  # of one program, by default; after these deaths, the program runs undisturbed
 TAKE_OVER = 1.0  # seconds, roughly, until the server notices that the killed run is dead, and the next run can begin
+MAX_LENGTH = 300.0  # seconds that a program may run
 MAX_RUNS = 40  # of one program
 AT_ONCE = 8
 HITS = (
@@ -46,62 +47,25 @@ HITS = (
 """The random events that are counted."""
 
 
+@dataclass(frozen=True)
 class Starter:
-    """A starter of programs. It forks them from a process that has AutoGen imported, so each start is quick."""
+    """A starter of programs. It forks them, so that each start is quick."""
 
-    def __init__(self, folder: Path, address: str) -> None:
-        self._folder, self._address = folder, address
-        self._began: dict[str, asyncio.Future[int]] = {}
-        self._ended: dict[str, asyncio.Future[int]] = {}
-        self._pids: set[int] = set()
-
-    async def __aenter__(self) -> Starter:
-        self._serving = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(ROOT / "tests" / "programs" / "effect_program.py"),
-            "--serve",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=self._folder,
-            env=environment({"NEXUM_ADDRESS": self._address, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}),
-        )
-        self._reading = asyncio.create_task(self._read())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        for pid in self._pids:
-            kill(pid)
-        assert self._serving.stdin is not None
-        self._serving.stdin.close()
-        await self._serving.wait()
-        await self._reading
-
-    async def _read(self) -> None:
-        assert self._serving.stdout is not None
-        async for line in self._serving.stdout:
-            what, name, number = line.decode().split()
-            if what == "PID":
-                self._pids.add(int(number))
-                self._began.pop(name).set_result(int(number))
-            else:
-                self._ended.pop(name).set_result(int(number))
+    folder: Path
+    address: str
 
     async def run(self, argv: list[str], *, kill_after: float | None = None) -> tuple[int, str]:
         """Run a program; return its exit code (negative for a signal) and output."""
-        loop = asyncio.get_running_loop()
-        output = self._folder / f"output-{time.monotonic_ns()}"
-        began = self._began[str(output)] = loop.create_future()
-        ended = self._ended[str(output)] = loop.create_future()
-        assert self._serving.stdin is not None
-        order = {"argv": argv, "folder": str(self._folder), "output": str(output)}
-        self._serving.stdin.write(json.dumps(order).encode() + b"\n")
-        pid = await began
-        killing = None if kill_after is None else loop.call_later(kill_after, kill, pid)
-        code = await ended
-        if killing is not None:
-            killing.cancel()
-        self._pids.discard(pid)
-        return code, output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
+        program = str(ROOT / "tests" / "programs" / "effect_program.py")
+        env = {"NEXUM_ADDRESS": self.address}
+        with running([program, *argv], cwd=self.folder, env=env, forked=True) as process:
+            killing = None
+            if kill_after is not None:
+                killing = asyncio.get_running_loop().call_later(kill_after, kill, process.popen.pid)
+            code = await asyncio.to_thread(process.wait, MAX_LENGTH)
+            if killing is not None:
+                killing.cancel()
+        return code, process.output
 
 
 def kill(pid: int) -> None:
@@ -309,7 +273,8 @@ async def _problems(client: NexumClient, program: Program) -> list[str]:
 async def bench(folder: Path, hits: Counter[str]) -> AsyncGenerator[tuple[Starter, People], None]:
     """Yield a starter of programs and the people for the length of a `with`. All programs use one server."""
     with nexum_server(folder) as server:
-        async with NexumClient(server.address) as client, Starter(folder, server.address) as starter:
+        starter = Starter(folder, server.address)
+        async with NexumClient(server.address) as client:
             people = People(client, hits)
             working = asyncio.create_task(people.work())
             try:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Any, NoReturn
 
-from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
@@ -48,9 +47,7 @@ class AtWork:
             agent=self._label,
             path=self._path,
             is_inside=True,
-            ends_in_order=isinstance(runnable, GraphFlow),
             is_beside_others=outer.is_beside_others or isinstance(runnable, GraphFlow),
-            must_not_raise=isinstance(runnable, AssistantAgent),
             owner=runnable,
         )
 
@@ -109,7 +106,7 @@ class AtWork:
         self._session_state.transcript.settle(self._label, item, messages_of(task))
         if isinstance(item, (Response, TaskResult)):
             self._recorder.setbacks.turn_is_over(self._path)
-            if self._outer.ends_in_order:
+            if isinstance(self._outer.owner, GraphFlow):
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):
                     position = self._session_state.agent(self._label).next("turn")

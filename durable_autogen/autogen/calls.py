@@ -6,25 +6,21 @@ import asyncio
 import dataclasses
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
-from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema, Workbench
+from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema
 from pydantic import PydanticUserError, ValidationError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed
 from durable_autogen.autogen.policies import (
+    ToolCall,
     ToolForm,
     UnderPolicy,
-    checked_arguments,
-    differs_in_defaults,
-    names_of,
-    own_policy,
-    static_tool,
     under_policy,
     with_note,
 )
@@ -81,18 +77,6 @@ class _Stream:
 _END = object()
 
 
-@dataclass(frozen=True)
-class ToolCall:
-    """The arguments of a tool call."""
-
-    name: str
-    arguments: Mapping[str, Any]
-    token: CancellationToken | None
-    call_id: str | None
-    source: BaseTool[Any, Any] | Workbench
-    """The called tool, or the workbench that contains it."""
-
-
 Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
 """A function that calls the original method. Its parameter is the edited arguments; None means the original ones."""
 
@@ -108,6 +92,8 @@ class Calls:
         self._agent = place.agent
         self._agent_state: AgentState = self._session_state.agent(place.agent)
         self._task = asyncio.current_task()
+        self._must_not_raise = isinstance(place.owner, AssistantAgent)
+        """Whether the agent would wait for ever if a tool raised an error."""
 
     # ---- Models ------------------------------------------------------------------------------------------------------
 
@@ -134,7 +120,8 @@ class Calls:
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
-        answer = await self._answer(call, perform, options.get("cancellation_token"))
+        token = options.get("cancellation_token")
+        answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         if answer.replayed:
             self._log_replayed(call)
         return self._received(client, answer)
@@ -193,11 +180,11 @@ class Calls:
                 # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
                 result = await attempts.make(str(call), attempt, lambda: not stream.produced)
             written, result = written_reply(result)
-            streamed = written_pieces(stream.produced, result)
-            return Performed(result, Returned(value=written, streamed=streamed, is_broken=is_broken(result)))
+            pieces = written_pieces(stream.produced, result)
+            return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
 
-        def got() -> list[Any]:
-            return [representable(piece) for piece in stream.passed_on]
+        def streamed(whole: bool) -> list[Any]:
+            return [representable(piece) for piece in (stream.produced if whole else stream.passed_on)]
 
         def replayed(content: Content) -> None:
             pieces: list[str] = []
@@ -213,7 +200,9 @@ class Calls:
 
         token = options.get("cancellation_token")
         running = asyncio.ensure_future(
-            self._answer(call, perform, token, streamed=got, on_replay=replayed, early=True)
+            self._recorder.call(
+                call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
+            )
         )
         is_first = self._place.hands_on_late
         async with closing(stream.until(running)) as pieces:
@@ -270,11 +259,11 @@ class Calls:
         try:
             answer = await self._tool(run, made, ToolResult, stream)
         except asyncio.CancelledError:
-            if made.token is None or not made.token.is_cancelled() or not self._place.must_not_raise:
+            if made.token is None or not made.token.is_cancelled() or not self._must_not_raise:
                 raise
             return failed_result(made.name, RuntimeError(f"the call of {made.name} was cancelled"))
         except Exception as error:
-            if not self._place.must_not_raise:
+            if not self._must_not_raise:
                 raise
             return failed_result(made.name, error)
         result: ToolResult = self._value(answer, ToolResult)
@@ -344,7 +333,7 @@ class Calls:
         position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         is_result = declared is ToolResult
-        policy = self._guard.of_tool(*names_of(made.source, name), own=own_policy(made.source, name))
+        policy = self._guard.of_tool(*made.names, own=made.own_policy)
         streamed = [] if stream is None else stream.produced
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
@@ -371,7 +360,7 @@ class Calls:
                 return Performed(value, self._checked(name, value, declared, streamed))
             except Exception as error:
                 is_refused = isinstance(error, (CallRejected, CallFailed))
-                if not is_result or not (self._place.must_not_raise or is_refused):
+                if not is_result or not (self._must_not_raise or is_refused):
                     raise
                 # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
@@ -379,15 +368,17 @@ class Calls:
 
         def replayed(content: Content) -> None:
             if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
-                for written in content.streamed:
-                    item = value_again(written)
+                for one in content.streamed:
+                    item = value_again(one)
                     self._session_state.transcript.settle(self._agent, item, made_before=True)
                     stream.items.put_nowait(item)
 
-        def got() -> list[Any]:
-            return [] if stream is None else [written_value(item) for item in stream.passed_on]
+        def written(whole: bool) -> list[Any]:
+            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)] if stream else []
 
-        answer = await self._answer(call, perform, token, streamed=got, on_replay=replayed)
+        answer = await self._recorder.call(
+            call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
+        )
         self._count(answer.replayed, "tool calls")
         if answer.replayed:
             self._recorder.journal.log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
@@ -404,12 +395,12 @@ class Calls:
     ) -> Any:
         """Make a tool call under its policy; return its result."""
         name, guard = made.name, self._guard
-        form = ToolForm(made.source, name, declared, lambda value: self._checked(name, value, declared, []).value)
+        form = ToolForm(made, declared, lambda value: self._checked(name, value, declared, []).value)
         will_run = policy.approval is not None or policy.is_once
-        arguments = await checked_arguments(made.source, name, made.arguments, will_run=will_run)
+        arguments = await made.checked(made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        fits = partial(differs_in_defaults, made.source, name, made.arguments)
-        guarded = GuardedCall(call, name, policy, arguments, str(call.request["hash"]), fits, reason)
+        digest = str(call.request["hash"])
+        guarded = GuardedCall(call, name, policy, arguments, digest, made.differs_in_defaults, reason)
         if policy.is_once:
             is_kept, value = await guard.kept_result(guarded, form)
             if is_kept:
@@ -423,7 +414,7 @@ class Calls:
             shown = guarded.arguments
 
         async def once(arguments: Mapping[str, Any] | None) -> Any:
-            under = UnderPolicy(frozenset(names_of(made.source, name)))
+            under = UnderPolicy(frozenset(made.names))
             under_policy.set(under)
             value = await attempt(arguments)
             if isinstance(value, ToolResult) and value.is_error:
@@ -447,7 +438,7 @@ class Calls:
         try:
             if not isinstance(answer, dict):
                 raise InvalidRequest("they must be a JSON object")
-            edited = await checked_arguments(made.source, made.name, answer, will_run=True)
+            edited = await made.checked(answer, will_run=True)
         except ValueError as error:
             why = first_problem(error) if isinstance(error, ValidationError) else error
             raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {why}") from error
@@ -503,7 +494,7 @@ class Calls:
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
-        is_live = self._recorder.recorded(call.address) is None
+        is_live = self._recorder.replay.recorded(call.address) is None
         asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
 
         async def perform() -> Performed:
@@ -511,7 +502,7 @@ class Calls:
             return Performed(said, Returned(value=said))
 
         try:
-            answer = await self._answer(call, perform, token)
+            answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         finally:
             if asking is not None:
                 await end(asking)
@@ -539,54 +530,10 @@ class Calls:
 
         label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
         call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
-        answer = await self._answer(call, perform, token)
+        answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         if kind is Kind.CODE:
             self._count(answer.replayed, "tool calls")
         return self._value(answer, declared)
-
-    # ---- All of them -------------------------------------------------------------------------------------------------
-
-    async def _answer(
-        self,
-        call: Call,
-        perform: Callable[[], Awaitable[Performed]],
-        token: CancellationToken | None,
-        *,
-        streamed: Callable[[], list[Any]] = list,
-        on_replay: Callable[[Content], None] = lambda _: None,
-        early: bool = False,
-    ) -> Answer:
-        """Return the recorder's answer to `call`. The replay of a given-up call waits until `token` is cancelled."""
-        loop = asyncio.get_running_loop()
-
-        def give_up() -> None:
-            loop.call_soon_threadsafe(asking.cancel)
-
-        async def performing() -> Performed:
-            try:
-                return await perform()
-            except asyncio.CancelledError:
-                if token is not None and token.is_cancelled():
-                    asking.cancel()  # record that the program gave the call up, not that the call failed
-                raise
-
-        def replayed(content: Content) -> None:
-            on_replay(content)
-            if isinstance(content, GivenUp) and token is not None:
-                token.add_callback(give_up)
-
-        asking = asyncio.ensure_future(
-            self._recorder.call(
-                call,
-                performing,
-                streamed=streamed,
-                on_replay=replayed,
-                caller=self._task,
-                early=early,
-                is_cancelled=token is not None and token.is_cancelled(),
-            )
-        )
-        return await asking
 
     def _value(self, answer: Answer, declared: Any) -> Any:
         if not answer.replayed:
@@ -613,11 +560,6 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 def is_recorded_inside(tool: object) -> bool:
     """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result."""
     return isinstance(tool, (AgentTool, TeamTool))
-
-
-def has_agent_as_tool(workbench: Workbench, name: str) -> bool:
-    """Return whether the workbench's tool of this name is an agent or a team."""
-    return is_recorded_inside(static_tool(workbench, name))
 
 
 def _name(tool: Tool | ToolSchema) -> str:

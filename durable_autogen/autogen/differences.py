@@ -13,7 +13,10 @@ Fingerprint = Mapping[str, Any]
 
 
 def differences(recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-    """Return a line for each difference between two requests."""
+    """Return a line for each difference between a recorded event and the call `now`.
+
+    This is where a replay compares each call. `find` returns the recorded event of an address.
+    """
     if recorded.kind is not now.kind:
         return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
     if recorded.request.get("hash") == now.request.get("hash"):

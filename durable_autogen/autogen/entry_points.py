@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,9 +28,9 @@ from pydantic import BaseModel
 
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
-from durable_autogen.autogen.calls import Calls, ToolCall, has_agent_as_tool, is_recorded_inside
+from durable_autogen.autogen.calls import Calls, is_recorded_inside
 from durable_autogen.autogen.fingerprints import plain
-from durable_autogen.autogen.policies import inside_a_call
+from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary
@@ -62,7 +62,9 @@ class _Original:
 
 
 Wrapper = Callable[[Any, _Original], Any]
-"""A function that replaces a method. Its parameters are the object whose method is called, and the `_Original`."""
+"""A function that replaces a method. Its parameters are the object whose method is called, and the `_Original`.
+
+It returns what the method returns: an awaitable, a stream or a value."""
 
 Recording = Callable[[Calls, Any, _Original], Any]
 """A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the
@@ -72,24 +74,9 @@ Recording = Callable[[Calls, Any, _Original], Any]
 def _recorded(recording: Recording) -> Wrapper:
     """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
-    async def wrapper(self: Any, original: _Original) -> Any:
+    def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
-        if place is None:
-            return await original()
-        return await recording(Calls(place), self, original)
-
-    return wrapper
-
-
-def _streamed(recording: Recording) -> Wrapper:
-    """Return a wrapper for a method that returns a stream, as `_recorded` does for other methods."""
-
-    async def wrapper(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
-        place = recording_place()
-        stream = original() if place is None else recording(Calls(place), self, original)
-        async with closing(stream) as items:
-            async for item in items:
-                yield item
+        return original() if place is None else recording(Calls(place), self, original)
 
     return wrapper
 
@@ -108,14 +95,16 @@ def _reply(stream: bool) -> Recording:
 
 def _workbench_tool(stream: bool) -> Recording:
     def recording(calls: Calls, workbench: Any, original: _Original) -> Any:
+        name = original.given(0, "name")
         call = ToolCall(
-            original.given(0, "name"),
+            name,
             original.given(1, "arguments") or {},
             original.given(2, "cancellation_token"),
             original.given(3, "call_id"),
+            static_tool(workbench, name),
             workbench,
         )
-        if has_agent_as_tool(workbench, call.name):
+        if is_recorded_inside(call.tool):
             calls.check_no_policy(call.name)
             place = calls.agent_as_tool(call)
             return steps_at(place, original()) if stream else original()
@@ -177,6 +166,9 @@ def _memory(calls: Calls, memory: Any, original: _Original) -> Any:
     )
 
 
+_recorded_tool, _recorded_tool_stream = _recorded(_tool(stream=False)), _recorded(_tool(stream=True))
+
+
 async def _tool_itself(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is not None and place.in_call:
@@ -184,18 +176,19 @@ async def _tool_itself(self: Any, original: _Original) -> Any:
             # Turn SystemExit into an ordinary exception. StaticWorkbench runs the tool in a task, and SystemExit in a
             # task would end the event loop.
             return await ordinary(original(), self.name)
-    return await _recorded(_tool(stream=False))(self, original)
+    return await _recorded_tool(self, original)
 
 
-async def _tool_stream_itself(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
+def _tool_stream_itself(self: Any, original: _Original) -> Any:
     place = current.get()
-    if place is None or not place.in_call:
-        async with closing(_streamed(_tool(stream=True))(self, original)) as items:
-            async for item in items:
-                yield item
-        return
-    async with closing(original()) as items:
-        with inside_a_call(self, place):
+    if place is not None and place.in_call:
+        return _stream_inside_a_call(self, place, original())
+    return _recorded_tool_stream(self, original)
+
+
+async def _stream_inside_a_call(tool: Any, place: Place, stream: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+    async with closing(stream) as items:
+        with inside_a_call(tool, place):
             async for item in items:
                 yield item
 
@@ -257,14 +250,10 @@ def _whole(method: str) -> Wrapper:
 def _steps(method: str, *, is_team: bool = False) -> Wrapper:
     """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
 
-    async def wrapper(self: Any, original: _Original) -> AsyncGenerator[Any, None]:
+    def wrapper(self: Any, original: _Original) -> Any:
         working = _at_work(self, is_team=is_team)
         stream = original()
-        if working is not None:
-            stream = getattr(working, method)(stream, _task_or_token(original))
-        async with closing(stream) as items:
-            async for item in items:
-                yield item
+        return stream if working is None else getattr(working, method)(stream, _task_or_token(original))
 
     return wrapper
 
@@ -319,7 +308,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         ChatCompletionClient,
         {
             "create": _recorded(_reply(stream=False)),
-            "create_stream": _streamed(_reply(stream=True)),
+            "create_stream": _recorded(_reply(stream=True)),
             **dict.fromkeys(("actual_usage", "total_usage"), _usage),
         },
     ),
@@ -327,7 +316,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         Workbench,
         {
             "call_tool": _recorded(_workbench_tool(stream=False)),
-            "call_tool_stream": _streamed(_workbench_tool(stream=True)),
+            "call_tool_stream": _recorded(_workbench_tool(stream=True)),
             "list_tools": _recorded(_tool_list),
             **dict.fromkeys(("start", "stop", "reset"), _preparation),
         },

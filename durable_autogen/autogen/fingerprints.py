@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -92,11 +91,11 @@ class Conversation:
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Store `messages`. Return how many messages at the beginning are unchanged since the previous request."""
         limit = min(len(messages), len(self._messages))
-        # Check first whether the conversation only grew, as it usually does. `map` is faster than a loop.
+        # Check first whether the conversation only grew, as it usually does. Comparing lists is faster than a loop.
         is_grown = (
             limit == len(self._messages)
-            and all(map(operator.is_, messages, self._messages))
-            and all(map(operator.is_, map(_CONTENT, self._messages), self._contents))
+            and list(messages[:limit]) == self._messages
+            and [message.content for message in self._messages] == self._contents
             and list(map(len, self._lists)) == self._lengths
         )
         same = limit
@@ -149,9 +148,6 @@ def _prints(last: _Seen | None) -> list[dict[str, str]]:
         found.append(last.print)
         last = last.before
     return found[::-1]
-
-
-_CONTENT = operator.attrgetter("content")
 
 
 def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

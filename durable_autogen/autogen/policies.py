@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from autogen_agentchat.tools import AgentTool, TeamTool
+from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, TextResultContent, ToolResult, Workbench
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -47,7 +48,7 @@ def inside_a_call(tool: BaseTool[Any, Any], place: Place | None) -> Iterator[Non
     """
     call = under_policy.get()
     if place is not None and (call is None or tool.name not in call.names):
-        policy = place.session.guard.of_tool(tool.name, own=own_policy(tool, tool.name))
+        policy = place.session.guard.of_tool(tool.name, own=_own.get(tool))
         if policy is not None and (policy.approval is not None or policy.is_once):
             raise NotDurable(
                 f"{tool.name} has a policy, so it can't be called inside another tool: let the program or an agent "
@@ -92,64 +93,63 @@ def static_tool(workbench: Workbench, name: str) -> BaseTool[Any, Any] | None:
     return next((tool for tool in workbench._tools if tool.name == original), None)
 
 
-def names_of(source: BaseTool[Any, Any] | Workbench, name: str) -> tuple[str, ...]:
-    """Return the names of a tool: the name under which it is called and, if that differs, its own name."""
-    tool = static_tool(source, name) if isinstance(source, Workbench) else source
-    return (name,) if tool is None or tool.name == name else (name, tool.name)
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool call: the tool's name, the arguments, and what else the caller passed."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    token: CancellationToken | None
+    call_id: str | None
+    tool: BaseTool[Any, Any] | None
+    """The called tool. None if only the workbench has it, as with an MCP server's tool."""
+    workbench: Workbench | None = None
+    """The workbench that contains the tool; None if the tool was called directly."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the tool: the name under which it is called and, if that differs, its own name."""
+        return (self.name,) if self.tool is None or self.tool.name == self.name else (self.name, self.tool.name)
+
+    @property
+    def own_policy(self) -> Policy | None:
+        """The policy that `durable_tool` gave to the tool; None if it gave none."""
+        return None if self.tool is None or not _own else _own.get(self.tool)
+
+    async def checked(self, arguments: Mapping[str, Any], *, will_run: bool) -> dict[str, Any]:
+        """Return validated arguments as JSON, with the defaults filled in.
+
+        Raises ValidationError for wrong arguments of a tool or of a StaticWorkbench. Other workbenches, such as an MCP
+        server's, check the arguments only when a tool is called. If `will_run` is true, the tool will get the returned
+        arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
+        """
+        if self.tool is not None:
+            kind = self.tool.args_type()
+            validated = kind.model_validate(arguments)
+            found: dict[str, Any] = validated.model_dump(mode="json", by_alias=True)
+            if will_run and not _is_same(kind, found, validated):
+                raise NotDurable(
+                    f"the arguments of {self.name} can't be shown and recorded, because JSON doesn't hold all of them "
+                    "(a SecretStr, for instance): change their types, or give the tool a policy without approval and "
+                    "once"
+                )
+            return found
+        assert self.workbench is not None
+        schema = next((one for one in await self.workbench.list_tools() if one["name"] == self.name), None)
+        properties: Mapping[str, Any] = {} if schema is None else schema.get("parameters", {}).get("properties", {})
+        defaults = {one: field["default"] for one, field in properties.items() if "default" in field}
+        return {**defaults, **arguments}
+
+    def differs_in_defaults(self, complete: Mapping[str, Any]) -> bool:
+        """Return whether `complete` are this call's arguments with defaults. A default may differ at each call."""
+        given = {**complete, **self.arguments}
+        return given == complete if self.tool is None else _is_same(self.tool.args_type(), given, complete)
 
 
-def own_policy(source: BaseTool[Any, Any] | Workbench, name: str) -> Policy | None:
-    """Return the policy that `durable_tool` gave to a tool or to a workbench's tool; None if it gave none."""
-    if not _own:
-        return None
-    tool = source if isinstance(source, BaseTool) else static_tool(source, name)
-    return None if tool is None else _own.get(tool)
-
-
-async def checked_arguments(
-    source: BaseTool[Any, Any] | Workbench, name: str, arguments: Mapping[str, Any], *, will_run: bool
-) -> dict[str, Any]:
-    """Return a call's validated arguments as JSON, with the defaults filled in.
-
-    Raises ValidationError for wrong arguments of a tool or of a StaticWorkbench. Other workbenches, such as an MCP
-    server's, check the arguments only when a tool is called. If `will_run` is true, the tool will get the returned
-    arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
-    """
-    tool = source if isinstance(source, BaseTool) else static_tool(source, name)
-    if tool is not None:
-        kind = tool.args_type()
-        validated = kind.model_validate(arguments)
-        found: dict[str, Any] = validated.model_dump(mode="json", by_alias=True)
-        if will_run and not _is_same(kind, found, validated):
-            raise NotDurable(
-                f"the arguments of {name} can't be shown and recorded, because JSON doesn't hold all of them (a "
-                "SecretStr, for instance): change their types, or give the tool a policy without approval and once"
-            )
-        return found
-    assert isinstance(source, Workbench)
-    schema = next((one for one in await source.list_tools() if one["name"] == name), None)
-    properties: Mapping[str, Any] = {} if schema is None else schema.get("parameters", {}).get("properties", {})
-    defaults = {one: field["default"] for one, field in properties.items() if "default" in field}
-    return {**defaults, **arguments}
-
-
-def _is_same(kind: type[BaseModel], written: Mapping[str, Any], validated: BaseModel) -> bool:
+def _is_same(kind: type[BaseModel], one: Mapping[str, Any], other: BaseModel | Mapping[str, Any]) -> bool:
+    """Return whether a model of this kind has equal fields from `one` and from `other`."""
     try:
-        return bool(kind.model_validate(written) == validated)
-    except ValidationError:
-        return False
-
-
-def differs_in_defaults(
-    source: BaseTool[Any, Any] | Workbench, name: str, given: Mapping[str, Any], complete: Mapping[str, Any]
-) -> bool:
-    """Return whether `complete` are the arguments `given` with defaults. A default may differ at each call."""
-    tool = source if isinstance(source, BaseTool) else static_tool(source, name)
-    if tool is None:
-        return {**complete, **given} == complete
-    kind = tool.args_type()
-    try:
-        return bool(kind.model_validate({**complete, **given}) == kind.model_validate(complete))
+        return bool(kind.model_validate(one) == kind.model_validate(other))
     except ValidationError:
         return False
 
@@ -157,11 +157,8 @@ def differs_in_defaults(
 class ToolForm:
     """The recorded form of a tool's results. `write` turns a result into JSON."""
 
-    def __init__(
-        self, source: BaseTool[Any, Any] | Workbench, name: str, declared: Any, write: Callable[[Any], Any]
-    ) -> None:
-        self._tool = source if isinstance(source, BaseTool) else static_tool(source, name)
-        self._name = name
+    def __init__(self, call: ToolCall, declared: Any, write: Callable[[Any], Any]) -> None:
+        self._call = call
         self._declared = declared
         self.write = write
 
@@ -180,11 +177,11 @@ class ToolForm:
             return answer
         if isinstance(answer, str):
             text = answer
-        elif self._tool is None or isinstance(answer, (dict, list)):
+        elif self._call.tool is None or isinstance(answer, (dict, list)):
             text = json.dumps(answer, ensure_ascii=False, default=str)
         else:
-            text = self._tool.return_value_as_string(answer)
-        return ToolResult(name=self._name, result=[TextResultContent(content=text)])
+            text = self._call.tool.return_value_as_string(answer)
+        return ToolResult(name=self._call.name, result=[TextResultContent(content=text)])
 
 
 def with_note(value: Any, note: str) -> Any:

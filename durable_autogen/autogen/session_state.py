@@ -146,7 +146,7 @@ class AddedMessages:
             return messages
         at = self._at.setdefault(agent, {})
         for added in self.messages:
-            recorded = self._recorder.recorded(f"{agent}/{position}")
+            recorded = self._recorder.replay.recorded(f"{agent}/{position}")
             comes_before = recorded is not None and recorded.seq < added.seq
             if added.seq not in at and not comes_before and added.seq not in self.as_task:
                 at[added.seq] = len(messages)

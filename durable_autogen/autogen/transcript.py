@@ -67,7 +67,8 @@ class Transcript:
                 _set(message, id=self._id(agent, message.id, f"message/{message.source}"))
             self._done.add(message.id)
             if "created_at" not in kept and not made_before:
-                _set(message, created_at=datetime.fromtimestamp(self._recorder.last_recorded_ms / 1000, timezone.utc))
+                recorded_ms = self._recorder.replay.last_recorded_ms
+                _set(message, created_at=datetime.fromtimestamp(recorded_ms / 1000, timezone.utc))
 
     def result(self, result: TaskResult) -> TaskResult:
         """Return a run's result with lasting ids in its input requests.
@@ -114,7 +115,9 @@ def messages_of(task: Any) -> list[BaseChatMessage]:
     """Return the messages of a task; an empty list if the task is a text or None."""
     if isinstance(task, BaseChatMessage):
         return [task]
-    return [one for one in task if isinstance(one, BaseChatMessage)] if isinstance(task, Sequence) else []
+    if isinstance(task, str) or not isinstance(task, Sequence):
+        return []
+    return [one for one in task if isinstance(one, BaseChatMessage)]
 
 
 def marked(message: Message) -> Message:

@@ -19,13 +19,18 @@ Caller = asyncio.Task[Any] | None
 
 
 @dataclass(eq=False)
-class _Setback:
-    event: Event
-    error: Exception | None
-    """The call's error; None if the call was given up."""
+class Setback:
+    """A failed or given-up call."""
+
+    agent: str
     caller: Caller
     """The task that made the call."""
-    continued: bool
+    error: Exception | None
+    """The call's error; None if the call was given up."""
+    event: Event | None
+    """The recorded event; None if it isn't recorded yet."""
+    continued: bool = False
+    """Whether another call has shown that the run continued (see `_continues`)."""
     was_handled: bool = False
     """Whether the task or agent that made the call, or an agent that contains it, made another call afterwards."""
 
@@ -37,35 +42,39 @@ class Setbacks:
     """
 
     def __init__(self) -> None:
-        self._setbacks: list[_Setback] = []
+        self._setbacks: list[Setback] = []
         self._agents: set[str] = set()
         """The agents that have made calls."""
 
-    def add(self, event: Event, error: Exception | None, caller: Caller, *, continued: bool = False) -> None:
-        """Remember that a recorded call failed with `error`. If `error` is None, the call was given up."""
-        self._setbacks.append(_Setback(event, error, caller, continued))
+    def add(self, agent: str, caller: Caller, error: Exception | None = None, event: Event | None = None) -> Setback:
+        """Remember that a call of `agent` failed with `error`. If `error` is None, the call was given up."""
+        new = Setback(agent, caller, error, event)
+        self._setbacks.append(new)
         # A program that calls models itself may run for long, and its turn is never over: forget the oldest setbacks.
         past = [one for one in self._setbacks if one.continued]
         if len(past) > MAX_CONTINUED:
             self._setbacks.remove(past[0])
+        return new
 
-    def called(self, call: Call, caller: Caller) -> bool:
-        """Note that `caller` makes a call, which may show that the run continued after a setback (see `continues`).
+    def called(self, call: Call, caller: Caller, *, is_cancelled: bool) -> None:
+        """Note that `caller` makes a call, which may show that the run continued after a setback (see `_continues`).
 
-        Return whether it is the first call of an agent. The program started this agent, so it continued after a call
-        that it gave up itself.
+        With `is_cancelled`, the program cancelled the call before the call began. Such a call doesn't show that the
+        program continued after a given-up call.
         """
         is_first = call.agent not in self._agents
         self._agents.add(call.agent)
         for one in self._setbacks:
-            one.continued = one.continued or continues(one.event.agent, one.caller, call, caller)
-            one.continued = one.continued or (is_first and one.error is None and not one.event.agent)
-            one.was_handled = one.was_handled or _handles(one.event.agent, one.caller, call, caller)
-        return is_first
+            if one.error is not None or not is_cancelled:
+                one.continued = one.continued or _continues(one, call, caller)
+                one.was_handled = one.was_handled or _handles(one, call, caller)
+            # The program starts an agent: the program continued after a call that it gave up itself.
+            if one.error is None and not one.agent and is_first and not is_cancelled:
+                one.continued = True
 
     def turn_is_over(self, path: str) -> None:
         """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
-        self._setbacks = [one for one in self._setbacks if not _is_within(one.event.agent, path)]
+        self._setbacks = [one for one in self._setbacks if not _is_within(one.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
         """Return the latest failure whose text is part of the text of `error`, or None.
@@ -80,9 +89,11 @@ class Setbacks:
         If the program handled the failure, made other calls and then raised it again, return their events, too: the
         next run makes the failed call again, and makes those calls only if it fails again.
         """
-        setbacks = [one for one in self._setbacks if one.event in events and not one.event.accepted]
+        setbacks = [
+            one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
+        ]
         failures = [one for one in setbacks if one.error is not None]
-        found: list[_Setback] = []
+        found: list[Setback] = []
         for causes in _causes(error):
             found = found or [one for one in failures if one.error in causes]
         # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
@@ -91,24 +102,23 @@ class Setbacks:
         found = found or [one for one in failures if not one.continued]
         # Add the given-up calls after which the run did not continue. The run's end cancelled these calls.
         found += [one for one in setbacks if one.error is None and not one.continued]
-        ended_it = {one.event.seq: one.event for one in found}
-        if handled := [one.event.seq for one in found if one.was_handled]:
+        ended_it = {one.event.seq: one.event for one in found if one.event is not None}
+        if handled := [one.event.seq for one in found if one.event is not None and one.was_handled]:
             ended_it.update((event.seq, event) for event in events if event.asked_after >= min(handled))
         return list(ended_it.values())
 
 
-def continues(agent: str, caller: Caller, call: Call, next_caller: Caller) -> bool:
-    """Return whether a later call shows that the run continued after a setback.
+def _continues(setback: Setback, call: Call, caller: Caller) -> bool:
+    """Return whether a call by `caller` shows that the run continued after a setback.
 
-    The setback is a failed or given-up call of `agent`, made by the task `caller`. The later call shows that the run
-    continued if one of these made it: the same task, the same agent, a team or agent that contains the agent, or the
-    program itself.
+    It does if one of these made the call: the task of the setback, its agent, a team or agent that contains the agent,
+    or the program itself.
     """
-    return not call.agent or _handles(agent, caller, call, next_caller)
+    return not call.agent or _handles(setback, call, caller)
 
 
-def _handles(agent: str, caller: Caller, call: Call, next_caller: Caller) -> bool:
-    return caller is next_caller or (bool(call.agent) and f"{agent}/".startswith(f"{call.agent}/"))
+def _handles(setback: Setback, call: Call, caller: Caller) -> bool:
+    return caller is setback.caller or (bool(call.agent) and f"{setback.agent}/".startswith(f"{call.agent}/"))
 
 
 def _is_within(agent: str, path: str) -> bool:

@@ -25,6 +25,9 @@ from durable_autogen.record.while_open import while_open
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
+BUSY_TURNS = 1000
+"""How many turns of the event loop to wait, too. If each turn takes long (for instance, because hundreds of sessions
+share the loop), a session needs seconds for its usual work."""
 LESS_BUSY_PATIENCE = 0.05  # seconds to wait for a session that once stayed busy for BUSY_PATIENCE
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 
@@ -102,6 +105,8 @@ def _is_idle(waiting: _Waiting, busy: set[int] | None) -> bool:
     if asyncio.get_running_loop().time() - waiting.begun < patience:
         return False
     if not activity.is_never_idle:
+        if not activity.threads and waiting.turns < BUSY_TURNS:
+            return False
         logger.warning(
             "session %s has been busy for %g s: from now on, its events are delivered even if it is not idle",
             waiting.session.session_id,

@@ -76,7 +76,7 @@ class Journal:
         self.next_seq = 1
         """The number of the next event."""
         self._summary = Summary()
-        self._starting: set[asyncio.Task[Any]] = set()
+        self._in_background: set[asyncio.Task[None]] = set()
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
         self._times_revoked: Counter[str] = Counter()
@@ -107,8 +107,8 @@ class Journal:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         try:
-            if self._starting:
-                await asyncio.wait(self._starting, timeout=TAKE_OVER_PATIENCE)
+            if self._in_background:
+                await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
@@ -323,8 +323,8 @@ class Journal:
     def _finish_later(self, work: Coroutine[Any, Any, None]) -> None:
         """Do the work in the background. The session's end waits for it."""
         working = asyncio.create_task(work)
-        self._starting.add(working)
-        working.add_done_callback(self._starting.discard)
+        self._in_background.add(working)
+        working.add_done_callback(self._in_background.discard)
 
     async def _cancel_given_back(self) -> None:
         """Cancel the effects that were given back: the run has ended without making their calls again."""
@@ -419,11 +419,7 @@ class Journal:
             await self._close(
                 inherited, "the run that made this call died, and the call was made again", OWNER_PATIENCE
             )
-        starting = asyncio.create_task(self._start(input))
-        self._starting.add(starting)
-        starting.add_done_callback(self._starting.discard)
-        # Shield the start: if the caller is cancelled, the journal still gets the task, and closes it at the run's end.
-        started = await asyncio.shield(starting)
+        started = await self._start(input)
         if started.task is None:
             raise self._busy(f"another process has recorded {call}")
         return started.task

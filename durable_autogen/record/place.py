@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.events import Call, Event
 
 T = TypeVar("T")
 
@@ -27,6 +28,12 @@ class Activity:
         """How many functions of the session run in a thread or wait for one."""
         self.is_never_idle = False
         """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
+
+
+Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
+"""A function that returns a line for each difference between a recorded event and a call.
+
+Its last parameter is a function that returns the recorded event of an address."""
 
 
 class OpenSession(Protocol):
@@ -51,6 +58,9 @@ class OpenSession(Protocol):
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
 
+    @property
+    def differences(self) -> Compare: ...
+
     def left_the_record(self, agent: str, what: str) -> None: ...
 
 
@@ -67,10 +77,6 @@ class Place:
     """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
     """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
-    ends_in_order: bool = False
-    """Whether the agents inside this team work in parallel. If so, the order in which their turns end is recorded."""
-    must_not_raise: bool = False
-    """Whether the agent would wait for ever if a tool raised an error."""
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
@@ -30,12 +30,12 @@ from durable_autogen.record.events import (
     Raised,
     Returned,
 )
-from durable_autogen.record.failures import Failure, end, in_a_task, ordinary
-from durable_autogen.record.handled_failures import Caller, Setbacks, continues
+from durable_autogen.record.failures import Failure, ordinary
+from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.place import OpenSession, current, has_ended, start_at
-from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
+from durable_autogen.record.place import OpenSession, at, current, has_ended
+from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
@@ -43,6 +43,11 @@ from nexum_engine.records import Task
 OnDrift = Literal["stop", "continue"]
 
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
+
+
+def _nothing(_: bool) -> list[Any]:
+    """Return the items of a call that isn't a stream."""
+    return []
 
 
 def _ignore(_: Content) -> None:
@@ -69,24 +74,67 @@ class Answer:
     """The live call's value. For a replayed call, the caller builds the value from `content`."""
 
 
+Streamed = Callable[[bool], list[Any]]
+"""A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got."""
+
+
+class Token(Protocol):
+    """A token with which a program cancels calls, such as AutoGen's CancellationToken."""
+
+    def is_cancelled(self) -> bool:
+        """Return whether the program has cancelled the calls."""
+
+    def add_callback(self, callback: Callable[[], Any]) -> None:
+        """Call `callback` when the program cancels the calls. Any thread may cancel them."""
+
+
 @dataclass(eq=False)
 class _LiveCall:
     """A live call that is being made."""
 
     call: Call
     asked: Asked
-    streamed: Callable[[], list[Any]]
-    caller: Caller
+    streamed: Streamed = _nothing
+    caller: Caller = None
+    token: Token | None = None
     task: Task | None = None
     was_made: bool = False
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
-    given_up: bool = False
-    continued: bool = False
-    """Whether another call has shown that the run continued after this call was given up (see `continues`)."""
-    answer: asyncio.Future[Answer | Exception] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    setback: Setback | None = None
+    """Set when the program gives the call up."""
+    is_cancelled: bool = False
+    _is_sending: bool = False
+    answer: asyncio.Future[Answer | Exception] = field(init=False)
     """The call's answer or error. Set an error with `set_result`: asyncio warns of exceptions that nobody retrieves."""
+
+    def cancel(self, running: asyncio.Task[None], *, is_ending: bool = False) -> None:
+        """Cancel `running`, the task that makes the call. If it is sending, it is cancelled later (see `sending`).
+
+        If the run is ending, it is cancelled after TAKE_OVER_PATIENCE at the latest.
+        """
+        self.is_cancelled = True
+        if not self._is_sending:
+            running.cancel()
+        elif is_ending:
+            running.get_loop().call_later(TAKE_OVER_PATIENCE, running.cancel)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Delay a cancellation to the end of a `with` that sends requests.
+
+        The journal needs the answer: if the server has recorded the event, the journal must have it, too. Otherwise the
+        server would refuse the run's next event.
+        """
+        self._is_sending = True
+        try:
+            yield
+        finally:
+            self._is_sending = False
+        self.check_not_cancelled()
+
+    def check_not_cancelled(self) -> None:
+        if self.is_cancelled:
+            raise asyncio.CancelledError
 
 
 class Recorder:
@@ -98,7 +146,6 @@ class Recorder:
         session: OpenSession,
         *,
         on_drift: OnDrift,
-        compare: Compare,
         budget: BudgetCheck | None,
         park: bool,
     ) -> None:
@@ -110,23 +157,18 @@ class Recorder:
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.ended: str | None = None
         """The recorded run's stop reason if that run is finished, else None. A finished run makes no further call."""
-        self.last_recorded_ms = 0
-        """The time at which the last delivered event was recorded, in milliseconds since 1970."""
-        self.last_seq = 0
-        """The number of the last delivered event."""
         self.looks: Counter[str] = Counter()
         """How often each recorded termination condition was checked."""
         self.live: Counter[str] = Counter()
         self.replayed: Counter[str] = Counter()
         self._session = session
-        for event in journal.events:
-            if event.kind is Kind.BEGIN:
-                self._delivered(event)
         self.setbacks = Setbacks()
         self._questions: Counter[str] = Counter()
-        self._typed: list[tuple[Call, Returned, Asked]] = []
-        """The lines typed at the console that are not recorded yet."""
-        self._given_up: list[_LiveCall] = []
+        self._apart: list[tuple[_LiveCall, Returned | GivenUp]] = []
+        """The typed console lines and given-up calls that are not recorded yet.
+
+        They are recorded before the next event. A replay delivers them outside the order of events.
+        """
         self._record_lock = asyncio.Lock()
         self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
@@ -135,33 +177,31 @@ class Recorder:
         """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _LiveCall] = {}
-        self._replay = Replay(
-            journal,
-            wait_until_idle=self._idle,
-            compare=compare,
-            on_delivered=self._delivered,
-            on_drift=self.drift,
-        )
+        self.replay = Replay(journal, session)
+        self._handled_seq = 0
+        """The number of the last event that the program has surely handled: the session was idle after it."""
         self._replaying = asyncio.create_task(self._run_replay(), name="replay")
 
     async def _idle(self) -> None:
+        delivered = self.replay.last_seq
         await idle(self._session)
+        self._handled_seq = delivered
 
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(NexumError("the run is over"))
-        running = [self._replaying, *self._calls, *([] if self._parking is None else [self._parking])]
-        for one in running:
+        others = [self._replaying, *([] if self._parking is None else [self._parking])]
+        for one in others:
             one.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.gather(*others, *self._calls, return_exceptions=True)
 
     def stop(self, error: Exception) -> None:
         """End the run with an error. Every waiting call and every later call raises the error."""
         if not self.failed.done():
             self.failed.set_result(error)
-        self._replay.fail(error)
-        for running in self._calls:
-            running.cancel()
+        self.replay.fail(error)
+        for running, live in self._calls.items():
+            live.cancel(running, is_ending=True)
 
     @contextmanager
     def servers_errors(self) -> Iterator[None]:
@@ -172,21 +212,10 @@ class Recorder:
             self.stop(error)
             raise
 
-    def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
-        return self._replay.event_ahead(address)
-
-    def recorded(self, address: str) -> Event | None:
-        """Return the recorded event of an address as `event_ahead` does, or the event of a given-up call."""
-        return self._replay.recorded(address)
-
-    def _delivered(self, event: Event) -> None:
-        self.last_recorded_ms, self.last_seq = event.recorded_ms, event.seq
-
     @property
     def programs(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
-        return self.journal.programs_before(self.last_seq)
+        return self.journal.programs_before(self.replay.last_seq)
 
     def was_checked(self, condition: str, look: int) -> bool:
         """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
@@ -194,19 +223,14 @@ class Recorder:
         return ended is not None and look <= ended.looks.get(condition, 0)
 
     @property
-    def is_replaying(self) -> bool:
-        """Whether there are recorded events that are not delivered yet."""
-        return bool(self._replay.ahead)
-
-    @property
     def active_now_ms(self) -> int:
         """The session's active time until now: the total length of its runs, without the waits for a person."""
-        return self._replay.active_ms + self._live_ms
+        return self.replay.active_ms + self._live_ms
 
     @property
     def _live_ms(self) -> int:
         """How long this run has been live, without the waits for a person."""
-        since = self._replay.over_since
+        since = self.replay.over_since
         if since is None:
             return 0
         now = time.monotonic()
@@ -220,7 +244,7 @@ class Recorder:
                 position = "begin"
                 if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
                     position = f"begin/{number}"
-                self._delivered(
+                self.replay.delivered(
                     await self.journal.record(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
                 )
 
@@ -228,18 +252,16 @@ class Recorder:
 
     async def end(self, stop_reason: str) -> None:
         """Record the run's end. Raises DriftError if the program did not make every recorded call."""
-        if self._replay.ahead:
-            event = self._replay.ahead[0]
+        if self.replay.ahead:
+            event = self.replay.ahead[0]
             await self.drift(event.seq - 1, f"the run ended without asking for {event}")
-        if self._calls:
+        while self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
             # them either.
-            left = dict(self._calls)
-            for running, live in left.items():
+            for running, live in list(self._calls.items()):
                 if not live.answer.done():
-                    live.given_up = True
-                    running.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+                    self._give_up(live, running)
+            await asyncio.gather(*self._calls, return_exceptions=True)
         async with self._record_lock:
             await self._record_apart()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
@@ -267,7 +289,9 @@ class Recorder:
     async def end_with(self, error: BaseException) -> None:
         """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
         async with self._record_lock:
-            await self._record_typed()
+            # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
+            self._apart = [(live, content) for live, content in self._apart if isinstance(content, Returned)]
+            await self._record_apart()
             if ended_it := self.setbacks.ended_by(error, self.journal.events):
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
 
@@ -282,86 +306,114 @@ class Recorder:
         call: Call,
         perform: Callable[[], Awaitable[Performed]] | None,
         *,
-        streamed: Callable[[], list[Any]] = list,
+        streamed: Streamed = _nothing,
         on_replay: Callable[[Content], None] = _ignore,
         caller: Caller = None,
+        token: Token | None = None,
         early: bool = False,
-        is_cancelled: bool = False,
     ) -> Answer:
         """Return the call's recorded answer, or make the call live with `perform` and record the answer.
 
-        Raises the call's failure, recorded or live. If the caller is cancelled, the call is recorded as given up, with
-        the items that `streamed` returns. In a replay, a given-up call waits until the program cancels it again.
+        Raises the call's failure, recorded or live. If the caller or `token` is cancelled, the call is recorded as
+        given up. In a replay, a given-up call waits until the program cancels it again.
 
         `on_replay` gets the content of a replayed answer before the answer is returned or raised. With `early`, or if
         the call was given up, `on_replay` gets the content as soon as the recorded event is found. `caller` is the task
-        that makes the call; it defaults to the current task. `is_cancelled` says that the program cancelled the call
-        before the call began. Such a call doesn't show that the program continued after a given-up call.
+        that makes the call; it defaults to the current task.
         """
         self._check_not_failed()
         caller = caller or asyncio.current_task()
-        is_first = self.setbacks.called(call, caller)
-        for live in () if is_cancelled else (*self._given_up, *(one for one in self._calls.values() if one.given_up)):
-            live.continued = live.continued or continues(live.call.agent, live.caller, call, caller)
-            live.continued = live.continued or (is_first and not live.call.agent)
-        call = self._replay.matching(call)
-        if early and (peeked := self._replay.peek(call)) is not None:
+        self.setbacks.called(call, caller, is_cancelled=token is not None and token.is_cancelled())
+        call = self.replay.matching(call)
+        if early and (peeked := self.replay.peek(call)) is not None:
             on_replay(peeked.content)
             on_replay = _ignore
-        answer = await self._replayed(call, on_replay, caller)
+        answer = await self._replayed(call, on_replay, caller, token)
         if answer is None:
-            answer = await self._made_live(call, perform, streamed, caller)
+            answer = await self._made_live(
+                _LiveCall(call, Asked(self.replay.last_seq), streamed, caller, token), perform
+            )
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
         return answer
 
     async def _replayed(
-        self, call: Call, on_replay: Callable[[Content], None], caller: Caller
+        self, call: Call, on_replay: Callable[[Content], None], caller: Caller, token: Token | None
     ) -> Answer | Exception | None:
-        if (event := self._replay.take_given_up(call)) is not None:
-            await self._wait_to_be_given_up(event, call, on_replay)
+        if (event := self.replay.take_apart(call.address)) is not None:
+            await self._wait_to_be_given_up(event, call, on_replay, token)
             return None
-        if self.event_ahead(call.address) is None or (event := await self._replay.take(call)) is None:
+        if self.replay.event_ahead(call.address) is None or (event := await self.replay.take(call)) is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):
             return Answer(event.content, replayed=True, position=event.position)
         error = event.content.failure.again()
-        self.setbacks.add(event, error, caller)
+        self.setbacks.add(call.agent, caller, error, event)
         return error
 
     async def _made_live(
-        self,
-        call: Call,
-        perform: Callable[[], Awaitable[Performed]] | None,
-        streamed: Callable[[], list[Any]],
-        caller: Caller,
+        self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None
     ) -> Answer | Exception:
         if self._session.is_over:
             raise has_ended(self._session)
-        live = _LiveCall(call, Asked(self.last_seq), streamed, caller)
-        running = asyncio.create_task(self._live(live, perform))
-        self._calls[running] = live
-        running.add_done_callback(lambda done: self._calls.pop(done, None))
+        live.answer = asyncio.get_running_loop().create_future()
+        running = self._start(live, self._live(live, perform))
         try:
             return await live.answer
         except asyncio.CancelledError:
-            live.given_up = True
-            running.cancel()
+            self._give_up(live, running)
             raise
 
-    async def _wait_to_be_given_up(self, event: Event, call: Call, on_replay: Callable[[Content], None]) -> None:
-        """Wait until the caller is cancelled, as in the recorded run. If that takes too long, report drift."""
-        differing = self._replay.differences(event, call)
+    def _start(self, live: _LiveCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        running = asyncio.create_task(work)
+        self._calls[running] = live
+        running.add_done_callback(lambda done: self._calls.pop(done, None))
+        return running
+
+    def _give_up(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
+        """Cancel a call that the program has cancelled, or has not waited for."""
+        if live.setback is None:
+            live.setback = self.setbacks.add(live.call.agent, live.caller)
+            live.cancel(running)
+            self._start(live, self._take_back(live, running))
+
+    async def _take_back(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
+        """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
+        await asyncio.wait({running})
+        if self.failed.done():
+            return
+        async with self._record_lock:  # the run may be ending and revoke the same event
+            event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
+            if event is not None:
+                try:
+                    await self.journal.revoke([event], "the program gave the call up")
+                except NexumError as error:
+                    self.stop(error)
+                    return
+                live.task, live.was_made = None, False
+        self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
+
+    async def _wait_to_be_given_up(
+        self, event: Event, call: Call, on_replay: Callable[[Content], None], token: Token | None
+    ) -> None:
+        """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
+        differing = self.replay.differences(event, call)
         if differing:
             await self._drift_of(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
         on_replay(event.content)
+        loop = asyncio.get_running_loop()
+        given_up = loop.create_future()
+        if token is not None:
+            token.add_callback(partial(loop.call_soon_threadsafe, given_up.cancel))
         waited_ms = max(0, event.active_ms - event.asked_ms)
-        watched: set[asyncio.Future[Any]] = {self.failed}
-        await asyncio.wait(watched, timeout=DRIFT_PATIENCE + 2 * waited_ms / 1000)
+        watched: set[asyncio.Future[Any]] = {self.failed, given_up}
+        await asyncio.wait(watched, timeout=DRIFT_PATIENCE + 2 * waited_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
         self._check_not_failed()
+        if given_up.cancelled():
+            raise asyncio.CancelledError
         await self._drift_of(
             event, f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
         )
@@ -380,22 +432,24 @@ class Recorder:
                 await self.journal.revoke([event], what, is_another_program=True)
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
+        """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
         call = live.call
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
-            await self._replay.wait_until_over(call)
+            await self.replay.wait_until_over(call)
             if self.ended is not None:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
             # Wait until the session is idle, because the program may still be closing streams that it left.
             await self._idle()
-            giving_up = [running for running, one in self._calls.items() if one.given_up]
+            giving_up = [running for running, one in self._calls.items() if one.setback is not None]
             if giving_up:
                 await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
-            if self._typed or self._given_up:
+            if self._apart:
                 async with self._record_lock:
-                    await self._record_apart()
+                    with live.sending():
+                        await self._record_apart()
             live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
             content: Content = Returned()
             value, error = None, None
@@ -404,34 +458,31 @@ class Recorder:
                     await self._wait_for_budget(self._budget, call)
                 live.was_made = True
                 is_counted = self._budget is not None and call.kind is Kind.REPLY
-                live.task = await self.journal.before(call, is_counted=is_counted)
+                with live.sending():
+                    live.task = await self.journal.before(call, is_counted=is_counted)
                 value, content, error = await self._performed(call, perform, live)
             async with self._record_lock:
+                # Let the program handle the last event first: it may give this call up.
+                while self._handled_seq < self.replay.last_seq:
+                    await self._idle()
                 self._check_not_failed()
-                await self._record_apart()
-                event = await self._record(live, content)
-                if self._budget is not None:
-                    self._budget.recorded(event)
+                with live.sending():
+                    await self._record_apart()
+                    event = await self._record(live, content)
                 await self._idle()
-                self._delivered(event)
+                self.replay.delivered(event)
                 if error is not None:
-                    self.setbacks.add(event, error, live.caller)
+                    self.setbacks.add(call.agent, live.caller, error, event)
                 if not live.answer.done():
                     live.answer.set_result(
                         error or Answer(event.content, replayed=False, position=event.position, value=value)
                     )
-                await self._idle()
         except asyncio.CancelledError:
-            if self.failed.done():
-                if not live.answer.done():
-                    live.answer.set_result(self.failed.result())
-            elif live.given_up:
-                try:
-                    await self._take_back(live)
-                finally:
-                    live.answer.cancel()
+            if not self.failed.done() and live.setback is not None:
+                live.answer.cancel()
             elif not live.answer.done():
-                live.answer.set_result(RuntimeError(f"{call} was cancelled"))
+                error = self.failed.result() if self.failed.done() else RuntimeError(f"{call} was cancelled")
+                live.answer.set_result(error)
             raise
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
@@ -450,27 +501,23 @@ class Recorder:
     ) -> tuple[Any, Content, Exception | None]:
         place = current.get()
         assert place is not None
-        inside = dataclasses.replace(place, in_call=True)
+        name = call.label or str(call)
         try:
-            name = call.label or str(call)
-            done = await in_a_task(start_at(inside, ordinary(perform(), name)), name)
+            try:
+                with at(dataclasses.replace(place, in_call=True)):
+                    done = await ordinary(perform(), name)
+            except asyncio.CancelledError as cancelled:
+                if live.token is not None and live.token.is_cancelled():
+                    live.answer.cancel()  # the caller then gives the call up
+                if live.is_cancelled or live.answer.cancelled():
+                    raise
+                raise RuntimeError(f"{name} ended with CancelledError") from cancelled
         except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
+            live.check_not_cancelled()
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
-            return None, Raised(failure=failure, streamed=live.streamed()), error
+            return None, Raised(failure=failure, streamed=live.streamed(True)), error
+        live.check_not_cancelled()
         return done.value, done.content, None
-
-    async def _take_back(self, live: _LiveCall) -> None:
-        """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
-        async with self._record_lock:  # the run may be ending and revoke the same event
-            event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
-            if event is not None:
-                try:
-                    await self.journal.revoke([event], "the program gave the call up")
-                except NexumError as error:
-                    self.stop(error)
-                    return
-                live.task, live.was_made = None, False
-        self._given_up.append(live)
 
     # ---- People ------------------------------------------------------------------------------------------------------
 
@@ -527,7 +574,7 @@ class Recorder:
 
         Raises DriftError if the prompt differs.
         """
-        event = self._replay.typed(call.address)
+        event = self.replay.take_apart(call.address)
         if event is None or not isinstance(event.content, Returned):
             return None
         was, now = event.request.get("prompt"), call.request["prompt"]
@@ -541,55 +588,28 @@ class Recorder:
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
         self.live["inputs"] += 1
-        self._typed.append((call, content, Asked(self.last_seq, self.active_now_ms)))
+        self._apart.append((_LiveCall(call, Asked(self.replay.last_seq, self.active_now_ms)), content))
 
-    async def _record_typed(self) -> None:
-        while self._typed:
-            call, content, asked = self._typed[0]
-            before = [event for event in self.journal.events if event.address == call.address]
+    async def _record_apart(self) -> None:
+        while self._apart:
+            live, content = self._apart[0]
+            before = [event for event in self.journal.events if event.address == live.call.address]
             if before:
                 await self.journal.revoke(before, "the program asked something else")
             try:
-                await self._completed(self.journal.record(call, content, None, asked, self.active_now_ms))
-            finally:
-                if any(event.content is content for event in self.journal.events):
-                    self._typed.pop(0)
-
-    async def _record_apart(self) -> None:
-        """Record typed lines and given-up calls. A replay delivers both outside the order of events."""
-        await self._record_typed()
-        await self._record_given_up()
-
-    async def _record_given_up(self) -> None:
-        """Record given-up calls. The run continued after them, so the program itself cancelled them."""
-        while self._given_up:
-            live = self._given_up[0]
-            try:
-                event = await self._record(live, GivenUp(streamed=live.streamed(), was_made=live.was_made))
-                if self._budget is not None:
-                    self._budget.recorded(event)
-                self.setbacks.add(event, None, live.caller, continued=live.continued)
+                event = await self._record(live, content)
+                if live.setback is not None:
+                    live.setback.event = event
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
-                if any(event.address == live.call.address for event in self.journal.events):
-                    self._given_up.remove(live)
+                if any(event.content is content for event in self.journal.events):
+                    self._apart.pop(0)
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
-        return await self._completed(self.journal.record(live.call, content, live.task, live.asked, self.active_now_ms))
-
-    async def _completed(self, record: Coroutine[Any, Any, Event]) -> Event:
-        recording = asyncio.ensure_future(record)
-        try:
-            await asyncio.wait({recording})
-            return recording.result()
-        except asyncio.CancelledError:
-            # Wait for the server's answer: if the server has recorded the event, the journal must have it, too. There
-            # is no limit if only this call was cancelled and the run continues: the server would refuse its next event.
-            is_ending = self.failed.done() or asyncio.current_task() not in self._calls
-            await asyncio.wait({recording}, timeout=TAKE_OVER_PATIENCE if is_ending else None)
-            raise
-        finally:
-            await end(recording)
+        event = await self.journal.record(live.call, content, live.task, live.asked, self.active_now_ms)
+        if self._budget is not None:
+            self._budget.recorded(event)
+        return event
 
     def _check_not_failed(self) -> None:
         if self.failed.done():
@@ -599,7 +619,8 @@ class Recorder:
 
     async def _run_replay(self) -> None:
         try:
-            await self._replay.run()
+            while (differs := await self.replay.run()) is not None:
+                await self.drift(*differs)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
@@ -621,13 +642,13 @@ class Recorder:
         self.differs(what)
         self.ended = None
         async with self._record_lock:
-            left = len(self._replay.ahead)
+            left = len(self.replay.ahead)
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
             await self._warn_of_effects([event for event in self.journal.events if event.seq > after])
             await self.journal.revoke_after(after, what)
-            self._replay.leave()
+            self.replay.leave()
 
     async def _warn_of_effects(self, dropped: Iterable[Event]) -> None:
         """Log a warning if dropped events have calls whose effect must happen only once."""

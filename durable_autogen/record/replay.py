@@ -6,11 +6,12 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
+from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import Journal
+from durable_autogen.record.place import OpenSession
 from nexum_engine.clock import wait_until_set
 
 DRIFT_PATIENCE = 10.0  # seconds to wait for the next recorded call while the program makes other calls
@@ -19,10 +20,6 @@ CHOICE_HINT = (
     "messages or in a tool"
 )
 TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
-
-
-Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
-"""A function like `Session.differences` (session.py)."""
 
 
 @dataclass
@@ -34,30 +31,22 @@ class _Asked:
 class Replay:
     """The replay of a record: the events that are not delivered yet, and the calls that wait for them."""
 
-    def __init__(
-        self,
-        journal: Journal,
-        *,
-        wait_until_idle: Callable[[], Awaitable[None]],
-        compare: Compare,
-        on_delivered: Callable[[Event], None],
-        on_drift: Callable[[int, str], Awaitable[None]],
-    ) -> None:
-        self.ahead = deque(event for event in journal.events if _is_in_order(event))
+    def __init__(self, journal: Journal, session: OpenSession) -> None:
+        self.ahead = deque(event for event in journal.events if event.kind.is_asked_for and not _is_apart(event))
         """The events that are not delivered yet, in order."""
+        self.last_seq = 0
+        """The number of the last delivered event."""
+        self.last_recorded_ms = 0
+        """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.active_ms = 0
         """The session's active time when the last delivered event was recorded."""
         self.over_since: float | None = None
         """The time at which the replay ended, by time.monotonic(); None until then."""
         self._journal = journal
-        self._wait_until_idle = wait_until_idle
-        self._compare = compare
-        self._on_delivered = on_delivered
-        self._on_drift = on_drift
+        self._session = session
         self._by_address = {event.address: event for event in journal.events}
         self._addresses = {event.address for event in self.ahead}
-        self._given_up = {event.address: event for event in journal.events if isinstance(event.content, GivenUp)}
-        self._typed = {event.address: event for event in journal.events if event.kind is Kind.CONSOLE}
+        self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
         """The addresses of the events that `matching` found for calls made at other positions."""
@@ -65,6 +54,13 @@ class Replay:
         """For each call that waits for the end of the replay: whether an earlier run also made the call."""
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
+        for event in journal.events:
+            if event.kind is Kind.BEGIN:
+                self.delivered(event)
+
+    def delivered(self, event: Event) -> None:
+        """Note that the program gets an event, replayed or live."""
+        self.last_seq, self.last_recorded_ms = event.seq, event.recorded_ms
 
     def event_ahead(self, address: str) -> Event | None:
         """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
@@ -72,7 +68,7 @@ class Replay:
 
     def recorded(self, address: str) -> Event | None:
         """Return the event that will answer the call at this address: one that is ahead, or that of a given-up call."""
-        return self.event_ahead(address) or self._given_up.get(address)
+        return self.event_ahead(address) or self._apart.get(address)
 
     def matching(self, call: Call) -> Call:
         """Return the call with the position at which the recorded run made it.
@@ -90,7 +86,7 @@ class Replay:
             return call
         left = [
             event
-            for event in (*self.ahead, *self._given_up.values())
+            for event in (*self.ahead, *self._apart.values())
             if (event.kind, event.agent) == (call.kind, call.agent) and not self._is_taken(event)
         ]
         same = [event for event in left if event.request.get("hash") == wanted]
@@ -107,17 +103,13 @@ class Replay:
         event = self.event_ahead(call.address)
         return None if event is None or self.differences(event, call) else event
 
-    def typed(self, address: str) -> Event | None:
-        """Return and remove the recorded console event of an address; None if the address has no such event."""
-        return self._typed.pop(address, None)
-
-    def take_given_up(self, call: Call) -> Event | None:
-        """Return and remove the event that records `call` as given up; None if there is no such event."""
-        return self._given_up.pop(call.address, None)
+    def take_apart(self, address: str) -> Event | None:
+        """Return and remove the console event or given-up call of an address; None if the address has none."""
+        return self._apart.pop(address, None)
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
         """Return a line for each difference between a recorded event and a call; no line if the event is accepted."""
-        return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
+        return [] if recorded.accepted else self._session.differences(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
         """Wait until a call's recorded event is delivered; return it. Return None if `leave` drops the event first."""
@@ -150,40 +142,40 @@ class Replay:
         """Drop all events that are not delivered yet. The calls that wait for them are made live."""
         self.ahead.clear()
         self._addresses.clear()
-        self._given_up.clear()
-        self._typed.clear()
+        self._apart.clear()
         self._changed.set()
         for asked in self._asked.values():
             _deliver(asked, None)
 
-    async def run(self) -> None:
-        """Deliver all events in order; return after the last one. Raises what `on_drift` raises."""
+    async def run(self) -> tuple[int, str] | None:
+        """Deliver all events in order; return None after the last one.
+
+        If the program differs from the record, return the number of the last event before the difference, and a text.
+        """
         while self.ahead:
-            await self._wait_until_idle()
+            await idle(self._session)
             if not self.ahead:
                 break
             event = self.ahead[0]
             asked = self._asked.get(event.address)
             if asked is None:
-                if not await self._is_asked_in_time(event):
-                    waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
-                    await self._on_drift(
-                        event.seq - 1,
-                        f"{event} is next on record, but this run asks for {', '.join(sorted(waiting))}. {CHOICE_HINT}",
-                    )
-                continue
+                if await self._is_asked_in_time(event):
+                    continue
+                waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
+                asks_for = ", ".join(sorted(waiting))
+                return event.seq - 1, f"{event} is next on record, but this run asks for {asks_for}. {CHOICE_HINT}"
             differing = self.differences(event, asked.call)
             if differing:
-                await self._on_drift(event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}")
-                continue
+                return event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}"
             self.ahead.popleft()
             self._addresses.discard(event.address)
             self.active_ms = event.active_ms
-            self._on_delivered(event)
+            self.delivered(event)
             _deliver(asked, event)
-        await self._wait_until_idle()
+        await idle(self._session)
         self.over_since = time.monotonic()
         self._over.set()
+        return None
 
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()
@@ -224,11 +216,12 @@ class Replay:
         return TRIED_PATIENCE if self._waiting_live else None
 
 
-def _is_in_order(event: Event) -> bool:
-    # Given-up calls and console lines are not delivered in order: the program decides when to give a call up, and
-    # `input()` can't wait.
-    is_apart = isinstance(event.content, GivenUp) or event.kind is Kind.CONSOLE
-    return event.kind.is_asked_for and not is_apart
+def _is_apart(event: Event) -> bool:
+    """Return whether an event is delivered outside the order of events: the line of an `input()`, or a given-up call.
+
+    `input()` can't wait, and the program decides when to give a call up.
+    """
+    return isinstance(event.content, GivenUp) or event.kind is Kind.CONSOLE
 
 
 def _deliver(asked: _Asked, event: Event | None) -> None:

@@ -14,12 +14,12 @@ from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.budget import Budget, BudgetCheck
 from durable_autogen.record.console import recorded_console
-from durable_autogen.record.events import Call, Event, check_session_id
+from durable_autogen.record.events import check_session_id
 from durable_autogen.record.guard import Guard
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
-from durable_autogen.record.place import Activity, Place, at, current, recording_place
+from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
 from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.terminal import Terminal
@@ -96,12 +96,8 @@ class Session:
         """Record calls of the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
-    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
-        """Return a line for each difference between a recorded event and the call `now`.
-
-        `find` returns the recorded event of an address.
-        """
-        raise NotImplementedError
+    differences: Compare
+    """The comparison of a recorded event with a call."""
 
     @cached_property
     def state(self) -> Any:
@@ -200,9 +196,7 @@ class Session:
                 budget = BudgetCheck(self._budget, journal, self._command("budget"))
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
-            self._recorder = Recorder(
-                journal, self, on_drift=self._on_drift, compare=self.differences, park=park, budget=budget
-            )
+            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget)
             stack.push_async_callback(self._close)
             self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
             self._waits = Waits(self._recorder, self._command("send"))

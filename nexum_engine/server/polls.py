@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,15 +35,31 @@ class _WaitingPoll:
     A claim is a submitted transaction that takes a due task, if there still is one.
     """
 
-    def __init__(self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> None:
+    def __init__(
+        self, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, announced: Mapping[str, int]
+    ) -> None:
         self.worker_id = worker_id
         self.version_hashes = version_hashes
         self.max_bytes = max_bytes
         self.claim: Submitted[Claim] | None = None
         self.idle: asyncio.Future[None] | None = None
-        self.missed = False
-        """Whether a task became due after the claim was submitted. The claim may have missed that task."""
         self.leaving = False
+        self._announced = announced
+        """How many tasks of each version have become due while the version had polls."""
+        self.heard: list[int] | None = self._announced_now()
+        """The numbers in `announced` when the poll's claim was submitted, or when the poll was last idle. None if the
+        poll has ended."""
+
+    def _announced_now(self) -> list[int]:
+        return [self._announced.get(version_hash, 0) for version_hash in self.version_hashes]
+
+    def hear(self) -> None:
+        self.heard = self._announced_now()
+
+    @property
+    def has_missed(self) -> bool:
+        """Whether a task became due after the claim was submitted. The claim may have missed that task."""
+        return self.heard != self._announced_now()
 
     @property
     def is_idle(self) -> bool:
@@ -52,6 +68,7 @@ class _WaitingPoll:
     def wake(self) -> None:
         if self.idle is not None and not self.idle.done():
             self.idle.set_result(None)
+            self.hear()
 
 
 def _discard(polls: dict[str, dict[_WaitingPoll, None]], name: str, poll: _WaitingPoll) -> None:
@@ -69,6 +86,12 @@ class Polls:
         self._lease_ms = lease_ms
         self._polls: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         """The polls of each version, oldest first: those that wait for a task, and those whose claim is under way."""
+        self._announced: dict[str, int] = {}
+        """By version: how many tasks have become due while the version had polls.
+
+        With this number, a poll finds out that it has missed a task. To mark each poll at each task would take
+        milliseconds if thousands of polls wait.
+        """
         self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
         self._largest_task: dict[str, int] = {}
@@ -98,7 +121,7 @@ class Polls:
         """
         if worker_id in self._draining_workers:
             return None
-        poll = _WaitingPoll(worker_id, version_hashes, max_bytes)
+        poll = _WaitingPoll(worker_id, version_hashes, max_bytes, self._announced)
         deadline = self._clock.now_ms() + wait_ms
         self._add(poll)
         try:
@@ -112,7 +135,7 @@ class Polls:
                         return claim.task
                     if claim.oversized is not None:
                         self._offer(claim.oversized)
-                if poll.missed and not poll.leaving and not self._is_silent(worker_id):
+                if poll.has_missed and not poll.leaving and not self._is_silent(worker_id):
                     self._submit_claim(poll)
                     continue
                 left_ms = deadline - self._clock.now_ms()
@@ -124,7 +147,7 @@ class Polls:
             if poll.claim is not None:
                 # The poll no longer hears of tasks that become due. So its claim must not set the number of due tasks
                 # to 0: see `_count`.
-                poll.missed = True
+                poll.heard = None
                 # Release the task that the claim may have taken: the worker's call was cancelled during the claim.
                 self._begin_release(self._release_claimed(poll.claim))
 
@@ -142,6 +165,8 @@ class Polls:
         _discard(self._polls_of_worker, poll.worker_id, poll)
         for version_hash in poll.version_hashes:
             _discard(self._polls, version_hash, poll)
+            if version_hash not in self._polls:
+                self._announced.pop(version_hash, None)
             self._remember_poll(version_hash)
 
     def _remember_poll(self, version_hash: str) -> None:
@@ -167,7 +192,7 @@ class Polls:
             poll.idle = None
 
     def _submit_claim(self, poll: _WaitingPoll) -> None:
-        poll.missed = False
+        poll.hear()
         lease_ms, streamed = self.lease_of(poll.worker_id)
         poll.claim = self._store.run(
             tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed
@@ -185,7 +210,7 @@ class Polls:
         if claim.task is not None:
             if claim.task.version_hash in self._due:
                 self._due[claim.task.version_hash] -= 1
-        elif claim.oversized is None and not poll.missed:
+        elif claim.oversized is None and not poll.has_missed:
             self._due.update(dict.fromkeys(poll.version_hashes, 0))
 
     def lease_of(self, worker_id: str) -> tuple[int, bool]:
@@ -202,8 +227,8 @@ class Polls:
         """
         if task.version_hash in self._due:
             self._due[task.version_hash] += 1
-        for poll in self._polls.get(task.version_hash, ()):
-            poll.missed = not poll.is_idle
+        if task.version_hash in self._polls:
+            self._announced[task.version_hash] = self._announced.get(task.version_hash, 0) + 1
         for owner in self._owners.get(task.version_hash, ()):
             owner.set()
         self._offer(task)

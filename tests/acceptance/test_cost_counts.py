@@ -38,8 +38,8 @@ COSTS = {
     "worker's loop turns": (16.4, 0, 0, 10),
     "worker's loop callbacks": (20.2, 0, 0, 6),
     "client's fsyncs": (0, 0, 0, 0),
-    "client's loop turns": (6, 15.1, 18.4, 10),
-    "client's loop callbacks": (6, 17.9, 26.4, 8),
+    "client's loop turns": (6, 15.1, 9, 10),
+    "client's loop callbacks": (6, 17.9, 11, 8),
 }
 
 

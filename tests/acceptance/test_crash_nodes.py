@@ -115,7 +115,9 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
 
         def new_worker() -> Process:
             program = str(ROOT / "tests" / "programs" / "node_worker.py")
-            worker: AbstractContextManager[Process] = running([program, server.address, str(log)], cwd=tmp_path)
+            worker: AbstractContextManager[Process] = running(
+                [program, server.address, str(log)], cwd=tmp_path, forked=True
+            )
             return stack.enter_context(worker)
 
         def start(key: str) -> None:

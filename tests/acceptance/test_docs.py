@@ -69,7 +69,7 @@ def libraries(server: ServerThread) -> dict[str, str]:
 
 def run_twice(folder: Path, env: dict[str, str], *expected: str) -> None:
     for _ in range(2):
-        run = Process(["program.py"], cwd=folder, env=env)
+        run = Process(["program.py"], cwd=folder, env=env, forked=True)
         assert run.wait() == 0, run.output
         assert [line for line in expected if line not in run.output] == [], run.output
     assert len((folder / "charged").read_text().splitlines()) == 1
@@ -77,7 +77,7 @@ def run_twice(folder: Path, env: dict[str, str], *expected: str) -> None:
 
 @contextmanager
 def worker_of(folder: Path, env: dict[str, str]) -> Iterator[None]:
-    worker = Process(["worker.py"], cwd=folder, env=env)
+    worker = Process(["worker.py"], cwd=folder, env=env, forked=True)
     try:
         yield
     finally:
@@ -202,7 +202,7 @@ def test_program_of_durable_runs_waits_for_an_approval(server: ServerThread, tmp
         f"async def main():\n{textwrap.indent(f'async with{body}', '    ')}\n"
         "    print('SAID', result.messages[-1].content, result.messages[-2].content)\nasyncio.run(main())\n"
     )
-    with running(["program.py"], cwd=tmp_path, env=libraries(server)) as waiting:
+    with running(["program.py"], cwd=tmp_path, env=libraries(server), forked=True) as waiting:
         line = waiting.wait_for("waiting for a decision on charge")
         command = line.partition(": python ")[2].partition(", or")[0]
         with running(shlex.split(command), cwd=tmp_path, env=libraries(server)) as deciding:
@@ -231,7 +231,7 @@ def test_program_of_durable_runs_waits_at_its_budget(server: ServerThread, tmp_p
         f"{MODEL}\n{team}\nasync def main():\n{textwrap.indent(program, '    ')}\nasyncio.run(main())\n"
     )
     raised, stopped, reported, _ = (one for one in durable_commands() if "budget" in " ".join(one))
-    with running(["program.py"], cwd=tmp_path, env=libraries(server)) as waiting:
+    with running(["program.py"], cwd=tmp_path, env=libraries(server), forked=True) as waiting:
         waiting.wait_for("has used 1 of 1 calls of charge of its budget")
         for command, printed in ((reported, "2 model call(s), 1 call(s) of charge"), (raised, "raised the budget")):
             with running(["-m", "durable_autogen", *command], cwd=tmp_path, env=libraries(server)) as process:
@@ -248,7 +248,7 @@ def test_waiting_program_of_durable_runs_continues_after_kill(server: ServerThre
         "import asyncio\nfrom durable_autogen import DurableSession\n"
         f"async def main():\n{textwrap.indent(waiting, '    ')}\n    print('OUTCOME', outcome)\nasyncio.run(main())\n"
     )
-    with running(["program.py"], cwd=tmp_path, env=libraries(server)) as killed:
+    with running(["program.py"], cwd=tmp_path, env=libraries(server), forked=True) as killed:
         killed.wait_for("waiting for event 'payment'")
         killed.kill()
         assert killed.wait() != 0
@@ -309,11 +309,11 @@ def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
         "asyncio.run(main())\n"
     )
     env = libraries(server)
-    with running(["program.py"], cwd=tmp_path, env={**env, "DIES": "1"}) as dying:
+    with running(["program.py"], cwd=tmp_path, env={**env, "DIES": "1"}, forked=True) as dying:
         asked = asked_in(dying.wait_for("waiting for a decision on charge"))
         decide(server.address, "approve", asked, "approval", approver="ann")
         assert dying.wait() == 9, dying.output
-    with running(["program.py"], cwd=tmp_path, env=env) as again:
+    with running(["program.py"], cwd=tmp_path, env=env, forked=True) as again:
         if number == 1:  # its tool has no reconcile, so a person decides
             asked = asked_in(again.wait_for("may or may not have happened"))
             decide(server.address, "resolve", asked, "effect", output=receipt)

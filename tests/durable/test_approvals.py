@@ -81,14 +81,14 @@ def script(folder: Path, model: OpenAIServer, *options: str, address: str = "") 
     """Run the program under `durable_autogen run`."""
     server = ("--nexum", address) if address else ()
     command = ["-m", "durable_autogen", "run", "--session", "s", "--policies", "policies.toml", *server, *options]
-    with running([*command, "program.py", model.base_url], cwd=folder) as process:
+    with running([*command, "program.py", model.base_url], cwd=folder, forked=True) as process:
         yield process
     assert "Traceback" not in process.output, process.output
 
 
 def nexum(folder: Path, *arguments: str) -> str:
     """Run a command of the engine in the folder; return its output."""
-    with running(["-m", "nexum_engine", *arguments], cwd=folder) as process:
+    with running(["-m", "nexum_engine", *arguments], cwd=folder, forked=True) as process:
         assert process.wait() == 0, process.output
     return process.output
 

@@ -32,9 +32,14 @@ def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Download the tests of the installed version of AgentChat; return their folder."""
     folder = tmp_path_factory.mktemp("autogen")
     version = importlib.metadata.version("autogen-agentchat")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    # Without build isolation, pip doesn't install hatchling, which reads the version, into an environment of its own.
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
     done = subprocess.run(
-        [*command, f"autogen-agentchat=={version}"], cwd=folder, capture_output=True, text=True, check=False
+        [*command, "--no-binary", ":all:", f"autogen-agentchat=={version}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     archives = list(folder.glob("*.tar.gz"))
     if not archives:

@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 
 @contextmanager
 def program(folder: Path, what: str, when: str = "") -> Iterator[Process]:
-    with running(["program.py", when, what], cwd=folder) as process:
+    with running(["program.py", when, what], cwd=folder, forked=True) as process:
         yield process
     assert "Traceback" not in process.output, process.output
 

@@ -106,7 +106,7 @@ except Parked as parked:
 @contextmanager
 def program(folder: Path, *arguments: str, die: str = "") -> Iterator[Process]:
     """Run the program. With `die`, kill it when it reaches that point."""
-    with running(["program.py", *arguments], cwd=folder, env={"DIE": die}) as process:
+    with running(["program.py", *arguments], cwd=folder, env={"DIE": die}, forked=True) as process:
         if die:
             process.wait_for(f"AT {die}")
             process.kill()
@@ -130,7 +130,7 @@ def resolve(folder: Path, line: str, *how: str) -> None:
     """Run the command that a waiting run names in `line`, with the options `how`."""
     found = re.search(r"python (-m nexum_engine resolve \S+) --result JSON, or --not-done, or --failed REASON", line)
     assert found is not None, line
-    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder) as process:
+    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder, forked=True) as process:
         assert process.wait() == 0, process.output
 
 
@@ -202,7 +202,7 @@ def test_recorded_effect_is_found_if_the_run_dies_before_it_records_its_call(fol
 def test_run_that_was_suspended_asks_before_it_begins_an_effect(folder: Path) -> None:
     with nexum_server(folder, lease=1) as server:
         env = {"DIE": "suspended", "NEXUM_ADDRESS": server.address}
-        with running(["program.py"], cwd=folder, env=env) as suspended:
+        with running(["program.py"], cwd=folder, env=env, forked=True) as suspended:
             suspended.wait_for("AT suspended")
             asyncio.run(resolve_unknown(server.address, "receipt 7"))
             suspended.popen.send_signal(signal.SIGCONT)

@@ -47,7 +47,7 @@ asyncio.run(main())
 @contextmanager
 def program(folder: Path, *arguments: str) -> Iterator[Process]:
     (folder / "program.py").write_text(PROGRAM)
-    with running(["program.py", *arguments], cwd=folder) as process:
+    with running(["program.py", *arguments], cwd=folder, forked=True) as process:
         yield process
 
 

@@ -28,7 +28,7 @@ from durable_agents import Own, Scripted, asked, call, inside, new_session, twic
 from harness import ROOT, Server
 
 from durable_autogen import DriftError
-from durable_autogen.record.idle import BUSY_PATIENCE
+from durable_autogen.record import idle
 from durable_autogen.record.place import current
 
 pytestmark = pytest.mark.every_python
@@ -84,8 +84,37 @@ def test_session_does_not_wait_for_a_neighbours_busy_task(
         return seconds
 
     with caplog.at_level(logging.WARNING, logger="durable_autogen"):
-        assert loop.run_until_complete(main()) < BUSY_PATIENCE
-    assert "was busy" not in caplog.text
+        assert loop.run_until_complete(main()) < idle.BUSY_PATIENCE
+    assert "has been busy" not in caplog.text
+
+
+@pytest.mark.parametrize("turns", [50, 1200])
+def test_session_with_usual_work_in_a_slow_event_loop_is_not_taken_for_busy(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, turns: int
+) -> None:
+    async def slow() -> None:
+        while True:
+            time.sleep(0.002)  # noqa: ASYNC251 - other work of the loop, which makes each turn longer
+            await asyncio.sleep(0)
+
+    async def program() -> None:
+        async def work() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        working = asyncio.create_task(work())
+        await asked(Scripted([]))
+        await working
+
+    async def main() -> None:
+        beside = asyncio.create_task(slow())
+        await inside(shared_server, program, new_session())
+        beside.cancel()
+
+    monkeypatch.setattr(idle, "BUSY_PATIENCE", 0.05)
+    with caplog.at_level(logging.WARNING, logger="durable_autogen"):
+        asyncio.run(main())
+    assert ("has been busy" in caplog.text) == (turns > idle.BUSY_TURNS)
 
 
 def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyncio.AbstractEventLoop) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from durable_agents import answer
-from harness import Server, environment, nexum_server, running
+from harness import Server, nexum_server, run_to_end, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
@@ -62,10 +61,11 @@ def model() -> Iterator[OpenAIServer]:
 
 
 class Folder:
-    """A script in its own folder, with the ways to run it."""
+    """A script in its own folder, with the ways to run it. Set `forked` if the start of Python doesn't matter."""
 
     def __init__(self, path: Path, server: ServerThread | None, env: dict[str, str]) -> None:
         self.path, self.server, self.env, self.script = path, server, env, "script.py"
+        self.forked = False
 
     def write(self, code: str, name: str = "script.py") -> None:
         (self.path / name).write_text(code, encoding="utf-8")
@@ -76,23 +76,12 @@ class Folder:
         session = self.path.name[-40:] if session == "" else session
         return [*found, *(["--session", session] if session else []), self.script, *arguments]
 
-    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=self.path,
-            env=environment(self.env),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-
     def durable(self, *arguments: str, session: str | None = "") -> subprocess.CompletedProcess[str]:
-        return self.run(self.command(*arguments, session=session))
+        command = self.command(*arguments, session=session)
+        return run_to_end(command, cwd=self.path, env=self.env, forked=self.forked)
 
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return self.run([self.script, *arguments])
+        return run_to_end([self.script, *arguments], cwd=self.path, env=self.env)
 
     @property
     def log(self) -> list[str]:
@@ -107,7 +96,8 @@ def folder(tmp_path: Path, server: ServerThread, model: OpenAIServer) -> Folder:
 def test_killed_script_continues_and_third_run_makes_no_call(folder: Folder, model: OpenAIServer) -> None:
     folder.write(f"{AGENT}\nasyncio.run(main(sys.argv[1]))\n")
     (folder.path / "hang").touch()
-    with running(folder.command("Q"), cwd=folder.path, env=folder.env) as process:
+    folder.forked = True
+    with running(folder.command("Q"), cwd=folder.path, env=folder.env, forked=True) as process:
         process.wait_for("hanging")
         process.kill()
     assert (len(model.requests), folder.log) == (2, ["first", "second"])
@@ -218,6 +208,7 @@ async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: Serv
         f"{AGENT}\nasyncio.run(main('one'))\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
         "loop.run_until_complete(main('two'))\nloop.run_until_complete(loop.shutdown_asyncgens())\nloop.close()\n"
     )
+    folder.forked = True
     first = folder.durable(session="both")
     assert first.returncode == 0, first.stderr
     assert len(first.stdout.splitlines()) == 2
@@ -231,6 +222,7 @@ async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: Serv
 
 def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:
     folder.write("import sys; print(sys.argv[1:])")
+    folder.forked = True
 
     def told(*arguments: str) -> str:
         done = folder.durable(*arguments, session=None)
@@ -246,12 +238,13 @@ def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) ->
 def test_run_without_a_server_survives_a_kill(tmp_path: Path, model: OpenAIServer) -> None:
     folder = Folder(tmp_path, None, {"OPENAI_BASE_URL": model.base_url, "OPENAI_API_KEY": "k"})
     folder.write(f"{AGENT}\nasyncio.run(main('Q'))\n")
+    folder.forked = True
     (folder.path / "hang").touch()
-    with running(folder.command(), cwd=folder.path, env=folder.env) as process:
+    with running(folder.command(), cwd=folder.path, env=folder.env, forked=True) as process:
         process.wait_for("this program opened the database")
         process.wait_for("hanging")
         process.kill()
-    with running(["-m", "durable_autogen", "ls"], cwd=folder.path, env=folder.env) as listing:
+    with running(["-m", "durable_autogen", "ls"], cwd=folder.path, env=folder.env, forked=True) as listing:
         listing.wait_for("interrupted")
     (folder.path / "hang").unlink()
     done = folder.durable()

@@ -45,7 +45,7 @@ except KeyboardInterrupt:
 
 @contextmanager
 def program(folder: Path, kind: str, seconds: float, address: str = "") -> Iterator[Process]:
-    with running(["program.py", kind, str(seconds)], cwd=folder, env=at(address)) as process:
+    with running(["program.py", kind, str(seconds)], cwd=folder, env=at(address), forked=True) as process:
         yield process
     assert "Traceback" not in process.output, process.output
 

@@ -231,7 +231,7 @@ async def test_server_makes_backup_and_says_why_it_does_not(tmp_path: Path, serv
 @pytest.mark.sqlite
 def test_backup_command_with_and_without_server(tmp_path: Path, server: ServerThread) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
-        return run_script(["-m", "nexum_engine", "backup", *arguments], tmp_path, {})
+        return run_script(["-m", "nexum_engine", "backup", *arguments], tmp_path, {}, forked=True)
 
     code, output = nexum("b.db", "--json", "--nexum", server.address)
     assert (code, json.loads(output)) == (

@@ -291,7 +291,7 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
 @pytest.mark.sqlite
 def test_check_command_reads_database_in_use_and_backup(tmp_path: Path, server: ServerThread) -> None:
     def nexum(*arguments: str) -> tuple[int, str]:
-        return run_script(["-m", "nexum_engine", "check", *arguments], tmp_path, {})
+        return run_script(["-m", "nexum_engine", "check", *arguments], tmp_path, {}, forked=True)
 
     path = tmp_path / "nexum.db"
     assert nexum(str(path)) == (0, f"{path} is sound: 0 executions")

@@ -29,7 +29,7 @@ WIDTH = 80
 
 
 def nexum_process(folder: Path, *arguments: str) -> tuple[int, str]:
-    return run_script(["-m", "nexum_engine", *arguments], folder)
+    return run_script(["-m", "nexum_engine", *arguments], folder, forked=True)
 
 
 def database(folder: Path) -> tuple[str, str]:

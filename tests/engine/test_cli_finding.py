@@ -114,7 +114,9 @@ def test_watch_prints_what_changes_and_ends_with_130(
     tmp_path: Path, server: ServerThread, stub: NexumServiceStub
 ) -> None:
     first = begin(stub)
-    with running(["-m", "nexum_engine", "ps", "--watch", "--nexum", server.address], cwd=tmp_path) as watching:
+    with running(
+        ["-m", "nexum_engine", "ps", "--watch", "--nexum", server.address], cwd=tmp_path, forked=True
+    ) as watching:
         assert "RUNNING" in watching.wait_for(first)
         second = begin(stub)
         assert "RUNNING" in watching.wait_for(second)
@@ -137,7 +139,7 @@ def test_watch_continues_with_the_next_server(tmp_path: Path) -> None:
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         register(stub, {"a": []})
         first = begin(stub)
-    with running(["-m", "nexum_engine", "ps", "--watch"], cwd=tmp_path, env=where) as watching:
+    with running(["-m", "nexum_engine", "ps", "--watch"], cwd=tmp_path, env=where, forked=True) as watching:
         watching.wait_for(first)
         watching.wait_for("no server or run is active here: this shows the changes when one is")
         with nexum_server(tmp_path) as server, connected(server.address) as stub:
@@ -168,7 +170,7 @@ def test_watch_of_a_named_server_that_does_not_answer_fails(tmp_path: Path) -> N
 def test_json_of_watch_is_a_line_for_each_change(tmp_path: Path, server: ServerThread, stub: NexumServiceStub) -> None:
     first = begin(stub)
     command = ["-m", "nexum_engine", "ps", "--watch", "--json", "--nexum", server.address]
-    with running(command, cwd=tmp_path) as watching:
+    with running(command, cwd=tmp_path, forked=True) as watching:
         assert json.loads(watching.wait_for(first))["status"] == "RUNNING"
         fail(stub)
         assert json.loads(watching.wait_for("FAILED"))["execution_id"] == first
@@ -229,7 +231,7 @@ def test_follow_prints_what_happens_until_the_end(
 ) -> None:
     execution_id = begin(stub)
     command = ["-m", "nexum_engine", "show", execution_id, "--follow", "--nexum", server.address]
-    with running(command, cwd=tmp_path) as following:
+    with running(command, cwd=tmp_path, forked=True) as following:
         following.wait_for(f"{execution_id} started")
         complete(stub, poll(stub))
         following.wait_for("a is COMPLETED")

@@ -98,7 +98,7 @@ async def test_kill_between_effect_and_report(tmp_path: Path, database_url: str,
     with ExitStack() as stack:
 
         def new_worker(address: str) -> Process:
-            worker = stack.enter_context(running([program, address, str(ledger), str(gate)], cwd=tmp_path))
+            worker = stack.enter_context(running([program, address, str(ledger), str(gate)], cwd=tmp_path, forked=True))
             worker.wait_for("connected to")
             return worker
 

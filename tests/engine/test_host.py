@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from harness import ROOT, Process, logged, running
-from processes import command_line
+from processes import command_line, counting_worker
 
 from nexum_engine import in_process
 from nexum_engine.client import NexumClient
@@ -34,7 +34,7 @@ on_posix = pytest.mark.skipif(sys.platform == "win32", reason="forks, and signal
 
 @contextmanager
 def program(folder: Path, *arguments: object) -> Iterator[Process]:
-    with running([PROGRAM, *map(str, arguments)], cwd=folder) as process:
+    with running([PROGRAM, *map(str, arguments)], cwd=folder, forked=True) as process:
         yield process
     assert "Traceback" not in process.output, process.output
 
@@ -101,7 +101,7 @@ def test_killed_program_loses_nothing_that_was_acknowledged(tmp_path: Path) -> N
 
 
 def command(folder: Path, *arguments: str) -> str:
-    with running(["-m", "nexum_engine", *arguments], cwd=folder) as process:
+    with running(["-m", "nexum_engine", *arguments], cwd=folder, forked=True) as process:
         assert process.wait() == 0, process.output
     return process.output
 
@@ -111,8 +111,7 @@ def test_commands_and_workers_reach_a_program_whose_event_loop_is_blocked(tmp_pa
     with program(tmp_path, "blocked", "b", gate) as host:
         host.wait_for("RECORDED b-1")
         assert "COMPLETED" in command(tmp_path, "ps")
-        with running([str(ROOT / "tests" / "programs" / "counting_worker.py"), database], cwd=tmp_path) as worker:
-            worker.wait_for("connected to")
+        with counting_worker(tmp_path, database):
             submit = [
                 str(ROOT / "tests" / "programs" / "submitter.py"),
                 "default",
@@ -120,7 +119,7 @@ def test_commands_and_workers_reach_a_program_whose_event_loop_is_blocked(tmp_pa
                 "count_effect",
                 json.dumps({"log": str(tmp_path / "log"), "number": 1}),
             ]
-            with running(submit, cwd=tmp_path) as caller:
+            with running(submit, cwd=tmp_path, forked=True) as caller:
                 assert caller.wait() == 0, caller.output
         code, output = run(tmp_path, "several", "c", 5)
         assert (code, OPENED in output) == (0, False)

@@ -26,7 +26,7 @@ SOON = 20.0  # seconds; a call that isn't woken waits for 25 s
 @contextmanager
 def worker(folder: Path, address: str, *, slots: int = 6, **limits: Any) -> Iterator[Process]:
     given = json.dumps({"takes": 0.0, **limits})
-    with running([PROGRAM, address, str(slots), given], cwd=folder) as process:
+    with running([PROGRAM, address, str(slots), given], cwd=folder, forked=True) as process:
         process.wait_for("connected to")
         yield process
 

@@ -18,7 +18,7 @@ import grpc
 import harness
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from harness import ROOT, Server, environment, free_port, nexum_server
+from harness import ROOT, Server, environment, free_port, nexum_server, run_to_end
 from nexum_wire import (
     DEADLINE,
     Stream,
@@ -357,8 +357,7 @@ def test_show_works_while_server_runs_and_afterwards(tmp_path: Path) -> None:
     def look(*arguments: str) -> subprocess.CompletedProcess[str]:
         url = harness.url_of(tmp_path)
         where = [] if "--nexum" in arguments else ["--database-url", url]
-        command = [sys.executable, "-m", "nexum_engine", *arguments, *where]
-        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30)
+        return run_to_end(["-m", "nexum_engine", *arguments, *where], cwd=ROOT, forked=True)
 
     with nexum_server(tmp_path) as server, connected(server.address) as stub:
         register(stub, {"a": []})

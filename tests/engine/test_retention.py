@@ -524,7 +524,7 @@ async def test_policy_deletes_what_has_become_old(tmp_path: Path) -> None:
 
 
 def nexum(folder: Path, *arguments: str) -> tuple[int, str]:
-    return run_script(["-m", "nexum_engine", *arguments], folder, {})
+    return run_script(["-m", "nexum_engine", *arguments], folder, {}, forked=True)
 
 
 @pytest.mark.sqlite

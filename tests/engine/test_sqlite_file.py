@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, environment, nexum_server, running
+from harness import ROOT, nexum_server, run_to_end, running
 from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
@@ -48,8 +48,7 @@ async def stored(path: Path) -> set[str]:
 
 
 def nexum(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nexum_engine", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=60)
+    return run_to_end(["-m", "nexum_engine", *arguments], cwd=folder, forked=True)
 
 
 def kill_after(path: Path, *inputs: int) -> set[str]:

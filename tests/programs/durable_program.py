@@ -15,7 +15,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
@@ -33,7 +32,6 @@ from autogen_agentchat.teams import (
 from autogen_agentchat.tools import AgentTool
 
 from durable_autogen import DurableSession, run_durable_stream
-from nexum_engine import channel
 from nexum_engine.errors import NexumError
 from support.models.live import LiveModel
 
@@ -246,42 +244,7 @@ def run_on_loop(argv: list[str]) -> int:
     return asyncio.run(main(argv))
 
 
-def run_forked(run: Callable[[], int], folder: str, output: str) -> int:
-    """Run a program in a forked process, which need not import AutoGen again; return the process id. POSIX only."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    os.chdir(folder)
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    random.seed()
-    # By default, a forked process uses no grpcio. Use it here, as in a program that isn't forked. This is safe,
-    # because the parent has made no gRPC call.
-    channel._is_forked = False
-    code = 70
-    try:
-        code = run()
-    except BaseException as error:  # noqa: BLE001 - a forked process must end here
-        print(f"ERROR {type(error).__name__} {error}", flush=True)
-    os._exit(code)
-
-
-def serve() -> None:
-    """Fork a program for each line of JSON on standard input. Print its process id, and later its exit code."""
-    for line in sys.stdin:
-        order = json.loads(line)
-        pid = run_forked(partial(run_on_loop, order["argv"]), order["folder"], order["output"])
-        print(f"PID {pid}", flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(f"END {os.waitstatus_to_exitcode(status)}", flush=True)
-
-
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
     logging.getLogger("autogen_core").setLevel(logging.CRITICAL)
-    if sys.argv[1:] == ["--serve"]:
-        serve()
-    else:
-        sys.exit(run_on_loop(sys.argv[1:]))
+    sys.exit(run_on_loop(sys.argv[1:]))

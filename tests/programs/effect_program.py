@@ -13,12 +13,10 @@ import json
 import logging
 import os
 import random
-import select
 import signal
 import sys
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from autogen_core import CancellationToken
 from autogen_core.models import CreateResult, RequestUsage, UserMessage
 from autogen_core.tools import BaseTool, FunctionTool
 from autogen_ext.models.replay import ReplayChatCompletionClient
-from programs.durable_program import run_forked
 
 from durable_autogen import (
     NOT_DONE,
@@ -169,31 +166,6 @@ def run(argv: list[str]) -> int:
     return asyncio.run(main(argv))
 
 
-def serve() -> None:
-    """Fork a program for each line of JSON on standard input, many at a time. Print when each begins and ends."""
-    orders: dict[int, str] = {}
-    unread = b""
-    while True:
-        if select.select([0], [], [], 0.01)[0]:
-            data = os.read(0, 65536)
-            if not data:
-                return
-            *lines, unread = (unread + data).split(b"\n")
-            for line in lines:
-                order = json.loads(line)
-                pid = run_forked(partial(run, order["argv"]), order["folder"], order["output"])
-                orders[pid] = order["output"]
-                print(f"PID {order['output']} {pid}", flush=True)
-        while orders:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                break
-            print(f"END {orders.pop(pid)} {os.waitstatus_to_exitcode(status)}", flush=True)
-
-
 if __name__ == "__main__":
     logging.basicConfig(level=logging.ERROR)
-    if sys.argv[1:] == ["--serve"]:
-        serve()
-    else:
-        sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

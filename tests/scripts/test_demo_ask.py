@@ -20,7 +20,7 @@ def test_killed_demo_continues_with_the_decisions_that_were_made_meanwhile(tmp_p
     (tokyo,) = (execution for page, execution in asked.items() if "tokyo" in page)
     (new_york,) = (execution for page, execution in asked.items() if "new-york" in page)
     for decision in (["approve", tokyo], ["reject", new_york, "--by", "ann", "--reason", "not this one"]):
-        code, output = run_script(["-m", "nexum_engine", *decision], tmp_path)
+        code, output = run_script(["-m", "nexum_engine", *decision], tmp_path, forked=True)
         assert code == 0, output
     code, output = run_demo(tmp_path, "--ask", QUESTION)
     assert code == 0, output

@@ -174,7 +174,7 @@ def test_model_is_not_asked_beyond_the_budget_until_a_person_raises_it(tmp_path:
             told = waiting.wait_for("has used $0 of $0 of its budget")
             assert model.requests == []
             command = shlex.split(told.partition("Raise the budget: python ")[2].partition(";")[0])
-            assert run_script(command, tmp_path) == (0, "raised the budget of session s to $1")
+            assert run_script(command, tmp_path, forked=True) == (0, "raised the budget of session s to $1")
             assert waiting.wait() == 0
         assert "Hello." in waiting.output
         assert len(model.requests) == 1

@@ -45,7 +45,7 @@ def fixed(tmp_path: Path) -> Path:
 
 
 def show(server: ServerThread, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
-    code, output = run_script([DEMO, "--offline", "--nexum", server.address, *arguments], folder, env)
+    code, output = run_script([DEMO, "--offline", "--nexum", server.address, *arguments], folder, env, forked=True)
     assert code == 0, output
     return output
 

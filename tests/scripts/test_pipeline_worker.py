@@ -32,7 +32,7 @@ KILLED = -signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM
 
 def finish(folder: Path, server: ServerThread) -> dict[str, object]:
     """Run a worker until the only pipeline is done; return the pipeline's record."""
-    with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "second"], cwd=folder):
+    with running([PIPELINE_WORKER, "--nexum", server.address, "--name", "second"], cwd=folder, forked=True):
         wait_until(lambda: pipelines(folder, server.address)[0]["status"] != "RUNNING", "the pipeline ends")
     return pipelines(folder, server.address)[0]
 
@@ -42,7 +42,7 @@ def test_crash_after_kills_the_worker_before_it_takes_another_step(
     server: ServerThread, tmp_path: Path, step: str
 ) -> None:
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first"]
-    code, output = run_script(command, tmp_path, {"CRASH_AFTER": step})
+    code, output = run_script(command, tmp_path, {"CRASH_AFTER": step}, forked=True)
     assert code == KILLED
     assert f"{step} is recorded; crashing now, as requested" in output
     upto = STEPS[: STEPS.index(step) + 1]
@@ -59,7 +59,7 @@ def test_crash_after_kills_the_worker_before_it_takes_another_step(
 def test_crash_during_kills_the_worker_between_effect_and_record(server: ServerThread, tmp_path: Path) -> None:
     log = tmp_path / "effects"
     command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY, "--name", "first", "--effects", str(log)]
-    code, output = run_script(command, tmp_path, {"CRASH_DURING": "validate"})
+    code, output = run_script(command, tmp_path, {"CRASH_DURING": "validate"}, forked=True)
     assert code == KILLED
     assert "validate has had its effect; crashing before its report, as requested" in output
     (execution,) = pipelines(tmp_path, server.address)
@@ -97,7 +97,7 @@ def test_failed_attempt_does_not_trigger_crash_after(server: ServerThread, tmp_p
     with OpenAIServer(replies) as model:
         env = {"OPENAI_BASE_URL": model.base_url, "NEXUM_MODEL": "m", "CRASH_AFTER": "research"}
         command = [PIPELINE_WORKER, "--nexum", server.address, "--query", QUERY]
-        code, output = run_script(command, tmp_path, env)
+        code, output = run_script(command, tmp_path, env, forked=True)
     assert code == KILLED
     # AutoGen's client tries three times before the attempt fails.
     assert output.index("failed   research") < output.index("research is recorded; crashing now, as requested")

@@ -133,7 +133,7 @@ async def test_worker_looks_for_every_workflow_before_it_pauses(address: str, mo
 
 def test_cancel_refuses_what_has_ended_or_is_unknown(tmp_path: Path, address: str) -> None:
     def cancel(execution_id: str) -> tuple[int, str]:
-        return run_script(["-m", "nexum_engine", "cancel", execution_id, "--nexum", address], tmp_path)
+        return run_script(["-m", "nexum_engine", "cancel", execution_id, "--nexum", address], tmp_path, forked=True)
 
     with connected(address) as stub:
         register(stub, {"a": []})
@@ -246,7 +246,7 @@ def test_demo_resumes_from_the_recorded_tool_calls(tmp_path: Path, address: str,
         code, again = run_demo(tmp_path, *command)
         assert tool_calls(again) == [0, 4, 0]
         assert "Sources:" in again
-        listed = run_script(["-m", "nexum_engine", "ps", "--nexum", address], tmp_path)[1]
+        listed = run_script(["-m", "nexum_engine", "ps", "--nexum", address], tmp_path, forked=True)[1]
         assert listed.count("COMPLETED") == 4
 
 
@@ -264,7 +264,7 @@ def test_demo_resumes_from_the_recorded_tool_calls(tmp_path: Path, address: str,
 )
 def test_crash_demo_resumes_the_pipeline(tmp_path: Path, options: list[str], resumed: str, again: str) -> None:
     with published_server(tmp_path, take_back_after=2.0) as address:
-        code, output = run_script([CRASH_DEMO, "--offline", *options, "--nexum", address], tmp_path)
+        code, output = run_script([CRASH_DEMO, "--offline", *options, "--nexum", address], tmp_path, forked=True)
     assert code == 0, output
     assert lines_about_the_server(output) == [
         f"[demo] {address} is a published Nexum server: it records each step's result, but no attempts, times or "
@@ -303,7 +303,7 @@ async def test_drill_tells_that_a_dead_workers_step_waits_for_the_server(
 def test_command_that_needs_recorded_runs_exits_with_2_and_one_line(
     tmp_path: Path, address: str, command: list[str]
 ) -> None:
-    code, output = run_script(command, tmp_path, {"NEXUM_ADDRESS": address})
+    code, output = run_script(command, tmp_path, {"NEXUM_ADDRESS": address}, forked=True)
     assert code == 2, output
     assert output.splitlines()[-1] == (
         f"error: {address} is a published Nexum server, which can't record runs: use this project's own server (python "
@@ -332,7 +332,7 @@ def test_command_line_call_prefixes_every_line_and_names_the_way_out_of_a_lost_t
     tmp_path: Path, address: str
 ) -> None:
     command = ["submit_task.py", "web_search", '{"query": "x"}', "--offline", "--timeout", "1", "--nexum", address]
-    code, output = run_script([str(ROOT / command[0]), *command[1:]], tmp_path)
+    code, output = run_script([str(ROOT / command[0]), *command[1:]], tmp_path, forked=True)
     *lines, last = output.splitlines()
     assert code == 1
     assert all(line.startswith("[Nexum] ") for line in lines), output
@@ -343,7 +343,9 @@ def test_show_leaves_out_what_the_server_does_not_show(tmp_path: Path, address: 
     with connected(address) as stub:
         register(stub, {"a": []})
         execution_id = start(stub)
-        code, output = run_script(["-m", "nexum_engine", "show", execution_id, "--nexum", address], tmp_path)
+        code, output = run_script(
+            ["-m", "nexum_engine", "show", execution_id, "--nexum", address], tmp_path, forked=True
+        )
     assert code == 0
     assert "it shows results, but no attempts, times or reasons of failures" in output
     assert "1970" not in output

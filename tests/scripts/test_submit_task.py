@@ -495,11 +495,11 @@ def test_console_without_the_check_mark_prints_a_question_mark(tmp_path: Path, s
     ]
     env = {"NEXUM_ADDRESS": server.address, "PYTHONIOENCODING": "cp1252"}
     with counting_worker(tmp_path, server.address):
-        with running(command, cwd=tmp_path, env=env) as process:
+        with running(command, cwd=tmp_path, env=env, forked=True) as process:
             assert process.wait() == 1
         assert process.lines[-1] == "ERROR ToolCallFailed fail_until failed: the gate is closed ?"
         (tmp_path / "gate").touch()
-        with running(command, cwd=tmp_path, env=env) as process:
+        with running(command, cwd=tmp_path, env=env, forked=True) as process:
             assert process.wait() == 0
         assert "(fail_until) done ?" in process.output
 
@@ -560,5 +560,5 @@ def test_wrong_tool_or_argument_is_an_error_before_the_server_is_asked(
 
 
 def run_command(command: list[str], folder: Path, address: str) -> tuple[int, str]:
-    process = Process([str(ROOT / command[0]), *command[1:]], cwd=folder, env={"NEXUM_ADDRESS": address})
+    process = Process([str(ROOT / command[0]), *command[1:]], cwd=folder, env={"NEXUM_ADDRESS": address}, forked=True)
     return process.wait(), process.output

@@ -49,7 +49,7 @@ def test_decision_that_was_made_while_nothing_ran_counts_once(tmp_path: Path) ->
     assert shown_in(line) == {"log": str(log), "cents": LARGE, "to": "c-17"}
     assert paid(log) == []
     decision = ["approve", asked_in(line), "--by", "ann", "--database-url", harness.url_of(tmp_path)]
-    assert run_script(["-m", "nexum_engine", *decision], tmp_path)[0] == 0
+    assert run_script(["-m", "nexum_engine", *decision], tmp_path, forked=True)[0] == 0
     with nexum_server(tmp_path) as server, policy_worker(tmp_path, server.address):
         for _ in range(2):
             with policy_caller(tmp_path, server.address, call) as again:

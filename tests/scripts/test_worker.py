@@ -42,7 +42,7 @@ HAND_OVER_WITHIN_MS = 2000  # after the death of the worker that had the task
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:
-    code, output = run_script([WORKER, *arguments], tmp_path)
+    code, output = run_script([WORKER, *arguments], tmp_path, forked=True)
     assert code == 2
     assert "error: " in output.splitlines()[-1]
     assert said in output.splitlines()[-1]

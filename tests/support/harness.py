@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from forking import Forked, can_fork, run_forked
+
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     # Add the folder for programs that pytest doesn't start. Pytest's own settings add it, too.
@@ -41,7 +43,10 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 class Process:
-    """A child process. A thread reads its output."""
+    """A child process. A thread reads its output.
+
+    With `forked`, the process need not import its modules (forking.py): for tests that aren't about a process's start.
+    """
 
     def __init__(
         self,
@@ -50,18 +55,23 @@ class Process:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         program: str | Path = sys.executable,
+        forked: bool = False,
     ) -> None:
-        self.popen = subprocess.Popen(
-            [program, *command],
-            cwd=cwd,
-            env=environment(env),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        )
+        self.popen: subprocess.Popen[str] | Forked
+        if forked and can_fork(command, environment(env)):
+            self.popen = Forked(command, cwd=cwd, env=environment(env))
+        else:
+            self.popen = subprocess.Popen(
+                [program, *command],
+                cwd=cwd,
+                env=environment(env),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+            )
         self.lines: list[str] = []
         self._new: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -130,13 +140,33 @@ def running(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     program: str | Path = sys.executable,
+    forked: bool = False,
 ) -> Iterator[Process]:
     """Run a process for the length of a `with`."""
-    process = Process(command, cwd=cwd, env=env, program=program)
+    process = Process(command, cwd=cwd, env=env, program=program, forked=forked)
     try:
         yield process
     finally:
         process.end()
+
+
+def run_to_end(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str] | None = None, forked: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a process to its end; return its exit code, its output and, separately, its errors."""
+    env = environment(env)
+    if forked and can_fork(command, env):
+        return run_forked(command, cwd=cwd, env=env, timeout=60)
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def sqlite_url(folder: Path) -> str:
@@ -150,7 +180,13 @@ url_of: Callable[[Path], str] = sqlite_url
 
 @contextmanager
 def nexum_server(
-    folder: Path, *, database_url: str = "", port: int = 0, lease: float = 30.0, arguments: Sequence[str] = ()
+    folder: Path,
+    *,
+    database_url: str = "",
+    port: int = 0,
+    lease: float = 30.0,
+    arguments: Sequence[str] = (),
+    forked: bool = True,
 ) -> Iterator[Server]:
     """Run a server process, by default on the folder's database; yield it when it is ready for calls.
 
@@ -160,7 +196,7 @@ def nexum_server(
         *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--lease", str(lease)),
         *("--database-url", database_url or url_of(folder), *arguments),
     ]
-    with running(command, cwd=folder) as process:
+    with running(command, cwd=folder, forked=forked) as process:
         yield Server(process, process.wait_for_address())
 
 
@@ -198,7 +234,7 @@ def _has_ipv6() -> bool:
 @contextmanager
 def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) -> Iterator[Process]:
     """Run a worker.py that is connected to the server."""
-    with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder) as process:
+    with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder, forked=True) as process:
         process.wait_for("connected to")
         yield process
 

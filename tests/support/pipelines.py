@@ -34,7 +34,7 @@ RUST_QUOTE = "The Rust Foundation has looked after the language since 2021."
 
 
 def run_crash_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
-    return run_script([CRASH_DEMO, *arguments], folder, env)
+    return run_script([CRASH_DEMO, *arguments], folder, env, forked=True)
 
 
 def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ ToolCall: TypeAlias = tuple[str, dict[str, Any]]
 @contextmanager
 def policy_worker(folder: Path, address: str) -> Iterator[Process]:
     """Run a worker of the tools with policies that is connected to the server."""
-    with running([PROGRAM, "work", address], cwd=folder) as process:
+    with running([PROGRAM, "work", address], cwd=folder, forked=True) as process:
         process.wait_for("connected to")
         yield process
 
@@ -31,14 +31,14 @@ def policy_worker(folder: Path, address: str) -> Iterator[Process]:
 @contextmanager
 def policy_caller(folder: Path, address: str, *calls: ToolCall, session: str = "s") -> Iterator[Process]:
     """Run a program that makes these calls at the same time."""
-    with running([PROGRAM, "call", address, session, *map(json.dumps, calls)], cwd=folder) as process:
+    with running([PROGRAM, "call", address, session, *map(json.dumps, calls)], cwd=folder, forked=True) as process:
         yield process
 
 
 @contextmanager
 def parking_run(folder: Path, address: str, call: ToolCall) -> Iterator[Process]:
     """Run a durable program that makes this call in a tool, and that parks while a person has to decide."""
-    with running([PROGRAM, "run", address, "s", json.dumps(call)], cwd=folder) as process:
+    with running([PROGRAM, "run", address, "s", json.dumps(call)], cwd=folder, forked=True) as process:
         yield process
 
 

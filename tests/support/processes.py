@@ -47,9 +47,11 @@ InProcess = Callable[..., tuple[int, str]]
 """A function that runs a script's `main` with arguments; it returns the exit code and the output."""
 
 
-def run_script(command: list[str], folder: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+def run_script(
+    command: list[str], folder: Path, env: Mapping[str, str] | None = None, *, forked: bool = False
+) -> tuple[int, str]:
     """Run a script to its end; return its exit code and its output, which must hold no traceback."""
-    with running(command, cwd=folder, env=env) as process:
+    with running(command, cwd=folder, env=env, forked=forked) as process:
         code = process.wait()
     assert "Traceback" not in process.output, process.output
     return code, process.output
@@ -74,13 +76,13 @@ def read_one_line(command: list[str], folder: Path) -> tuple[str, int, str]:
 
 
 def run_demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str]:
-    return run_script([DEMO, *arguments], folder, env)
+    return run_script([DEMO, *arguments], folder, env, forked=True)
 
 
 @contextmanager
 def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> Iterator[Process]:
     """Run the demo for the length of a `with`. Then resume its worker: a test may have stopped it with SIGSTOP."""
-    with running([DEMO, *arguments], cwd=folder, env=env) as process:
+    with running([DEMO, *arguments], cwd=folder, env=env, forked=True) as process:
         try:
             yield process
         finally:
@@ -96,7 +98,8 @@ def answer(output: str) -> str:
 @contextmanager
 def counting_worker(folder: Path, address: str) -> Iterator[Process]:
     """Run a tests/programs/counting_worker.py that is connected to the server."""
-    with running([str(ROOT / "tests" / "programs" / "counting_worker.py"), address], cwd=folder) as process:
+    program = str(ROOT / "tests" / "programs" / "counting_worker.py")
+    with running([program, address], cwd=folder, forked=True) as process:
         process.wait_for("connected to")
         yield process
 
@@ -114,7 +117,7 @@ def submitter(
         tool_name,
         *map(json.dumps, calls),
     ]
-    with running(command, cwd=folder, env={"NEXUM_ADDRESS": address}) as process:
+    with running(command, cwd=folder, env={"NEXUM_ADDRESS": address}, forked=True) as process:
         yield process
 
 
