@@ -7,7 +7,7 @@ revoked, and the next run makes the call again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ class Setbacks:
 
     def __init__(self) -> None:
         self._setbacks: list[Setback] = []
+        self._agents: set[str] = set()
+        """The agents that have made calls."""
 
     def add(self, agent: str, caller: Caller, error: Exception | None = None, event: Event | None = None) -> Setback:
         """Remember that a call of `agent` failed with `error`. If `error` is None, the call was given up."""
@@ -60,10 +62,15 @@ class Setbacks:
         With `is_cancelled`, the program cancelled the call before the call began. Such a call doesn't show that the
         program continued after a given-up call.
         """
+        is_first = call.agent not in self._agents
+        self._agents.add(call.agent)
         for one in self._setbacks:
             if one.error is not None or not is_cancelled:
                 one.continued = one.continued or _continues(one, call, caller)
                 one.was_handled = one.was_handled or _handles(one, call, caller)
+            # The program starts an agent: the program continued after a call that it gave up itself.
+            if one.error is None and not one.agent and is_first and not is_cancelled:
+                one.continued = True
 
     def turn_is_over(self, path: str) -> None:
         """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
@@ -86,10 +93,9 @@ class Setbacks:
             one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
         ]
         failures = [one for one in setbacks if one.error is not None]
-        causes = _chain(error)  # `error` itself is the first one
-        found = [one for one in failures if one.error in causes]
-        # An error that is raised in an `except` block has the handled failure as its context. Keep the handled failure.
-        found = [one for one in found if not one.was_handled] or found[-1:]
+        found: list[Setback] = []
+        for causes in _causes(error):
+            found = found or [one for one in failures if one.error in causes]
         # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
         # If no text matches, the error has another reason. Take every failure after which the run did not continue.
@@ -124,14 +130,20 @@ def _repeats(error: BaseException, cause: Exception | None) -> bool:
     return error is not cause and bool(text) and text in str(error)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """Return an exception with all of its causes, contexts and grouped exceptions."""
-    found: list[BaseException] = []
+def _causes(error: BaseException) -> Iterator[list[BaseException]]:
+    """Yield an exception with its causes and grouped exceptions; then the same of their contexts, and so on.
+
+    A context is often no cause: it is a failure that the program had handled when the exception was raised.
+    """
+    seen: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:
-        one = ahead.pop()
-        if one is None or one in found:
-            continue
-        found.append(one)
-        ahead += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
-    return found
+        found: list[BaseException] = []
+        while ahead:
+            one = ahead.pop()
+            if one is not None and one not in seen:
+                seen.append(one)
+                found.append(one)
+                ahead += [one.__cause__, *getattr(one, "exceptions", ())]
+        yield found
+        ahead = [one.__context__ for one in found]

@@ -366,6 +366,30 @@ async def test_background_call_while_the_end_is_recorded_is_an_error(
     assert happened == ["last"]
 
 
+async def test_call_that_the_program_gives_up_before_an_agent_fails_is_kept(
+    shared_server: Server, happened: list[str]
+) -> None:
+    session = new_session()
+
+    async def by_agent(name: str, *script: Any) -> str:
+        with current_session().agent(name):
+            return await asked(Scripted(happened, *script, name=name))
+
+    async def program() -> list[str]:
+        said = await said_until("STOP", Pieces(happened, "STOP ", hangs, "more"))
+        answers = [await asyncio.create_task(by_agent("helper"))]
+        answers.append(await asyncio.create_task(by_agent("fails", *([ConnectionError("down")] if is_down else []))))
+        return [said, *answers]
+
+    is_down = True
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            await inside(shared_server, program, session)
+    is_down = False
+    assert (await inside(shared_server, program, session))[0] == "STOP "
+    assert happened == ["model", "helper", "fails", "fails", "fails"]
+
+
 async def test_failed_call_that_is_given_up_as_the_run_ends_is_revoked_once(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

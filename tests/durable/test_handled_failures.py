@@ -338,3 +338,24 @@ async def test_failure_whose_handler_fails_is_kept(server: ServerThread) -> None
     is_down = False
     await whole(program)
     assert happened == ["fails", "fall back", "also", "also", "also"]
+
+
+async def test_failure_that_another_task_handles_is_kept(server: ServerThread) -> None:
+    happened: list[str] = []
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address):
+            try:
+                await all_of(asked(Scripted(happened, Offline("down"), name="fails")), asked(Scripted(happened)))
+            except Offline:
+                await asked(Scripted(happened, name="fall back"))
+                return await asked(Scripted(happened, *([Offline("also down")] if is_down else []), name="also"))
+            return "never"
+
+    is_down = True
+    for _ in range(2):
+        with pytest.raises(Offline, match="also down"):
+            await whole(program)
+    is_down = False
+    await whole(program)
+    assert sorted(happened) == ["also", "also", "also", "fails", "fall back", "model"]
