@@ -369,7 +369,7 @@ async def test_function_of_the_arguments_chooses_the_calls_to_approve(server: Se
 
 
 async def test_told_call_can_not_deceive_its_reader(server: ServerThread) -> None:
-    shop, lines = Shop(approval="always", approval_timeout=0.1), list[str]()
+    shop, lines = Shop(approval="always", approval_timeout=1), list[str]()
     customer = "c-1\u202e\x1b[2J" + "x" * 400
     with OpenAIServer(clerk_model({"cents": 5, "customer": customer})) as model:
         await run(server, shop.clerk(model), logs=lines)
