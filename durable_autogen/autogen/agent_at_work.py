@@ -73,11 +73,9 @@ class AtWork:
         await self._passes_on(item)
         return item
 
-    async def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
-        """Yield the items of a team's run."""
-        async with closing(self.run(steps_at(self.place, stream), task)) as items:
-            async for item in items:
-                yield item
+    def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
+        """Return the items of a team's run. The team's own code runs at the team's place."""
+        return self.run(steps_at(self.place, stream), task)
 
     async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's or a team's run."""

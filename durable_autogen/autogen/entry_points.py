@@ -226,34 +226,15 @@ async def _preparation(self: Any, original: _Original) -> Any:
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
 
 
-def _at_work(self: Any, *, is_team: bool) -> AtWork | None:
-    """Return the AtWork of an agent or team. Return None outside a session, and if the object calls its own method."""
-    place = recording_place()
-    if place is None or place.owner is self:
-        return None
-    return AtWork(place, self, is_team=is_team)
-
-
-def _whole(method: str) -> Wrapper:
-    """Return a wrapper for an agent's unstreamed turn or run. The wrapper calls the AtWork method named `method`."""
-
-    async def wrapper(self: Any, original: _Original) -> Any:
-        working = _at_work(self, is_team=False)
-        found = original()
-        if working is None:
-            return await found
-        return await getattr(working, method)(found, _task_or_token(original))
-
-    return wrapper
-
-
-def _steps(method: str, *, is_team: bool = False) -> Wrapper:
-    """Return a wrapper for a streamed turn or run. The wrapper calls the AtWork method named `method`."""
+def _at_work(method: str, *, is_team: bool = False) -> Wrapper:
+    """Return a wrapper for a turn or a run of an agent or team. In a session, it calls the AtWork method `method`."""
 
     def wrapper(self: Any, original: _Original) -> Any:
-        working = _at_work(self, is_team=is_team)
-        stream = original()
-        return stream if working is None else getattr(working, method)(stream, _task_or_token(original))
+        place = recording_place()
+        if place is None or place.owner is self:  # outside a session, or the object calls its own method
+            return original()
+        working = AtWork(place, self, is_team=is_team)
+        return getattr(working, method)(original(), _task_or_token(original))
 
     return wrapper
 
@@ -342,13 +323,13 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
         ChatAgent,
         {
-            "on_messages": _whole("whole_turn"),
-            "on_messages_stream": _steps("turn"),
-            "run": _whole("whole_run"),
-            "run_stream": _steps("run"),
+            "on_messages": _at_work("whole_turn"),
+            "on_messages_stream": _at_work("turn"),
+            "run": _at_work("whole_run"),
+            "run_stream": _at_work("run"),
         },
     ),
-    (Team, {"run_stream": _steps("team_run", is_team=True)}),
+    (Team, {"run_stream": _at_work("team_run", is_team=True)}),
     (BaseAgent, {"on_message_impl": _on_message}),
     (AgentRuntime, dict.fromkeys(("send_message", "publish_message"), _send)),
 )

@@ -164,7 +164,8 @@ class Guard:
 
         The policy's name may be mistyped. Without this check, the tool would then run unguarded.
         """
-        similar = difflib.get_close_matches(tool, self._unknown_names(), n=1, cutoff=SIMILAR)
+        unknown = self._unknown_names()
+        similar = difflib.get_close_matches(tool, unknown, n=1, cutoff=SIMILAR) if unknown else []
         if similar:
             error = InvalidRequest(
                 f"{tool} has no policy, and no tool is known yet for the policy of {similar[0]}. If that name is "
