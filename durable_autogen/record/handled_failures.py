@@ -68,8 +68,8 @@ class Setbacks:
             if one.error is not None or not is_cancelled:
                 one.continued = one.continued or _continues(one, call, caller)
                 one.was_handled = one.was_handled or _handles(one, call, caller)
-            # The program starts an agent: the program continued after a call that it gave up itself.
-            if one.error is None and not one.agent and is_first and not is_cancelled:
+            # A program or agent that starts an agent inside it has continued after the calls that it gave up itself.
+            if one.error is None and is_first and not is_cancelled and _is_inside(call.agent, one.agent):
                 one.continued = True
 
     def turn_is_over(self, path: str) -> None:
@@ -119,6 +119,10 @@ def _continues(setback: Setback, call: Call, caller: Caller) -> bool:
 
 def _handles(setback: Setback, call: Call, caller: Caller) -> bool:
     return caller is setback.caller or (bool(call.agent) and f"{setback.agent}/".startswith(f"{call.agent}/"))
+
+
+def _is_inside(agent: str, outer: str) -> bool:
+    return not outer or agent.startswith(f"{outer}/")
 
 
 def _is_within(agent: str, path: str) -> bool:

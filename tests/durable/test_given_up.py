@@ -366,8 +366,9 @@ async def test_background_call_while_the_end_is_recorded_is_an_error(
     assert happened == ["last"]
 
 
-async def test_call_that_the_program_gives_up_before_an_agent_fails_is_kept(
-    shared_server: Server, happened: list[str]
+@pytest.mark.parametrize("outer", ["", "outer"])
+async def test_call_that_is_given_up_before_an_inner_agent_fails_is_kept(
+    shared_server: Server, happened: list[str], outer: str
 ) -> None:
     session = new_session()
 
@@ -376,6 +377,10 @@ async def test_call_that_the_program_gives_up_before_an_agent_fails_is_kept(
             return await asked(Scripted(happened, *script, name=name))
 
     async def program() -> list[str]:
+        with current_session().agent(outer) if outer else contextlib.nullcontext():
+            return await work()
+
+    async def work() -> list[str]:
         said = await said_until("STOP", Pieces(happened, "STOP ", hangs, "more"))
         answers = [await asyncio.create_task(by_agent("helper"))]
         answers.append(await asyncio.create_task(by_agent("fails", *([ConnectionError("down")] if is_down else []))))
