@@ -261,7 +261,7 @@ class Recorder:
             for running, live in list(self._calls.items()):
                 if not live.answer.done():
                     self._give_up(live, running)
-            await asyncio.gather(*self._calls, return_exceptions=True)
+            await asyncio.wait(self._calls)  # gather would not let an ended task leave `_calls` (Python 3.12 and newer)
         async with self._record_lock:
             await self._record_apart()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
