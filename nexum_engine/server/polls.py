@@ -400,4 +400,4 @@ class Polls:
             for poll in polls:
                 poll.wake()
         while self._releases:
-            await asyncio.wait(self._releases)  # gather would not let an ended task leave the set (Python 3.12 and newer)
+            await asyncio.wait(self._releases)  # with gather, an ended task might never leave the set
