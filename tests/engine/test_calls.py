@@ -333,7 +333,7 @@ async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -
 
 async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "ANSWER_BUDGET", 8 * MIB)
-    monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 2.0)  # on a busy machine, the second answer takes a second
     async with engine_server(tmp_path) as server, connected(server.address) as (stub, _):
         await stub.RegisterWorkflow(WORKFLOW)
         request = pb.GetExecutionRequest(execution_id=await started(stub, 3 * MIB))
