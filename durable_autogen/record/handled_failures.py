@@ -13,7 +13,7 @@ from typing import Any
 
 from durable_autogen.record.events import Call, Event
 
-MAX_CONTINUED = 100  # setbacks to remember after which the run continued
+MAX_CONTINUED = 100  # how many setbacks to remember of those after which the run continued
 
 Caller = asyncio.Task[Any] | None
 

@@ -26,8 +26,8 @@ from durable_autogen.record.while_open import while_open
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
 BUSY_TURNS = 1000
-"""How many turns of the event loop to wait, too. If each turn takes long (for instance, because hundreds of sessions
-share the loop), a session needs seconds for its usual work."""
+"""How many turns of the event loop this wait lasts at least. If each turn takes long (for instance, because hundreds of
+sessions share the loop), a session needs seconds for its usual work."""
 LESS_BUSY_PATIENCE = 0.05  # seconds to wait for a session that once stayed busy for BUSY_PATIENCE
 THREAD_LOOK_INTERVAL = 0.0005  # seconds
 

@@ -313,6 +313,8 @@ class Journal:
                 await self._give_back(started.task)
 
     async def _give_back(self, task: Task) -> None:
+        if task.must_reconcile:
+            return  # an earlier attempt may have had its effect: the end of the run must not cancel it
         # If the server doesn't answer, it notices later that the task is lost, and a person decides.
         with contextlib.suppress(NexumError):
             await self._owner.give_back(

@@ -23,7 +23,7 @@ class Terminal:
         self._reading: asyncio.Future[str] | None = None
         """The line that a thread is reading or has read. None if no thread was started, or if its line was used.
 
-        A read can't be stopped: if a question is decided elsewhere, the thread goes on reading, for the next question.
+        The thread can't be stopped. If its question is decided elsewhere, it keeps reading for the next question.
         """
 
     @staticmethod

@@ -94,7 +94,16 @@ async def main():
     more = {"reconcile": look_up} if "reconcile" in sys.argv else {}
     tool = durable_tool(charge, effect="once", **more)
     async with DurableSession("s", park="park" in sys.argv):
-        print("GOT", await tool.run_json({"cents": 990}, CancellationToken()))
+        calling = asyncio.ensure_future(tool.run_json({"cents": 990}, CancellationToken()))
+        if "give-up" in sys.argv:
+            async def give_up(journal, task):
+                calling.cancel()
+                await asyncio.Event().wait()
+            Journal.may_begin_effect = give_up
+            await asyncio.wait({calling})
+            print("GAVE UP", calling.cancelled())
+        else:
+            print("GOT", await calling)
 
 try:
     asyncio.run(main())
@@ -177,6 +186,18 @@ def test_reconcile_decides_whether_the_call_is_made_again(folder: Path, die: str
         pass
     assert got(folder, "reconcile") == result
     assert len(ledger(folder)) == 1
+
+
+def test_effect_of_killed_run_is_not_cancelled_if_the_next_run_gives_its_call_up(folder: Path) -> None:
+    with program(folder, "reconcile", die="after"):
+        pass
+    with program(folder, "reconcile", "give-up") as giving_up:
+        giving_up.wait_for("GAVE UP True")
+        assert giving_up.wait() == 0
+    with running(["-m", "nexum_engine", "ps", "--all"], cwd=folder, forked=True) as ps:
+        assert ps.wait() == 0
+    (effect,) = (line for line in ps.lines if "tool-effect" in line)
+    assert "CANCELLED" not in effect
 
 
 def test_person_decides_if_reconcile_raises(folder: Path) -> None:
