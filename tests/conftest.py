@@ -90,7 +90,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         selected = [item for item in selected if item.get_closest_marker("every_python")][int(HALF) :: 2]
     kept = set(selected)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = selected
+    items[:] = spread(selected)
+
+
+def spread(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Sort the tests so that the slow ones run first: those with a time limit of their own.
+
+    pytest-xdist cuts the list into one part for each process. So put some of the slow tests at the start of each part.
+    Otherwise, one process might still be running slow tests when the others have finished.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("timeout") is not None]
+    others = [item for item in items if item.get_closest_marker("timeout") is None]
+    size = -(-len(others) // processes)
+    parts = [slow[n::processes] + others[n * size : (n + 1) * size] for n in range(processes)]
+    return [item for part in parts for item in part]
 
 
 def is_selected(item: pytest.Item) -> bool:

@@ -44,6 +44,7 @@ async def end(store: Store, workflow_id: str, status: str) -> None:
         await store.run(executions.cancel_execution, task.execution_id)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "rare", [pytest.param(0, id="common"), pytest.param(1000, id="rare", marks=pytest.mark.both_stores)]
 )

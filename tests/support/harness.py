@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     # Add the folder for programs that pytest doesn't start. Pytest's own settings add it, too.
     sys.path.insert(0, str(ROOT))
+PATIENCE = 110  # seconds that a process may take: less than pytest's limit for a test, so that the failure names it
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
     *("NEXUM_ADDRESS", "DATABASE_URL", "CRASH_AFTER", "NEXUM_ALLOWED_HOSTS"),
@@ -156,7 +157,7 @@ def run_to_end(
     """Run a process to its end; return its exit code, its output and, separately, its errors."""
     env = environment(env)
     if forked and can_fork(command, env):
-        return run_forked(command, cwd=cwd, env=env, timeout=60)
+        return run_forked(command, cwd=cwd, env=env, timeout=PATIENCE)
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -164,7 +165,7 @@ def run_to_end(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 
