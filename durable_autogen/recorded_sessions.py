@@ -93,15 +93,19 @@ async def _questions(client: NexumClient) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     pending: list[PendingApproval | UnknownNode] = [*await client.pending_approvals(patience=SERVER_PATIENCE)]
     for one in [*pending, *await client.unknown(patience=SERVER_PATIENCE)]:
-        if isinstance(one, PendingApproval):
-            text = f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}"
-        else:
-            text = f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}"
         input = jsontext.parse(one.input_json or "{}", "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
-            what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
-            found.setdefault(session, []).append(text.format(what))
+            found.setdefault(session, []).append(_question(one, input))
     return found
+
+
+def _question(one: PendingApproval | UnknownNode, input: dict[str, Any]) -> str:
+    what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
+    if isinstance(one, UnknownNode):
+        return f"may or may not have called {what}: python -m nexum_engine resolve {one.execution_id}"
+    if command := input.get("decide_with"):  # a `BudgetQuestion`: an approval without new limits decides nothing
+        return f"has used {input.get('reason')} of its budget, and waits for a decision: {command}"
+    return f"waits for a decision on {what}: {how_to_decide(one.execution_id)}"
 
 
 async def _info(
