@@ -180,6 +180,15 @@ async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch
     assert await grouped(store, "RUNNING") == [(latest, SessionSummary("s1", 6, False, "Why?", 3, 50)), (plain, None)]
 
 
+@pytest.mark.both_stores
+async def test_event_that_was_sent_to_a_session_hides_no_summary(store: Store, clock: ManualClock) -> None:
+    run = await own(store, "run", "s/1")
+    await own(store, "event", "s/agent/1", {"summary": {"question": "Why?", "calls": 1, "tokens": 5, "number": 1}})
+    clock.advance(1)
+    await own(store, "v", "s/payment/1", {"amount": 990})
+    assert (await grouped(store))[-1] == (run, SessionSummary("s", 1, True, "Why?", 1, 5))
+
+
 @pytest.mark.parametrize("odd", [None, "x", 5, {"question": 5}, {"calls": "many"}, [1]])
 async def test_odd_summary_is_empty(store: Store, odd: object) -> None:
     run = await own(store, "run", "s/1")
