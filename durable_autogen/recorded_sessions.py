@@ -114,11 +114,12 @@ async def _info(
     events = (await read_record(client, session)).events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
+    task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
     status = _status(run, is_finished=end_of(completed, events) is not None)
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
-        question=" / ".join([*_task_of(events), *messages]) or next(filter(None, map(text_asked, events)), ""),
+        question=" / ".join(filter(None, [*task, *messages])),
         models=tuple(dict.fromkeys(models)),
         status=status,
         calls=Counter(event.kind.value for event in events if event.kind.is_call),
