@@ -554,10 +554,13 @@ async def test_question_of_another_kind_under_the_key_is_no_permission(server: S
 
 
 async def test_error_of_the_approval_function_is_no_permission(server: ServerThread) -> None:
-    shop = Shop(approval=lambda dollars, **_: dollars > 5)
+    shop, lines = Shop(approval=lambda dollars, **_: dollars > 5), list[str]()
     with OpenAIServer(clerk_model({"cents": 5})) as model:
-        result = await run(server, shop.clerk(model))
-    assert "missing 1 required positional argument: 'dollars'" in result.messages[-1].to_text()
+        result = await run(server, shop.clerk(model), tell=lines.append)
+    text = result.messages[-1].to_text()
+    assert text.startswith("the approval function of charge failed, so the call was not made: TypeError(")
+    assert "missing 1 required positional argument: 'dollars'" in text
+    assert f"[Nexum] {text}" in lines
     assert shop.charged == []
 
 
