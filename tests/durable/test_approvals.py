@@ -378,6 +378,18 @@ async def test_told_call_can_not_deceive_its_reader(server: ServerThread) -> Non
     assert "xxx... (cut) of clerk: " in line
 
 
+async def test_told_rejection_has_no_control_characters(server: ServerThread) -> None:
+    async def rejects_in_red(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+        await client.reject(execution, NODE, approver="ann", reason="\x1b[31mno")
+
+    shop, lines = Shop(approval="always"), list[str]()
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, rejects_in_red):
+            result = await run(server, shop.clerk(model), logs=lines)
+    assert result.messages[-1].to_text() == "ann rejected this call: \x1b[31mno"
+    assert [line for line in lines if line.endswith("of clerk: ann rejected this call: \\u001b[31mno")]
+
+
 async def test_wrong_arguments_are_never_asked_for_and_never_run(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": "many"})) as model:
