@@ -521,6 +521,8 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
             (info,) = await list_sessions(client)
             execution, call = question.execution_id, 'charge({"cents":5,"customer":"c-1"})'
             assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution)}",)
+            (info,) = await list_sessions(client, nexum="host:1")
+            assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution, 'host:1')}",)
             await client.approve(question.execution_id, NODE)
         await run(server, build, park=True)
         assert len(model.requests) == 6
