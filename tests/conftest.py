@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import harness
 import pytest
+import trustme
 from harness import Server, nexum_server
 from server_thread import ServerThread, server_thread
 
@@ -46,6 +47,19 @@ HALF = os.environ.get("HALF_OF_EVERY_PYTHON")
 """Which half of the tests that are marked `every_python` runs. With 0, the first, third, ... of them run; with 1, the
 second, fourth, ... If this is not set, all tests run."""
 assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trusted_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the tests trust one certificate only.
+
+    Each new client of OpenAI's library reads all trusted certificates. A machine has about 150, which take 60 ms. The
+    model servers of the tests use no TLS.
+    """
+    file = tmp_path_factory.mktemp("trusted") / "certificate.pem"
+    trustme.CA().cert_pem.write_to_path(str(file))
+    with harness.trusting(str(file)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -77,9 +77,20 @@ def new_environment(python: str, folder: Path, packages: Sequence[str]) -> Path:
     run_quietly([python, "-m", "venv", "--clear", "--without-pip", folder])
     own = interpreter_of(folder)
     # uv takes a sixth of pip's CPU time. But it doesn't know pip's settings, such as the address of a company's index.
-    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--system-certs", "--python", own, *packages]
+    uv: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--quiet",
+        "--system-certs",
+        "--python",
+        own,
+        *packages,
+    ]
     if subprocess.run(uv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode != 0:
-        pip = [sys.executable, "-m", "pip", "--python", own, "install", "--disable-pip-version-check"]
+        pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", own, "install", "--disable-pip-version-check"]
         run_quietly([*pip, "--quiet", "--no-compile", *packages])
     return own
 

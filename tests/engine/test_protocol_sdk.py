@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import environment
+from harness import MACHINES_CERTIFICATES, environment, trusting
 from nexum_wire import connected, record
 from run import interpreter_of, new_environment
 from server_thread import ServerThread
@@ -92,7 +92,8 @@ def sdk_python(pytestconfig: pytest.Config) -> Path:
     folder = cache.mkdir(f"nexum-sdk-{sys.version_info.major}.{sys.version_info.minor}")
     with FileLock(folder / "lock"):
         if not (folder / "complete").exists():
-            new_environment(sys.executable, folder / "venv", [SDK])
+            with trusting(MACHINES_CERTIFICATES):
+                new_environment(sys.executable, folder / "venv", [SDK])
             (folder / "complete").touch()
     return interpreter_of(folder / "venv")
 

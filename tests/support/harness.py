@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     # Add the folder for programs that pytest doesn't start. Pytest's own settings add it, too.
     sys.path.insert(0, str(ROOT))
+MACHINES_CERTIFICATES = os.environ.get("SSL_CERT_FILE")
+"""The file with the certificates that the machine trusts, if it has an own setting. The package index needs them."""
 PATIENCE = 110  # seconds that a process may take: less than pytest's limit for a test, so that the failure names it
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
@@ -27,6 +29,20 @@ MODEL_VARIABLES = (
     *("NEXUM_TLS_CA", "NEXUM_TLS_CERT", "NEXUM_TLS_KEY", "NEXUM_TOKEN", "NEXUM_TOKEN_FILE"),
     *("NEXUM_SERVER_TLS_CERT", "NEXUM_SERVER_TLS_KEY", "NEXUM_SERVER_TLS_CLIENT_CA", "NEXUM_SERVER_TOKENS"),
 )
+
+
+@contextmanager
+def trusting(certificates: str | None) -> Iterator[None]:
+    """Let this process, and those that it starts, trust the certificates in this file. None means the system's."""
+    before = os.environ.pop("SSL_CERT_FILE", None)
+    if certificates is not None:
+        os.environ["SSL_CERT_FILE"] = certificates
+    try:
+        yield
+    finally:
+        os.environ.pop("SSL_CERT_FILE", None)
+        if before is not None:
+            os.environ["SSL_CERT_FILE"] = before
 
 
 def free_port() -> int:
