@@ -79,6 +79,11 @@ def dump_model(model: BaseModel, what: str) -> str:
     return dump(value, what) if "NaN" in text or "Infinity" in text else text
 
 
+def escaped(text: str) -> str:
+    """Escape the unprintable characters of a text for people, such as marks that reverse a text's direction."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+
+
 def same(one: str, other: str) -> bool:
     """Return whether two texts that `parse` has accepted have the same value. 1, 1.0 and true are three values."""
     return one == other or _is_same(from_json(one), from_json(other))

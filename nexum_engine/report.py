@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
+from nexum_engine import jsontext
 from nexum_engine.records import (
     Attempt,
     DeclaredTool,
@@ -225,7 +226,7 @@ def _asked(input_json: str) -> list[str]:
 
 def _whole(name: str, value: str) -> list[str]:
     """Return the lines of a named value, uncut. Escape the characters that aren't printable, and keep all spaces."""
-    text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in value)
+    text = jsontext.escaped(value)
     width = WIDTH - 16
     parts = [text[start : start + width] for start in range(0, len(text), width)] or [""]
     return [f"    {_cut(name, 10):<10} {parts[0]}", *(f"{' ' * 15}{part}" for part in parts[1:])]

@@ -47,7 +47,7 @@ from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import InvalidRequest, first_problem
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model, escaped
 from nexum_engine.policy import Policy
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
@@ -451,7 +451,8 @@ class Calls:
             why = first_problem(error) if isinstance(error, ValidationError) else error
             raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {why}") from error
         shown = json.dumps(edited, ensure_ascii=False)
-        self._recorder.journal.log.warning("%s: %s changed the arguments to %s", made.name, by, shown)
+        line = f"{made.name}: {by} changed the arguments to {shown}"
+        self._recorder.journal.log.warning("%s", escaped(line))
         return edited, f"({by} changed the arguments to {shown})"
 
     def _streams(self, stream: _Stream, item: Any) -> None:

@@ -36,6 +36,7 @@ from durable_autogen.record.prices import price_of
 from nexum_engine.approvals import NODE, PATIENCE, ask, decided
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, NexumError, first_problem
+from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
 
@@ -391,7 +392,8 @@ class BudgetCheck:
         if not decision.approved:
             if ahead[1:]:
                 return  # a later decision replaces this one: the next `ask` applies it
-            stopped = f"{decision.by or 'a person'} stopped it{f': {decision.reason}' if decision.reason else ''}"
+            reason = f": {decision.reason}" if decision.reason else ""
+            stopped = escaped(f"{decision.by or 'a person'} stopped it{reason}")
             raise BudgetExceeded(
                 f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
                 f"({self._command} {options}), and run the session again"

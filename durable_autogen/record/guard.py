@@ -91,7 +91,7 @@ class GuardedCall:
     def whole(self) -> str:
         """Return the call with all of its arguments. Characters that could deceive the reader are escaped."""
         arguments = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
-        return _escaped(f"{self.tool}({arguments}) of {self.call.agent or 'the program'}")
+        return jsontext.escaped(f"{self.tool}({arguments}) of {self.call.agent or 'the program'}")
 
     def edited(self, arguments: Mapping[str, Any]) -> GuardedCall:
         """Return a copy with other arguments."""
@@ -240,9 +240,9 @@ class Guard:
                     question = Approval.of(question.session, call.agent, guarded.tool, arguments, guarded.reason)
             decision = await decided(self._client, asked, question, key, on_waiting=wait)
         if not decision.approved:
-            self._log.warning("%s: %s", guarded, _escaped(decision.refusal))
+            self._log.warning("%s: %s", guarded, jsontext.escaped(decision.refusal))
             raise CallRejected(decision.refusal)
-        self._log.info("%s: approved%s", guarded, f" by {decision.by}" if decision.by else "")
+        self._log.info("%s: approved%s", guarded, f" by {jsontext.escaped(decision.by)}" if decision.by else "")
         return guarded, decision.answer, decision.by
 
     async def _withdraw(self) -> None:
@@ -252,7 +252,7 @@ class Guard:
 
     async def _ask_at_once(self, ask: Ask, execution_id: str, guarded: GuardedCall) -> None:
         """Ask the person at the terminal. Another person may decide first."""
-        reason = f"\n    reason: {_escaped(guarded.reason)}" if guarded.reason else ""
+        reason = f"\n    reason: {jsontext.escaped(guarded.reason)}" if guarded.reason else ""
         answer = await ask(f"{guarded.whole()}{reason}")
         if answer is None:
             return
@@ -459,11 +459,6 @@ class Guard:
                 await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded, form)
-
-
-def _escaped(text: str) -> str:
-    """Escape unprintable characters, such as marks that reverse a text's direction, as JSON does."""
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:

@@ -390,6 +390,19 @@ async def test_told_rejection_has_no_control_characters(server: ServerThread) ->
     assert [line for line in lines if line.endswith("of clerk: ann rejected this call: \\u001b[31mno")]
 
 
+async def test_told_edit_has_no_control_characters(server: ServerThread) -> None:
+    async def reverses(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+        await client.approve(execution, NODE, approver="ann", answer={"cents": 5, "customer": "\u202ec-1"})
+
+    shop, lines = Shop(approval="always"), list[str]()
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, reverses):
+            await run(server, shop.clerk(model), logs=lines)
+    assert shop.charged == ["\u202ec-1 5"]
+    assert [line for line in lines if '{"cents": 5, "customer": "\\u202ec-1"}' in line]
+    assert not any("\u202e" in line for line in lines)
+
+
 async def test_wrong_arguments_are_never_asked_for_and_never_run(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": "many"})) as model:
