@@ -98,6 +98,20 @@ def test_sound_database_has_no_findings_and_is_not_changed(database: Path) -> No
     assert contents(database.parent) == before
 
 
+async def test_large_result_of_map_node_is_no_finding(tmp_path: Path) -> None:
+    """Each item's result is within the limits of a result, but the list of them is deeper and has more values."""
+    path = tmp_path / "nexum.db"
+    store = await open_store(f"sqlite:///{path}", ManualClock())
+    await store.run(executions.register_workflow, "map", "v1", '{"nodes": {"m": {"type": "MAP"}}}')
+    await store.run(executions.start_execution, "map", "v1", "0", "")
+    for output in ("[1, 2]", "[" * 201 + "]" * 201, f"[{'0,' * 199_900}0]"):
+        task = (await store.run(tasks.claim, "worker", ("v1",), 2**40, 30_000, True)).task
+        assert task is not None
+        await store.run(tasks.complete_task, task.task_id, output)
+    await store.close()
+    assert check_database(path).findings == ()
+
+
 DAMAGES = {
     "execution_id": (
         "UPDATE executions SET execution_id = 'exec-9-' || substr(execution_id, 8) WHERE sequence = 1",
