@@ -97,9 +97,14 @@ async def _questions(client: NexumClient) -> dict[str, list[str]]:
             text = f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}"
         else:
             text = f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}"
-        input = jsontext.parse(one.input_json or "{}", "the input")
+        input_json = one.input_json
+        if not input_json:  # the list leaves out a long input
+            whole = await client.get_execution(one.execution_id, patience=SERVER_PATIENCE)
+            input_json = whole.execution.input_json
+        input = jsontext.parse(input_json, "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
-            what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
+            arguments = jsontext.dump(input.get("arguments"), "it") if one.input_json else "…"
+            what = f"{input['tool']}({arguments})" if "tool" in input else one.node_id
             found.setdefault(session, []).append(text.format(what))
     return found
 
