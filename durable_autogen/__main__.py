@@ -163,7 +163,7 @@ async def look(args: argparse.Namespace) -> str:
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(
-                lambda: list_sessions(client),
+                lambda: list_sessions(client, nexum=args.nexum),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
             return (
@@ -171,7 +171,7 @@ async def look(args: argparse.Namespace) -> str:
             )
         if args.command == "show":
             shown = await _settled(
-                lambda: show_session(client, args.session),
+                lambda: show_session(client, args.session, nexum=args.nexum),
                 lambda found: nexum.embedded and found.info.status == "running",
             )
             return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())

@@ -32,7 +32,7 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.sent_events import send
 from nexum_engine import jsontext
-from nexum_engine.approvals import PATIENCE, how_to_decide
+from nexum_engine.approvals import PATIENCE, how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
@@ -60,12 +60,15 @@ class SessionInfo:
     """The decisions that the session waits for, each with the command for it."""
 
 
-async def list_sessions(client: NexumClient) -> list[SessionInfo]:
-    """Return a summary of every session on the server, the latest session first."""
-    return await _sessions(client, "")
+async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> list[SessionInfo]:
+    """Return a summary of every session on the server, the latest session first.
+
+    The commands in the summaries name the server `nexum`, or no server if it is None.
+    """
+    return await _sessions(client, "", nexum)
 
 
-async def _sessions(client: NexumClient, key_prefix: str) -> list[SessionInfo]:
+async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
     """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     latest: dict[str, Execution] = {}
     earliest: dict[str, Execution] = {}
@@ -78,7 +81,7 @@ async def _sessions(client: NexumClient, key_prefix: str) -> list[SessionInfo]:
         earliest[session] = run
         if run.status is ExecutionStatus.COMPLETED:
             completed.setdefault(session, run)
-    questions = await _questions(client)
+    questions = await _questions(client, nexum)
     return [
         replace(
             await _info(client, session, run, completed.get(session), earliest[session].created_ms),
@@ -88,25 +91,29 @@ async def _sessions(client: NexumClient, key_prefix: str) -> list[SessionInfo]:
     ]
 
 
-async def _questions(client: NexumClient) -> dict[str, list[str]]:
+async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
     """Return, by session, texts about what waits for a person's decision."""
     found: dict[str, list[str]] = {}
     pending: list[PendingApproval | UnknownNode] = [*await client.pending_approvals(patience=SERVER_PATIENCE)]
     for one in [*pending, *await client.unknown(patience=SERVER_PATIENCE)]:
-        if isinstance(one, PendingApproval):
-            text = f"waits for a decision on {{}}: {how_to_decide(one.execution_id)}"
-        else:
-            text = f"may or may not have called {{}}: python -m nexum_engine resolve {one.execution_id}"
         input_json = one.input_json
         if not input_json:  # the list leaves out a long input
             whole = await client.get_execution(one.execution_id, patience=SERVER_PATIENCE)
             input_json = whole.execution.input_json
         input = jsontext.parse(input_json, "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
-            arguments = jsontext.dump(input.get("arguments"), "it") if one.input_json else "…"
-            what = f"{input['tool']}({arguments})" if "tool" in input else one.node_id
-            found.setdefault(session, []).append(text.format(what))
+            found.setdefault(session, []).append(_question(one, input, nexum))
     return found
+
+
+def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: str | None) -> str:
+    arguments = jsontext.dump(input.get("arguments"), "it") if one.input_json else "…"  # left out: too long to show
+    what = f"{input['tool']}({arguments})" if "tool" in input else one.node_id
+    if isinstance(one, UnknownNode):
+        return f"may or may not have called {what}. {how_to_resolve(one.execution_id, nexum)}"
+    if command := input.get("decide_with"):  # a `BudgetQuestion`: an approval without new limits decides nothing
+        return f"has used {input.get('reason')} of its budget, and waits for a decision: {command}"
+    return f"waits for a decision on {what}: {how_to_decide(one.execution_id, nexum)}"
 
 
 async def _info(
@@ -115,11 +122,12 @@ async def _info(
     events = (await read_record(client, session)).events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
+    task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
     status = _status(run, is_finished=end_of(completed, events) is not None)
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
-        question=" / ".join([*_task_of(events), *messages]) or next(filter(None, map(text_asked, events)), ""),
+        question=" / ".join(filter(None, [*task, *messages])),
         models=tuple(dict.fromkeys(models)),
         status=status,
         calls=Counter(event.kind.value for event in events if event.kind.is_call),
@@ -143,9 +151,12 @@ class ShownSession:
     """The session's events in recorded order, without revoked ones."""
 
 
-async def show_session(client: NexumClient, session: str) -> ShownSession:
-    """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
-    for info in await _sessions(client, f"{session}/"):
+async def show_session(client: NexumClient, session: str, *, nexum: str | None = None) -> ShownSession:
+    """Return a session with its events. Raises InvalidRequest if the server has no session of this id.
+
+    `nexum` means the same as in `list_sessions`.
+    """
+    for info in await _sessions(client, f"{session}/", nexum):
         return ShownSession(info, tuple((await read_record(client, session)).events))
     raise unknown_session(session)
 

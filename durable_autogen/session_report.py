@@ -17,6 +17,7 @@ from durable_autogen.record.events import (
     Raised,
     Received,
     Returned,
+    Revoked,
     Said,
     TimedOut,
     Waiting,
@@ -107,6 +108,8 @@ def _words(event: Event) -> str:
             return text
         case Raised(failure=failure):
             return f"failed: {failure.text}"
+        case Revoked(seqs=seqs):
+            return f"{len(seqs)} event(s) dropped"
         case GivenUp():
             return "given up by the program"
         case Waiting(event="", until_ms=int(until)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import harness
 import pytest
+import trustme
 from harness import Server, nexum_server
 from server_thread import ServerThread, server_thread
 
@@ -46,6 +47,19 @@ HALF = os.environ.get("HALF_OF_EVERY_PYTHON")
 """Which half of the tests that are marked `every_python` runs. With 0, the first, third, ... of them run; with 1, the
 second, fourth, ... If this is not set, all tests run."""
 assert POSTGRES_TESTS in DESELECTED, f"POSTGRES_TESTS={POSTGRES_TESTS}: use one of {', '.join(DESELECTED)}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_trusted_certificate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let the tests trust one certificate only.
+
+    Each new client of OpenAI's library reads all trusted certificates. A machine has about 150, which take 60 ms. The
+    model servers of the tests use no TLS.
+    """
+    file = tmp_path_factory.mktemp("trusted") / "certificate.pem"
+    trustme.CA().cert_pem.write_to_path(str(file))
+    with harness.trusting(str(file)):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -90,7 +104,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         selected = [item for item in selected if item.get_closest_marker("every_python")][int(HALF) :: 2]
     kept = set(selected)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = selected
+    items[:] = spread(selected)
+
+
+def spread(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Sort the tests so that the slow ones run first: those with a time limit of their own.
+
+    pytest-xdist cuts the list into one part for each process. So put some of the slow tests at the start of each part.
+    Otherwise, one process might still be running slow tests when the others have finished.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("timeout") is not None]
+    others = [item for item in items if item.get_closest_marker("timeout") is None]
+    size = -(-len(others) // processes)
+    parts = [slow[n::processes] + others[n * size : (n + 1) * size] for n in range(processes)]
+    return [item for part in parts for item in part]
 
 
 def is_selected(item: pytest.Item) -> bool:

@@ -406,7 +406,7 @@ class Calls:
             if is_kept:
                 return value
         shown, note = None, ""
-        if policy.needs_approval(arguments):
+        if self._needs_approval(name, policy, arguments):
             guarded, answer, by = await guard.approved(guarded)
             if answer is not None:
                 edited, note = await self._edited(made, answer, by or "the person who approved this call")
@@ -429,6 +429,14 @@ class Calls:
         except ToolError as error:
             value = error.value
         return with_note(value, note)
+
+    def _needs_approval(self, name: str, policy: Policy, arguments: Mapping[str, Any]) -> bool:
+        try:
+            return policy.needs_approval(arguments)
+        except Exception as error:
+            line = f"the approval function of {name} failed, so the call was not made: {error!r}"
+            self._recorder.journal.log.warning("%s", line)
+            raise RuntimeError(line) from error
 
     async def _edited(self, made: ToolCall, answer: Any, by: str) -> tuple[Mapping[str, Any], str]:
         """Validate the arguments that a person has edited; return them, and a line that tells the model about the edit.

@@ -396,8 +396,13 @@ class BudgetCheck:
                 f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
                 f"({self._command} {options}), and run the session again"
             )
+        if not decision.answer:  # `nexum approve ID` without --args
+            self._journal.log.warning(
+                "the decision %s about the budget gives no new limits, so nothing has changed", decision.execution_id
+            )
+            return
         try:
-            raised = Budget.model_validate(decision.answer or {})
+            raised = Budget.model_validate(decision.answer)
         except ValidationError as error:
             self._journal.log.warning(
                 "the decision %s about the budget holds no limits that can be read: %s",

@@ -240,7 +240,7 @@ class Guard:
                     question = Approval.of(question.session, call.agent, guarded.tool, arguments, guarded.reason)
             decision = await decided(self._client, asked, question, key, on_waiting=wait)
         if not decision.approved:
-            self._log.warning("%s: %s", guarded, decision.refusal)
+            self._log.warning("%s: %s", guarded, _escaped(decision.refusal))
             raise CallRejected(decision.refusal)
         self._log.info("%s: approved%s", guarded, f" by {decision.by}" if decision.by else "")
         return guarded, decision.answer, decision.by

@@ -56,6 +56,11 @@ class Session:
         ):
             if value not in choices:
                 raise InvalidRequest(f"{name} is {value!r}: give one of {', '.join(choices)}")
+        for name, policy in (policies or {}).items():
+            if not isinstance(policy, Policy):
+                raise InvalidRequest(f"the policy of {name} must be a Policy, not {policy!r}")
+        if not isinstance(budget, Budget | None):
+            raise InvalidRequest(f"the budget must be a Budget, for instance Budget(usd=2), not {budget!r}")
         self.session_id = check_session_id(session_id)
         self.stop_reason = ""
         """The reason for the run's end, recorded when the session is left."""

@@ -191,7 +191,9 @@ class NexumServicer(NexumServiceServicer):
         self._polls.task_ready(task)
         started = await starting
         # If the input is large, don't wait for the execution's end: the request would stay in memory until then.
-        ended = None if len(input_json) > SMALL_BYTES else await self._end_of(started.execution_id, wait)
+        ended = None
+        if wait and len(input_json) <= SMALL_BYTES:
+            ended = started.ended or await self._end_of(started.execution_id, wait)
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
@@ -207,13 +209,12 @@ class NexumServicer(NexumServiceServicer):
         started, retry_after_ms = await self._polls.under_limits(
             request.version_hash, partial(self._submit_owned, request, input_json), wait
         )
-        is_found = started.status.ended and not request.output_json
-        ended = await self._get(started.execution_id, context) if is_found else None
+        ended = None if request.output_json else started.ended
         return pb.StartResponse(
             execution_id=started.execution_id,
             existing=started.existing,
             status=started.status.value,
-            ended=None if ended is None else _execution_message(ended, has_poller=False),
+            ended=None if ended is None else _execution_message(await self._whole(ended, context), has_poller=False),
             task=None if started.task is None else _task_message(started.task),
             unknown=started.unknown,
             retry_after_ms=retry_after_ms,

@@ -24,7 +24,7 @@ from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import parsed, policy_of
 from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
-from nexum_engine.store.reading import find_execution
+from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution, get_execution
 from nexum_engine.store.results import Changed, Changes, Started
 from nexum_engine.workflow import check_attributes, check_id, compatibility
 
@@ -136,7 +136,8 @@ def start_execution(
                 )
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED) or latest["has_once"]:
-                return Started(latest["execution_id"], status, existing=True)
+                ended = get_execution(db, latest["execution_id"], max_bytes=MAX_INLINE_BYTES) if status.ended else None
+                return Started(latest["execution_id"], status, existing=True, ended=ended)
     if full_at is not None:
         raise Overloaded(
             f"at least {full_at:,} tasks wait for workers, which is the limit of this server (--max-queue): retry, or "

@@ -209,22 +209,23 @@ class _Summary(BaseModel):
     tokens: int = 0
 
 
-def _as_session(db: Db, run: Execution, row: Row) -> Execution:
+def _as_session(db: Db, run: Execution, listed: Row) -> Execution:
     """If `run` is the latest run of a session, add the session's summary. Return any other execution unchanged."""
     session, slash, _ = run.idempotency_key.partition("/")
-    latest = db.one("latest_run", execution=row["sequence"]) if slash else None
+    latest = db.one("latest_run", execution=listed["sequence"]) if slash else None
     if latest is None:
         return run
     keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" is the character after "/"
-    events, last_ms, summary = 0, 0, _Summary()
+    found: list[tuple[int, int, _Summary | None]] = []  # of each workflow: the last time, the number, and the summary
     for workflow in db.all("workflow_ids"):
-        found = db.one("session_events", workflow_id=workflow["workflow_id"], **keys)
-        if found is not None and found["number"]:
-            events += found["number"]
-            if found["last_ms"] > last_ms:
-                last_ms = found["last_ms"]
-                last = db.one("session_summary", workflow_id=workflow["workflow_id"], last_ms=last_ms, **keys)
-                summary = _summary_of(last)
+        row = db.one("session_events", workflow_id=workflow["workflow_id"], **keys)
+        if row is not None and row["number"]:
+            last = db.one("session_summary", workflow_id=workflow["workflow_id"], last_ms=row["last_ms"], **keys)
+            found.append((row["last_ms"], row["number"], _summary_of(last)))
+    # Executions without a summary, such as events that others have sent to the session, are not its recorded events.
+    found = [one for one in found if one[2] is not None] or found
+    _, _, newest = max(found, key=lambda one: one[0], default=(0, 0, None))
+    events, summary = sum(number for _, number, _ in found), newest or _Summary()
     return replace(
         run,
         session=SessionSummary(
@@ -233,8 +234,8 @@ def _as_session(db: Db, run: Execution, row: Row) -> Execution:
     )
 
 
-def _summary_of(row: Row | None) -> _Summary:
+def _summary_of(row: Row | None) -> _Summary | None:
     try:
-        return _Summary() if row is None or row["summary"] is None else _Summary.model_validate_json(row["summary"])
+        return None if row is None or row["summary"] is None else _Summary.model_validate_json(row["summary"])
     except ValidationError:
-        return _Summary()
+        return None

@@ -34,6 +34,8 @@ class Started:
     execution_id: str
     status: ExecutionStatus
     existing: bool
+    ended: Execution | None = None
+    """The found execution, if it has ended. Its input and nodes are missing if they are large."""
     task: Task | None = None
     """The owner's task, if an owner started the execution."""
     changed: Changed = Changed()

@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import sqlite3
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal
 
 from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, read_stamp, write_stamp
@@ -22,7 +24,8 @@ _OTHER_FILE = "name another file with --database-url or DATABASE_URL"
 logger = logging.getLogger(__name__)
 
 
-def connect(path: Path, timeout: float) -> sqlite3.Connection:
+def connect(path: Path, timeout: float, *, synchronous: Literal["FULL", "OFF"] = "FULL") -> sqlite3.Connection:
+    """Open a SQLite file. With `synchronous="OFF"`, the operating system decides when changes get to the disk."""
     # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
     # thread opens the connection and the writer thread uses it.
     connection = sqlite3.connect(
@@ -35,8 +38,8 @@ def connect(path: Path, timeout: float) -> sqlite3.Connection:
         # Lock the file for as long as it is open. SQLite then needs no shared memory, which network file systems and
         # some containers don't have.
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
     except BaseException:
         connection.close()
@@ -93,6 +96,7 @@ def check_version(path: Path, version: int) -> None:
 # ---- The schema ------------------------------------------------------------------------------------------------------
 
 
+@cache
 def _migrations() -> list[str]:
     """Return the SQL scripts of the schema in order. The first script makes version 1."""
     folder = files("nexum_engine.store") / "sqlite_migrations"

@@ -242,6 +242,7 @@ def test_program_of_durable_runs_waits_at_its_budget(server: ServerThread, tmp_p
     assert stopped[2] == "--stop"
 
 
+@pytest.mark.timeout(240)
 def test_waiting_program_of_durable_runs_continues_after_kill(server: ServerThread, tmp_path: Path) -> None:
     waiting = programs(DURABLE_RUNS)[-1]
     (tmp_path / "program.py").write_text(

@@ -378,6 +378,18 @@ async def test_told_call_can_not_deceive_its_reader(server: ServerThread) -> Non
     assert "xxx... (cut) of clerk: " in line
 
 
+async def test_told_rejection_has_no_control_characters(server: ServerThread) -> None:
+    async def rejects_in_red(client: NexumClient, execution: str, _: dict[str, Any]) -> None:
+        await client.reject(execution, NODE, approver="ann", reason="\x1b[31mno")
+
+    shop, lines = Shop(approval="always"), list[str]()
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        async with Deciders(server, rejects_in_red):
+            result = await run(server, shop.clerk(model), logs=lines)
+    assert result.messages[-1].to_text() == "ann rejected this call: \x1b[31mno"
+    assert [line for line in lines if line.endswith("of clerk: ann rejected this call: \\u001b[31mno")]
+
+
 async def test_wrong_arguments_are_never_asked_for_and_never_run(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": "many"})) as model:
@@ -509,6 +521,8 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
             (info,) = await list_sessions(client)
             execution, call = question.execution_id, 'charge({"cents":5,"customer":"c-1"})'
             assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution)}",)
+            (info,) = await list_sessions(client, nexum="host:1")
+            assert info.questions == (f"waits for a decision on {call}: {how_to_decide(execution, 'host:1')}",)
             await client.approve(question.execution_id, NODE)
         await run(server, build, park=True)
         assert len(model.requests) == 6
@@ -563,10 +577,13 @@ async def test_question_of_another_kind_under_the_key_is_no_permission(server: S
 
 
 async def test_error_of_the_approval_function_is_no_permission(server: ServerThread) -> None:
-    shop = Shop(approval=lambda dollars, **_: dollars > 5)
+    shop, lines = Shop(approval=lambda dollars, **_: dollars > 5), list[str]()
     with OpenAIServer(clerk_model({"cents": 5})) as model:
-        result = await run(server, shop.clerk(model))
-    assert "missing 1 required positional argument: 'dollars'" in result.messages[-1].to_text()
+        result = await run(server, shop.clerk(model), tell=lines.append)
+    text = result.messages[-1].to_text()
+    assert text.startswith("the approval function of charge failed, so the call was not made: TypeError(")
+    assert "missing 1 required positional argument: 'dollars'" in text
+    assert f"[Nexum] {text}" in lines
     assert shop.charged == []
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from harness import ROOT, environment
+from harness import MACHINES_CERTIFICATES, ROOT, environment, trusting
 from server_thread import ServerThread
 
 FILES = (
@@ -34,13 +34,14 @@ def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     version = importlib.metadata.version("autogen-agentchat")
     # Without build isolation, pip doesn't install hatchling, which reads the version, into an environment of its own.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "--no-binary", ":all:", f"autogen-agentchat=={version}"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with trusting(MACHINES_CERTIFICATES):
+        done = subprocess.run(
+            [*command, "--no-binary", ":all:", f"autogen-agentchat=={version}"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     archives = list(folder.glob("*.tar.gz"))
     if not archives:
         pytest.skip(f"the package index did not give AutoGen's source distribution: {done.stderr.strip()[-200:]}")

@@ -19,7 +19,7 @@ from harness import Server
 from processes import run_script
 from pydantic import ValidationError
 
-from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session
+from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session, list_sessions
 from durable_autogen.record.budget import BudgetQuestion, decide, questions_of
 from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
@@ -302,7 +302,19 @@ async def test_decision_before_the_limit_counts_and_a_useless_one_is_asked_again
     await run.decide(Budget(model_calls=4), 5)
     await running
     assert (len(run.happened), await questions(run)) == (4, 5)
-    assert len(run.told("holds no limits that can be read")) == 1
+    assert len(run.told("holds no limits that can be read")) == len(run.told("gives no new limits")) == 1
+
+
+async def test_list_of_sessions_shows_the_command_that_raises_the_budget(shared_server: Server) -> None:
+    run = Run(shared_server, Budget(model_calls=0))
+    running = run.start(lambda: asked(Scripted(run.happened)))
+    waiting, _ = await question(run.client, run.session)
+    (info,) = [one for one in await list_sessions(run.client) if one.session == run.session]
+    assert "--model-calls 1" in waiting.decide_with
+    words = f"has used 0 of 0 model calls of its budget, and waits for a decision: {waiting.decide_with}"
+    assert info.questions == (words,)
+    await decide(run.client, run.session, Budget(model_calls=1))
+    await running
 
 
 async def test_call_given_up_at_the_limit_is_not_counted(shared_server: Server) -> None:

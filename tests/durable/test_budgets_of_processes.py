@@ -90,6 +90,7 @@ def decide(folder: Path, told: str) -> str:
     return deciding.output
 
 
+@pytest.mark.timeout(240)
 def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Path) -> None:
     """The test kills five runs, or as many as the environment variable BUDGET_RUNS says."""
     told = ""

@@ -31,10 +31,12 @@ from durable_autogen import (
     call_id,
     durable_tool,
     fork_session,
+    list_sessions,
 )
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.attempts import TookTooLong, retry_after
 from durable_autogen.record.journal import Journal
+from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
 from nexum_engine.owner import Owner
@@ -372,6 +374,10 @@ async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> 
             async with DurableSession(session, nexum=server.address, park=True):
                 await target.result()
         assert len(target.done) == 1
+    async with NexumClient(server.address) as client:
+        shown = {text for one in await list_sessions(client) for text in one.questions}
+        words = 'may or may not have called charge({"cents":990}). '
+        assert shown == {words + how_to_resolve(one.execution_id) for one in await client.unknown()}
     target = Target(UnknownEffect("the line broke"), effect="once", reconcile=lambda arguments, key: "receipt found")
     async with DurableSession("s3", nexum=server.address, park=True):
         assert (await target.result()).to_text() == "receipt found"

@@ -17,7 +17,7 @@ from server_thread import ServerThread
 
 from durable_autogen import DurableSession, fork_session, list_sessions, recorded_sessions
 from durable_autogen.record.events import Record, read_record
-from durable_autogen.session_report import table
+from durable_autogen.session_report import details, table
 from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
 from nexum_engine.records import Execution
@@ -105,6 +105,28 @@ async def test_session_of_a_program_without_a_task_is_listed_with_the_first_user
     assert [one.question for one in sessions] == shown
     lines = table(sessions, time.time()).splitlines()
     assert [line.split()[0] for line in lines] == ["empty", "no", "s", "How", "a"]
+
+
+async def test_fork_of_a_program_without_a_task_is_listed_with_question_and_message(server: ServerThread) -> None:
+    async with NexumClient(server.address) as nexum:
+        with OpenAIServer(lambda _: answer("yes")) as model:
+            async with DurableSession("s", nexum=server.address):
+                await agent(model, "a").run(task="How many?")
+        await fork_session(nexum, "s", 1, "f", "Shorter")
+        assert [one.question for one in await list_sessions(nexum)] == ["How many? / Shorter", "How many?"]
+
+
+async def test_shown_session_of_a_changed_program_says_how_many_events_it_dropped(server: ServerThread) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for name in ("a", "b"):
+            async with DurableSession("s", nexum=server.address, on_drift="continue"):
+                await agent(model, name).run(task="How many?")
+    async with NexumClient(server.address) as nexum:
+        lines = details(await recorded_sessions.show_session(nexum, "s"), time.time()).splitlines()
+    assert [line.split()[:5] for line in lines[-2:]] == [
+        ["revoke", "1", "event(s)", "dropped"],
+        ["1", "reply", "1", "of", "b"],
+    ]
 
 
 async def test_failed_call_that_is_revoked_does_not_count(server: ServerThread) -> None:

@@ -126,3 +126,17 @@ async def test_task_messages_can_be_omitted_from_output(server: ServerThread) ->
 async def test_misspelt_on_drift_is_refused(server: ServerThread) -> None:
     with pytest.raises(InvalidRequest, match="on_drift is 'Stop': give one of stop, continue"):
         await run(server, lambda: None, on_drift="Stop")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"budget": 2.0}, r"the budget must be a Budget, for instance Budget\(usd=2\), not 2\.0"),
+        ({"policies": {"charge": {"approval": "always"}}}, r"the policy of charge must be a Policy, not \{'approval'"),
+    ],
+)
+async def test_budget_or_policy_of_another_type_is_refused(
+    server: ServerThread, wrong: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        await run(server, lambda: None, **wrong)

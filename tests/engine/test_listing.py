@@ -44,6 +44,7 @@ async def end(store: Store, workflow_id: str, status: str) -> None:
         await store.run(executions.cancel_execution, task.execution_id)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     "rare", [pytest.param(0, id="common"), pytest.param(1000, id="rare", marks=pytest.mark.both_stores)]
 )
@@ -177,6 +178,15 @@ async def test_session_is_one_item(store: Store, clock: ManualClock, monkeypatch
     clock.advance(60)
     await store.run(leases.sweep, 0)
     assert await grouped(store, "RUNNING") == [(latest, SessionSummary("s1", 6, False, "Why?", 3, 50)), (plain, None)]
+
+
+@pytest.mark.both_stores
+async def test_event_that_was_sent_to_a_session_hides_no_summary(store: Store, clock: ManualClock) -> None:
+    run = await own(store, "run", "s/1")
+    await own(store, "event", "s/agent/1", {"summary": {"question": "Why?", "calls": 1, "tokens": 5, "number": 1}})
+    clock.advance(1)
+    await own(store, "v", "s/payment/1", {"amount": 990})
+    assert (await grouped(store))[-1] == (run, SessionSummary("s", 1, True, "Why?", 1, 5))
 
 
 @pytest.mark.parametrize("odd", [None, "x", 5, {"question": 5}, {"calls": "many"}, [1]])

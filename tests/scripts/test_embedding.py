@@ -88,6 +88,7 @@ def test_one_client_serves_several_event_loops(tmp_path: Path, server: ServerThr
     assert "PINGED" in embedded("loops_one_client", tmp_path, server)
 
 
+@pytest.mark.timeout(240)
 def test_tool_calls_and_durable_runs_share_a_process(tmp_path: Path, server: ServerThread) -> None:
     with counting_worker(tmp_path, server.address), OpenAIServer(lambda _: answer("said")) as model:
         lines = embedded("two_loops", tmp_path, server, model.base_url)

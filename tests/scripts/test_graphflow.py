@@ -50,6 +50,7 @@ def show(server: ServerThread, folder: Path, *arguments: str, env: dict[str, str
     return output
 
 
+@pytest.mark.timeout(240)
 def test_interrupted_graph_does_not_resume_and_the_durable_run_finishes(server: ServerThread, tmp_path: Path) -> None:
     output = show(server, tmp_path, "--graphflow")
     assert "no agent called its model; ended normally" in output
@@ -71,6 +72,7 @@ def test_stopped_loop_does_not_reach_its_exit_and_the_durable_run_finishes(
     assert "3 recorded call(s) were replayed, none was repeated; 5 were made live" in output
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["--graphflow", "--cyclic"])
 def test_fixed_autogen_resumes(server: ServerThread, tmp_path: Path, fixed: Path, kind: str) -> None:
     output = show(server, tmp_path, kind, env={"PYTHONPATH": f"{ROOT}{os.pathsep}{fixed}"})

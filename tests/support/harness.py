@@ -20,12 +20,29 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     # Add the folder for programs that pytest doesn't start. Pytest's own settings add it, too.
     sys.path.insert(0, str(ROOT))
+MACHINES_CERTIFICATES = os.environ.get("SSL_CERT_FILE")
+"""The file with the certificates that the machine trusts, if it has an own setting. The package index needs them."""
+PATIENCE = 110  # seconds that a process may take: less than pytest's limit for a test, so that the failure names it
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
     *("NEXUM_ADDRESS", "DATABASE_URL", "CRASH_AFTER", "NEXUM_ALLOWED_HOSTS"),
     *("NEXUM_TLS_CA", "NEXUM_TLS_CERT", "NEXUM_TLS_KEY", "NEXUM_TOKEN", "NEXUM_TOKEN_FILE"),
     *("NEXUM_SERVER_TLS_CERT", "NEXUM_SERVER_TLS_KEY", "NEXUM_SERVER_TLS_CLIENT_CA", "NEXUM_SERVER_TOKENS"),
 )
+
+
+@contextmanager
+def trusting(certificates: str | None) -> Iterator[None]:
+    """Let this process, and those that it starts, trust the certificates in this file. None means the system's."""
+    before = os.environ.pop("SSL_CERT_FILE", None)
+    if certificates is not None:
+        os.environ["SSL_CERT_FILE"] = certificates
+    try:
+        yield
+    finally:
+        os.environ.pop("SSL_CERT_FILE", None)
+        if before is not None:
+            os.environ["SSL_CERT_FILE"] = before
 
 
 def free_port() -> int:
@@ -156,7 +173,7 @@ def run_to_end(
     """Run a process to its end; return its exit code, its output and, separately, its errors."""
     env = environment(env)
     if forked and can_fork(command, env):
-        return run_forked(command, cwd=cwd, env=env, timeout=60)
+        return run_forked(command, cwd=cwd, env=env, timeout=PATIENCE)
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -164,7 +181,7 @@ def run_to_end(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
 
