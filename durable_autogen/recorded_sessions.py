@@ -96,14 +96,19 @@ async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[s
     found: dict[str, list[str]] = {}
     pending: list[PendingApproval | UnknownNode] = [*await client.pending_approvals(patience=SERVER_PATIENCE)]
     for one in [*pending, *await client.unknown(patience=SERVER_PATIENCE)]:
-        input = jsontext.parse(one.input_json or "{}", "the input")
+        input_json = one.input_json
+        if not input_json:  # the list leaves out a long input
+            whole = await client.get_execution(one.execution_id, patience=SERVER_PATIENCE)
+            input_json = whole.execution.input_json
+        input = jsontext.parse(input_json, "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
             found.setdefault(session, []).append(_question(one, input, nexum))
     return found
 
 
 def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: str | None) -> str:
-    what = f"{input['tool']}({jsontext.dump(input.get('arguments'), 'it')})" if "tool" in input else one.node_id
+    arguments = jsontext.dump(input.get("arguments"), "it") if one.input_json else "…"  # left out: too long to show
+    what = f"{input['tool']}({arguments})" if "tool" in input else one.node_id
     if isinstance(one, UnknownNode):
         return f"may or may not have called {what}. {how_to_resolve(one.execution_id, nexum)}"
     if command := input.get("decide_with"):  # a `BudgetQuestion`: an approval without new limits decides nothing

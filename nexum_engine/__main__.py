@@ -56,7 +56,7 @@ from nexum_engine import (
 from nexum_engine import commands as about_executions
 from nexum_engine.commands import PartlyDecided, look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
-from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable
+from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, NotANexumServer, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
 from nexum_engine.options import count, duration, seconds
 from nexum_engine.store import restore_database
@@ -284,7 +284,7 @@ def _run(argv: list[str] | None) -> int:
                 return 1
     except NexumError as error:
         _complain(str(error))
-        return 2 if isinstance(error, (ServerUnavailable, AccessDenied)) else 1
+        return 2 if isinstance(error, (ServerUnavailable, NotANexumServer, AccessDenied)) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # a closed pipe (`| head`) needs no message
             _complain(in_words(error))  # for example, the disk is full

@@ -423,10 +423,14 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         return report.as_json(execution) if args.json else report.details(execution, children)
     if args.command == "approvals":
         pending = await source.approvals()
-        return report.items_as_json(pending) if args.json else report.approvals(pending, SystemClock().now_ms())
+        if args.json:
+            return report.items_as_json(pending)
+        return report.approvals(pending, SystemClock().now_ms()) + _more(pending)
     if args.command == "unknown":
         nodes = await source.unknown()
-        return report.items_as_json(nodes) if args.json else report.unknown(nodes, SystemClock().now_ms())
+        if args.json:
+            return report.items_as_json(nodes)
+        return report.unknown(nodes, SystemClock().now_ms()) + _more(nodes)
     if args.command == "tools":
         declared = await source.tools()
         return report.items_as_json(declared) if args.json else report.tools(declared)
@@ -447,6 +451,13 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
     return f"{args.execution} is RUNNING again"
 
 
+def _more(waiting: Sequence[PendingApproval | UnknownNode], separator: str = "\n") -> str:
+    """Return a note that more nodes may wait, if the list of waiting nodes is as long as it can be. Else return ""."""
+    if len(waiting) < waits.MAX_WAITING:
+        return ""
+    return f"{separator}(only the {waits.MAX_WAITING:,} that have waited the longest are listed)"
+
+
 async def _decide(
     args: argparse.Namespace, source: _Executions, decide: Callable[[str, str], Awaitable[None]], decision: str
 ) -> str:
@@ -459,13 +470,10 @@ async def _decide(
         node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
         await decide(args.execution, node)
         return f"{node} of {args.execution} is {decision}"
-    chosen = [
-        (one.execution_id, one.node_id)
-        for one in await source.approvals()
-        if await _session_of(source, one) == args.session
-    ]
+    pending = await source.approvals()
+    chosen = [(one.execution_id, one.node_id) for one in pending if await _session_of(source, one) == args.session]
     if not chosen:
-        raise Conflict(f"no call of session {args.session} waits for approval")
+        raise Conflict(f"no call of session {args.session} waits for approval{_more(pending, ' ')}")
     done: list[str] = []
     failures: list[str] = []
     for execution_id, node in chosen:

@@ -54,8 +54,9 @@ class CallContext:
         self._callbacks.append(callback)
 
     def end(self) -> None:
-        """Run the callbacks of `add_done_callback`, because the call is over."""
-        for callback in self._callbacks:
+        """Run the callbacks of `add_done_callback`, because the call is over. Does nothing the second time."""
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
             callback(self)
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()) -> NoReturn:
@@ -189,13 +190,24 @@ class _Stream:
 
     async def _answer(self, frame: pb.CallFrame, context: CallContext) -> None:
         try:
-            rpc = self._rpcs.get(frame.method)
-            if rpc is None:
-                raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
-            answer = await rpc(Received(frame.message), context)
-        except Refused as refused:
-            await self._send(_refusal(frame.call, refused))
+            await self._run(frame, context)
             return
+        except Refused as refused:
+            refusal = _refusal(frame.call, refused)
+        except asyncio.CancelledError:
+            if context.is_cancelled:
+                raise
+            # `Answers.reserve` has cancelled this task. Tell the client, which may read again.
+            refusal = _refusal(frame.call, _UNREAD)
+        context.end()  # the refusal may wait long until the client reads, and needs none of the call's memory
+        await self._send(refusal)
+
+    async def _run(self, frame: pb.CallFrame, context: CallContext) -> None:
+        """Run a call, and send its answer in parts. Raises Refused."""
+        rpc = self._rpcs.get(frame.method)
+        if rpc is None:
+            raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
+        answer = await rpc(Received(frame.message), context)
         message = answer.SerializeToString()
         for begin in range(0, len(message) or 1, PART_BYTES):
             end = begin + PART_BYTES
@@ -205,6 +217,12 @@ class _Stream:
 _TOO_MANY_CALLS = Refused(
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     "the stream or the server has reached its limit of calls: retry",
+    Overloaded.__name__,
+    RETRY_AFTER_MS,
+)
+_UNREAD = Refused(
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "the answer was dropped, because it was not read in time: retry, and read answers sooner",
     Overloaded.__name__,
     RETRY_AFTER_MS,
 )

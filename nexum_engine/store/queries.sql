@@ -478,7 +478,7 @@ WHERE node = :node AND status = 'WAITING';
 -- End a node's newest attempt, whose effect is unknown. The node now waits for a person. :lease_loss says how the
 -- attempt's lease ran out. If :lease_loss is NULL, the attempt is not resumed when its worker comes back.
 UPDATE nodes SET status = 'WAITING', due_ms = NULL, error = '', outcome = 'UNKNOWN', attempt_error = :error,
-                 lease_loss = :lease_loss, ended_ms = :now
+                 lease_loss = :lease_loss, lost_attempts = lost_attempts + :lost, ended_ms = :now
 WHERE node = :node AND attempts = :attempt
   AND (status IN ('RUNNING', 'READY') OR (status = 'WAITING' AND outcome = 'UNKNOWN'));
 

@@ -17,6 +17,8 @@ MAX_INLINE_BYTES = 64 * 1024
 """The size up to which a transition returns payloads with its result. Larger ones are read separately when needed."""
 MAX_ATTEMPTS = 10_000
 """The largest number of attempts in one answer."""
+MAX_OFFSET = 2**31 - 2
+"""The largest offset that PostgreSQL accepts. No payload is that long."""
 
 
 def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
@@ -146,7 +148,8 @@ def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: i
     execution = number_of(db, execution_id)
     if db.one("sequence", execution=execution, execution_id=execution_id) is None:
         raise ExecutionNotFound(execution_id)
-    row = db.one("payload_part", execution=execution, node_id=node_id, offset=offset, length=length)
+    part = {"offset": min(offset, MAX_OFFSET), "length": length}
+    row = db.one("payload_part", execution=execution, node_id=node_id, **part)
     if row is None or row["bytes"] is None:
         why = "it has no such node" if row is None else "the node has not completed"
         raise NotFound(f"execution {execution_id} has no output of node {node_id!r}: {why}")

@@ -13,7 +13,6 @@ from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
-from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, StoreLocked, StoreRefused
 from nexum_engine.scheduling import DONE
 from nexum_engine.store.base import Checked
@@ -124,11 +123,16 @@ def _payloads(connection: sqlite3.Connection) -> Iterator[str]:
 
 
 def _is_json(text: str) -> bool:
+    # Don't use jsontext.parse: the output of a MAP node may be larger, and nested more deeply, than it allows.
     try:
-        jsontext.parse(text, "it")
-    except InvalidRequest:
+        json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
         return False
     return True
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _definitions(connection: sqlite3.Connection) -> Iterator[str]:

@@ -423,16 +423,16 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
         return Changed()
     _check_may_report(row)
     changes = Changes()
+    # If the worker of a lost attempt still reports, no longer count the attempt as lost. (See `_counted_losses`.)
+    lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) and not row["owned"] else 0
     if unknown:
         if row["effect"] != Effect.RECONCILE or row["owned"]:
-            wait_for_person(db, row, error, changes)
+            wait_for_person(db, row, error, changes, lost=lost)
         else:
-            retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error), changes)
+            retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error, lost=lost), changes)
             db.run("must_reconcile", node=row["node"])
             changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
         return changes.freeze()
-    # If the worker of a lost attempt still reports the failure, count the attempt as failed, and no longer as lost.
-    lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) else 0
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     retry_or_fail(db, row, end, final, changes)
     return changes.freeze()
@@ -497,11 +497,14 @@ def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) 
         end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
 
-def wait_for_person(db: Db, row: Row, error: str, changes: Changes, lease_loss: Outcome | None = None) -> None:
+def wait_for_person(
+    db: Db, row: Row, error: str, changes: Changes, lease_loss: Outcome | None = None, *, lost: int = 0
+) -> None:
     """End the attempt in `row`, whose effect is unknown. The node waits for a person, unless the node has ended.
 
     `lease_loss` says how the attempt's lease ran out: if the attempt's worker comes back, the attempt is resumed.
-    `lease_loss` is None if the attempt ended for another reason, and then the attempt is never resumed.
+    `lease_loss` is None if the attempt ended for another reason, and then the attempt is never resumed. `lost` is added
+    to the node's count of losses.
     """
     db.run(
         "wait_for_person",
@@ -509,6 +512,7 @@ def wait_for_person(db: Db, row: Row, error: str, changes: Changes, lease_loss: 
         attempt=row["attempt"],
         error=error,
         lease_loss=None if lease_loss is None else lease_loss.value,
+        lost=lost,
         now=db.now_ms,
     )
     place_freed(db, row, changes)

@@ -542,6 +542,15 @@ async def test_other_branches_of_a_graph_work_on_before_the_run_parks(server: Se
     assert shop.charged == ["c-1 5"]
 
 
+async def test_long_call_that_waits_is_listed(server: ServerThread) -> None:
+    with OpenAIServer(clerk_model({"cents": 5, "customer": "x" * 20_000})) as model, pytest.raises(Parked):
+        await run(server, Shop(approval="always").clerk(model), park=True)
+    async with NexumClient(server.address) as client:
+        (question,) = await client.pending_approvals()
+        (info,) = await list_sessions(client)
+    assert info.questions == (f"waits for a decision on charge(…): {how_to_decide(question.execution_id)}",)
+
+
 async def test_run_parks_when_all_calls_of_a_reply_wait(server: ServerThread) -> None:
     shop = Shop(approval="always")
     with OpenAIServer(clerk_model({"cents": 1}, {"cents": 2})) as model:

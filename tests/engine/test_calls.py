@@ -333,7 +333,9 @@ async def test_server_reads_no_further_calls_while_nobody_reads_its_refusals() -
         assert max(len(frame.details) for frame in frames) < 200
 
 
-async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_nobody_reads_is_dropped_and_its_client_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bounds, "ANSWER_BUDGET", 8 * MIB)
     monkeypatch.setattr(bounds, "ANSWER_TIMEOUT", 2.0)
     async with engine_server(tmp_path) as server, connected(server.address) as (stub, _):
@@ -347,6 +349,14 @@ async def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, monkeypatc
             # The budget has room for one such answer. So this call succeeds only after the unread answer is dropped.
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 3 * MIB
             assert time.monotonic() - begun > 1
+            while (frame := (await unread.read())[-1]).more:
+                pass
+            assert (frame.call, frame.status, frame.error) == (
+                1,
+                grpc.StatusCode.RESOURCE_EXHAUSTED.value[0],
+                "Overloaded",
+            )
+            assert frame.retry_after_ms
 
 
 UNCLOSED = """

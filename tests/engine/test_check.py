@@ -13,7 +13,7 @@ from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused
-from nexum_engine.store import check_database, executions, open_store, retry, tasks, waits
+from nexum_engine.store import check_database, executions, leases, open_store, retry, tasks, waits
 from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite import SqliteStore
 
@@ -96,6 +96,40 @@ def test_sound_database_has_no_findings_and_is_not_changed(database: Path) -> No
     checked = check_database(database)
     assert (checked.executions, checked.findings) == (11, ())
     assert contents(database.parent) == before
+
+
+async def test_late_report_of_lost_attempt_is_counted_once(tmp_path: Path) -> None:
+    path, clock = tmp_path / "nexum.db", ManualClock()
+    store = await open_store(f"sqlite:///{path}", clock)
+    await store.run(executions.register_workflow, "one", "v1", ONE_NODE)
+    await store.run(executions.register_workflow, "pay", "v2", PAY)
+    owned = (await store.run(tasks.start_owned, "one", "v1", "0", "s/1", "owner", 1000, True)).task
+    await store.run(executions.start_execution, "pay", "v2", "0", "")
+    once = (await store.run(tasks.claim, "worker", ("v2",), 2**40, 30_000, True)).task
+    assert owned is not None
+    assert once is not None
+    await store.run(leases.lose, "worker", frozenset({once.task_id}))
+    clock.advance(1)
+    await store.run(leases.sweep, 2**60)  # the owner's lease has run out
+    await store.run(tasks.fail_task, owned.task_id, "no", False)
+    await store.run(tasks.fail_task, once.task_id, "no answer", True, True)
+    await store.run(tasks.fail_task, once.task_id, "no", True)
+    await store.close()
+    assert check_database(path).findings == ()
+
+
+async def test_large_result_of_map_node_is_no_finding(tmp_path: Path) -> None:
+    """Each item's result is within the limits of a result, but the list of them is deeper and has more values."""
+    path = tmp_path / "nexum.db"
+    store = await open_store(f"sqlite:///{path}", ManualClock())
+    await store.run(executions.register_workflow, "map", "v1", '{"nodes": {"m": {"type": "MAP"}}}')
+    await store.run(executions.start_execution, "map", "v1", "0", "")
+    for output in ("[1, 2]", "[" * 201 + "]" * 201, f"[{'0,' * 199_900}0]"):
+        task = (await store.run(tasks.claim, "worker", ("v1",), 2**40, 30_000, True)).task
+        assert task is not None
+        await store.run(tasks.complete_task, task.task_id, output)
+    await store.close()
+    assert check_database(path).findings == ()
 
 
 DAMAGES = {

@@ -8,9 +8,11 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import harness
 import pytest
 from harness import Process, Server, environment, free_port, nexum_server, running
@@ -291,6 +293,16 @@ def test_named_server_must_answer(nexum: Command, monkeypatch: pytest.MonkeyPatc
     code, output = nexum("ps")
     assert code == 2
     assert output.startswith(f"error: no Nexum server answers on {address}")
+
+
+def test_named_server_must_be_a_nexum_server(nexum: Command) -> None:
+    other = grpc.server(ThreadPoolExecutor())
+    port = other.add_insecure_port("127.0.0.1:0")
+    other.start()
+    code, output = nexum("ps", "--nexum", f"127.0.0.1:{port}")
+    other.stop(None).wait()
+    assert code == 2
+    assert output.startswith(f"error: the server on 127.0.0.1:{port} does not speak this Nexum contract")
 
 
 def test_closed_pipe_prints_no_traceback(tmp_path: Path, run_of_calls: Run) -> None:

@@ -12,6 +12,7 @@ from nexum_wire import DEADLINE, complete, connected, poll, start, status
 from processes import Command
 
 from nexum_engine.client import NexumClient
+from nexum_engine.store import waits
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -131,6 +132,32 @@ def test_all_calls_of_a_session_are_decided_together(
         assert (code, output) == (0, "\n".join(f"approval of {one} is {done}" for one in (asked[0], asked[2])))
         assert [status(stub, one)[0] for one in asked] == [status_after, "RUNNING", status_after, "RUNNING"]
         assert terminal(command, "--session", "s") == (1, "error: no call of session s waits for approval")
+
+
+MORE = "(only the 2 that have waited the longest are listed)"
+
+
+def test_list_of_approvals_says_that_more_nodes_wait(
+    terminal: Command, stub: NexumServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "MAX_WAITING", 2)
+    start(stub)
+    assert MORE not in terminal("approvals")[1]
+    start(stub)
+    assert terminal("approvals")[1].endswith(f"\n{MORE}")
+    start(stub, json.dumps({"session": "s", "tool": "charge"}))
+    code, output = terminal("approve", "--session", "s")
+    assert (code, output) == (1, f"error: no call of session s waits for approval {MORE}")
+
+
+def test_list_of_unknown_effects_says_that_more_nodes_wait(
+    address: str, terminal: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "MAX_WAITING", 2)
+    with connected(address) as stub:
+        for n in range(2):
+            start_unknown(stub, json.dumps(n))
+    assert terminal("unknown")[1].endswith(f"\n{MORE}")
 
 
 def test_decision_about_a_session_continues_after_a_refusal(

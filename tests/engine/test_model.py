@@ -404,6 +404,8 @@ class BothEngines(RuleBasedStateMachine):
     seconds: tuple[float, ...]
     policies: tuple[Mapping[str, Any], ...]
     prefix = ""
+    empty_report = ""
+    """What an empty report means to the engine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -553,7 +555,8 @@ class BothEngines(RuleBasedStateMachine):
         if self.model.attempts[task_id].node.kind in ("MAP", "SUBWORKFLOW") and len(self.model.runs) >= MAX_RUNS:
             return
         self.reports.append((task_id, text))
-        self.both(lambda: self.engine.complete(task_id, text), lambda: self.model.complete(task_id, text))
+        means = text or self.empty_report
+        self.both(lambda: self.engine.complete(task_id, text), lambda: self.model.complete(task_id, means))
 
     def work(self) -> None:
         """Take a task and report a result that is valid for its node."""
@@ -852,6 +855,7 @@ class WithServer(BothEngines):
     """The rules, run on a server process, which a restart kills. Its clock can't be moved, so no rule waits."""
 
     seconds = (10_000,)
+    empty_report = "null"  # the published TypeScript SDK sends no output for a handler that returns nothing
     policies = ({"first_delay_seconds": 0}, {"first_delay_seconds": 0, "max_attempts": 2})
     engine: ServerEngine
     number = itertools.count()

@@ -176,6 +176,12 @@ async def test_start_counts_its_tasks(store: Store) -> None:
 # ---- Workflows -------------------------------------------------------------------------------------------------------
 
 
+async def test_part_of_payload_after_its_end_is_empty(store: Store) -> None:
+    execution_id = (await start(store)).execution_id
+    for offset in (2, 2**31, 2**63 - 1):
+        assert await store.run(reading.payload_part, execution_id, "", offset, 10) == (b"", 2)
+
+
 async def test_versions_are_listed_latest_first_with_running_executions(store: Store) -> None:
     assert await register(store, ONE) is Compatibility.NEW
     assert await register(store, ONE) is Compatibility.IDENTICAL

@@ -249,6 +249,8 @@ class Model:
         if attempt.outcome in ("FAILED", "UNKNOWN") and attempt.said == error:
             return
         self._check_may_report(attempt)
+        if attempt.outcome in ("LOST", "EXPIRED"):
+            node.lost -= 1
         if unknown and node.kind == "EFFECT":
             attempt.said = error
             if node.spec.get("reconcile") and not node.must_reconcile:
@@ -256,8 +258,6 @@ class Model:
             else:
                 self._ask_person(attempt, can_resume=False)
             return
-        if attempt.outcome in ("LOST", "EXPIRED"):
-            attempt.node.lost -= 1
         attempt.said = error
         self._count_failure(attempt, "FAILED", final)
 
