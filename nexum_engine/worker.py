@@ -644,7 +644,7 @@ def _reason(error: Exception) -> str:
     """Return the message of a handler's exception, as text that can be sent to the server. Never raises an error."""
     try:
         text = str(error) if isinstance(error, NexumError) else f"{type(error).__name__}: {error}"
-    except Exception:  # noqa: BLE001 - the exception is a handler's, and so is its __str__
+    except BaseException:  # noqa: BLE001 - the exception is a handler's, and so is its __str__
         text = f"{type(error).__name__} (its message can't be shown)"
     return text[:MAX_REASON_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+import stat
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -65,6 +66,8 @@ def checkpoint(connection: sqlite3.Connection) -> None:
 def check_file(path: Path) -> None:
     """Raise StoreRefused if the file is not a Nexum database that this version can open. Only the header is read."""
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):
+            raise StoreRefused(f"{path} is a pipe, not a database; {_OTHER_FILE}")  # to open it could wait for ever
         with path.open("rb") as file:
             header = file.read(100)
     except FileNotFoundError:

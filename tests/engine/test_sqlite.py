@@ -106,6 +106,15 @@ async def test_foreign_file_is_refused_and_left_untouched(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+async def test_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "some.db"
+    if sys.platform != "win32":
+        os.mkfifo(path)
+    with pytest.raises(StoreRefused, match="is a pipe, not a database"):
+        await opened(path)
+
+
 def test_server_refuses_a_foreign_file_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "some.db"
     foreign(path)

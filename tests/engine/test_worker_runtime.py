@@ -138,13 +138,20 @@ class Unprintable(Exception):
         raise RuntimeError("not even this")
 
 
+class Exits(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
 class HugeError(Exception):
     def __str__(self) -> str:
         return "é" * 30_000_000
 
 
 @pytest.mark.parametrize(
-    "raised", [Unprintable(), HugeError(), ValueError("\ud800 alone")], ids=["unprintable", "huge", "surrogate"]
+    "raised",
+    [Unprintable(), Exits(), HugeError(), ValueError("\ud800 alone")],
+    ids=["unprintable", "exits", "huge", "surrogate"],
 )
 async def test_exception_without_printable_message_fails_the_attempt(
     address: str, client: NexumClient, raised: Exception
