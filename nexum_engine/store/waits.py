@@ -80,6 +80,7 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     if answer_json:
         decision["answer"] = jsontext.parse(answer_json, "answer_json")
     output = jsontext.dump(decision, "the decision")
+    jsontext.parse(output, "the decision with its answer")  # it is nested one level more deeply than the answer
     flow.check_outputs_fit(db, execution_id, output)
     _note_decision(db, node, approver, Outcome.COMPLETED, "")
     flow.complete_waiting(db, node, output, changes)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from nexum_engine import jsontext
 from nexum_engine.approvals import approval_workflow, decision_of
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, InvalidRequest, NotFound, StaleTask
@@ -520,6 +521,10 @@ async def test_answer_of_a_person_is_stored_with_the_approval(store: Store) -> N
     assert pending.input_json == '{"cents": 5}'
     with pytest.raises(InvalidRequest, match="answer_json"):
         await store.run(waits.approve, execution_id, "boss", "Ann", "fine", "{")
+    deepest = "[" * 201 + "]" * 201
+    assert jsontext.parse(deepest, "it")
+    with pytest.raises(InvalidRequest, match="the decision with its answer"):  # nobody could read the decision
+        await store.run(waits.approve, execution_id, "boss", "Ann", "fine", deepest)
     await store.run(waits.approve, execution_id, "boss", "Ann", "fine", '{"cents": 4}')
     output = json.loads((await store.run(reading.get_execution, execution_id)).outputs()["boss"])
     assert (output["approver"], output["comment"], output["answer"]) == ("Ann", "fine", {"cents": 4})
