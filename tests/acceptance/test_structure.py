@@ -94,7 +94,7 @@ ENGINE = {
     "policy": ("workflow", "jsontext", "errors"),
     "deadline": (),
     "scheduling": ("workflow", "records"),
-    "report": ("records",),
+    "report": ("records", "jsontext"),
     "location": ("errors", "streams"),
     "security": ("errors",),
     "wire": ("location", "errors"),
