@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS_AT_ONCE = 3 * (os.cpu_count() or 1)
-"""The number of tests that run at the same time: three per processor, because most tests mostly wait."""
+TESTS_AT_ONCE = 2 * (os.cpu_count() or 1)
+"""The number of tests that run at the same time: two per processor, because most tests wait half of their time."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 """The supported versions, oldest first."""
 NEEDED_ONCE = {
