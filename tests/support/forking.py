@@ -31,14 +31,18 @@ IMPORTED = (
     *("durable_autogen", "autogen_agentchat.teams", "autogen_agentchat.ui", "autogen_ext.models.openai"),
 )
 """What the forking process imports: each is slow, and a program of the tests needs it."""
-MAX_ORDER = 2**17  # bytes
+MAX_CHARACTERS = 2**15  # in the arguments and the environment of a forked process
+MAX_ORDER = 8 * MAX_CHARACTERS  # bytes
 
 
 def can_fork(command: Sequence[str], env: Mapping[str, str]) -> bool:
     """Return whether a process of this command and environment may be forked.
 
-    Code after `-c` and the settings of Python, its locale and gRPC take effect in a new interpreter only.
+    Code after `-c` and the settings of Python, its locale and gRPC take effect in a new interpreter only. Very long
+    arguments can't be sent to the process that forks.
     """
+    if sum(map(len, [*command, *env, *env.values()])) > MAX_CHARACTERS:
+        return False
     changed = {name for name in {*env, *_environment()} if env.get(name) != _environment().get(name)}
     return (
         _has_pidfd()
