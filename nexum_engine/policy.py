@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, first_problem
+from nexum_engine.errors import FinalError, InvalidRequest, first_problem
 from nexum_engine.workflow import MAX_SECONDS, Concurrency, Rate, RetryPolicy
 
 
@@ -92,11 +92,16 @@ class Policy(BaseModel):
         """Whether the tool must not run again if its result was lost."""
         return self.effect == "once"
 
-    def needs_approval(self, arguments: Mapping[str, Any]) -> bool:
-        """Return whether a person has to approve a call with these arguments."""
-        if callable(self.approval):
+    def needs_approval(self, tool: str, arguments: Mapping[str, Any]) -> bool:
+        """Return whether a person has to approve a call of `tool`. Raises FinalError if the policy's function fails."""
+        if not callable(self.approval):
+            return self.approval is not None
+        try:
             return bool(self.approval(**arguments))
-        return self.approval is not None
+        except Exception as error:
+            raise FinalError(
+                f"the approval function of {tool} failed, so the call was not made: {type(error).__name__}: {error}"
+            ) from error
 
     def described(self) -> dict[str, Any]:
         """Return the policy's fields as data, without those that have their default value.

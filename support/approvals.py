@@ -60,14 +60,6 @@ class ApprovedCall:
     key: str
 
 
-def needs_approval(tool: Tool, arguments: Mapping[str, Any]) -> bool:
-    """Return whether a person has to approve the call. Raises FinalError if the policy's function fails."""
-    try:
-        return tool.policy.needs_approval(arguments)
-    except Exception as error:
-        raise FinalError(f"the approval function of {tool.name} failed: {type(error).__name__}: {error}") from error
-
-
 async def ask(
     client: NexumClient,
     tool: Tool,
@@ -88,7 +80,7 @@ async def ask(
     in time.
     """
     complete = tool.complete(arguments)
-    is_asked = needs_approval(tool, complete)
+    is_asked = tool.policy.needs_approval(tool.name, complete)
     question = Question.about(tool.name, complete, session_id, workflow)
     key = question.key(scope)
     if tool.policy.is_once:
@@ -143,7 +135,7 @@ async def check(
         return ""
     complete = tool.complete(arguments)
     if not approval:
-        if needs_approval(tool, complete):
+        if tool.policy.needs_approval(tool.name, complete):
             raise _refused(tool, "nobody was asked")
         return ""
     try:

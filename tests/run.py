@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS_AT_ONCE = 2 * (os.cpu_count() or 1)
-"""The number of tests that run at the same time: two per processor, because most tests wait half of their time."""
+"""The number of tests that run at the same time: two per processor keep all of them busy."""
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.15")
 """The supported versions, oldest first."""
 NEEDED_ONCE = {
@@ -77,21 +77,11 @@ def new_environment(python: str, folder: Path, packages: Sequence[str]) -> Path:
     run_quietly([python, "-m", "venv", "--clear", "--without-pip", folder])
     own = interpreter_of(folder)
     # uv takes a sixth of pip's CPU time. But it doesn't know pip's settings, such as the address of a company's index.
-    uv: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "install",
-        "--quiet",
-        "--system-certs",
-        "--python",
-        own,
-        *packages,
-    ]
-    if subprocess.run(uv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode != 0:
-        pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", own, "install", "--disable-pip-version-check"]
-        run_quietly([*pip, "--quiet", "--no-compile", *packages])
+    uv = ("uv", "pip", "install", "--quiet", "--system-certs", "--python", str(own), *packages)
+    done = subprocess.run([sys.executable, "-m", *uv], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    if done.returncode != 0:
+        pip = ("pip", "--python", str(own), "install", "--quiet", "--no-compile", *packages)
+        run_quietly([sys.executable, "-m", *pip])
     return own
 
 

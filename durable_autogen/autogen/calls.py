@@ -46,7 +46,7 @@ from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
-from nexum_engine.errors import InvalidRequest, first_problem
+from nexum_engine.errors import FinalError, InvalidRequest, first_problem
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model, escaped
 from nexum_engine.policy import Policy
 
@@ -406,7 +406,12 @@ class Calls:
             if is_kept:
                 return value
         shown, note = None, ""
-        if self._needs_approval(name, policy, arguments):
+        try:
+            is_asked = policy.needs_approval(name, arguments)
+        except FinalError as error:
+            self._recorder.journal.log.warning("%s", error)
+            raise
+        if is_asked:
             guarded, answer, by = await guard.approved(guarded)
             if answer is not None:
                 edited, note = await self._edited(made, answer, by or "the person who approved this call")
@@ -429,14 +434,6 @@ class Calls:
         except ToolError as error:
             value = error.value
         return with_note(value, note)
-
-    def _needs_approval(self, name: str, policy: Policy, arguments: Mapping[str, Any]) -> bool:
-        try:
-            return policy.needs_approval(arguments)
-        except Exception as error:
-            line = f"the approval function of {name} failed, so the call was not made: {error!r}"
-            self._recorder.journal.log.warning("%s", line)
-            raise RuntimeError(line) from error
 
     async def _edited(self, made: ToolCall, answer: Any, by: str) -> tuple[Mapping[str, Any], str]:
         """Validate the arguments that a person has edited; return them, and a line that tells the model about the edit.

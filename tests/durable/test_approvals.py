@@ -594,7 +594,7 @@ async def test_error_of_the_approval_function_is_no_permission(server: ServerThr
     with OpenAIServer(clerk_model({"cents": 5})) as model:
         result = await run(server, shop.clerk(model), tell=lines.append)
     text = result.messages[-1].to_text()
-    assert text.startswith("the approval function of charge failed, so the call was not made: TypeError(")
+    assert text.startswith("the approval function of charge failed, so the call was not made: TypeError: ")
     assert "missing 1 required positional argument: 'dollars'" in text
     assert f"[Nexum] {text}" in lines
     assert shop.charged == []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import FinalError, InvalidRequest
 from nexum_engine.policy import NOT_DONE, Policy, call_digest, read_policies
 from nexum_engine.workflow import RetryPolicy
 
@@ -41,7 +41,13 @@ async def find_slowly(arguments: Mapping[str, Any], key: str) -> Any:
     ],
 )
 def test_policy_says_which_calls_need_an_approval(policy: Policy, arguments: dict[str, Any], needs: bool) -> None:
-    assert policy.needs_approval(arguments) is needs
+    assert policy.needs_approval("pay", arguments) is needs
+
+
+def test_failure_of_an_approval_function_names_the_tool() -> None:
+    policy = Policy(approval=lambda cents: cents > 0)
+    with pytest.raises(FinalError, match=r"the approval function of pay failed, so the call was not made: TypeError: "):
+        policy.needs_approval("pay", {"dollars": 1})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from forking import Forked, can_fork, run_forked
 
@@ -21,7 +22,7 @@ if str(ROOT) not in sys.path:
     # Add the folder for programs that pytest doesn't start. Pytest's own settings add it, too.
     sys.path.insert(0, str(ROOT))
 MACHINES_CERTIFICATES = os.environ.get("SSL_CERT_FILE")
-"""The file with the certificates that the machine trusts, if it has an own setting. The package index needs them."""
+"""The file with the certificates that the machine trusts; None means the system's. The package index needs them."""
 PATIENCE = 110  # seconds that a process may take: less than pytest's limit for a test, so that the failure names it
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
@@ -34,15 +35,11 @@ MODEL_VARIABLES = (
 @contextmanager
 def trusting(certificates: str | None) -> Iterator[None]:
     """Let this process, and those that it starts, trust the certificates in this file. None means the system's."""
-    before = os.environ.pop("SSL_CERT_FILE", None)
-    if certificates is not None:
-        os.environ["SSL_CERT_FILE"] = certificates
-    try:
-        yield
-    finally:
+    with patch.dict(os.environ):
         os.environ.pop("SSL_CERT_FILE", None)
-        if before is not None:
-            os.environ["SSL_CERT_FILE"] = before
+        if certificates is not None:
+            os.environ["SSL_CERT_FILE"] = certificates
+        yield
 
 
 def free_port() -> int:
