@@ -369,15 +369,21 @@ class Recorder:
             raise has_ended(self._session)
         live.answer = asyncio.get_running_loop().create_future()
         running = self._start(live, self._live(live, perform))
-        running.add_done_callback(partial(self._answer_cancelled, live))
         try:
             return await live.answer
         except asyncio.CancelledError:
             self._give_up(live, running)
             raise
 
-    def _answer_cancelled(self, live: _LiveCall, _: asyncio.Task[None]) -> None:
-        """Set the answer of a live call whose task was cancelled, perhaps even before it began."""
+    def _start(self, live: _LiveCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        running = asyncio.create_task(work)
+        self._calls[running] = live
+        running.add_done_callback(self._ended)
+        return running
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        """Answer a live call whose task was cancelled, perhaps even before it began."""
+        live = self._calls.pop(running)
         if live.answer.done():
             return
         if self.failed.done():
@@ -386,12 +392,6 @@ class Recorder:
             live.answer.cancel()
         else:
             live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
-
-    def _start(self, live: _LiveCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        running = asyncio.create_task(work)
-        self._calls[running] = live
-        running.add_done_callback(lambda done: self._calls.pop(done, None))
-        return running
 
     def _give_up(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
