@@ -172,7 +172,7 @@ class PostgresStore(GroupCommitStore):
         self._writer.shutdown()
 
     async def _recover(self, error: CommitFailed) -> None:
-        logger.error("database %s: %s; nothing that was acknowledged is lost", self._opened_as, error)
+        self._log_failure(self._opened_as, error)
         self._look_again()
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------
