@@ -587,6 +587,12 @@ def test_command_send_refuses_wrong_arguments_in_words(
     assert capsys.readouterr().err.startswith(error)
 
 
+def test_command_refuses_an_argument_that_is_not_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["send", "s", "payment", "--key", "caf\udce9"])
+    assert r"error: the argument 'caf\udce9' is not text in UTF-8" in capsys.readouterr().err
+
+
 def test_command_send_tells_that_a_session_has_not_begun(
     shared_server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
