@@ -620,9 +620,23 @@ class Recorder:
     async def _run_replay(self) -> None:
         try:
             while (differs := await self.replay.run()) is not None:
-                await self.drift(*differs)
+                if made_later := self.replay.made_after_failures():
+                    await self._make_again(made_later, differs[1])
+                else:
+                    await self.drift(*differs)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
+
+    async def _make_again(self, events: list[Event], why: str) -> None:
+        """Revoke calls that the program made after a failure and makes again after it: their ids stay the same."""
+        self.journal.log.warning(
+            "session %s: an earlier run made %d call(s) before it raised the failure of a call. They are made again, "
+            "after the call that failed: %s",
+            *(self.journal.session, len(events), ", ".join(str(event) for event in events)),
+        )
+        async with self._record_lock:
+            await self.journal.revoke(events, why)
+            self.replay.drop(events)
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""

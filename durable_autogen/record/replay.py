@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, GivenUp, Kind
@@ -50,8 +51,8 @@ class Replay:
         self._asked: dict[str, _Asked] = {}
         self._moved: set[str] = set()
         """The addresses of the events that `matching` found for calls made at other positions."""
-        self._waiting_live: dict[str, bool] = {}
-        """For each call that waits for the end of the replay: whether an earlier run also made the call."""
+        self._waiting_live: list[Call] = []
+        """The calls that have no recorded event: they wait for the end of the replay."""
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
         for event in journal.events:
@@ -125,12 +126,12 @@ class Replay:
         """Wait until the replay is over. `call` has no recorded event, so the replay may report drift meanwhile."""
         if self._over.is_set():
             return
-        self._waiting_live[str(call)] = self._journal.was_tried(call.address)
+        self._waiting_live.append(call)
         self._changed.set()
         try:
             await self._over.wait()
         finally:
-            self._waiting_live.pop(str(call), None)
+            self._waiting_live.remove(call)
 
     def fail(self, error: Exception) -> None:
         """Raise an error in every call that waits for its recorded event."""
@@ -147,6 +148,28 @@ class Replay:
         for asked in self._asked.values():
             _deliver(asked, None)
 
+    def made_after_failures(self) -> list[Event]:
+        """Return the recorded calls that the program makes only after a call that failed and is now made again.
+
+        The program kept the failure, as `gather(..., return_exceptions=True)` does, made these calls and then ended
+        with the failure. `run` waited for the first of them in vain. Return no call if this isn't so: then the program
+        differs from the record.
+        """
+        failures = self._journal.past.failed
+        failed = [failures[call.address] for call in self._waiting_live if call.address in failures]
+        if not failed or not self._is_repeating:
+            return []
+        left = (*self.ahead, *self._apart.values())
+        after = sorted((event for event in left if event.asked_after >= min(failed)), key=lambda event: event.seq)
+        return after if self.ahead[0] in after else []
+
+    def drop(self, events: Collection[Event]) -> None:
+        """Drop events that no longer count and are not delivered yet."""
+        for event in events:
+            self._addresses.discard(event.address)
+            self._apart.pop(event.address, None)
+        self.ahead = deque(event for event in self.ahead if event.address in self._addresses)
+
     async def run(self) -> tuple[int, str] | None:
         """Deliver all events in order; return None after the last one.
 
@@ -161,8 +184,8 @@ class Replay:
             if asked is None:
                 if await self._is_asked_in_time(event):
                     continue
-                waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
-                asks_for = ", ".join(sorted(waiting))
+                asked_later = [one for one in self.ahead if one.address in self._asked]
+                asks_for = ", ".join(sorted({str(one) for one in (*self._waiting_live, *asked_later)}))
                 return event.seq - 1, f"{event} is next on record, but this run asks for {asks_for}. {CHOICE_HINT}"
             differing = self.differences(event, asked.call)
             if differing:
@@ -211,9 +234,14 @@ class Replay:
 
         While no call waits, there is no limit: the program is doing other work, and will then make a call or end.
         """
-        if self._asked or not all(self._waiting_live.values()):
+        if not self._is_repeating:
             return DRIFT_PATIENCE
         return TRIED_PATIENCE if self._waiting_live else None
+
+    @property
+    def _is_repeating(self) -> bool:
+        """Whether an earlier run made all calls that wait, but no result of them is recorded."""
+        return not self._asked and all(self._journal.was_tried(call.address) for call in self._waiting_live)
 
 
 def _is_apart(event: Event) -> bool:
