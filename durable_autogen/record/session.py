@@ -183,6 +183,10 @@ class Session:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         async with AsyncExitStack() as stack:
+            # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
+            stack.enter_context(watched_threads())
+            stack.enter_context(recorded_console())
+            stack.enter_context(self.entry_points())
             # Connect without a place, so that nothing that the connection does counts as a call of the program.
             with at(None):
                 address = self._address or os.environ.get("NEXUM_ADDRESS")
@@ -192,9 +196,6 @@ class Session:
                 journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
-            stack.enter_context(watched_threads())
-            stack.enter_context(recorded_console())
-            stack.enter_context(self.entry_points())
             stack.enter_context(at(Place(self, around=current.get())))
             budget = None
             if self._budget is not None:

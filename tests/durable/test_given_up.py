@@ -319,9 +319,9 @@ async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session
     assert happened == ["slow", "next"]
 
 
-@pytest.mark.parametrize("ends", ["without an error", "with an error"])
+@pytest.mark.parametrize("ends", ["without an error", "with an error", "and disconnects"])
 @pytest.mark.parametrize("what", ["model", "tool", "sleep", "console"])
-async def test_background_call_while_the_end_is_recorded_is_an_error(
+async def test_background_call_while_the_session_ends_is_an_error(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, what: str, ends: str
 ) -> None:
     ending, answered = asyncio.Event(), asyncio.Event()
@@ -357,8 +357,9 @@ async def test_background_call_while_the_end_is_recorded_is_an_error(
 
         return held
 
-    for method in ("end", "end_with"):
-        monkeypatch.setattr(Recorder, method, held_back(getattr(Recorder, method)))
+    ways = [(Journal, "__aexit__")] if ends == "and disconnects" else [(Recorder, "end"), (Recorder, "end_with")]
+    for kind, method in ways:
+        monkeypatch.setattr(kind, method, held_back(getattr(kind, method)))
     with contextlib.suppress(LookupError):
         await inside(shared_server, program, session)
     with pytest.raises(NotDurable, match=f"session {session} has ended, and this call was started inside it"):
