@@ -369,8 +369,22 @@ class Recorder:
     def _start(self, live: _LiveCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         running = asyncio.create_task(work)
         self._calls[running] = live
-        running.add_done_callback(lambda done: self._calls.pop(done, None))
+        running.add_done_callback(self._ended)
         return running
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        """Forget a task that makes a live call. If the task was cancelled, answer its caller.
+
+        The task can't do that itself: asyncio never starts a task that is cancelled before its first step.
+        """
+        live = self._calls.pop(running)
+        if not running.cancelled() or live.answer.done():
+            return
+        if not self.failed.done() and live.setback is not None:
+            live.answer.cancel()
+        else:
+            error = self.failed.result() if self.failed.done() else RuntimeError(f"{live.call} was cancelled")
+            live.answer.set_result(error)
 
     def _give_up(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
@@ -477,13 +491,6 @@ class Recorder:
                     live.answer.set_result(
                         error or Answer(event.content, replayed=False, position=event.position, value=value)
                     )
-        except asyncio.CancelledError:
-            if not self.failed.done() and live.setback is not None:
-                live.answer.cancel()
-            elif not live.answer.done():
-                error = self.failed.result() if self.failed.done() else RuntimeError(f"{call} was cancelled")
-                live.answer.set_result(error)
-            raise
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
                 self.stop(error)
