@@ -11,7 +11,9 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -22,6 +24,7 @@ from typing import Any, TextIO, TypeVar
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
+from nexum_engine.ctrl_c import INTERRUPTED
 from nexum_engine.errors import NexumError
 from nexum_engine.policy import read_policies
 
@@ -175,6 +178,9 @@ def run_script(args: argparse.Namespace) -> int:
         except NexumError as error:
             complain(f"error: {error}")
             return 2
+        except KeyboardInterrupt:
+            _end_interrupted("run the same command again to continue" if sessions.count else "")
+            raise
         except Exception as error:  # noqa: BLE001 - any error of the script
             _print_traceback(error, script)
             return 1
@@ -200,6 +206,21 @@ def _run_as_main(script: Path) -> None:
         exec(compile(script.read_bytes(), str(script), "exec", dont_inherit=True), module.__dict__)
     finally:
         sys.modules["__main__"] = before
+
+
+def _end_interrupted(next_step: str) -> None:
+    """Print one line after Ctrl+C, in place of Python's traceback. If a thread would delay the end, end at once.
+
+    Python waits at its end for threads, for example for one that reads a line from the terminal.
+    """
+    complain(f"\n[Nexum] interrupted{next_step and f'; {next_step}'}")
+    sys.excepthook = lambda *_: None
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform != "win32":
+            os.kill(os.getpid(), signal.SIGINT)  # so that a shell's loop ends, too
+        os._exit(INTERRUPTED)
 
 
 def _print_traceback(error: Exception, script: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,8 @@ asyncio.run(main())
 {after}
 """
 
+INTERRUPTED_LINE = "[Nexum] interrupted; run the same command again to continue"
+
 
 @pytest.mark.parametrize(
     ("end", "after"),
@@ -185,16 +188,29 @@ def test_script_ends_with_the_exit_code_that_python_gives(folder: Folder, end: s
     assert [line for line in told if "runpy" in line] == []
 
 
-def test_interrupted_script_ends_as_under_python(folder: Folder) -> None:
+def test_interrupted_script_ends_with_the_exit_code_of_python_and_one_line(folder: Folder) -> None:
     folder.write(ENDS.format(end="await asyncio.sleep(60)", after=""))
     codes = []
-    for command in (folder.command(), ["script.py"]):
+    for command, last in ((folder.command(), INTERRUPTED_LINE), (["script.py"], "KeyboardInterrupt")):
         with running(command, cwd=folder.path, env=folder.env) as process:
             process.wait_for("begun")
             process.interrupt()
             codes.append(process.wait())
-            assert process.output.splitlines()[-1] == "KeyboardInterrupt"
+            assert process.output.splitlines()[-1] == last
+            assert ("Traceback" in process.output) == (last == "KeyboardInterrupt")
     assert codes[0] == codes[1]
+
+
+def test_interrupted_script_ends_although_a_thread_waits(folder: Folder) -> None:
+    folder.write(
+        "import threading, time\nthreading.Thread(target=threading.Event().wait).start()\n"
+        "print('begun', flush=True)\ntime.sleep(60)\n"
+    )
+    with running(folder.command(), cwd=folder.path, env=folder.env) as process:
+        process.wait_for("begun")
+        process.interrupt()
+        assert process.wait() in (-signal.SIGINT, 130)
+        assert process.output.splitlines()[-1] == "[Nexum] interrupted"
 
 
 def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:
