@@ -259,7 +259,7 @@ class Session:
             live, replayed = _counts(recorder.live), _counts(recorder.replayed)
             # A program's handler can read the counts from the record instead of its text.
             counts = {"live": dict(recorder.live), "replayed": dict(recorder.replayed)}
-            line = "session %s: %s live, %s replayed from the record"
+            line = "session %s, live: %s; replayed from the record: %s"
             self.log.info(line, self.session_id, live, replayed, extra=counts)
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
