@@ -82,6 +82,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="The Nexum server. Without a command it starts and serves until Ctrl+C.",
+        epilog="After an installation with pip, durable_autogen adds a command: nexum budget SESSION.",
     )
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
     parser.add_argument(
