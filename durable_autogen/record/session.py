@@ -24,6 +24,7 @@ from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
+from nexum_engine.approvals import server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -87,8 +88,7 @@ class Session:
 
     def _command(self, name: str) -> str:
         """Return the beginning of a command that works on this session, such as the command `send`."""
-        server = f" --nexum {self._address}" if self._address else ""
-        return f"python -m durable_autogen {name}{server} {self.session_id}"
+        return f"python -m durable_autogen {name}{server_option(self._address)} {self.session_id}"
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
