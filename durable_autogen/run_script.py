@@ -7,10 +7,12 @@ import asyncio
 import builtins
 import functools
 import hashlib
+import importlib.util
 import inspect
 import logging
 import os
 import re
+import runpy
 import signal
 import sys
 import threading
@@ -157,7 +159,11 @@ class _Sessions:
 def run_script(args: argparse.Namespace) -> int:
     """Run the script in sessions; return the exit code of the command."""
     script: Path = args.script
-    if not script.is_file():
+    if args.is_module:
+        if not _is_module(str(script)):
+            complain(f"error: there is no module {script}: check its name and this folder")
+            return 2
+    elif not script.is_file():
         complain(f"error: there is no script {script}: check the path")
         return 2
     if args.session is None:
@@ -166,11 +172,15 @@ def run_script(args: argparse.Namespace) -> int:
     else:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
-    sys.path[0] = str(script.resolve().parent)
+    if not args.is_module:
+        sys.path[0] = str(script.resolve().parent)
     sessions = _Sessions(session, args)
     with sessions.installed():
         try:
-            _run_as_main(script.resolve())
+            if args.is_module:
+                runpy.run_module(str(script), run_name="__main__", alter_sys=True)
+            else:
+                _run_as_main(script.resolve())
         except Parked as parked:
             # Don't repeat what the session waits for: it was logged when the wait began.
             _log.warning("session %s is parked: run the same command again after the decision", parked.session)
@@ -190,6 +200,14 @@ def run_script(args: argparse.Namespace) -> int:
             "event loop's run_until_complete"
         )
     return 0
+
+
+def _is_module(name: str) -> bool:
+    """Return whether Python finds a module. This imports the packages that contain the module, as `python -m` does."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
 
 
 def _run_as_main(script: Path) -> None:
@@ -224,11 +242,11 @@ def _end_interrupted(next_step: str) -> None:
 
 
 def _print_traceback(error: Exception, script: Path) -> None:
-    """Print an error's traceback as `python SCRIPT` does, without the frames of durable_autogen."""
+    """Print an error's traceback as `python SCRIPT` does, without the frames of durable_autogen and of runpy."""
     shown = traceback.TracebackException.from_exception(error)
     paths = [frame.filename for frame in shown.stack]
     begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
     shown.stack = traceback.StackSummary.from_list(
-        [frame for frame in shown.stack[begin:] if frame.filename != __file__]
+        [frame for frame in shown.stack[begin:] if frame.filename not in (__file__, runpy.__file__, "<frozen runpy>")]
     )
     complain("".join(shown.format()).rstrip())
