@@ -26,7 +26,7 @@ from typing import Any, TextIO, TypeVar
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
-from nexum_engine.ctrl_c import INTERRUPTED
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError
 from nexum_engine.policy import read_policies
 
@@ -233,6 +233,7 @@ def _end_interrupted(next_step: str) -> None:
     """
     complain(f"\n[Nexum] interrupted{next_step and f'; {next_step}'}")
     sys.excepthook = lambda *_: None
+    end_on_ctrl_c_again()  # for Ctrl+C while the interpreter ends
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
