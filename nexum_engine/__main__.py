@@ -65,7 +65,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
-from nexum_engine.options import count, duration, seconds
+from nexum_engine.options import count, duration, refuse_bytes, seconds
 from nexum_engine.store import restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
@@ -269,6 +269,7 @@ def _run(argv: list[str] | None) -> int:
             stream.reconfigure(errors="replace")
     parser, commands = _parser_and_commands()
     given = sys.argv[1:] if argv is None else argv
+    refuse_bytes(parser, given)
     if given and not given[0].startswith("-") and given[0] not in commands and (added := _added(given[0])) is not None:
         return added(given)
     args = parser.parse_args(given)

@@ -169,6 +169,8 @@ class Recorder:
 
         They are recorded before the next event. A replay delivers them outside the order of events.
         """
+        self._left: dict[str, _LiveCall] = {}
+        """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._record_lock = asyncio.Lock()
         self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
@@ -344,7 +346,14 @@ class Recorder:
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay, token)
             return None
-        if self.replay.event_ahead(call.address) is None or (event := await self.replay.take(call)) is None:
+        if self.replay.event_ahead(call.address) is None:
+            return None
+        try:
+            event = await self.replay.take(call)
+        except asyncio.CancelledError:
+            self._left[call.address] = _LiveCall(call, Asked(self.replay.last_seq), caller=caller, token=token)
+            raise
+        if event is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):
@@ -373,18 +382,16 @@ class Recorder:
         return running
 
     def _ended(self, running: asyncio.Task[None]) -> None:
-        """Forget a task that makes a live call. If the task was cancelled, answer its caller.
-
-        The task can't do that itself: asyncio never starts a task that is cancelled before its first step.
-        """
+        """Answer a live call whose task was cancelled, perhaps even before it began."""
         live = self._calls.pop(running)
-        if not running.cancelled() or live.answer.done():
+        if live.answer.done():
             return
-        if not self.failed.done() and live.setback is not None:
+        if self.failed.done():
+            live.answer.set_result(self.failed.result())
+        elif live.setback is not None:
             live.answer.cancel()
         else:
-            error = self.failed.result() if self.failed.done() else RuntimeError(f"{live.call} was cancelled")
-            live.answer.set_result(error)
+            live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
 
     def _give_up(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
@@ -428,9 +435,12 @@ class Recorder:
         self._check_not_failed()
         if given_up.cancelled():
             raise asyncio.CancelledError
-        await self._drift_of(
-            event, f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
-        )
+        what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
+        if any(failed < event.seq for failed in self.journal.past.failed.values()):
+            # The recorded run may have given the call up because of that failure.
+            await self._make_again(event, what)
+        else:
+            await self._drift_of(event, what)
 
     async def _drift_of(self, event: Event, what: str) -> None:
         """Handle the drift of a given-up call: raise DriftError, or revoke its event and make the call live.
@@ -626,24 +636,39 @@ class Recorder:
 
     async def _run_replay(self) -> None:
         try:
-            while (differs := await self.replay.run()) is not None:
-                if made_later := self.replay.made_after_failures():
-                    await self._make_again(made_later, differs[1])
+            while (mismatch := await self.replay.run()) is not None:
+                event = mismatch.event
+                left = self._left.get(event.address)
+                if mismatch.follows_failure:
+                    await self._make_again(event, mismatch.what)
+                elif left is not None and not any(one.asked_after >= event.seq for one in self.journal.events):
+                    await self._give_up_recorded(event, left)
                 else:
-                    await self.drift(*differs)
+                    await self.drift(event.seq - 1, mismatch.what)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
-    async def _make_again(self, events: list[Event], why: str) -> None:
-        """Revoke calls that the program made after a failure and makes again after it: their ids stay the same."""
-        self.journal.log.warning(
-            "session %s: an earlier run made %d call(s) before it raised the failure of a call. They are made again, "
-            "after the call that failed: %s",
-            *(self.journal.session, len(events), ", ".join(str(event) for event in events)),
-        )
+    async def _give_up_recorded(self, event: Event, left: _LiveCall) -> None:
+        """Revoke the last result of the record: the program cancels the call without it, as in the recorded run.
+
+        The recorded run was killed, or ended, after it recorded the result and before it could revoke it.
+        """
         async with self._record_lock:
-            await self.journal.revoke(events, why)
-            self.replay.drop(events)
+            await self.journal.revoke([event], "the program gave the call up")
+            self.replay.drop(event)
+        left.setback = self.setbacks.add(left.call.agent, left.caller)
+        self._apart.append((left, GivenUp(streamed=getattr(event.content, "streamed", []), was_made=False)))
+
+    async def _make_again(self, event: Event, why: str) -> None:
+        """Revoke an event that came after a failure of an earlier run, so that its call is made live; keep its id."""
+        async with self._record_lock:
+            if event in self.journal.events:  # otherwise drift has revoked it meanwhile
+                self.journal.log.warning(
+                    "session %s: %s came after a failure that ended an earlier run. The call is made again",
+                    *(self.journal.session, event),
+                )
+                await self.journal.revoke([event], why)
+                self.replay.drop(event)
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""

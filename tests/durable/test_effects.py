@@ -166,7 +166,8 @@ def test_effect_of_killed_run_is_unknown_until_a_person_resolves_it(
         assert waiting.wait_for("GOT") == f"GOT {result}"
         assert waiting.wait() == 0
     assert len(ledger(folder)) == effects
-    assert set(ledger(folder)) == {"s//reply/0/tool/1"}
+    (call,) = set(ledger(folder))
+    assert call.startswith("s//reply/0/tool/1/")
 
 
 def test_effect_resolved_as_failed_while_nothing_runs_is_not_made_again(folder: Path) -> None:
