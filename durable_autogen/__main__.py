@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end with exit code 75 if the script waits for a person; run the command again after the decision",
     )
+    run.add_argument(
+        "-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as in python -m NAME"
+    )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"

@@ -7,11 +7,15 @@ import asyncio
 import builtins
 import functools
 import hashlib
+import importlib.util
 import inspect
 import logging
 import os
 import re
+import runpy
+import signal
 import sys
+import threading
 import traceback
 import types
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -22,6 +26,7 @@ from typing import Any, TextIO, TypeVar
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError
 from nexum_engine.policy import read_policies
 
@@ -154,7 +159,11 @@ class _Sessions:
 def run_script(args: argparse.Namespace) -> int:
     """Run the script in sessions; return the exit code of the command."""
     script: Path = args.script
-    if not script.is_file():
+    if args.is_module:
+        if not _is_module(str(script)):
+            complain(f"error: there is no module {script}: check its name and this folder")
+            return 2
+    elif not script.is_file():
         complain(f"error: there is no script {script}: check the path")
         return 2
     if args.session is None:
@@ -163,11 +172,15 @@ def run_script(args: argparse.Namespace) -> int:
     else:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
-    sys.path[0] = str(script.resolve().parent)
+    if not args.is_module:
+        sys.path[0] = str(script.resolve().parent)
     sessions = _Sessions(session, args)
     with sessions.installed():
         try:
-            _run_as_main(script.resolve())
+            if args.is_module:
+                runpy.run_module(str(script), run_name="__main__", alter_sys=True)
+            else:
+                _run_as_main(script.resolve())
         except Parked as parked:
             # Don't repeat what the session waits for: it was logged when the wait began.
             _log.warning("session %s is parked: run the same command again after the decision", parked.session)
@@ -175,6 +188,9 @@ def run_script(args: argparse.Namespace) -> int:
         except NexumError as error:
             complain(f"error: {error}")
             return 2
+        except KeyboardInterrupt:
+            _end_interrupted("run the same command again to continue" if sessions.count else "")
+            raise
         except Exception as error:  # noqa: BLE001 - any error of the script
             _print_traceback(error, script)
             return 1
@@ -184,6 +200,14 @@ def run_script(args: argparse.Namespace) -> int:
             "event loop's run_until_complete"
         )
     return 0
+
+
+def _is_module(name: str) -> bool:
+    """Return whether Python finds a module. This imports the packages that contain the module, as `python -m` does."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
 
 
 def _run_as_main(script: Path) -> None:
@@ -202,12 +226,28 @@ def _run_as_main(script: Path) -> None:
         sys.modules["__main__"] = before
 
 
+def _end_interrupted(next_step: str) -> None:
+    """Print one line after Ctrl+C, in place of Python's traceback. If a thread would delay the end, end at once.
+
+    Python waits at its end for threads, for example for one that reads a line from the terminal.
+    """
+    complain(f"\n[Nexum] interrupted{next_step and f'; {next_step}'}")
+    sys.excepthook = lambda *_: None
+    end_on_ctrl_c_again()  # for Ctrl+C while the interpreter ends
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform != "win32":
+            os.kill(os.getpid(), signal.SIGINT)  # so that a shell's loop ends, too
+        os._exit(INTERRUPTED)
+
+
 def _print_traceback(error: Exception, script: Path) -> None:
-    """Print an error's traceback as `python SCRIPT` does, without the frames of durable_autogen."""
+    """Print an error's traceback as `python SCRIPT` does, without the frames of durable_autogen and of runpy."""
     shown = traceback.TracebackException.from_exception(error)
     paths = [frame.filename for frame in shown.stack]
     begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
     shown.stack = traceback.StackSummary.from_list(
-        [frame for frame in shown.stack[begin:] if frame.filename != __file__]
+        [frame for frame in shown.stack[begin:] if frame.filename not in (__file__, runpy.__file__, "<frozen runpy>")]
     )
     complain("".join(shown.format()).rstrip())

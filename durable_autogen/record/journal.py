@@ -102,6 +102,10 @@ class Journal:
                 self.ended = end_of(latest, self.events)
                 if self.ended is None:
                     await self._revoke_failures_at_end(latest_events)
+                else:
+                    self.log.info(
+                        "session %s is finished: its record is replayed (new work needs a new session id)", self.session
+                    )
         except BaseException:
             await self._owner.__aexit__()
             raise

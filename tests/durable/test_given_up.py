@@ -20,7 +20,7 @@ from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_
 from harness import Server
 from pydantic import BaseModel
 
-from durable_autogen import DriftError, current_session
+from durable_autogen import DriftError, RunCancelled, current_session
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import Event
 from durable_autogen.record.handled_failures import Setbacks
@@ -365,6 +365,22 @@ async def test_background_call_while_the_session_ends_is_an_error(
     with pytest.raises(NotDurable, match=f"session {session} has ended, and this call was started inside it"):
         await background[0]
     assert happened == ["last"]
+
+
+async def test_call_raises_the_reason_if_the_run_is_stopped_as_the_call_begins(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Recorder._start
+
+    def start_and_stop(recorder: Recorder, live: Any, work: Any) -> asyncio.Task[None]:
+        running = start(recorder, live, work)
+        recorder.stop(RunCancelled("stopped before the first step of the call's task"))
+        return running
+
+    monkeypatch.setattr(Recorder, "_start", start_and_stop)
+    with pytest.raises(RunCancelled, match="stopped before the first step"):
+        await asyncio.wait_for(inside(shared_server, lambda: asked(Scripted(happened)), new_session()), TIMEOUT)
+    assert happened == []
 
 
 @pytest.mark.parametrize("outer", ["", "outer"])

@@ -88,7 +88,8 @@ def test_server_prints_one_line_and_stops_cleanly(
         end(server)
         assert server.wait(10) == 0
         assert server.lines == [line]
-    assert sorted(path.name for path in (tmp_path / ".nexum").iterdir()) == ["local.db", "local.db.lock"]
+    assert sorted(path.name for path in (tmp_path / ".nexum").iterdir()) == [".gitignore", "local.db", "local.db.lock"]
+    assert (tmp_path / ".nexum" / ".gitignore").read_text() == "*\n"
     assert (tmp_path / ".nexum" / "local.db").stat().st_mode & 0o777 == 0o600
 
 
