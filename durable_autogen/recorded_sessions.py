@@ -249,7 +249,18 @@ async def fork_session(
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
     record = await read_record(client, source)
-    events = record.events
+    kept = _first_events(record.events, source, count)
+    later = await _later_effects(client, source, count, record, kept, effects)
+    async with Journal(client, session, log_for(tell, _ignore)) as journal:
+        is_new = await _copy(journal, source, kept, message)
+        if effects == "reuse" and is_new:
+            await _keep_results(journal, later)
+        await journal.release()
+    return kept
+
+
+def _first_events(events: Sequence[Event], source: str, count: int) -> list[Event]:
+    """Return the events of a session that a fork with its first `count` calls copies."""
     calls = [event for event in events if event.kind.is_call]
     if not events:
         raise unknown_session(source)
@@ -259,37 +270,38 @@ async def fork_session(
         )
     last = calls[count - 1].seq if count else 0
     begin = [event for event in events if event.kind is Kind.BEGIN][-1:]
-    kept = [
+    return [
         *begin,
         *(event for event in events if event.seq <= last and event.kind not in (Kind.BEGIN, Kind.REVOKE)),
     ]
-    later = await _later_effects(client, source, count, record, kept, effects)
-    async with Journal(client, session, log_for(tell, _ignore)) as journal:
-        copied = [event for event in journal.events if event.accepted]
-        added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
-        continued = len(journal.events) > len(copied) + len(added)
-        if any(isinstance(event.content, Revoked) for event in journal.events):
-            # Don't expect all copied events: an earlier run of the new session may have revoked some of them.
-            is_same = _is_within(copied, kept) and bool(copied or added)
-        else:
-            is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
-        if not is_same:
+
+
+async def _copy(journal: Journal, source: str, kept: Sequence[Event], message: str) -> bool:
+    """Record the copies and the message of a fork, as far as an earlier fork with equal arguments has not done so.
+
+    Return False if the new session has already continued. Raises DriftError if it was not forked with these arguments.
+    """
+    session = journal.session
+    copied = [event for event in journal.events if event.accepted]
+    added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
+    continued = len(journal.events) > len(copied) + len(added)
+    if any(isinstance(event.content, Revoked) for event in journal.events):
+        # Don't expect all copied events: an earlier run of the new session may have revoked some of them.
+        is_same = _is_within(copied, kept) and bool(copied or added)
+    else:
+        is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
+    if not is_same:
+        raise DriftError(f"session {session} has recorded other events than {source}: give the new session another id")
+    if not continued and not added:
+        for event in kept[len(copied) :]:
+            await journal.add_copy(event)
+    if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
+        if continued or added:
             raise DriftError(
-                f"session {session} has recorded other events than {source}: give the new session another id"
+                f"session {session} has already continued without this message: give the new session another id"
             )
-        if not continued and not added:
-            for event in kept[len(copied) :]:
-                await journal.add_copy(event)
-        if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
-            if continued or added:
-                raise DriftError(
-                    f"session {session} has already continued without this message: give the new session another id"
-                )
-            await journal.add_message(message)
-        if effects == "reuse" and not continued:
-            await _keep_results(journal, later)
-        await journal.release()
-    return kept
+        await journal.add_message(message)
+    return not continued
 
 
 async def _later_effects(
