@@ -498,7 +498,7 @@ class Record:
     times_replaced: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked and replaced by a different call."""
     failed: dict[str, int] = field(default_factory=dict)
-    """The number of the last revoked failure of each address that has one."""
+    """The number of the first revoked failure of each address that has one."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)
@@ -566,7 +566,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
                     found.times_replaced[revoked.address] += event.content.is_another_program
                     found.tried.add(revoked.address)
                     if isinstance(revoked.content, Raised):
-                        found.failed[revoked.address] = revoked.seq
+                        found.failed.setdefault(revoked.address, revoked.seq)
         kept[event.seq] = event
     found.events = list(kept.values())
     return found

@@ -431,13 +431,21 @@ class Recorder:
             token.add_callback(partial(loop.call_soon_threadsafe, given_up.cancel))
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
+        # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
+        # failed call again: if it fails again, the program gives this call up again.
+        follows_failure = any(failed < event.seq for failed in self.journal.past.failed.values())
+        if follows_failure:
+            over = asyncio.ensure_future(self.replay.over.wait())
+            try:
+                await asyncio.wait({*watched, over}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                over.cancel()
         await asyncio.wait(watched, timeout=DRIFT_PATIENCE + 2 * waited_ms / 1000, return_when=asyncio.FIRST_COMPLETED)
         self._check_not_failed()
         if given_up.cancelled():
             raise asyncio.CancelledError
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
-        if any(failed < event.seq for failed in self.journal.past.failed.values()):
-            # The recorded run may have given the call up because of that failure.
+        if follows_failure:
             await self._make_again(event, what)
         else:
             await self._drift_of(event, what)

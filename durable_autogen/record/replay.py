@@ -73,7 +73,8 @@ class Replay:
         """The calls that have no recorded event: they wait for the end of the replay."""
         self._has_dropped = False
         self._changed = asyncio.Event()
-        self._over = asyncio.Event()
+        self.over = asyncio.Event()
+        """Set when the replay is over."""
         for event in journal.events:
             if event.kind is Kind.BEGIN:
                 self.delivered(event)
@@ -143,12 +144,12 @@ class Replay:
 
     async def wait_until_over(self, call: Call) -> None:
         """Wait until the replay is over. `call` has no recorded event, so the replay may report drift meanwhile."""
-        if self._over.is_set():
+        if self.over.is_set():
             return
         self._waiting_live.append(call)
         self._changed.set()
         try:
-            await self._over.wait()
+            await self.over.wait()
         finally:
             self._waiting_live.remove(call)
 
@@ -209,7 +210,7 @@ class Replay:
             _deliver(asked, event)
         await idle(self._session)
         self.over_since = time.monotonic()
-        self._over.set()
+        self.over.set()
         return None
 
     async def _is_asked_in_time(self, event: Event) -> bool:

@@ -607,17 +607,25 @@ async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.recorder.DRIFT_PATIENCE", 0.5)
     charges: list[str] = []
     notes: list[str] = []
+    hung: list[str] = []
 
     async def look() -> str:
         return "seen"
 
     async def charge() -> str:
         charges.append(call_id())
-        if len(charges) == 1:
+        if len(charges) < 3:
             raise TimeoutError("the money may have moved")
         return "charged"
+
+    async def hangs_once() -> str:
+        hung.append(call_id())
+        if len(hung) == 1:
+            await asyncio.Event().wait()
+        return "answered"
 
     async def note(number: int) -> str:
         notes.append(call_id())
@@ -628,21 +636,69 @@ async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
 
     async def program() -> list[Any]:
         async with DurableSession("s", nexum=server.address):
+            hanging = asyncio.create_task(call(hangs_once))
             both = await asyncio.gather(call(look), call(charge), return_exceptions=True)
+            if any(isinstance(one, BaseException) for one in both):
+                hanging.cancel()
             noted = [await call(note, number=1), await call(note, number=2)]
             for one in both:
                 if isinstance(one, BaseException):
                     raise one
-            return [*both, *noted]
+            return [*both, *noted, await hanging]
 
-    with pytest.raises(TimeoutError):
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            await program()
+    for _ in range(2):
+        assert await program() == ["seen", "charged", "noted 1", "noted 2", "answered"]
+    assert len(charges) == 3
+    assert len(notes) % 2 == 0
+    assert len(hung) == 2
+    for ids in (charges, notes[::2], notes[1::2], hung):
+        assert len(set(ids)) == 1
+        assert "" not in ids
+
+
+async def test_other_tool_after_a_retried_failure_takes_the_place_of_a_call_that_was_cut_off(
+    server: ServerThread,
+) -> None:
+    ids: list[str] = []
+    began = asyncio.Event()
+
+    async def first() -> str:
+        if not ids:
+            raise ConnectionError("offline")
+        return "first"
+
+    async def without_first() -> str:
+        ids.append(call_id())
+        began.set()
+        await asyncio.Event().wait()  # the end of the run cuts it off
+        return "never"
+
+    async def after_first() -> str:
+        ids.append(call_id())
+        return "after first"
+
+    async def call(one: Callable[[], Awaitable[str]]) -> Any:
+        return await FunctionTool(one, "A tool.").run_json({}, CancellationToken())
+
+    async def program() -> list[Any]:
+        async with DurableSession("s", nexum=server.address):
+            earlier = asyncio.create_task(call(first))
+            await asyncio.wait({earlier})
+            if earlier.exception() is not None:
+                later = asyncio.create_task(call(without_first))
+                await began.wait()
+                earlier.result()  # raises the failure that the task has kept
+                await later
+            return [earlier.result(), await call(after_first)]
+
+    with pytest.raises(ConnectionError):
         await program()
     for _ in range(2):
-        assert await program() == ["seen", "charged", "noted 1", "noted 2"]
-    assert len(charges) == 2
-    assert charges[0] == charges[1] != ""
-    assert len(notes) == 4
-    assert notes[:2] == notes[2:]
+        assert await asyncio.wait_for(program(), TIMEOUT) == ["first", "after first"]
+    assert len(set(ids)) == len(ids) == 2
 
 
 async def test_cancelled_call_that_is_made_again_keeps_its_id(server: ServerThread) -> None:

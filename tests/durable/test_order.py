@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 from autogen_agentchat.agents import AssistantAgent
@@ -29,7 +29,11 @@ from harness import ROOT, Server
 
 from durable_autogen import DriftError
 from durable_autogen.record import idle
-from durable_autogen.record.place import current
+from durable_autogen.record.events import Call, Event, EventInput, Kind, Returned
+from durable_autogen.record.journal import Journal
+from durable_autogen.record.place import OpenSession, current
+from durable_autogen.record.replay import Replay
+from nexum_engine.client import NexumClient
 
 pytestmark = pytest.mark.every_python
 
@@ -371,3 +375,67 @@ async def test_given_up_calls_may_begin_in_another_order(shared_server: Server, 
     assert await inside(shared_server, lambda: ask(then), session) == answers
     assert "gave Y up" in answers
     assert len(happened) == len(first)
+
+
+def positions_of(recorded: str, begun: str, asked_for: str) -> list[int]:
+    """Return the positions that a replay gives to a tool's calls.
+
+    Each call is a letter. `recorded` and `begun` have the calls at positions 1, 2, ..., with and without a result; a
+    dot is no call. `asked_for` has the calls that the program makes.
+    """
+
+    def one(number: int, letter: str) -> Call:
+        return Call(Kind.TOOL, "a", f"reply/1/tool/{number}", {"tool": "t", "hash": letter})
+
+    journal = Journal(cast(NexumClient, None), "s")
+    for number, letter in enumerate(recorded, 1):
+        if letter != ".":
+            made = one(number, letter)
+            event = Event(
+                seq=number,
+                kind=made.kind,
+                agent=made.agent,
+                position=made.position,
+                content=Returned(),
+                request=dict(made.request),
+            )
+            journal.events.append(event)
+    for number, letter in enumerate(begun, 1):
+        if letter != ".":
+            made = one(number, letter)
+            input = EventInput(
+                session="s", kind=made.kind, agent="a", position=made.position, tool="t", digest=made.digest
+            )
+            journal.past.begun.append(input)
+    replay = Replay(journal, cast(OpenSession, None))
+    found = [replay.matching(one(number, letter)) for number, letter in enumerate(asked_for, 1)]
+    return [int(call.position.rpartition("/")[2]) for call in found]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "begun", "asked_for", "positions"),
+    [
+        ("AB", "", "BA", [2, 1]),
+        ("", "AB", "BA", [2, 1]),
+        ("A", ".B", "BA", [2, 1]),
+        ("A.C", ".B", "CBA", [3, 2, 1]),
+        (".AB", "", "BAC", [3, 2, 1]),
+        ("AB", "", "BCA", [2, 1, 3]),
+        ("", "A", "BA", [1, 2]),
+        ("AA", "..A", "AAA", [1, 2, 3]),
+    ],
+)
+async def test_simultaneous_tool_calls_get_the_positions_that_they_had(
+    recorded: str, begun: str, asked_for: str, positions: list[int]
+) -> None:
+    assert positions_of(recorded, begun, asked_for) == positions
+
+
+async def test_two_calls_never_get_one_position() -> None:
+    draw = random.Random(5)
+    for _ in range(1000):
+        recorded = "".join(draw.choices("ABC.", k=5))
+        begun = "".join("." if letter != "." else draw.choice("ABC.") for letter in recorded)
+        asked_for = "".join(draw.choices("ABCD", k=8))
+        positions = positions_of(recorded, begun, asked_for)
+        assert len(set(positions)) == len(positions), (recorded, begun, asked_for)
