@@ -54,6 +54,7 @@ from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession, current_session
 from nexum_engine.deadline import heartbeat
 from nexum_engine.policy import NOT_DONE, Policy
+from nexum_engine.workflow import RetryPolicy
 
 __all__ = [
     "NOT_DONE",
@@ -66,6 +67,7 @@ __all__ = [
     "NotDurable",
     "Parked",
     "Policy",
+    "RetryPolicy",
     "RunCancelled",
     "SessionBusy",
     "SessionInfo",

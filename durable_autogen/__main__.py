@@ -17,7 +17,7 @@ from durable_autogen.budget_command import add_limits
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
 from nexum_engine.errors import InvalidRequest, NexumError
-from nexum_engine.options import user_name
+from nexum_engine.options import refuse_bytes, user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
 OWNERS_PATIENCE = 1.0  # seconds; the owner of a run has half of that to reconnect to a server that has just started
@@ -86,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--park",
         action="store_true",
         help="end with exit code 75 if the script waits for a person; run the command again after the decision",
+    )
+    run.add_argument(
+        "-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as in python -m NAME"
     )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     arguments = run.add_argument(
@@ -209,7 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         interrupt_on_ctrl_c()
         open_closed_streams()
-        args = build_parser().parse_args(argv)
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if args.command != "run":  # a script may take any arguments
+            refuse_bytes(parser, argv)
     except KeyboardInterrupt:
         return INTERRUPTED
     try:

@@ -22,6 +22,7 @@ from durable_autogen.record.events import (
     Said,
     Waiting,
     all_executions,
+    call_id_of,
     check_session_id,
     end_of,
     end_of_wait,
@@ -262,7 +263,7 @@ async def fork_session(
         *begin,
         *(event for event in events if event.seq <= last and event.kind not in (Kind.BEGIN, Kind.REVOKE)),
     ]
-    later = await _later_effects(client, source, count, record, {event.address for event in kept}, effects)
+    later = await _later_effects(client, source, count, record, kept, effects)
     async with Journal(client, session, log_for(tell, _ignore)) as journal:
         copied = [event for event in journal.events if event.accepted]
         added = [event for event in journal.events if event.kind is Kind.MESSAGE and not event.accepted]
@@ -292,16 +293,16 @@ async def fork_session(
 
 
 async def _later_effects(
-    client: NexumClient, source: str, count: int, record: Record, copied: Set[str], effects: OnEffects
+    client: NexumClient, source: str, count: int, record: Record, copied: Sequence[Event], effects: OnEffects
 ) -> list[tuple[EffectInput, Execution]]:
     """Return the effects that have a result and that a session made after the events that a fork copies.
 
     Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
     doesn't prove that nothing happened. "reuse" forbids those that are UNKNOWN.
     """
-    scopes = record.scopes(copied)
-    later = await _unused(client, source, scopes)
-    of_workers = await _effects_of_workers(client, source, scopes)
+    later = await _unused(client, source, {record.scope_of(event) for event in copied})
+    calls = [call_id_of(source, record.scope_of(event), event.digest) for event in copied if event.kind is Kind.TOOL]
+    of_workers = await _effects_of_workers(client, source, calls)
     without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
     if effects == "refuse" and (later or of_workers):
         made = [(str(input), one) for input, one in later] + [(_in_words(one), one) for one in of_workers]
@@ -345,13 +346,12 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
     return [*later, *(one for left in kept.values() for one in left)]
 
 
-async def _effects_of_workers(client: NexumClient, source: str, before: Set[str]) -> list[Execution]:
+async def _effects_of_workers(client: NexumClient, source: str, before: Sequence[str]) -> list[Execution]:
     """Return the executions that workers ran for a session's calls, and whose effect must happen only once.
 
-    Leave out the calls in `before`, because the fork copies their results. Their executions are recognised by the id
-    of the call, which is in the key.
+    `before` has the ids of calls whose results the fork copies. Leave out the executions with such an id in their key.
     """
-    is_copied = _contains_any([f"{source}/{scope}" for scope in before])
+    is_copied = _contains_any(before)
     has_effect: dict[str, bool] = {}
     """Whether the executions of a workflow version have an effect that must happen only once."""
     found: list[Execution] = []

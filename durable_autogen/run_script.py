@@ -7,10 +7,13 @@ import asyncio
 import builtins
 import functools
 import hashlib
+import importlib.util
 import inspect
 import logging
 import os
 import re
+import runpy
+import signal
 import sys
 import threading
 import traceback
@@ -28,6 +31,7 @@ from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
 from durable_autogen.record.idle import has_interpreters
 from durable_autogen.record.place import current
+from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError
 from nexum_engine.policy import read_policies
 
@@ -209,7 +213,11 @@ def _in_thread(name: str, fn: Callable[..., T], /, *args: Any, **kwargs: Any) ->
 def run_script(args: argparse.Namespace) -> int:
     """Run the script in sessions; return the exit code of the command."""
     script: Path = args.script
-    if not script.is_file():
+    if args.is_module:
+        if not _is_module(str(script)):
+            complain(f"error: there is no module {script}: check its name and this folder")
+            return 2
+    elif not script.is_file():
         complain(f"error: there is no script {script}: check the path")
         return 2
     if args.session is None:
@@ -218,12 +226,16 @@ def run_script(args: argparse.Namespace) -> int:
     else:
         session = check_session_id(args.session)
     sys.argv = [str(script), *args.arguments]
-    sys.path[0] = str(script.resolve().parent)
-    script = script.absolute()  # the script may change the folder
+    if not args.is_module:
+        sys.path[0] = str(script.resolve().parent)
+        script = script.absolute()  # the script may change the folder
     sessions = _Sessions(session, args)
     with sessions.installed():
         try:
-            _run_as_main(script)
+            if args.is_module:
+                runpy.run_module(str(script), run_name="__main__", alter_sys=True)
+            else:
+                _run_as_main(script)
         except Parked as parked:
             # Don't repeat what the session waits for: it was logged when the wait began.
             _log.warning("session %s is parked: run the same command again after the decision", parked.session)
@@ -231,8 +243,11 @@ def run_script(args: argparse.Namespace) -> int:
         except NexumError as error:
             complain(f"error: {error}")
             return 2
+        except KeyboardInterrupt:
+            _end_interrupted("run the same command again to continue" if sessions.counts else "")
+            raise
         except Exception as error:  # noqa: BLE001 - any error of the script
-            _print_traceback(error, script)
+            _print_traceback(error)
             return 1
     if not sessions.counts:
         _log.warning(
@@ -240,6 +255,14 @@ def run_script(args: argparse.Namespace) -> int:
             "event loop's run_until_complete"
         )
     return 0
+
+
+def _is_module(name: str) -> bool:
+    """Return whether Python finds a module. This imports the packages that contain the module, as `python -m` does."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ModuleNotFoundError, ValueError):
+        return False
 
 
 def _run_as_main(script: Path) -> None:
@@ -258,14 +281,34 @@ def _run_as_main(script: Path) -> None:
         sys.modules["__main__"] = before
 
 
-def _print_traceback(error: Exception, script: Path) -> None:
-    """Print an error's traceback as `python SCRIPT` does: with the script's hook, and from the script's frame on."""
-    first = error.__traceback__
-    while first is not None and first.tb_frame.f_code.co_filename != str(script):
-        first = first.tb_next
+def _end_interrupted(next_step: str) -> None:
+    """Print one line after Ctrl+C, in place of Python's traceback. If a thread would delay the end, end at once.
+
+    Python waits at its end for threads, for example for one that reads a line from the terminal.
+    """
+    complain(f"\n[Nexum] interrupted{next_step and f'; {next_step}'}")
+    sys.excepthook = lambda *_: None
+    end_on_ctrl_c_again()  # for Ctrl+C while the interpreter ends
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform != "win32":
+            os.kill(os.getpid(), signal.SIGINT)  # so that a shell's loop ends, too
+        os._exit(INTERRUPTED)
+
+
+_HIDDEN = (__file__, runpy.__file__, "<frozen runpy>")
+"""The files of the frames between this command and the script."""
+
+
+def _print_traceback(error: Exception) -> None:
+    """Print an error's traceback as `python SCRIPT` does: with the script's hook, and without our frames."""
+    begin = error.__traceback__
+    while begin is not None and begin.tb_frame.f_code.co_filename in _HIDDEN:
+        begin = begin.tb_next
     if sys.excepthook is not sys.__excepthook__:
-        sys.excepthook(type(error), error, first or error.__traceback__)
+        sys.excepthook(type(error), error, begin)
         return
-    shown = traceback.TracebackException(type(error), error, first or error.__traceback__)
-    shown.stack = traceback.StackSummary.from_list([frame for frame in shown.stack if frame.filename != __file__])
+    shown = traceback.TracebackException(type(error), error, begin)
+    shown.stack = traceback.StackSummary.from_list([frame for frame in shown.stack if frame.filename not in _HIDDEN])
     complain("".join(shown.format()).rstrip())

@@ -28,7 +28,7 @@ from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
 EXCERPT = 100  # characters; the content of an event is cut if it is longer
-NAME_WIDTH = 32  # characters
+NAME_WIDTHS = (32, 48)  # the smallest and the largest width of the column of names; a longer name is not cut
 
 
 def table(sessions: Sequence[SessionInfo], now: float) -> str:
@@ -56,11 +56,13 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
 def details(shown: ShownSession, now: float) -> str:
     """Return a text with a line for each event of a session. A call's line begins with the N of `fork SESSION@N`."""
     lines = [*_summary(shown.info, now), ""]
+    names = [printable(_name(event)) for event in shown.events]
+    smallest, largest = NAME_WIDTHS
+    width = min(max([smallest, *map(len, names)]), largest)
     number = 0
-    for event in shown.events:
+    for event, name in zip(shown.events, names, strict=True):
         number += event.kind.is_call
-        name = f"{number if event.kind.is_call else '':>4}  {printable(_name(event)):<{NAME_WIDTH}}"
-        lines.append(f"{name}  {_excerpt(_words(event))}".rstrip())
+        lines.append(f"{number if event.kind.is_call else '':>4}  {name:<{width}}  {_excerpt(_words(event))}".rstrip())
     return "\n".join(lines)
 
 

@@ -56,9 +56,16 @@ from nexum_engine import (
 from nexum_engine import commands as about_executions
 from nexum_engine.commands import PartlyDecided, look, on_server_or_database, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
-from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, NotANexumServer, ServerUnavailable
+from nexum_engine.errors import (
+    AccessDenied,
+    InvalidRequest,
+    NexumError,
+    NotANexumServer,
+    NotFound,
+    ServerUnavailable,
+)
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
-from nexum_engine.options import count, duration, seconds
+from nexum_engine.options import count, duration, refuse_bytes, seconds
 from nexum_engine.store import restore_database
 from nexum_engine.streams import in_words, open_closed_streams
 
@@ -75,6 +82,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
     parser = argparse.ArgumentParser(
         prog=_program(),
         description="The Nexum server. Without a command it starts and serves until Ctrl+C.",
+        epilog="After an installation with pip, durable_autogen adds a command: nexum budget SESSION.",
     )
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
     parser.add_argument(
@@ -230,6 +238,14 @@ async def maintain(args: argparse.Namespace) -> str:
     )
 
 
+def _session_hint(args: argparse.Namespace, error: NexumError) -> str:
+    """Return the next step for a person who has given a session's id as the id of an execution."""
+    name = getattr(args, "execution", None) or "exec-"
+    if not isinstance(error, NotFound) or name.startswith("exec-"):
+        return ""
+    return f"; if {name} is a durable session: python -m durable_autogen show {name}"
+
+
 def _complain(error: str) -> None:
     with contextlib.suppress(OSError):  # standard error itself may have failed
         print(f"error: {report.printable(error)}", file=sys.stderr, flush=True)
@@ -253,6 +269,7 @@ def _run(argv: list[str] | None) -> int:
             stream.reconfigure(errors="replace")
     parser, commands = _parser_and_commands()
     given = sys.argv[1:] if argv is None else argv
+    refuse_bytes(parser, given)
     if given and not given[0].startswith("-") and given[0] not in commands and (added := _added(given[0])) is not None:
         return added(given)
     args = parser.parse_args(given)
@@ -283,7 +300,7 @@ def _run(argv: list[str] | None) -> int:
                     _complain(failure)
                 return 1
     except NexumError as error:
-        _complain(str(error))
+        _complain(f"{error}{_session_hint(args, error)}")
         return 2 if isinstance(error, (ServerUnavailable, NotANexumServer, AccessDenied)) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # a closed pipe (`| head`) needs no message

@@ -215,18 +215,18 @@ def decision_of(execution: Execution) -> Decision:
 
 def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
     """Return the commands that decide a question, for a line about the wait. `nexum` is the server's address."""
-    server = _server_option(nexum)
+    server = server_option(nexum)
     approve = f"python -m nexum_engine approve {execution_id}{server}"
     return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"
 
 
 def how_to_resolve(execution_id: str, nexum: str | None = None) -> str:
     """Return what a person does about an unknown effect, with the command. `nexum` is the server's address."""
-    command = f"python -m nexum_engine resolve {execution_id}{_server_option(nexum)}"
+    command = f"python -m nexum_engine resolve {execution_id}{server_option(nexum)}"
     return f"Find out, then: {command} --result JSON, or --not-done, or --failed REASON"
 
 
-def _server_option(nexum: str | None) -> str:
+def server_option(nexum: str | None) -> str:
     """Return the option that names a server in a printed command. `nexum` is the server's address.
 
     If `nexum` is the path of a database, return "": without the option, the command finds the database in this folder,

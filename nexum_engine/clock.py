@@ -24,13 +24,17 @@ class SystemClock:
     """A clock that starts at the system's time. Later corrections of the system's time don't make a lease expire."""
 
     def __init__(self) -> None:
-        self._offset_ns = time.time_ns() - time.monotonic_ns()
-        self._last_ms = 0
+        self._read_ns = time.monotonic_ns()
+        self._offset_ns = time.time_ns() - self._read_ns
+        self._now_ns = 0
 
     def now_ms(self) -> int:
-        # If this clock is ahead of the clock that it follows, stand still: the time must not go back.
-        self._last_ms = max(self._last_ms, (self._offset_ns + time.monotonic_ns()) // 1_000_000)
-        return self._last_ms
+        read_ns = time.monotonic_ns()
+        # The time must not go back. If this clock is ahead of the clock that it follows, run at half speed: while a
+        # clock stands still, no timer and no lease ends.
+        slow_ns = self._now_ns + (read_ns - self._read_ns) // 2
+        self._read_ns, self._now_ns = read_ns, max(self._offset_ns + read_ns, slow_ns)
+        return self._now_ns // 1_000_000
 
     def follow(self, earliest_ms: int, latest_ms: int) -> None:
         """Adjust this clock to the clock that all servers of a database share.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import os
 import sys
@@ -424,12 +425,12 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
     if args.command == "approvals":
         pending = await source.approvals()
         if args.json:
-            return report.items_as_json(pending)
+            return _as_json(pending)
         return report.approvals(pending, SystemClock().now_ms()) + _more(pending)
     if args.command == "unknown":
         nodes = await source.unknown()
         if args.json:
-            return report.items_as_json(nodes)
+            return _as_json(nodes)
         return report.unknown(nodes, SystemClock().now_ms()) + _more(nodes)
     if args.command == "tools":
         declared = await source.tools()
@@ -456,6 +457,14 @@ def _more(waiting: Sequence[PendingApproval | UnknownNode], separator: str = "\n
     if len(waiting) < waits.MAX_WAITING:
         return ""
     return f"{separator}(only the {waits.MAX_WAITING:,} that have waited the longest are listed)"
+
+
+def _as_json(waiting: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
+    """Return waiting nodes as JSON. If more nodes may wait, say so on standard error."""
+    if note := _more(waiting, ""):
+        with contextlib.suppress(OSError):  # standard error itself may have failed
+            print(note, file=sys.stderr, flush=True)
+    return report.items_as_json(waiting)
 
 
 async def _decide(

@@ -17,7 +17,8 @@ from urllib.parse import parse_qsl, quote, unquote
 from nexum_engine.errors import StoreError, StoreRefused
 from nexum_engine.streams import NO_WORKING_FOLDER
 
-DEFAULT_DATABASE_URL = "sqlite:///.nexum/local.db"
+DEFAULT_FOLDER = ".nexum"
+DEFAULT_DATABASE_URL = f"sqlite:///{DEFAULT_FOLDER}/local.db"
 _REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # tries to replace an address file, and seconds between two tries
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from nexum_engine.client import NexumClient, Pruned
 from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
 from nexum_engine.location import database_path, default_database_url, read_address
-from nexum_engine.options import duration
+from nexum_engine.options import duration, not_empty
 from nexum_engine.report import WIDTH, printable, size
 from nexum_engine.store import Checked, Store, check_database, retention
 from nexum_engine.store.base import Space
@@ -43,7 +43,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     prune.add_argument(
         "--session",
-        default="",
+        type=not_empty,  # without a session, all old executions are deleted
         help="only the executions whose keys begin with SESSION/ or SESSION:, such as those of a durable run",
     )
     prune.add_argument("--dry-run", action="store_true", help="only count what would be deleted")
@@ -87,7 +87,7 @@ async def prune_on_server(client: NexumClient, args: argparse.Namespace) -> str:
 
     async def part(after: int) -> Pruned:
         return await client.prune(
-            args.older_than, session=args.session, dry_run=args.dry_run, after=after, compact=args.compact
+            args.older_than, session=args.session or "", dry_run=args.dry_run, after=after, compact=args.compact
         )
 
     return _pruned(args, await _all_parts(part))
@@ -101,7 +101,7 @@ async def prune_in_store(store: Store, args: argparse.Namespace) -> str:
         pruned = await store.run_alone(
             retention.prune,
             round(args.older_than * 1000),
-            session=args.session,
+            session=args.session or "",
             after=after,
             dry_run=args.dry_run,
             verdicts=verdicts,

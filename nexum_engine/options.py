@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import getpass
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 MAX_SECONDS = 1_000_000
@@ -76,6 +77,25 @@ def attribute(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"{_shown(text)} is not an attribute: give NAME=VALUE")
     return name, value
+
+
+def not_empty(text: str) -> str:
+    """Return the text. An empty one is probably a variable of a shell that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the value is empty: give one, or leave out the option")
+    return text
+
+
+def refuse_bytes(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
+    """End the program with an error if an argument is not text: it could be neither sent nor stored.
+
+    Python keeps the bytes that it can't decode, as surrogates. If `arguments` is None, check those of this process.
+    """
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            parser.error(f"the argument {argument!a} is not text in UTF-8: type it in a terminal that uses UTF-8")
 
 
 def _shown(text: str) -> str:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -34,7 +34,12 @@ class NotDone(Enum):
 NOT_DONE = NotDone.NOT_DONE
 """What `reconcile` returns if the effect has not happened: the tool then runs."""
 
-Reconcile = Callable[[Mapping[str, Any], str], Any]
+Reconcile = Callable[[dict[str, Any], str], Any]
+
+if TYPE_CHECKING:
+    _RateOrText = Rate | str  # a program may pass a text, such as "10/min"
+else:
+    _RateOrText = Rate  # pydantic converts the text
 
 
 class Policy(BaseModel):
@@ -44,7 +49,7 @@ class Policy(BaseModel):
 
     approval: Literal["always"] | Callable[..., bool] | None = None
     """Which calls a person has to approve: "always", or a function that gets the call's arguments by name."""
-    approval_timeout: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    approval_timeout: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     """Seconds after which a call that nobody has decided counts as rejected. None if it may wait for ever."""
     effect: Literal["idempotent", "once"] = "idempotent"
     """Whether the tool may run again if its result was lost. "idempotent": it may, with the same idempotency key.
@@ -61,12 +66,12 @@ class Policy(BaseModel):
     depends on where the tool runs."""
     final: tuple[type[Exception], ...] = ()
     """Errors after which no retry follows."""
-    timeout: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    timeout: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may take."""
-    heartbeat: float | None = Field(None, gt=0, le=MAX_SECONDS)
+    heartbeat: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may go on without a heartbeat: a call of `heartbeat()` in the tool, an item that the
     tool streams, or a part of a streamed model reply. The limit doesn't apply to other model replies."""
-    rate: Rate | None = None
+    rate: _RateOrText | None = None
     """How often the tool may be called, retries included: for instance "10/min". The server counts the calls of all
     processes. A call above the rate waits."""
     concurrency: Concurrency | None = None
@@ -120,8 +125,8 @@ class Policy(BaseModel):
         if self.reconcile is None:
             raise InvalidRequest("the policy has no reconcile function")
         if inspect.iscoroutinefunction(self.reconcile):
-            return await self.reconcile(arguments, idempotency_key)
-        answer = await asyncio.to_thread(self.reconcile, arguments, idempotency_key)
+            return await self.reconcile(dict(arguments), idempotency_key)
+        answer = await asyncio.to_thread(self.reconcile, dict(arguments), idempotency_key)
         return await answer if inspect.isawaitable(answer) else answer
 
 

@@ -226,10 +226,10 @@ def _asked(input_json: str) -> list[str]:
 
 def _whole(name: str, value: str) -> list[str]:
     """Return the lines of a named value, uncut. Escape the characters that aren't printable, and keep all spaces."""
-    text = jsontext.escaped(value)
-    width = WIDTH - 16
+    text, name = jsontext.escaped(value), f"{_cut(name, WIDTH // 2):<10}"
+    width = WIDTH - 6 - len(name)
     parts = [text[start : start + width] for start in range(0, len(text), width)] or [""]
-    return [f"    {_cut(name, 10):<10} {parts[0]}", *(f"{' ' * 15}{part}" for part in parts[1:])]
+    return [f"    {name} {parts[0]}", *(f"{' ' * (5 + len(name))}{part}" for part in parts[1:])]
 
 
 def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode] | Sequence[DeclaredTool]) -> str:

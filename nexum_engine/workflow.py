@@ -56,13 +56,13 @@ class RetryPolicy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    max_attempts: int = Field(4, ge=1, le=1000)
+    max_attempts: int = Field(default=4, ge=1, le=1000)
     """The number of reported failures after which the node is FAILED."""
-    first_delay_seconds: float = Field(1.0, ge=0, le=MAX_SECONDS)
-    factor: float = Field(2.0, ge=1, le=100)
+    first_delay_seconds: float = Field(default=1.0, ge=0, le=MAX_SECONDS)
+    factor: float = Field(default=2.0, ge=1, le=100)
     """How many times longer each delay is than the one before."""
-    max_delay_seconds: float = Field(MAX_SECONDS, ge=0, le=MAX_SECONDS)
-    jitter: float = Field(0, ge=0, le=1)
+    max_delay_seconds: float = Field(default=MAX_SECONDS, ge=0, le=MAX_SECONDS)
+    jitter: float = Field(default=0, ge=0, le=1)
     """The share of each delay that is random: with 0.5, a delay is shortened by up to a half."""
 
     def delay_ms(self, failed_attempts: int) -> int | None:
@@ -450,15 +450,15 @@ class _NodeIr(BaseModel):
     type: str
     dependencies: list[str] = []
     routes: list[Route] = []
-    map_node_id: str = Field("", alias="mapNodeId")
-    sub_workflow_id: str = Field("", alias="subWorkflowId")
-    delay_seconds: Number = Field(0, ge=0, le=MAX_SECONDS)
+    map_node_id: str = Field(default="", alias="mapNodeId")
+    sub_workflow_id: str = Field(default="", alias="subWorkflowId")
+    delay_seconds: Number = Field(default=0, ge=0, le=MAX_SECONDS)
     event: str = ""
     on_timeout: str = ""
-    timeout_seconds: Number | None = Field(None, gt=0, le=MAX_SECONDS)
+    timeout_seconds: Number | None = Field(default=None, gt=0, le=MAX_SECONDS)
     retry_policy: RetryPolicy | None = None
     effect: Literal["idempotent", "once"] = "idempotent"
-    reconcile: bool = Field(False, strict=True)
+    reconcile: bool = Field(default=False, strict=True)
     rate: Rate | None = None
     concurrency: Concurrency | None = None
 

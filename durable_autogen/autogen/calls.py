@@ -350,7 +350,7 @@ class Calls:
 
         async def perform() -> Performed:
             journal = self._recorder.journal
-            recorded_call.set(f"{journal.session}/{journal.scope_of(call.address)}")
+            recorded_call.set(journal.call_id_of(call))
             # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
             noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
             try:

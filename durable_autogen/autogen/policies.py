@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 from weakref import WeakKeyDictionary
 
 from autogen_agentchat.tools import AgentTool, TeamTool
@@ -21,6 +21,9 @@ from durable_autogen.errors import NotDurable
 from durable_autogen.record.place import Place
 from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.policy import Policy
+
+P = ParamSpec("P")
+AnyTool = Callable[..., Any] | BaseTool[Any, Any]
 
 
 @dataclass
@@ -62,7 +65,23 @@ def inside_a_call(tool: BaseTool[Any, Any], place: Place | None) -> Iterator[Non
         raise
 
 
-def durable_tool(tool: Callable[..., Any] | BaseTool[Any, Any], **policy: Any) -> BaseTool[Any, Any]:
+def _with_fields_of(
+    policy: Callable[P, Policy],
+) -> Callable[[Callable[..., BaseTool[Any, Any]]], Callable[Concatenate[AnyTool, P], BaseTool[Any, Any]]]:
+    """Return a decorator that gives a function, after its first parameter, the parameters of `policy`."""
+
+    def decorate(function: Any) -> Any:
+        shown = inspect.signature(function)
+        first, *_ = shown.parameters.values()
+        fields = inspect.signature(policy).parameters.values()
+        function.__signature__ = shown.replace(parameters=[first, *fields])
+        return function
+
+    return decorate
+
+
+@_with_fields_of(Policy)
+def durable_tool(tool: AnyTool, **policy: Any) -> BaseTool[Any, Any]:
     """Return a tool that carries a policy: a new FunctionTool for a function, or the given tool.
 
         charge = durable_tool(charge, approval=lambda cents, **_: cents > 10_000, effect="once")

@@ -52,15 +52,15 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    usd: float | None = Field(None, ge=0, allow_inf_nan=False)
+    usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """The maximum cost of model replies, in US dollars. This needs the package `genai-prices`."""
-    tokens: int | None = Field(None, ge=0)
+    tokens: int | None = Field(default=None, ge=0)
     """The maximum number of prompt and completion tokens."""
-    model_calls: int | None = Field(None, ge=0)
+    model_calls: int | None = Field(default=None, ge=0)
     """The maximum number of calls to models, including those that failed or that a crash cut off."""
     tool_calls: Mapping[str, Annotated[int, Field(ge=0)]] = {}
     """The maximum number of calls of each tool, by its name. A call that is made again after a crash counts once."""
-    seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """The maximum time that programs run the session. Pauses between runs and waits for a person don't count."""
 
     def raised_by(self, other: Budget) -> Budget:

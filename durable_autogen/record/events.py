@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping, Set
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -29,6 +29,7 @@ from nexum_engine.workflow import workflow
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
 PAGE = 100  # executions to ask the server for at a time
 MAX_QUESTION = 200  # characters; a longer question is cut in a summary
+DIGITS = 12  # of a call's digest, in ids and keys
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -258,8 +259,25 @@ class Addressed:
         return name_of(self.kind, self.agent, self.position)
 
 
+class Requested(Addressed):
+    """A call or an event with the fingerprint of its call."""
+
+    if TYPE_CHECKING:
+        request: Any
+
+    @property
+    def tool(self) -> str:
+        """The tool's name; empty for other calls."""
+        return str(self.request.get("tool", ""))
+
+    @property
+    def digest(self) -> str:
+        """The hash of the tool's name and arguments; empty for other calls."""
+        return str(self.request.get("hash", "")) if self.tool else ""
+
+
 class EventInput(Addressed, _Frozen):
-    """The input of an event's execution: session, agent, position and kind."""
+    """The input of an event's execution: session, agent, position, kind, and which tool is called with what."""
 
     session: str
     agent: str
@@ -267,6 +285,8 @@ class EventInput(Addressed, _Frozen):
     kind: Kind
     tool: str = ""
     """The tool's name; empty for other calls."""
+    digest: str = ""
+    """The hash of the tool's name and arguments; empty for other calls."""
 
 
 class Summary(_Frozen):
@@ -320,7 +340,7 @@ def usage_of(event: Event) -> tuple[int, int]:
     return 0, 0
 
 
-class Event(Addressed, _Frozen):
+class Event(Requested, _Frozen):
     """A recorded event."""
 
     seq: int
@@ -351,11 +371,6 @@ class Event(Addressed, _Frozen):
     """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 
     @property
-    def tool(self) -> str:
-        """The tool's name; empty for other calls."""
-        return str(self.request.get("tool", ""))
-
-    @property
     def is_setback(self) -> bool:
         """Whether the event is a failure or a broken reply.
 
@@ -365,7 +380,7 @@ class Event(Addressed, _Frozen):
 
 
 @dataclass(frozen=True)
-class Call(Addressed):
+class Call(Requested):
     """A call that a run makes, or a mark that the session records."""
 
     kind: Kind
@@ -378,14 +393,18 @@ class Call(Addressed):
     label: str = ""
     """The call's name in errors; empty for the default name."""
 
-    @property
-    def tool(self) -> str:
-        """The tool's name; empty for other calls."""
-        return str(self.request.get("tool", ""))
+
+def call_id_of(session: str, scope: str, digest: str) -> str:
+    """Return the id of a tool's call (see `call_id` in place.py). `scope` is from `scope_of`, `digest` is the call's.
+
+    If an earlier call fails in one run and not in the next, the program may then make a different call at the same
+    place. The digest gives this call another id.
+    """
+    return f"{session}/{scope}/{digest[:DIGITS]}"
 
 
 def scope_of(address: str, times_replaced: int) -> str:
-    """Return the part of a call id that names the call at `address`.
+    """Return the part of a call id that names the place of the call at `address`.
 
     If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different call
     has taken the place of the recorded call, the different call gets a new name.
@@ -478,6 +497,8 @@ class Record:
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked and replaced by a different call."""
+    failed: dict[str, int] = field(default_factory=dict)
+    """The number of the last revoked failure of each address that has one."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)
@@ -485,9 +506,9 @@ class Record:
     last_begun_ms: int = 0
     """The time at which the last call without a recorded result began, by the server's clock."""
 
-    def scopes(self, addresses: Set[str]) -> set[str]:
-        """Return, for each address, the part of the call id that names the recorded call (see `scope_of`)."""
-        return {scope_of(address, self.times_replaced[address]) for address in addresses}
+    def scope_of(self, event: Event) -> str:
+        """Return the part of a call id that names the place of a recorded call (see `scope_of`)."""
+        return scope_of(event.address, self.times_replaced[event.address])
 
 
 async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any) -> AsyncGenerator[Execution, None]:
@@ -544,6 +565,8 @@ async def read_record(client: NexumClient, session: str) -> Record:
                     found.times_revoked[revoked.address] += 1
                     found.times_replaced[revoked.address] += event.content.is_another_program
                     found.tried.add(revoked.address)
+                    if isinstance(revoked.content, Raised):
+                        found.failed[revoked.address] = revoked.seq
         kept[event.seq] = event
     found.events = list(kept.values())
     return found

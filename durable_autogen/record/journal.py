@@ -19,6 +19,7 @@ from durable_autogen.record.effects import effects, of_session
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
+    DIGITS,
     Asked,
     Call,
     Content,
@@ -31,6 +32,7 @@ from durable_autogen.record.events import (
     RunSummary,
     Said,
     Summary,
+    call_id_of,
     end_of,
     read_record,
     scope_of,
@@ -100,6 +102,10 @@ class Journal:
                 self.ended = end_of(latest, self.events)
                 if self.ended is None:
                     await self._revoke_failures_at_end(latest_events)
+                else:
+                    self.log.info(
+                        "session %s is finished: its record is replayed (new work needs a new session id)", self.session
+                    )
         except BaseException:
             await self._owner.__aexit__()
             raise
@@ -236,6 +242,8 @@ class Journal:
         key = f"{self.session}/{input.agent}/{input.position}"
         if again := self._times_revoked[input.address]:
             key += f"/again/{again}"  # the old key still names the revoked event
+        if input.digest:  # an earlier run may have begun a different call at this position, and left no result
+            key += f"/{input.digest[:DIGITS]}"
         if len(key) <= MAX_ID_LENGTH and key.isprintable():
             return key
         return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
@@ -386,8 +394,12 @@ class Journal:
         return address in self._tried
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the call at `address` (see `scope_of` in events.py)."""
+        """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
         return scope_of(address, self._times_replaced[address])
+
+    def call_id_of(self, call: Call) -> str:
+        """Return the id of a tool's call."""
+        return call_id_of(self.session, self.scope_of(call.address), call.digest)
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
@@ -473,7 +485,12 @@ class Journal:
 
     def _input(self, call: Call | Event) -> EventInput:
         return EventInput(
-            session=self.session, agent=call.agent, position=call.position, kind=call.kind, tool=call.tool
+            session=self.session,
+            agent=call.agent,
+            position=call.position,
+            kind=call.kind,
+            tool=call.tool,
+            digest=call.digest,
         )
 
     def _append(self, event: Event) -> None:

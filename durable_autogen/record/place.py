@@ -98,8 +98,9 @@ recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
 def call_id() -> str:
     """Return the id of the recorded tool call that is being made; empty outside a tool call.
 
-    The id is unique across all sessions. It stays the same if a later run makes the call again, after a crash or a
-    failure, so use it as an idempotency key. After drift, the changed program's call gets a new id.
+    The id is unique across all sessions. It names the call's place in the session, the tool and its arguments. It stays
+    the same if a later run makes the call again, after a crash or a failure, so use it as an idempotency key. After
+    drift, the changed program's call gets a new id.
     """
     return recorded_call.get()
 

@@ -169,6 +169,8 @@ class Recorder:
 
         They are recorded before the next event. A replay delivers them outside the order of events.
         """
+        self._left: dict[str, _LiveCall] = {}
+        """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._record_lock = asyncio.Lock()
         self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
@@ -345,7 +347,14 @@ class Recorder:
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay, token)
             return None
-        if self.replay.event_ahead(call.address) is None or (event := await self.replay.take(call)) is None:
+        if self.replay.event_ahead(call.address) is None:
+            return None
+        try:
+            event = await self.replay.take(call)
+        except asyncio.CancelledError:
+            self._left[call.address] = _LiveCall(call, Asked(self.replay.last_seq), caller=caller, token=token)
+            raise
+        if event is None:
             return None
         on_replay(event.content)
         if not isinstance(event.content, Raised):
@@ -370,8 +379,20 @@ class Recorder:
     def _start(self, live: _LiveCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         running = asyncio.create_task(work)
         self._calls[running] = live
-        running.add_done_callback(lambda done: self._calls.pop(done, None))
+        running.add_done_callback(self._ended)
         return running
+
+    def _ended(self, running: asyncio.Task[None]) -> None:
+        """Answer a live call whose task was cancelled, perhaps even before it began."""
+        live = self._calls.pop(running)
+        if live.answer.done():
+            return
+        if self.failed.done():
+            live.answer.set_result(self.failed.result())
+        elif live.setback is not None:
+            live.answer.cancel()
+        else:
+            live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
 
     def _give_up(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
@@ -415,9 +436,12 @@ class Recorder:
         self._check_not_failed()
         if given_up.cancelled():
             raise asyncio.CancelledError
-        await self._drift_of(
-            event, f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
-        )
+        what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
+        if any(failed < event.seq for failed in self.journal.past.failed.values()):
+            # The recorded run may have given the call up because of that failure.
+            await self._make_again(event, what)
+        else:
+            await self._drift_of(event, what)
 
     async def _drift_of(self, event: Event, what: str) -> None:
         """Handle the drift of a given-up call: raise DriftError, or revoke its event and make the call live.
@@ -478,13 +502,6 @@ class Recorder:
                     live.answer.set_result(
                         error or Answer(event.content, replayed=False, position=event.position, value=value)
                     )
-        except asyncio.CancelledError:
-            if not self.failed.done() and live.setback is not None:
-                live.answer.cancel()
-            elif not live.answer.done():
-                error = self.failed.result() if self.failed.done() else RuntimeError(f"{call} was cancelled")
-                live.answer.set_result(error)
-            raise
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
                 self.stop(error)
@@ -620,10 +637,39 @@ class Recorder:
 
     async def _run_replay(self) -> None:
         try:
-            while (differs := await self.replay.run()) is not None:
-                await self.drift(*differs)
+            while (mismatch := await self.replay.run()) is not None:
+                event = mismatch.event
+                left = self._left.get(event.address)
+                if mismatch.follows_failure:
+                    await self._make_again(event, mismatch.what)
+                elif left is not None and not any(one.asked_after >= event.seq for one in self.journal.events):
+                    await self._give_up_recorded(event, left)
+                else:
+                    await self.drift(event.seq - 1, mismatch.what)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
+
+    async def _give_up_recorded(self, event: Event, left: _LiveCall) -> None:
+        """Revoke the last result of the record: the program cancels the call without it, as in the recorded run.
+
+        The recorded run was killed, or ended, after it recorded the result and before it could revoke it.
+        """
+        async with self._record_lock:
+            await self.journal.revoke([event], "the program gave the call up")
+            self.replay.drop(event)
+        left.setback = self.setbacks.add(left.call.agent, left.caller)
+        self._apart.append((left, GivenUp(streamed=getattr(event.content, "streamed", []), was_made=False)))
+
+    async def _make_again(self, event: Event, why: str) -> None:
+        """Revoke an event that came after a failure of an earlier run, so that its call is made live; keep its id."""
+        async with self._record_lock:
+            if event in self.journal.events:  # otherwise drift has revoked it meanwhile
+                self.journal.log.warning(
+                    "session %s: %s came after a failure that ended an earlier run. The call is made again",
+                    *(self.journal.session, event),
+                )
+                await self.journal.revoke([event], why)
+                self.replay.drop(event)
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 
-from durable_autogen.record.events import Call, Event, GivenUp, Kind
+from durable_autogen.record.events import Call, Event, EventInput, GivenUp, Kind
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.place import OpenSession
@@ -20,12 +21,24 @@ CHOICE_HINT = (
     "messages or in a tool"
 )
 TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
+DROPPED_PATIENCE = 1.0  # seconds; replaces TRIED_PATIENCE after a recorded call was dropped (see `_follows_failure`)
 
 
 @dataclass
 class _Asked:
     call: Call
     delivered: asyncio.Future[Event | None]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The next recorded call, which the program doesn't make, or makes differently."""
+
+    event: Event
+    what: str
+    """The difference in words."""
+    follows_failure: bool = False
+    """Whether the reason may be a failure of an earlier run: see `Replay._follows_failure`."""
 
 
 class Replay:
@@ -48,10 +61,17 @@ class Replay:
         self._addresses = {event.address for event in self.ahead}
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
-        self._moved: set[str] = set()
-        """The addresses of the events that `matching` found for calls made at other positions."""
-        self._waiting_live: dict[str, bool] = {}
-        """For each call that waits for the end of the replay: whether an earlier run also made the call."""
+        self._begun = {
+            one.address: one for one in journal.past.begun if one.digest and one.address not in self._by_address
+        }
+        """The calls of tools that earlier runs began, and that have no recorded result."""
+        self._taken: set[str] = set()
+        """The addresses that `matching` gave to calls."""
+        self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
+        """The positions of each kind and agent whose calls `matching` moved to other positions."""
+        self._waiting_live: list[Call] = []
+        """The calls that have no recorded event: they wait for the end of the replay."""
+        self._has_dropped = False
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
         for event in journal.events:
@@ -74,29 +94,29 @@ class Replay:
         """Return the call with the position at which the recorded run made it.
 
         An agent may make simultaneous calls in a different order than in the recorded run. The call's fingerprint shows
-        which recorded event belongs to the call. If no recorded event has this fingerprint, return `call`. But if
-        another call has taken the event at that position, return the call with the agent's next free position.
+        which recorded call it is, with or without a recorded result. If no recorded call has this fingerprint, return
+        `call`. But if another call has taken that position, return the call with a free position of the agent.
         """
-        at_its_place = self._by_address[call.address] if call.address in self._moved else self.recorded(call.address)
-        wanted = call.request.get("hash")
-        if at_its_place is None or at_its_place.accepted or wanted is None:
+        wanted, is_taken = call.request.get("hash"), call.address in self._taken
+        if wanted is None:
             return call
-        is_taken = self._is_taken(at_its_place)
-        if not is_taken and at_its_place.request.get("hash") == wanted:
-            return call
-        left = [
-            event
-            for event in (*self.ahead, *self._apart.values())
-            if (event.kind, event.agent) == (call.kind, call.agent) and not self._is_taken(event)
-        ]
-        same = [event for event in left if event.request.get("hash") == wanted]
-        if not (found := same or (left if is_taken else [])):
-            return call
-        self._moved.add(found[0].address)
-        return dataclasses.replace(call, position=found[0].position)
-
-    def _is_taken(self, event: Event) -> bool:
-        return event.address in self._asked or event.address in self._moved
+        expected = None if is_taken else self.recorded(call.address) or self._begun.get(call.address)
+        if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
+            every: list[Event | EventInput] = [*self.ahead, *self._apart.values(), *self._begun.values()]
+            same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
+            left = [one for one in same_agent if one.address not in self._taken and not _is_accepted(one)]
+            same = [one.position for one in left if _hash_of(one) == wanted]
+            free = self._free[call.kind, call.agent]
+            if is_taken:  # prefer a position without a recorded call
+                same = same or sorted(free, key=[one.position for one in left].__contains__)
+            elif same:
+                free.append(call.position)
+            if same:
+                call = dataclasses.replace(call, position=same[0])
+            if call.position in free:
+                free.remove(call.position)
+        self._taken.add(call.address)
+        return call
 
     def peek(self, call: Call) -> Event | None:
         """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""
@@ -125,12 +145,12 @@ class Replay:
         """Wait until the replay is over. `call` has no recorded event, so the replay may report drift meanwhile."""
         if self._over.is_set():
             return
-        self._waiting_live[str(call)] = self._journal.was_tried(call.address)
+        self._waiting_live.append(call)
         self._changed.set()
         try:
             await self._over.wait()
         finally:
-            self._waiting_live.pop(str(call), None)
+            self._waiting_live.remove(call)
 
     def fail(self, error: Exception) -> None:
         """Raise an error in every call that waits for its recorded event."""
@@ -143,15 +163,29 @@ class Replay:
         self.ahead.clear()
         self._addresses.clear()
         self._apart.clear()
+        self._begun.clear()
         self._changed.set()
         for asked in self._asked.values():
             _deliver(asked, None)
 
-    async def run(self) -> tuple[int, str] | None:
-        """Deliver all events in order; return None after the last one.
+    def _follows_failure(self, event: Event) -> bool:
+        """Return whether the program may make a recorded call only after a call that failed and is now made again.
 
-        If the program differs from the record, return the number of the last event before the difference, and a text.
+        The failure ended the last run, but not at once: the program kept it, as `gather(..., return_exceptions=True)`
+        does, and made other calls first.
         """
+        failures = self._journal.past.failed
+        return any(event.asked_after >= failures.get(call.address, math.inf) for call in self._waiting_live)
+
+    def drop(self, event: Event) -> None:
+        """Drop an event that was revoked: the next event, or that of a given-up call."""
+        if event.address in self._addresses:
+            self.ahead.remove(event)
+            self._addresses.discard(event.address)
+            self._has_dropped = True
+
+    async def run(self) -> Mismatch | None:
+        """Deliver all events in order; return None after the last one. Return early if the next event doesn't fit."""
         while self.ahead:
             await idle(self._session)
             if not self.ahead:
@@ -161,12 +195,13 @@ class Replay:
             if asked is None:
                 if await self._is_asked_in_time(event):
                     continue
-                waiting = {*self._waiting_live, *(str(one) for one in self.ahead if one.address in self._asked)}
-                asks_for = ", ".join(sorted(waiting))
-                return event.seq - 1, f"{event} is next on record, but this run asks for {asks_for}. {CHOICE_HINT}"
+                asked_later = [one for one in self.ahead if one.address in self._asked]
+                asks_for = ", ".join(sorted({str(one) for one in (*self._waiting_live, *asked_later)}))
+                what = f"{event} is next on record, but this run asks for {asks_for}. {CHOICE_HINT}"
+                return Mismatch(event, what, self._follows_failure(event))
             differing = self.differences(event, asked.call)
             if differing:
-                return event.seq - 1, f"{event} is not what this run asks for: {'; '.join(differing)}"
+                return Mismatch(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             self.ahead.popleft()
             self._addresses.discard(event.address)
             self.active_ms = event.active_ms
@@ -186,7 +221,7 @@ class Replay:
         try:
             while event.address in self._addresses and event.address not in self._asked:
                 self._changed.clear()
-                patience = self._patience()
+                patience = self._patience(event)
                 if patience is None:
                     await self._changed.wait()
                     begun = loop.time()
@@ -200,20 +235,30 @@ class Replay:
             notice.cancel()
 
     def _tell_waiting(self, event: Event, late: float) -> None:
-        if (patience := self._patience()) is not None:
+        if (patience := self._patience(event)) is not None:
             limit = patience + late
             self._journal.log.warning(
                 "%s is next on record: waiting up to %g s for the run to ask for it", event, limit
             )
 
-    def _patience(self) -> float | None:
+    def _patience(self, event: Event) -> float | None:
         """Return how many seconds to wait for the program to make the next recorded call; None for no limit.
 
         While no call waits, there is no limit: the program is doing other work, and will then make a call or end.
         """
-        if self._asked or not all(self._waiting_live.values()):
+        if self._follows_failure(event):
+            return DROPPED_PATIENCE if self._has_dropped else TRIED_PATIENCE
+        if self._asked or not all(self._journal.was_tried(call.address) for call in self._waiting_live):
             return DRIFT_PATIENCE
         return TRIED_PATIENCE if self._waiting_live else None
+
+
+def _is_accepted(one: Event | EventInput) -> bool:
+    return isinstance(one, Event) and one.accepted
+
+
+def _hash_of(one: Event | EventInput) -> object:
+    return one.digest if isinstance(one, EventInput) else one.request.get("hash")
 
 
 def _is_apart(event: Event) -> bool:

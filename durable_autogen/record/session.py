@@ -24,6 +24,7 @@ from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
+from nexum_engine.approvals import server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -87,8 +88,7 @@ class Session:
 
     def _command(self, name: str) -> str:
         """Return the beginning of a command that works on this session, such as the command `send`."""
-        server = f" --nexum {self._address}" if self._address else ""
-        return f"python -m durable_autogen {name}{server} {self.session_id}"
+        return f"python -m durable_autogen {name}{server_option(self._address)} {self.session_id}"
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
@@ -183,6 +183,10 @@ class Session:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         async with AsyncExitStack() as stack:
+            # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
+            stack.enter_context(watched_threads())
+            stack.enter_context(recorded_console())
+            stack.enter_context(self.entry_points())
             # Connect without a place, so that nothing that the connection does counts as a call of the program.
             with at(None):
                 address = self._address or os.environ.get("NEXUM_ADDRESS")
@@ -192,9 +196,6 @@ class Session:
                 journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
-            stack.enter_context(watched_threads())
-            stack.enter_context(recorded_console())
-            stack.enter_context(self.entry_points())
             stack.enter_context(at(Place(self, around=current.get())))
             budget = None
             if self._budget is not None:
@@ -259,7 +260,7 @@ class Session:
             live, replayed = _counts(recorder.live), _counts(recorder.replayed)
             # A program's handler can read the counts from the record instead of its text.
             counts = {"live": dict(recorder.live), "replayed": dict(recorder.replayed)}
-            line = "session %s: %s live, %s replayed from the record"
+            line = "session %s, live: %s; replayed from the record: %s"
             self.log.info(line, self.session_id, live, replayed, extra=counts)
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())

@@ -122,7 +122,8 @@ class Polls:
         if worker_id in self._draining_workers:
             return None
         poll = _WaitingPoll(worker_id, version_hashes, max_bytes, self._announced)
-        deadline = self._clock.now_ms() + wait_ms
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_ms / 1000
         self._add(poll)
         try:
             if self._may_be_due(version_hashes) and not self._is_silent(worker_id):
@@ -138,10 +139,10 @@ class Polls:
                 if poll.has_missed and not poll.leaving and not self._is_silent(worker_id):
                     self._submit_claim(poll)
                     continue
-                left_ms = deadline - self._clock.now_ms()
-                if left_ms <= 0 or self._stopping or poll.leaving:
+                left = end - loop.time()
+                if left <= 0 or self._stopping or poll.leaving:
                     return None
-                await self._idle(poll, left_ms)
+                await self._idle(poll, left)
         finally:
             self._remove(poll)
             if poll.claim is not None:
@@ -181,10 +182,10 @@ class Polls:
             # Scan the versions again only when their number has doubled: the time of a scan grows with their number.
             self._forget_above = max(MAX_REMEMBERED_VERSIONS, 2 * len(self._last_poll_ms))
 
-    async def _idle(self, poll: _WaitingPoll, left_ms: int) -> None:
+    async def _idle(self, poll: _WaitingPoll, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         poll.idle = loop.create_future()
-        timer = loop.call_later(left_ms / 1000, poll.wake)
+        timer = loop.call_later(seconds, poll.wake)
         try:
             await poll.idle
         finally:
@@ -256,7 +257,8 @@ class Polls:
         After `wait` seconds at the latest, return the result of the last start, and in how many milliseconds the owner
         should ask again: 0 if no limit holds the node back.
         """
-        deadline = self._clock.now_ms() + round(wait * 1000)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait
         woken = asyncio.Event()
         self._owners[version_hash][woken] = None
         try:
@@ -265,11 +267,11 @@ class Polls:
                 started = await start()
                 if started.held is None:
                     return started, 0
-                now_ms, opens_ms = self._clock.now_ms(), started.held.opens_ms
-                if now_ms >= deadline or self._stopping:
-                    return started, HELD_MS if opens_ms is None else max(1, opens_ms - now_ms)
-                until_ms = deadline if opens_ms is None else min(deadline, opens_ms)
-                await wait_until_set(woken, max(1, until_ms - now_ms) / 1000)
+                left, opens_ms = end - loop.time(), started.held.opens_ms
+                left_ms = HELD_MS if opens_ms is None else max(1, opens_ms - self._clock.now_ms())
+                if left <= 0 or self._stopping:
+                    return started, left_ms
+                await wait_until_set(woken, left if opens_ms is None else min(left, left_ms / 1000))
         finally:
             del self._owners[version_hash][woken]
             if not self._owners[version_hash]:

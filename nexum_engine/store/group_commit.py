@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ T = TypeVar("T")
 Transition = Callable[[Db], Any]
 
 MAX_BATCH = 256  # transitions in one transaction
+LOG_INTERVAL = 10.0  # seconds between two log lines about the same error
+
+logger = logging.getLogger(__name__)
 
 
 class Kind(Enum):
@@ -73,6 +77,7 @@ class GroupCommitStore(Store):
         self._idle.set()
         self._recovering: asyncio.Task[None] | None = None
         self._closed = False
+        self._logged, self._logged_at = "", 0.0
 
     @abstractmethod
     def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
@@ -161,6 +166,13 @@ class GroupCommitStore(Store):
         """Accept no further transitions, and finish those that were submitted."""
         self._closed = True
         await self._idle.wait()
+
+    def _log_failure(self, database: object, error: CommitFailed) -> None:
+        """Log that a transaction has failed. While a disk is full, callers retry several times a second."""
+        text, now = str(error), self._loop.time()
+        if text != self._logged or now - self._logged_at >= LOG_INTERVAL:
+            self._logged, self._logged_at = text, now
+            logger.error("database %s: %s; nothing that was acknowledged is lost", database, text)
 
     def _look_again(self) -> None:
         """Make the calls that wait query the store."""

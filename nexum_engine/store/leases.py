@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from nexum_engine import jsontext, scheduling
 from nexum_engine.records import Effect, ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
-from nexum_engine.store.definitions import TIMEOUT_GRACE_MS
+from nexum_engine.store.definitions import TIMEOUT_GRACE_MS, retry_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail, wait_for_person
 from nexum_engine.store.waits import end_waits
-from nexum_engine.workflow import DEFAULT_RETRY_POLICY
 
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
@@ -111,9 +110,12 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
     db.run("restart_leases", streamed=True, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=False, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
-    # Let no task wait longer than the longest retry delay: the clock may have been set back while no server ran.
-    longest = DEFAULT_RETRY_POLICY.delay_ms(DEFAULT_RETRY_POLICY.max_attempts - 1) or 0
-    db.run("restart_tasks", now=db.now_ms, latest=db.now_ms + longest)
+    # The clock may have been set back while no server ran. Let no wait be longer than a wait that begins now.
+    db.run("restart_tasks", now=db.now_ms)
+    for row in db.all("waiting_retries", now=db.now_ms):
+        delay_ms = retry_of(row).delay_ms(row["failed_attempts"]) or 0
+        db.run("restart_retry", node=row["node"], latest=db.now_ms + delay_ms)
+    db.run("restart_waits", now=db.now_ms)
 
 
 def sweep(db: Db, since_ms: int) -> Swept:

@@ -104,6 +104,9 @@ class PostgresStore(GroupCommitStore):
             connection = await asyncio.to_thread(open_database, database_url)
             server = secrets.randbits(62)
             await asyncio.to_thread(hold_server, connection, server)
+            # Follow the database's clock before anything reads `clock`. The clock of this machine may be wrong, and the
+            # other servers follow the clock of this server.
+            clock.follow(*await asyncio.to_thread(database_ms, connection))
             database_id = await asyncio.to_thread(read_database_id, connection)
         except psycopg.Error as error:
             why = line_of(error)
@@ -169,7 +172,7 @@ class PostgresStore(GroupCommitStore):
         self._writer.shutdown()
 
     async def _recover(self, error: CommitFailed) -> None:
-        logger.error("database %s: %s; nothing that was acknowledged is lost", self._opened_as, error)
+        self._log_failure(self._opened_as, error)
         self._look_again()
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------

@@ -767,10 +767,21 @@ WHERE queue = '' AND streamed = :streamed;
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed AND owned;
 
 -- name: restart_tasks
--- The clock may have been set back. Of the tasks that are due after :latest, make a retry due at :latest, and a first
--- attempt due now. If a node has its own retry policy, don't change its retries: they may be due later.
-UPDATE nodes SET due_ms = CASE WHEN attempts > 0 THEN :latest ELSE :now END
-WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :latest AND (retry IS NULL OR attempts = 0);
+-- Make first attempts due that seem to be due later, because the clock was set back.
+UPDATE nodes SET due_ms = :now WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :now AND attempts = 0;
+
+-- name: waiting_retries
+-- The retries that are not due yet.
+SELECT node, retry, failed_attempts FROM nodes WHERE status = 'READY' AND attempts > 0 AND due_ms > :now;
+
+-- name: restart_retry
+-- Make a retry due at :latest, if it would be due later.
+UPDATE nodes SET due_ms = :latest WHERE node = :node AND due_ms > :latest;
+
+-- name: restart_waits
+-- Let the waits begin again that seem to have begun later than now, because the clock was set back.
+UPDATE nodes SET due_ms = :now + due_ms - started_ms, started_ms = :now
+WHERE status = 'WAITING' AND node_type IN ('TIMER', 'EVENT', 'HUMAN_APPROVAL') AND started_ms > :now;
 
 -- name: expired_leases
 -- The nodes whose lease has run out, the earliest first.

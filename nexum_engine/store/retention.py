@@ -132,11 +132,13 @@ class _Pruning:
         """Prune the executions after a number. Return where to continue, or None after the last old execution."""
         while page := self._db.all("oldest_executions", after=after, limit=PAGE):
             for row in page:
-                if row["created_ms"] > self._cutoff_ms:
+                is_new = row["created_ms"] > self._cutoff_ms
+                if is_new and row["created_ms"] <= self._db.now_ms:
                     self._delete_chosen()
                     return None  # the executions with larger numbers were created even later
                 after = row["sequence"]
-                if after not in self._gone:
+                # An execution that seems to be created later than now was created before the clock was set back.
+                if not is_new and after not in self._gone:
                     self._judge(row)
                     if len(self._chosen) > PAGE:  # a session was chosen
                         break

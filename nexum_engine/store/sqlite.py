@@ -229,7 +229,7 @@ class SqliteStore(GroupCommitStore):
             try:
                 await asyncio.to_thread(self._stop_backup)
                 await self._loop.run_in_executor(self._writer, self._database.reopen)
-                logger.error("database %s: %s; nothing that was acknowledged is lost", self._path, error)
+                self._log_failure(self._path, error)
                 reason = None
             except (sqlite3.Error, OSError, NexumError) as failure:
                 reason = failure

@@ -25,6 +25,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nexum_engine.errors import Conflict, InvalidRequest, NexumError, StoreRefused
+from nexum_engine.location import DEFAULT_FOLDER
 from nexum_engine.store.base import Space
 from nexum_engine.store.sqlite_connection import (
     cannot_open,
@@ -307,13 +308,22 @@ def lock(path: Path, timeout: float) -> FileLock:
     """
     taken = FileLock(lock_file_of(path), mode=0o600, thread_local=False)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(path.parent)
         taken.acquire(timeout=timeout)
     except Timeout as error:
         raise in_use(path) from error
     except (OSError, NotImplementedError) as error:
         raise cannot_open(path, error) from error
     return taken
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the database's folder. Keep the default folder out of Git: the database has prompts and results."""
+    if folder.exists():
+        return
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.name == DEFAULT_FOLDER:
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
 def _check_log(path: Path, timeout: float) -> None:

@@ -387,7 +387,7 @@ class _ChildStart(BaseModel):
     """The result of a SUBWORKFLOW node's task."""
 
     sub_workflow_id: str = Field(alias="subWorkflowId", min_length=1, strict=True)
-    child_input: Any = Field(None, alias="childInput")
+    child_input: Any = Field(default=None, alias="childInput")
 
 
 def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> None:

@@ -82,6 +82,14 @@ async def questions(run: Run) -> int:
     return len(await questions_of(run.client, run.session))
 
 
+@pytest.mark.parametrize(
+    ("nexum", "option"), [(None, ""), ("host:50051", " --nexum host:50051"), ("/folder/.nexum/local.db", "")]
+)
+def test_printed_command_names_a_server_but_no_database_file(nexum: str | None, option: str) -> None:
+    """The command finds the folder's database, even while no server has the database open."""
+    assert DurableSession("s", nexum=nexum)._command("budget") == f"python -m durable_autogen budget{option} s"
+
+
 async def test_parallel_calls_stop_at_the_limit_and_share_one_question(shared_server: Server) -> None:
     run = Run(shared_server, Budget(model_calls=3))
 

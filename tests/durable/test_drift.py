@@ -13,14 +13,17 @@ from autogen_agentchat.conditions import ExternalTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
+from autogen_core.tools import FunctionTool
 from durable_agents import TIMEOUT, agent, answer, client, named, run, texts
 from harness import logged
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions
+from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import OnDrift
 from nexum_engine.client import NexumClient
+from nexum_engine.errors import NexumError
 from nexum_engine.owner import Owner
 from support.models import ModelFailed
 
@@ -210,6 +213,45 @@ async def test_reply_recorded_while_caller_was_cancelled_is_given_up_again(
         assert listed.status == "finished"
         assert await asyncio.wait_for(program(), TIMEOUT) == said
         assert len(model.requests) == 2
+
+
+async def test_call_is_given_up_again_although_the_run_ended_before_it_could_drop_the_result(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.3)
+    executed: list[str] = []
+    fast_is_done = asyncio.Event()
+
+    async def tool(name: str) -> str:
+        executed.append(name)
+        if name == "slow":
+            await fast_is_done.wait()
+        return f"{name} is done"
+
+    async def program(held: Held | None = None) -> list[str]:
+        async def call(name: str) -> str:
+            return str(await FunctionTool(tool, "A tool.").run_json({"name": name}, CancellationToken()))
+
+        async with DurableSession("s", nexum=server.address):
+            slow = asyncio.create_task(call("slow"))
+            first = await call("fast")
+            fast_is_done.set()
+            if held is not None:
+                await held.cancel(slow)
+            slow.cancel()
+            await asyncio.gather(slow, return_exceptions=True)
+            return [first, await call("last")]
+
+    async def unreachable(*_: Any, **__: Any) -> None:
+        raise NexumError("the server can't be reached")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "revoke", unreachable)
+        with pytest.raises(NexumError, match="can't be reached"):
+            await program(Held(patched, "reply/0/tool/2"))
+    for _ in range(2):
+        assert await asyncio.wait_for(program(), TIMEOUT) == ["fast is done", "last is done"]
+    assert sorted(executed) == ["fast", "last", "slow"]
 
 
 async def test_survived_failure_is_recorded_once_although_next_call_was_given_up(

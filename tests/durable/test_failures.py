@@ -629,6 +629,48 @@ async def test_call_made_again_after_its_failure_keeps_its_id(server: ServerThre
     assert ids[0] == ids[1] != ""
 
 
+async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    charges: list[str] = []
+    notes: list[str] = []
+
+    async def look() -> str:
+        return "seen"
+
+    async def charge() -> str:
+        charges.append(call_id())
+        if len(charges) == 1:
+            raise TimeoutError("the money may have moved")
+        return "charged"
+
+    async def note(number: int) -> str:
+        notes.append(call_id())
+        return f"noted {number}"
+
+    async def call(one: Callable[..., Awaitable[str]], **arguments: int) -> Any:
+        return await FunctionTool(one, "A tool.").run_json(arguments, CancellationToken())
+
+    async def program() -> list[Any]:
+        async with DurableSession("s", nexum=server.address):
+            both = await asyncio.gather(call(look), call(charge), return_exceptions=True)
+            noted = [await call(note, number=1), await call(note, number=2)]
+            for one in both:
+                if isinstance(one, BaseException):
+                    raise one
+            return [*both, *noted]
+
+    with pytest.raises(TimeoutError):
+        await program()
+    for _ in range(2):
+        assert await program() == ["seen", "charged", "noted 1", "noted 2"]
+    assert len(charges) == 2
+    assert charges[0] == charges[1] != ""
+    assert len(notes) == 4
+    assert notes[:2] == notes[2:]
+
+
 async def test_cancelled_call_that_is_made_again_keeps_its_id(server: ServerThread) -> None:
     ids: list[str] = []
     gave_up = asyncio.Event()

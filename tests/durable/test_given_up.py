@@ -20,7 +20,7 @@ from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_
 from harness import Server
 from pydantic import BaseModel
 
-from durable_autogen import DriftError, current_session
+from durable_autogen import DriftError, RunCancelled, current_session
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import Event
 from durable_autogen.record.handled_failures import Setbacks
@@ -319,9 +319,9 @@ async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session
     assert happened == ["slow", "next"]
 
 
-@pytest.mark.parametrize("ends", ["without an error", "with an error"])
+@pytest.mark.parametrize("ends", ["without an error", "with an error", "and disconnects"])
 @pytest.mark.parametrize("what", ["model", "tool", "sleep", "console"])
-async def test_background_call_while_the_end_is_recorded_is_an_error(
+async def test_background_call_while_the_session_ends_is_an_error(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, what: str, ends: str
 ) -> None:
     ending, answered = asyncio.Event(), asyncio.Event()
@@ -357,13 +357,30 @@ async def test_background_call_while_the_end_is_recorded_is_an_error(
 
         return held
 
-    for method in ("end", "end_with"):
-        monkeypatch.setattr(Recorder, method, held_back(getattr(Recorder, method)))
+    ways = [(Journal, "__aexit__")] if ends == "and disconnects" else [(Recorder, "end"), (Recorder, "end_with")]
+    for kind, method in ways:
+        monkeypatch.setattr(kind, method, held_back(getattr(kind, method)))
     with contextlib.suppress(LookupError):
         await inside(shared_server, program, session)
     with pytest.raises(NotDurable, match=f"session {session} has ended, and this call was started inside it"):
         await background[0]
     assert happened == ["last"]
+
+
+async def test_call_raises_the_reason_if_the_run_is_stopped_as_the_call_begins(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Recorder._start
+
+    def start_and_stop(recorder: Recorder, live: Any, work: Any) -> asyncio.Task[None]:
+        running = start(recorder, live, work)
+        recorder.stop(RunCancelled("stopped before the first step of the call's task"))
+        return running
+
+    monkeypatch.setattr(Recorder, "_start", start_and_stop)
+    with pytest.raises(RunCancelled, match="stopped before the first step"):
+        await asyncio.wait_for(inside(shared_server, lambda: asked(Scripted(happened)), new_session()), TIMEOUT)
+    assert happened == []
 
 
 @pytest.mark.parametrize("outer", ["", "outer"])

@@ -129,6 +129,17 @@ async def test_shown_session_of_a_changed_program_says_how_many_events_it_droppe
     ]
 
 
+async def test_shown_session_has_its_contents_in_one_column(server: ServerThread) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        async with DurableSession("s", nexum=server.address):
+            for name in ("a", "an_agent_with_a_rather_long_name"):
+                await agent(model, name).run(task="How many?")
+    async with NexumClient(server.address) as nexum:
+        lines = details(await recorded_sessions.show_session(nexum, "s"), time.time()).splitlines()
+    replies = [line for line in lines if " reply 1 of " in line]
+    assert {line.index("yes") for line in replies} == {len("   1  reply 1 of an_agent_with_a_rather_long_name  ")}
+
+
 async def test_failed_call_that_is_revoked_does_not_count(server: ServerThread) -> None:
     replies = iter([answer("one"), Reply(status=400), answer("two"), answer("three")])
     with OpenAIServer(lambda _: next(replies)) as model:

@@ -68,8 +68,9 @@ async def test_finished_session_is_replayed_without_live_call(server: ServerThre
     assert texts(again) == texts(first)
     assert len(model.requests) == 2
     assert done == ["x", "x"]  # the model's reply requests two equal calls, and both ran
+    assert [line for line in lines if "is finished: its record is replayed" in line] == lines[:1]
     assert "reply 1 of writer: replayed from the record ✓" in lines
-    assert "0 model call(s) (0 tokens), 0 tool call(s) live, 2 model call(s)" in lines[-1]
+    assert "live: 0 model call(s) (0 tokens), 0 tool call(s); replayed from the record: 2 model call(s)" in lines[-1]
 
 
 async def test_task_can_be_omitted_if_session_has_one(server: ServerThread) -> None:
@@ -575,7 +576,8 @@ async def test_same_call_made_twice_on_purpose_runs_twice_in_worker(server: Serv
         assert await searched() == await searched()
     async with NexumClient(server.address) as nexum:
         executions = await nexum.list_executions(workflow_id=OFFLINE_TOOL_CALL.workflow_id)
-    assert sorted(one.idempotency_key.rpartition(":")[2] for one in executions) == [
+    calls = [one.idempotency_key.rpartition(":")[2] for one in executions]
+    assert sorted(call.rpartition("/")[0] for call in calls) == [
         "s/writer/reply/1/tool/1",
         "s/writer/reply/1/tool/2",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,6 +158,41 @@ def test_linked_script_has_the_path_of_the_link(folder: Folder) -> None:
     assert folder.durable().stdout == folder.python().stdout
 
 
+MODULE = """
+import asyncio, sys, __main__
+from . import beside
+
+async def main():
+    print(__name__, __package__, __spec__.name, sys.argv, sys.path[0], beside.NAME, __main__.main is main)
+    if len(sys.argv) > 1:
+        raise LookupError(sys.argv[1])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["gone"]])
+@pytest.mark.parametrize("name", ["package", "package.tool"])
+def test_module_runs_as_under_python(folder: Folder, name: str, arguments: list[str]) -> None:
+    (folder.path / "package").mkdir()
+    for file, code in (("__init__", ""), ("__main__", MODULE), ("tool", MODULE), ("beside", "NAME = 'beside it'")):
+        folder.write(code, f"package/{file}.py")
+    plain = run_to_end(["-m", name, *arguments], cwd=folder.path, env=folder.env)
+    (*command, _) = folder.command()
+    durable = run_to_end([*command, "-m", name, *arguments], cwd=folder.path, env=folder.env)
+    assert (durable.returncode, durable.stdout) == (plain.returncode, plain.stdout) == (len(arguments), plain.stdout)
+    assert "beside it True" in durable.stdout
+    frames = [line for line in durable.stderr.splitlines() if line.startswith('  File "')]
+    assert [line for line in frames if "runpy" in line or "run_script" in line] == []
+
+
+def test_missing_module_is_reported_in_one_line(folder: Folder) -> None:
+    for name in ("nothing", "nothing.at.all"):
+        done = run_to_end([*folder.command()[:-1], "-m", name], cwd=folder.path, env=folder.env, forked=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines() == [f"error: there is no module {name}: check its name and this folder"]
+
+
 ENDS = """
 import asyncio, sys
 
@@ -167,6 +203,8 @@ async def main():
 asyncio.run(main())
 {after}
 """
+
+INTERRUPTED_LINE = "[Nexum] interrupted; run the same command again to continue"
 
 
 @pytest.mark.parametrize(
@@ -203,16 +241,29 @@ def test_error_of_script_is_passed_to_its_excepthook(folder: Folder) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_interrupted_script_ends_as_under_python(folder: Folder) -> None:
+def test_interrupted_script_ends_with_the_exit_code_of_python_and_one_line(folder: Folder) -> None:
     folder.write(ENDS.format(end="await asyncio.sleep(60)", after=""))
     codes = []
-    for command in (folder.command(), ["script.py"]):
+    for command, last in ((folder.command(), INTERRUPTED_LINE), (["script.py"], "KeyboardInterrupt")):
         with running(command, cwd=folder.path, env=folder.env) as process:
             process.wait_for("begun")
             process.interrupt()
             codes.append(process.wait())
-            assert process.output.splitlines()[-1] == "KeyboardInterrupt"
+            assert process.output.splitlines()[-1] == last
+            assert ("Traceback" in process.output) == (last == "KeyboardInterrupt")
     assert codes[0] == codes[1]
+
+
+def test_interrupted_script_ends_although_a_thread_waits(folder: Folder) -> None:
+    folder.write(
+        "import threading, time\nthreading.Thread(target=threading.Event().wait).start()\n"
+        "print('begun', flush=True)\ntime.sleep(60)\n"
+    )
+    with running(folder.command(), cwd=folder.path, env=folder.env) as process:
+        process.wait_for("begun")
+        process.interrupt()
+        assert process.wait() in (-signal.SIGINT, 130)
+        assert process.output.splitlines()[-1] == "[Nexum] interrupted"
 
 
 def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:

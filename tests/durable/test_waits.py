@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -343,6 +344,19 @@ async def test_timeout_is_not_extended_by_a_crash_and_replayed(shared_server: Se
     assert ends[1] == Received(event="payment", number=1, payload="late")
 
 
+async def test_event_in_time_is_received_although_the_servers_clock_is_ahead(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = new_session()
+
+    async def program() -> None:
+        monkeypatch.setattr(waits, "time", SimpleNamespace(time=lambda: time.time() - 3600))
+        await send(shared_server, name, payload=5)
+        assert await session().wait_for_event("payment", 60) == 5
+
+    await inside(shared_server, program, name)
+
+
 async def test_timeout_that_ends_the_run_is_raised_again(shared_server: Server) -> None:
     name = new_session()
 
@@ -585,6 +599,12 @@ def test_command_send_refuses_wrong_arguments_in_words(
 ) -> None:
     assert main(["send", "--nexum", shared_server.address, *arguments]) == 2
     assert capsys.readouterr().err.startswith(error)
+
+
+def test_command_refuses_an_argument_that_is_not_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["send", "s", "payment", "--key", "caf\udce9"])
+    assert r"error: the argument 'caf\udce9' is not text in UTF-8" in capsys.readouterr().err
 
 
 def test_command_send_tells_that_a_session_has_not_begun(

@@ -88,7 +88,8 @@ def test_server_prints_one_line_and_stops_cleanly(
         end(server)
         assert server.wait(10) == 0
         assert server.lines == [line]
-    assert sorted(path.name for path in (tmp_path / ".nexum").iterdir()) == ["local.db", "local.db.lock"]
+    assert sorted(path.name for path in (tmp_path / ".nexum").iterdir()) == [".gitignore", "local.db", "local.db.lock"]
+    assert (tmp_path / ".nexum" / ".gitignore").read_text() == "*\n"
     assert (tmp_path / ".nexum" / "local.db").stat().st_mode & 0o777 == 0o600
 
 
@@ -164,6 +165,9 @@ def test_server_that_cannot_start_says_why_in_one_line(tmp_path: Path, arguments
         (["ps", "--limit", "9" * 5000], 2, "...' is not a number between 1 and 1,000"),
         (["show"], 2, "the following arguments are required: EXECUTION"),
         (["ps", "--nexum", "nonsense"], 1, "'nonsense' is not the address of a server"),
+        (["ps", "--key", "caf\udce9"], 2, r"the argument 'caf\udce9' is not text in UTF-8"),
+        (["show", "caf\udce9"], 2, r"the argument 'caf\udce9' is not text in UTF-8"),
+        (["prune", "--older-than", "0s", "--session", ""], 2, "argument --session: the value is empty: give one, or"),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(

@@ -145,6 +145,8 @@ def test_list_of_approvals_says_that_more_nodes_wait(
     assert MORE not in terminal("approvals")[1]
     start(stub)
     assert terminal("approvals")[1].endswith(f"\n{MORE}")
+    listed, _, note = terminal("approvals", "--json")[1].rpartition("\n")
+    assert (len(json.loads(listed)), note) == (2, MORE)
     start(stub, json.dumps({"session": "s", "tool": "charge"}))
     code, output = terminal("approve", "--session", "s")
     assert (code, output) == (1, f"error: no call of session s waits for approval {MORE}")
@@ -158,6 +160,7 @@ def test_list_of_unknown_effects_says_that_more_nodes_wait(
         for n in range(2):
             start_unknown(stub, json.dumps(n))
     assert terminal("unknown")[1].endswith(f"\n{MORE}")
+    assert terminal("unknown", "--json")[1].endswith(f"]\n{MORE}")
 
 
 def test_decision_about_a_session_continues_after_a_refusal(

@@ -255,6 +255,15 @@ def test_follow_of_unknown_execution_fails(tmp_path: Path, server: ServerThread)
     assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
 
 
+def test_show_of_session_says_which_command_shows_it(tmp_path: Path, server: ServerThread) -> None:
+    code, output = run_script(["-m", "nexum_engine", "show", "order-1", "--nexum", server.address], tmp_path, {})
+    assert (code, output) == (
+        1,
+        "error: no execution 'order-1' in this server's database; "
+        "if order-1 is a durable session: python -m durable_autogen show order-1",
+    )
+
+
 def test_follow_of_ended_execution_needs_no_server(tmp_path: Path) -> None:
     url = harness.url_of(tmp_path)
     with server_thread(tmp_path, database_url=url) as server, connected(server.address) as stub:

@@ -178,6 +178,12 @@ async def test_later_polls_find_every_root_of_a_workflow(engine: Engine) -> None
 
 
 @pytest.mark.both_stores
+async def test_poll_ends_although_the_clock_stands_still(make: Make) -> None:
+    engine = await make(ManualClock())
+    await engine.register({"a": []})
+    assert await asyncio.wait_for(engine.poll(wait_ms=50), SOON) is None
+
+
 async def test_each_node_that_becomes_ready_wakes_a_poll(engine: Engine) -> None:
     await engine.register({"a": [], "b": ["a"], "c": ["a"]})
     await engine.start()

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from nexum_engine import report
-from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome, SessionSummary
+from nexum_engine.records import (
+    Attempt,
+    Execution,
+    ExecutionStatus,
+    Node,
+    NodeStatus,
+    Outcome,
+    PendingApproval,
+    SessionSummary,
+)
 
 START = 1_700_000_000_000
 LONG = "a word and averyveryverylongwordwithoutaspace" * 60
@@ -114,6 +123,14 @@ def test_all_reports_remove_control_characters_of_names() -> None:
     execution = replace(EXECUTION, **changed)
     for text in (report.details(execution), report.table([execution], START), report.as_json(execution)):
         assert text.replace("\n", "").isprintable()
+
+
+def test_approvals_show_long_names_of_fields_whole() -> None:
+    pending = PendingApproval("exec-1", "boss", "w", START, json.dumps({"amount_in_cents": "9" * 100, "to": "ann"}))
+    lines = report.approvals([pending], START).splitlines()
+    shown = [line.split() for line in lines[2:]]
+    assert shown == [["amount_in_cents", "9" * 59], ["9" * 41], ["to", "ann"]]
+    assert max(map(len, lines)) <= report.WIDTH
 
 
 def test_json_has_all_fields() -> None:

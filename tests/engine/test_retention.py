@@ -260,6 +260,17 @@ async def test_session_is_pruned_as_a_whole_or_not_at_all(store: Store, clock: M
     assert await ids(store) == set()
 
 
+async def test_execution_from_before_a_clock_was_set_back_keeps_no_later_one(store: Store, clock: ManualClock) -> None:
+    clock.advance(365 * 86_400)
+    kept = await record(store, "from next year")
+    clock.advance(-365 * 86_400)
+    await record(store, "s/1")
+    await record(store, "k")
+    clock.advance(31 * 86_400)
+    assert await prune(store) == Pruned(executions=2, sessions=1)
+    assert await ids(store) == {kept}
+
+
 async def test_keys_with_separators_outside_sessions_are_pruned_alone(store: Store, clock: ManualClock) -> None:
     for key in ("order:1", "order/2"):
         await start(store, key)

@@ -430,6 +430,17 @@ async def test_full_database_acknowledges_nothing_and_recovers(tmp_path: Path) -
     await store.close()
 
 
+async def test_full_disk_is_logged_once_while_callers_retry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    for _ in range(5):
+        store._database.connection.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(StoreUnavailable):
+            await store.run(executions.start_execution, "w", "v1", json.dumps("x" * 1_000_000), "")
+    assert caplog.text.count("database or disk is full; nothing that was acknowledged is lost") == 1
+    await store.close()
+
+
 async def test_failed_commit_leaves_outcome_unknown_and_fails_the_store(tmp_path: Path) -> None:
     """COMMIT fails after all statements succeeded: every caller gets StoreUnavailable."""
     store = await opened(tmp_path / "nexum.db")

@@ -935,6 +935,50 @@ async def test_new_task_with_a_retry_policy_is_due_after_the_clock_was_set_back(
     assert await take(again) is not None
 
 
+@pytest.mark.parametrize(
+    ("waiting", "ended"),
+    [
+        ({"type": "TIMER", "delay_seconds": 60}, NodeStatus.COMPLETED),
+        ({"type": "EVENT", "event": "paid", "timeout_seconds": 60}, NodeStatus.FAILED),
+        ({"type": "HUMAN_APPROVAL", "timeout_seconds": 60}, NodeStatus.FAILED),
+    ],
+)
+async def test_clock_set_back_between_servers_delays_no_wait(
+    store: Store, clock: ManualClock, reopen: Reopen, waiting: dict[str, object], ended: NodeStatus
+) -> None:
+    await register_ir(store, "w", "v1", {"wait": waiting})
+    started = await store.run(executions.start_execution, "w", "v1", "{}", "")
+    for seconds in (-3600, 30):  # the wait begins again at the first restart, but not at the second one
+        clock.advance(seconds)
+        store = await reopen()
+        await store.run(leases.restart, GRACE_MS, LEASE_MS)
+    clock.advance(30)
+    await store.run(leases.sweep, NO_RETRIES)
+    assert await node_status(store, started.execution_id) == {"wait": NodeStatus.WAITING}  # a wait is never short
+    clock.advance(0.001)
+    await store.run(leases.sweep, NO_RETRIES)
+    assert await node_status(store, started.execution_id) == {"wait": ended}
+
+
+async def test_clock_set_back_between_servers_delays_no_retry_of_a_policy(
+    store: Store, clock: ManualClock, reopen: Reopen
+) -> None:
+    policy = {"max_attempts": 2, "first_delay_seconds": 600}
+    await register_ir(store, "w", "v1", {"a": {"type": "EFFECT", "retry_policy": policy}})
+    await store.run(executions.start_execution, "w", "v1", "{}", "")
+    task = await take(store)
+    assert task is not None
+    await store.run(tasks.fail_task, task.task_id, "no answer", False)
+    for seconds in (-3600, 300):
+        clock.advance(seconds)
+        store = await reopen()
+        await store.run(leases.restart, GRACE_MS, LEASE_MS)
+    clock.advance(299.999)
+    assert await take(store) is None
+    clock.advance(0.001)
+    assert await take(store) is not None
+
+
 async def test_decision_after_the_time_for_it_is_refused_even_if_no_server_has_ended_the_wait(
     store: Store, clock: ManualClock
 ) -> None:

@@ -20,7 +20,6 @@ UNSTREAMED_LEASE_MS = 2 * LEASE_MS
 RECONNECT_MS = 1_000
 RESTART_MS = 1_500
 LIMIT_GRACE_MS = 1_000
-LONGEST_DELAY_MS = 4_000
 MAX_LOSSES = 10
 DONE = ("COMPLETED", "SKIPPED")
 FAILED = ("FAILED", "CANCELLED")
@@ -87,6 +86,8 @@ class Node:
     lost: int = 0
     due: int | None = None
     """The time at which a READY node becomes a task, a RUNNING node's lease ends, or a WAITING node's wait ends."""
+    began: int = 0
+    """The time at which the node began to wait for a time, a person or an event."""
     lease_loss: str = ""
     progress: Any = None
     timed_out: bool = False
@@ -372,11 +373,12 @@ class Model:
             grace = RESTART_MS if attempt.streamed else UNSTREAMED_LEASE_MS
             attempt.node.due = attempt.node.until(attempt.started, self.now + grace)
             attempt.node.lease_loss = "INTERRUPTED"
-        # If the clock was set back, a task could wait for too long. Limit the wait to the longest pause before a retry.
+        # If the clock was set back, no wait is longer than a wait that begins now.
         for node in self.nodes():
-            is_late = node.status == "READY" and (node.due or 0) > self.now + LONGEST_DELAY_MS
-            if is_late and (not node.attempts or not node.policy):
-                node.due = self.now + LONGEST_DELAY_MS if node.attempts else self.now
+            if node.status == "READY" and node.due is not None:
+                node.due = min(node.due, self.now + ((node.delay_ms() or 0) if node.attempts else 0))
+            elif node.status == "WAITING" and node.due is not None and node.began > self.now:
+                node.due, node.began = self.now + node.due - node.began, self.now
 
     def release(self, task_id: str) -> None:
         attempt = self.attempts[task_id]
@@ -495,7 +497,7 @@ class Model:
         return fates
 
     def _wait(self, node: Node) -> None:
-        node.status = "WAITING"
+        node.status, node.began = "WAITING", self.now
         if node.kind == "TIMER":
             node.due = self.now + 1 + round(1000 * node.spec["delay_seconds"])  # + 1, because `now` is rounded down
             if not node.spec["delay_seconds"]:
