@@ -18,14 +18,19 @@ import sys
 import threading
 import traceback
 import types
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
+from durable_autogen.record.idle import has_interpreters
+from durable_autogen.record.place import current
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError
 from nexum_engine.policy import read_policies
@@ -36,6 +41,11 @@ T = TypeVar("T")
 PARKED = 75
 """The exit code of a run that waits for a person (EX_TEMPFAIL of sysexits.h: try again later)."""
 MAX_STEM = 40  # characters; a longer script name is cut in the session id
+MAX_FUNCTION = 8  # characters; a longer name of a thread's function is cut in the session id
+_thread: ContextVar[str] = ContextVar("_thread", default="")
+"""The part of a session's id that names the script's thread, such as `-ask-2`. Empty in the main thread."""
+_is_inside: ContextVar[bool] = ContextVar("_is_inside", default=False)
+"""Whether `asyncio.run` calls `run_until_complete` (Python 3.10)."""
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
@@ -65,18 +75,22 @@ class _Sessions:
         self._budget = budget_of(args, "budget-")
         self._policies = read_policies(args.policies) if args.policies is not None else None
         self._process = os.getpid()
-        self.count = 0
-        """How many main coroutines the script has run."""
-        self._is_inside = False
+        self._lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        """How many main coroutines each thread of the script has run."""
+        self._functions: Counter[str] = Counter()
+        """How often the script has given each function to a thread."""
 
     def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """Return a coroutine that runs `main` in the next session. In a forked process, return `main`."""
+        """Return a coroutine that runs `main` in the thread's next session. In a forked process, return `main`."""
         if os.getpid() != self._process:
             _log.warning("nothing is recorded in a process that the script forks: make the calls in a tool")
             return main
-        self.count += 1
-        name = self._session if self.count == 1 else f"{self._session}-{self.count}"
-        return self._run(name, main)
+        thread = _thread.get()
+        with self._lock:
+            self.counts[thread] += 1
+            count = self.counts[thread]
+        return self._run(f"{self._session}{thread}{f'-{count}' if count > 1 else ''}", main)
 
     async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
         from durable_autogen.session import DurableSession
@@ -120,6 +134,8 @@ class _Sessions:
             replaced.append((asyncio, "run", asyncio.run))
             asyncio.run = asyncio.runners.run
         replace(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete)
+        replace(threading.Thread, "start", self._start)
+        replace(ThreadPoolExecutor, "submit", self._submit)
         try:
             yield
         finally:
@@ -134,11 +150,11 @@ class _Sessions:
 
     def _run_function(self, original: Any) -> Any:
         def run(main: Any, **options: Any) -> Any:
-            before, self._is_inside = self._is_inside, True
+            before = _is_inside.set(True)
             try:
                 return original(self.inside(main) if inspect.iscoroutine(main) else main, **options)
             finally:
-                self._is_inside = before
+                _is_inside.reset(before)
 
         return run
 
@@ -148,12 +164,50 @@ class _Sessions:
             # method, with tasks and with its own shutdown coroutines. Exclude the shutdown coroutines by name.
             is_main = (
                 inspect.iscoroutine(future)
-                and not self._is_inside
+                and not _is_inside.get()
                 and future.__qualname__.rpartition(".")[2] not in ("shutdown_asyncgens", "shutdown_default_executor")
             )
             return original(loop, self.inside(future) if is_main else future)
 
         return run_until_complete
+
+    # Threads reach `asyncio.run` in any order. So name a thread's sessions by the order in which the script starts the
+    # threads, and gives functions to pools: that order is the same in the next run.
+
+    def _name_thread(self, function: Any) -> str:
+        while isinstance(function, functools.partial):
+            function = function.func
+        name = getattr(function, "__qualname__", type(function).__qualname__).rpartition(".")[2]
+        name = f"{_thread.get()}-{re.sub('[^A-Za-z0-9_]+', '', name)[:MAX_FUNCTION] or 'thread'}"
+        with self._lock:
+            self._functions[name] += 1
+            return f"{name}-{self._functions[name]}"
+
+    def _start(self, original: Any) -> Any:
+        def start(thread: threading.Thread) -> None:
+            if current.get() is None:  # otherwise the thread belongs to a session
+                run = thread.run
+                name = self._name_thread(getattr(thread, "_target", None) or type(thread))
+                thread.run = lambda: _in_thread(name, run)  # type: ignore[method-assign]
+            original(thread)
+
+        return start
+
+    def _submit(self, original: Any) -> Any:
+        def submit(pool: ThreadPoolExecutor, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+            if current.get() is not None or has_interpreters(pool):
+                return original(pool, fn, *args, **kwargs)
+            return original(pool, _in_thread, self._name_thread(fn), fn, *args, **kwargs)
+
+        return submit
+
+
+def _in_thread(name: str, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    before = _thread.set(name)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        _thread.reset(before)
 
 
 def run_script(args: argparse.Namespace) -> int:
@@ -174,13 +228,14 @@ def run_script(args: argparse.Namespace) -> int:
     sys.argv = [str(script), *args.arguments]
     if not args.is_module:
         sys.path[0] = str(script.resolve().parent)
+        script = script.absolute()  # the script may change the folder
     sessions = _Sessions(session, args)
     with sessions.installed():
         try:
             if args.is_module:
                 runpy.run_module(str(script), run_name="__main__", alter_sys=True)
             else:
-                _run_as_main(script.resolve())
+                _run_as_main(script)
         except Parked as parked:
             # Don't repeat what the session waits for: it was logged when the wait began.
             _log.warning("session %s is parked: run the same command again after the decision", parked.session)
@@ -189,12 +244,12 @@ def run_script(args: argparse.Namespace) -> int:
             complain(f"error: {error}")
             return 2
         except KeyboardInterrupt:
-            _end_interrupted("run the same command again to continue" if sessions.count else "")
+            _end_interrupted("run the same command again to continue" if sessions.counts else "")
             raise
         except Exception as error:  # noqa: BLE001 - any error of the script
-            _print_traceback(error, script)
+            _print_traceback(error)
             return 1
-    if not sessions.count:
+    if not sessions.counts:
         _log.warning(
             "nothing was recorded: the script ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio "
             "event loop's run_until_complete"
@@ -242,12 +297,18 @@ def _end_interrupted(next_step: str) -> None:
         os._exit(INTERRUPTED)
 
 
-def _print_traceback(error: Exception, script: Path) -> None:
-    """Print an error's traceback as `python SCRIPT` does, without the frames of durable_autogen and of runpy."""
-    shown = traceback.TracebackException.from_exception(error)
-    paths = [frame.filename for frame in shown.stack]
-    begin = paths.index(str(script.resolve())) if str(script.resolve()) in paths else 0
-    shown.stack = traceback.StackSummary.from_list(
-        [frame for frame in shown.stack[begin:] if frame.filename not in (__file__, runpy.__file__, "<frozen runpy>")]
-    )
+_HIDDEN = (__file__, runpy.__file__, "<frozen runpy>")
+"""The files of the frames between this command and the script."""
+
+
+def _print_traceback(error: Exception) -> None:
+    """Print an error's traceback as `python SCRIPT` does: with the script's hook, and without our frames."""
+    begin = error.__traceback__
+    while begin is not None and begin.tb_frame.f_code.co_filename in _HIDDEN:
+        begin = begin.tb_next
+    if sys.excepthook is not sys.__excepthook__:
+        sys.excepthook(type(error), error, begin)
+        return
+    shown = traceback.TracebackException(type(error), error, begin)
+    shown.stack = traceback.StackSummary.from_list([frame for frame in shown.stack if frame.filename not in _HIDDEN])
     complain("".join(shown.format()).rstrip())

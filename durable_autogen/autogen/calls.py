@@ -38,6 +38,7 @@ from durable_autogen.autogen.values import (
 )
 from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import ToolError
+from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
 from durable_autogen.record.failures import end, in_a_task, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
@@ -512,10 +513,12 @@ class Calls:
         finally:
             if asking is not None:
                 await end(asking)
+        said = str(self._value(answer, str))
         self._count(answer.replayed, "inputs")
         if answer.replayed:
             self._log_replayed(call)
-        return str(self._value(answer, str))
+            skip_answer(said)
+        return said
 
     async def other(
         self,

@@ -2,14 +2,20 @@
 
 `input()` isn't asynchronous, so it can't wait for the server. A typed line is recorded before the session's next call,
 or at the session's end. A replay returns the recorded line at once, without waiting for earlier events.
+
+If standard input is a file or a pipe, as in `script < answers`, a re-run gets all answers again. So a replayed answer
+is skipped there. Otherwise the next question would get an old answer.
 """
 
 from __future__ import annotations
 
 import builtins
 import functools
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,8 +51,41 @@ def _input(original: Callable[[Any], str], prompt: Any) -> str:
         # Print the prompt. On a terminal, print the line, too: a terminal echoes what a person types.
         sys.stdout.write(f"{prompt}{recorded}\n" if sys.stdin.isatty() else str(prompt))
         sys.stdout.flush()
+        skip_answer(recorded)
         return recorded
     with at(replace(place, in_call=True)):
         typed = original(prompt)
     recorder.typed(call, Returned(value=representable(typed)))
     return typed
+
+
+def skip_answer(answer: str) -> None:
+    """Read a replayed answer from standard input, if the answer is the next line that already waits there.
+
+    Leave any other line. It may be a new answer, from a program that knows which questions are answered.
+    """
+    with suppress(AttributeError, OSError, ValueError):  # a closed standard input, or one that is no file or pipe
+        if sys.stdin.isatty():
+            return
+        line = ""
+        while not line.endswith("\n") and (waiting := _peek()):
+            part = waiting[: waiting.find(b"\n") + 1] or waiting
+            line += part.decode(sys.stdin.encoding, "replace")
+            # A line may reach beyond what waits. Then compare its beginning.
+            if line.strip() != answer.strip()[: None if line.endswith("\n") else len(line.strip())]:
+                return
+            sys.stdin.buffer.read(len(part))
+
+
+def _peek() -> bytes:
+    """Return what waits in standard input, without reading it, and without waiting for more."""
+    buffer: Any = sys.stdin.buffer
+    descriptor = buffer.fileno()
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return bytes(buffer.peek())
+    was_blocking = os.get_blocking(descriptor)  # on Windows, since Python 3.12
+    os.set_blocking(descriptor, False)
+    try:
+        return bytes(buffer.peek())
+    finally:
+        os.set_blocking(descriptor, was_blocking)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from durable_autogen.record.events import Call, Event
@@ -16,6 +17,35 @@ from durable_autogen.record.events import Call, Event
 MAX_CONTINUED = 100  # how many setbacks to remember of those after which the run continued
 
 Caller = asyncio.Task[Any] | None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """The part of an error that the recorder removes before the program gets the error: where it was raised, and why.
+
+    AutoGen passes tracebacks to models, so the program must not get what a replay can't restore.
+    """
+
+    traceback: TracebackType | None
+    cause: BaseException | None
+    context: BaseException | None
+    is_context_hidden: bool
+
+    @classmethod
+    def of(cls, error: Exception) -> _Origin:
+        return cls(error.__traceback__, error.__cause__, error.__context__, error.__suppress_context__)
+
+    def restore(self, error: Exception) -> None:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if last is None:
+            error.__traceback__ = self.traceback
+        else:
+            last.tb_next = self.traceback
+        if error.__cause__ is None:
+            error.__cause__, error.__context__ = self.cause, self.context
+            error.__suppress_context__ = self.is_context_hidden
 
 
 @dataclass(eq=False)
@@ -33,6 +63,8 @@ class Setback:
     """Whether another call has shown that the run continued (see `_continues`)."""
     was_handled: bool = False
     """Whether the task or agent that made the call, or an agent that contains it, made another call afterwards."""
+    origin: _Origin | None = None
+    """The origin of `error`, if the call was made live."""
 
 
 class Setbacks:
@@ -48,7 +80,7 @@ class Setbacks:
 
     def add(self, agent: str, caller: Caller, error: Exception | None = None, event: Event | None = None) -> Setback:
         """Remember that a call of `agent` failed with `error`. If `error` is None, the call was given up."""
-        new = Setback(agent, caller, error, event)
+        new = Setback(agent, caller, error, event, origin=None if error is None else _Origin.of(error))
         self._setbacks.append(new)
         # A program that calls models itself may run for long, and its turn is never over: forget the oldest setbacks.
         past = [one for one in self._setbacks if one.continued]
@@ -68,6 +100,8 @@ class Setbacks:
             if one.error is not None or not is_cancelled:
                 one.continued = one.continued or _continues(one, call, caller)
                 one.was_handled = one.was_handled or _handles(one, call, caller)
+            if one.continued:
+                one.origin = None  # the traceback's frames may hold much memory
             # A program or agent that starts an agent inside it has continued after the calls that it gave up itself.
             if one.error is None and is_first and not is_cancelled and _is_inside(call.agent, one.agent):
                 one.continued = True
@@ -82,6 +116,20 @@ class Setbacks:
         AutoGen's teams don't raise a failure itself. They raise another error, which holds only the failure's text.
         """
         return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
+
+    def restore_origin(self, error: BaseException) -> None:
+        """Restore where the failed call that ended the run with `error` was raised, and why: a person will read it."""
+        failures = [one for one in reversed(self._setbacks) if one.error is not None]
+        for causes in _causes(error):
+            for one in failures:
+                if one.error in causes and one.error is not None and one.origin is not None:
+                    one.origin.restore(one.error)
+                    return
+        for one in failures:
+            if one.error is not None and one.origin is not None and _repeats(error, one.error):
+                one.origin.restore(one.error)
+                error.__cause__ = error.__cause__ or one.error
+                return
 
     def ended_by(self, error: BaseException, events: Sequence[Event]) -> list[Event]:
         """Return the events of the calls whose failure or cancellation ended the run with `error`.

@@ -181,7 +181,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     # Copy the context, because it holds the session. run_in_executor doesn't copy it.
     context = contextvars.copy_context()
     session, loop = place.session, place.session.loop
-    if _has_interpreters(self):
+    if has_interpreters(self):
         future = _original_submit(self, fn, *args, **kwargs)
     else:
         future = _original_submit(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
@@ -201,7 +201,7 @@ def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **k
     return future
 
 
-def _has_interpreters(pool: ThreadPoolExecutor) -> bool:
+def has_interpreters(pool: ThreadPoolExecutor) -> bool:
     """Return whether the pool runs functions in other interpreters (Python 3.14). No context can be passed to those."""
     module = sys.modules.get("concurrent.futures.interpreter")
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)

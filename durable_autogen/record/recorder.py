@@ -296,6 +296,7 @@ class Recorder:
             await self._record_apart()
             if ended_it := self.setbacks.ended_by(error, self.journal.events):
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
+        self.setbacks.restore_origin(error)
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 

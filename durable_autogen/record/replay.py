@@ -20,6 +20,10 @@ CHOICE_HINT = (
     "If the program chooses by chance, by the clock or by outside data (as in a selector_func), let it choose by the "
     "messages or in a tool"
 )
+NAMES_HINT = (
+    "Agents of one name that start at the same time, as with asyncio.as_completed, may start in another order: give "
+    "them different names"
+)
 TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
 DROPPED_PATIENCE = 1.0  # seconds; replaces TRIED_PATIENCE after a recorded call was dropped (see `_follows_failure`)
 
@@ -202,7 +206,8 @@ class Replay:
                 return Mismatch(event, what, self._follows_failure(event))
             differing = self.differences(event, asked.call)
             if differing:
-                return Mismatch(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
+                what = f"{event} is not what this run asks for: {'; '.join(differing)}"
+                return Mismatch(event, f"{what}. {NAMES_HINT}" if self._is_one_of_several(event) else what)
             self.ahead.popleft()
             self._addresses.discard(event.address)
             self.active_ms = event.active_ms
@@ -212,6 +217,10 @@ class Replay:
         self.over_since = time.monotonic()
         self.over.set()
         return None
+
+    def _is_one_of_several(self, event: Event) -> bool:
+        """Return whether several agents have the name of the event's agent: the second one is recorded as NAME#2."""
+        return "#" in event.agent or any(one.agent == f"{event.agent}#2" for one in self._by_address.values())
 
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()

@@ -7,6 +7,7 @@ import contextlib
 import random
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -408,6 +409,31 @@ async def test_programs_own_error_is_raised_unchanged(server: ServerThread) -> N
             with pytest.raises(Exception, match="the real problem"):
                 await run(server, build)
         assert len(model.requests) == 1
+
+
+@pytest.mark.parametrize("is_team", [False, True])
+async def test_error_that_ends_the_run_says_where_the_client_raised_it_and_why(
+    server: ServerThread, is_team: bool
+) -> None:
+    class Faulty(LiveModel):
+        async def create(self, *args: Any, **more: Any) -> Any:
+            try:
+                return self.choices({})
+            except KeyError as error:
+                raise LookupError("a bad answer") from error
+
+        def choices(self, answer: dict[str, Any]) -> Any:
+            return answer["choices"]
+
+    one: Any = AssistantAgent("one", Faulty(vendor="v", model="m", base_url="http://localhost", api_key="k"))
+    with pytest.raises(Exception, match="a bad answer") as caught:
+        async with DurableSession("s", nexum=server.address, tell=lambda _: None):
+            await (RoundRobinGroupChat([one], max_turns=1) if is_team else one).run(task="Q")
+    error = caught.value.__cause__ if is_team else caught.value
+    assert isinstance(error, LookupError)
+    assert traceback.extract_tb(error.__traceback__)[-1].name == "create"
+    assert isinstance(error.__cause__, KeyError)
+    assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == "choices"
 
 
 class Stated(Exception):

@@ -348,6 +348,17 @@ async def test_equal_calls_may_begin_in_another_order(shared_server: Server) -> 
     assert await inside(shared_server, lambda: ask("ZYY"), session) == continued
 
 
+async def test_drift_of_agents_with_one_name_that_start_in_another_order_says_what_to_do(shared_server: Server) -> None:
+    session, model = new_session(), Scripted([])
+
+    async def ask(questions: str) -> None:
+        await asyncio.gather(*(AssistantAgent("a", model).run(task=letter) for letter in questions))
+
+    await inside(shared_server, lambda: ask("XY"), session)
+    with pytest.raises(DriftError, match="give them different names"):
+        await inside(shared_server, lambda: ask("YX"), session)
+
+
 @pytest.mark.parametrize(("first", "then"), [("XY", "YX"), ("XYY", "YYX"), ("YXX", "XXY")])
 async def test_given_up_calls_may_begin_in_another_order(shared_server: Server, first: str, then: str) -> None:
     happened: list[str] = []

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import sys
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +144,49 @@ async def test_budget_or_policy_of_another_type_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=words):
         await run(server, lambda: None, **wrong)
+
+
+async def asked_by_program(server: ServerThread, model: OpenAIServer) -> list[str]:
+    """Ask two questions with `input()`, and a model after each; return the answers."""
+    found = []
+    async with DurableSession("s", nexum=server.address, tell=lambda _: None):
+        for question in ("colour? ", "delete? "):
+            found.append(input(question))  # noqa: ASYNC250
+            await agent(model, "a").run(task=found[-1])
+    return found
+
+
+async def asked_by_agent(server: ServerThread, model: OpenAIServer) -> list[str]:
+    """Let a UserProxyAgent ask two questions in a team; return the answers."""
+    async with DurableSession("s", nexum=server.address, tell=lambda _: None):
+        team = RoundRobinGroupChat([UserProxyAgent("person"), agent(model, "a")], max_turns=4)
+        result = await team.run(task="Q")
+    return [one.content for one in result.messages if isinstance(one, TextMessage) and one.source == "person"]
+
+
+@pytest.mark.parametrize("asked", [asked_by_program, asked_by_agent])
+@pytest.mark.parametrize("answers", ["yes\nno\n", "yes \r\nno\n", "no\n"])
+@pytest.mark.parametrize("is_pipe", [False, True])
+async def test_replayed_answer_is_skipped_in_a_file_or_pipe(
+    server: ServerThread, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, answers: str, is_pipe: bool
+) -> None:
+    if is_pipe and not hasattr(os, "set_blocking"):
+        pytest.skip("Python before 3.12 can't look into a pipe on Windows")
+
+    def file(text: str) -> Any:
+        (tmp_path / "answers").write_bytes(text.encode())
+        return stack.enter_context((tmp_path / "answers").open(encoding="utf-8"))
+
+    def open_pipe(text: str) -> Any:
+        end, other = os.pipe()
+        stack.callback(os.close, other)  # only at the end: until then, a read beyond the text would wait for ever
+        os.write(other, text.encode())
+        return stack.enter_context(open(end, encoding="utf-8"))
+
+    with ExitStack() as stack, OpenAIServer(lambda _: answer("ok")) as model:
+        monkeypatch.setattr(sys, "stdin", file("yes\n"))
+        with pytest.raises(Exception, match="EOF"):  # the run ends at the second question
+            await asked(server, model)
+        monkeypatch.setattr(sys, "stdin", open_pipe(answers) if is_pipe else file(answers))
+        assert [said.strip() for said in await asyncio.wait_for(asked(server, model), TIMEOUT)] == ["yes", "no"]
+        assert len(model.requests) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,14 @@ def test_script_has_pythons_environment_and_only_its_output(folder: Folder) -> N
     assert "nothing was recorded" in durable.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a link needs a privilege on Windows")
+def test_linked_script_has_the_path_of_the_link(folder: Folder) -> None:
+    (folder.path / "deeper").mkdir()
+    folder.write("import sys; print(__file__, sys.path[0])", "deeper/real.py")
+    (folder.path / "script.py").symlink_to("deeper/real.py")
+    assert folder.durable().stdout == folder.python().stdout
+
+
 MODULE = """
 import asyncio, sys, __main__
 from . import beside
@@ -223,6 +232,15 @@ def test_script_ends_with_the_exit_code_that_python_gives(folder: Folder, end: s
     assert [line for line in told if "runpy" in line] == []
 
 
+def test_error_of_script_is_passed_to_its_excepthook(folder: Folder) -> None:
+    hook = "lambda kind, error, _: print('hook:', kind.__name__, error, flush=True)"
+    folder.write(f"import sys\nsys.excepthook = {hook}\nraise LookupError('gone')\n")
+    folder.forked = True
+    done = folder.durable()
+    assert (done.returncode, done.stdout) == (1, "hook: LookupError gone\n")
+    assert "Traceback" not in done.stderr
+
+
 def test_interrupted_script_ends_with_the_exit_code_of_python_and_one_line(folder: Folder) -> None:
     folder.write(ENDS.format(end="await asyncio.sleep(60)", after=""))
     codes = []
@@ -269,6 +287,37 @@ async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: Serv
     async with NexumClient(server.address) as client:
         found = {one.session: one.status for one in await list_sessions(client) if one.session.startswith("both")}
     assert found == {"both": "finished", "both-2": "finished"}
+
+
+THREADS = """
+import threading, time
+from concurrent.futures import ThreadPoolExecutor
+
+def ask(n):
+    time.sleep(random.random() / 10)
+    asyncio.run(main(n))
+
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(ask, "abcdefgh"))
+thread = threading.Thread(target=lambda: asyncio.run(main("i")))
+thread.start()
+thread.join()
+asyncio.run(main("j"))
+"""
+
+
+async def test_threads_replay_their_own_sessions_in_whatever_order_they_run(
+    folder: Folder, server: ServerThread, model: OpenAIServer
+) -> None:
+    folder.write(f"import random\n{AGENT}\n{THREADS}")
+    folder.forked = True
+    runs = [folder.durable(session="threads") for _ in range(4)]
+    assert [run.returncode for run in runs] == [0] * 4, runs[-1].stderr
+    assert (len(model.requests), len(folder.log)) == (30, 20)
+    async with NexumClient(server.address) as client:
+        found = {one.session: one.question for one in await list_sessions(client) if one.session.startswith("threads")}
+    of_pool = {f"threads-ask-{n}": question for n, question in enumerate("abcdefgh", 1)}
+    assert found == {**of_pool, "threads-lambda-1": "i", "threads": "j"}
 
 
 def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:
