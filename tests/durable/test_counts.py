@@ -48,7 +48,7 @@ async def test_live_and_replayed_calls_are_counted_separately(server: ServerThre
         assert (paid == total, paid.prompt_tokens > 0, paid.completion_tokens > 0) == (True, True, True)
         did = f"2 model call(s) ({tokens} tokens), 2 tool call(s), 1 input(s)"
         did_not = "0 model call(s) (0 tokens), 0 tool call(s)"
-        assert line == f"session s: {did} live, {did_not} replayed from the record"
+        assert line == f"session s, live: {did}; replayed from the record: {did_not}"
         again, line = await whole(program)
         assert again == [paid, total]  # a program may decide by its usage, so a replay returns the same usage
-        assert line == f"session s: {did_not} live, {did} replayed from the record"
+        assert line == f"session s, live: {did_not}; replayed from the record: {did}"
