@@ -42,7 +42,7 @@ from nexum_engine.approvals import (
     key_of,
 )
 from nexum_engine.client import Started
-from nexum_engine.errors import InvalidRequest, NexumError, UnknownEffect
+from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefused, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
@@ -132,6 +132,11 @@ class Guard:
         self._ask = ask
         self._known: set[str] = set()
         """The names of the tools and models that the run has seen."""
+        self._attempted_effects: set[str] = set()
+        """The ids of the effects that this run has attempted, or has asked `reconcile` about.
+
+        If such an effect is unknown, a person has to resolve it: the run's own attempt may still be at work.
+        """
         self._keeps_results: bool | None = None
         """Whether the session is a fork with results to reuse. None if that isn't known yet."""
         self._taking = asyncio.Lock()
@@ -285,7 +290,7 @@ class Guard:
                     guarded, started = await self._started(guarded)
                 if started.task is None:
                     await attempts.free()
-                    ended = started.ended or await self._resolved(guarded, started.execution_id)
+                    ended = started.ended or await self._resolved(guarded, started.execution_id, form)
                     if ended is not None:
                         return _result(ended, guarded, form)
                     continue
@@ -330,6 +335,9 @@ class Guard:
 
     async def _attempted(self, task: Task, perform: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
+        self._attempted_effects.add(
+            task.execution_id
+        )  # the attempt may still be at work when `reconcile` could be asked
         try:
             may_begin = await self._journal.may_begin_effect(task)
         except asyncio.CancelledError:
@@ -399,8 +407,11 @@ class Guard:
         self._log.warning("%s was under way when a run died; reconcile says: %s", guarded, done)
         return NOT_DONE if answer is NOT_DONE else form.of_answer(answer)
 
-    async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
-        """Wait until a person has said what happened; return the ended execution. If nothing happened, return None."""
+    async def _resolved(self, guarded: GuardedCall, execution_id: str, form: ResultForm) -> Execution | None:
+        """Wait until somebody has said what happened; return the ended execution. If nothing happened, return None.
+
+        If an earlier run has left the effect unknown, `reconcile` is asked first, then a person.
+        """
         with ExitStack() as waiting, self._recorder.servers_errors():
             told = False
             while True:
@@ -412,6 +423,10 @@ class Guard:
                     return execution
                 if execution.nodes[0].status is not NodeStatus.WAITING:
                     return None
+                if execution_id not in self._attempted_effects:
+                    self._attempted_effects.add(execution_id)
+                    if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id, form):
+                        continue
                 if not told:
                     told = True
                     why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
@@ -422,6 +437,21 @@ class Guard:
                             f"{how_to_resolve(execution_id, self._nexum)}",
                         )
                     )
+
+    async def _resolve(self, guarded: GuardedCall, execution_id: str, form: ResultForm) -> bool:
+        """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
+        try:
+            value = await self._reconciled(guarded, form)
+            answer: dict[str, Any] = {"not_done": True}
+            if value is not NOT_DONE:
+                answer = {"output": {TOOLS_OWN: form.write(value)}}
+            await self._client.resolve(execution_id, EFFECT, resolved_by="reconcile", **answer)
+        except Conflict:
+            pass  # a person was faster
+        except (UnknownEffect, ValueError, RoleRefused) as error:
+            self._log.warning("%s: %s", guarded, error)
+            return False
+        return True
 
     # ---- Forks -------------------------------------------------------------------------------------------------------
 

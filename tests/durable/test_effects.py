@@ -192,6 +192,16 @@ def test_reconcile_decides_whether_the_call_is_made_again(folder: Path, die: str
     assert len(ledger(folder)) == 1
 
 
+@pytest.mark.parametrize(("place", "result"), [("after", "receipt found"), ("before", "receipt 1")])
+def test_reconcile_decides_about_a_call_that_ctrl_c_cancelled(folder: Path, place: str, result: str) -> None:
+    with running(["program.py", "reconcile"], cwd=folder, env={"DIE": place}, forked=True) as cancelled:
+        cancelled.wait_for(f"AT {place}")
+        cancelled.interrupt()
+        assert cancelled.wait() != 0
+    assert got(folder, "reconcile") == result
+    assert len(ledger(folder)) == 1
+
+
 def test_effect_of_killed_run_is_not_cancelled_if_the_next_run_gives_its_call_up(folder: Path) -> None:
     with program(folder, "reconcile", die="after"):
         pass
@@ -204,12 +214,18 @@ def test_effect_of_killed_run_is_not_cancelled_if_the_next_run_gives_its_call_up
     assert "CANCELLED" not in effect
 
 
-def test_person_decides_if_reconcile_raises(folder: Path) -> None:
-    with program(folder, "reconcile", die="after"):
-        pass
+@pytest.mark.parametrize("ends", ["killed", "cancelled"])
+def test_person_decides_if_reconcile_raises(folder: Path, ends: str) -> None:
+    with running(["program.py", "reconcile"], cwd=folder, env={"DIE": "after"}, forked=True) as first:
+        first.wait_for("AT after")
+        if ends == "killed":
+            first.kill()
+        else:
+            first.interrupt()
+            first.wait()
     with program(folder, "reconcile", "broken") as waiting:
         line = waiting.wait_for("may or may not have happened")
-        assert "reconcile can't tell: OSError: the shop is closed" in line
+        assert "reconcile can't tell: OSError: the shop is closed" in waiting.output
         resolve(folder, line, "--result", '"receipt 7"')
         assert waiting.wait_for("GOT") == "GOT receipt 7"
         assert waiting.wait() == 0
