@@ -335,9 +335,7 @@ class Guard:
 
     async def _attempted(self, task: Task, perform: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
-        self._attempted_effects.add(
-            task.execution_id
-        )  # the attempt may still be at work when `reconcile` could be asked
+        self._attempted_effects.add(task.execution_id)
         try:
             may_begin = await self._journal.may_begin_effect(task)
         except asyncio.CancelledError:
@@ -404,7 +402,7 @@ class Guard:
         except Exception as error:
             raise UnknownEffect(f"reconcile can't tell: {type(error).__name__}: {error}") from error
         done = "it has not happened" if answer is NOT_DONE else "it has happened"
-        self._log.warning("%s was under way when a run died; reconcile says: %s", guarded, done)
+        self._log.warning("%s may have happened in an earlier attempt; reconcile says: %s", guarded, done)
         return NOT_DONE if answer is NOT_DONE else form.of_answer(answer)
 
     async def _resolved(self, guarded: GuardedCall, execution_id: str, form: ResultForm) -> Execution | None:

@@ -169,7 +169,7 @@ class Recorder:
 
         They are recorded before the next event. A replay delivers them outside the order of events.
         """
-        self._left: dict[str, _LiveCall] = {}
+        self._cancelled: dict[str, _LiveCall] = {}
         """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._record_lock = asyncio.Lock()
         self._park = park
@@ -352,7 +352,7 @@ class Recorder:
         try:
             event = await self.replay.take(call)
         except asyncio.CancelledError:
-            self._left[call.address] = _LiveCall(call, Asked(self.replay.last_seq), caller=caller, token=token)
+            self._cancelled[call.address] = _LiveCall(call, Asked(self.replay.last_seq), caller=caller, token=token)
             raise
         if event is None:
             return None
@@ -647,26 +647,27 @@ class Recorder:
         try:
             while (mismatch := await self.replay.run()) is not None:
                 event = mismatch.event
-                left = self._left.get(event.address)
+                cancelled = self._cancelled.get(event.address)
                 if mismatch.follows_failure:
                     await self._make_again(event, mismatch.what)
-                elif left is not None and not any(one.asked_after >= event.seq for one in self.journal.events):
-                    await self._give_up_recorded(event, left)
+                elif cancelled is not None and all(one.asked_after < event.seq for one in self.journal.events):
+                    await self._give_up_recorded(event, cancelled)
                 else:
                     await self.drift(event.seq - 1, mismatch.what)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
-    async def _give_up_recorded(self, event: Event, left: _LiveCall) -> None:
-        """Revoke the last result of the record: the program cancels the call without it, as in the recorded run.
+    async def _give_up_recorded(self, event: Event, cancelled: _LiveCall) -> None:
+        """Revoke a result that no later call of the record can depend on: the program has cancelled its call.
 
-        The recorded run was killed, or ended, after it recorded the result and before it could revoke it.
+        The recorded run cancelled the call, too. It was killed, or ended, before it could revoke the result.
         """
         async with self._record_lock:
             await self.journal.revoke([event], "the program gave the call up")
             self.replay.drop(event)
-        left.setback = self.setbacks.add(left.call.agent, left.caller)
-        self._apart.append((left, GivenUp(streamed=getattr(event.content, "streamed", []), was_made=False)))
+        cancelled.setback = self.setbacks.add(cancelled.call.agent, cancelled.caller)
+        streamed = event.content.streamed if isinstance(event.content, (Returned, Raised)) else []
+        self._apart.append((cancelled, GivenUp(streamed=streamed, was_made=False)))
 
     async def _make_again(self, event: Event, why: str) -> None:
         """Revoke an event that came after a failure of an earlier run, so that its call is made live; keep its id."""

@@ -25,7 +25,7 @@ NAMES_HINT = (
     "them different names"
 )
 TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
-DROPPED_PATIENCE = 1.0  # seconds; replaces TRIED_PATIENCE after a recorded call was dropped (see `_follows_failure`)
+DROPPED_PATIENCE = 1.0  # seconds; replaces TRIED_PATIENCE after a recorded call was dropped
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Replay:
         self._waiting_live: list[Call] = []
         """The calls that have no recorded event: they wait for the end of the replay."""
         self._has_dropped = False
+        """Whether a recorded call was dropped (see `_follows_failure`)."""
         self._changed = asyncio.Event()
         self.over = asyncio.Event()
         """Set when the replay is over."""
@@ -109,15 +110,20 @@ class Replay:
         if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
             every: list[Event | EventInput] = [*self.ahead, *self._apart.values(), *self._begun.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
-            left = [one for one in same_agent if one.address not in self._taken and not _is_accepted(one)]
-            same = [one.position for one in left if _hash_of(one) == wanted]
+            left = {
+                one.position: _hash_of(one)
+                for one in same_agent
+                if one.address not in self._taken and not _is_accepted(one)
+            }
             free = self._free[call.kind, call.agent]
-            if is_taken:  # prefer a position without a recorded call
-                same = same or sorted(free, key=[one.position for one in left].__contains__)
-            elif same:
+            found = [position for position, recorded in left.items() if recorded == wanted]
+            if found and not is_taken:
                 free.append(call.position)
-            if same:
-                call = dataclasses.replace(call, position=same[0])
+            elif not found and is_taken:
+                # Leave the positions of recorded calls to those calls, if there is another one.
+                found = [position for position in free if position not in left] or free
+            if found:
+                call = dataclasses.replace(call, position=found[0])
             if call.position in free:
                 free.remove(call.position)
         self._taken.add(call.address)
