@@ -13,7 +13,7 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
-from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema
+from autogen_core.tools import Tool, ToolResult, ToolSchema
 from pydantic import PydanticUserError, ValidationError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed
@@ -250,90 +250,53 @@ class Calls:
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
 
-    async def workbench_tool(
-        self,
-        run: Run,
-        made: ToolCall,
-        stream: _Stream | None = None,
-    ) -> ToolResult:
-        """Return the recorded result of a workbench's tool, or call the tool and record its result."""
+    async def tool(self, run: Run, made: ToolCall, stream: _Stream | None = None) -> Any:
+        """Return the recorded result of a tool, or call the tool and record its result."""
+        must_not_raise = self._must_not_raise and made.workbench is not None
         try:
-            answer = await self._tool(run, made, ToolResult, stream)
+            answer = await self._tool(run, made, stream)
         except asyncio.CancelledError:
-            if made.token is None or not made.token.is_cancelled() or not self._must_not_raise:
+            if made.token is None or not made.token.is_cancelled() or not must_not_raise:
                 raise
             return failed_result(made.name, RuntimeError(f"the call of {made.name} was cancelled"))
         except Exception as error:
-            if not self._must_not_raise:
+            if not must_not_raise:
                 raise
             return failed_result(made.name, error)
-        result: ToolResult = self._value(answer, ToolResult)
-        return result
-
-    def workbench_tool_stream(
-        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], made: ToolCall
-    ) -> AsyncGenerator[Any, None]:
-        """Yield the items of a workbench's streaming tool, then the tool's result. Record the items and the result."""
-        stream = _Stream()
-
-        async def last(edited: Mapping[str, Any] | None) -> ToolResult:
-            result: ToolResult | None = None
-            async for item in run(edited):
-                heartbeat()
-                if isinstance(item, ToolResult):
-                    result = item
-                else:
-                    self._streams(stream, item)
-            if result is None:
-                raise RuntimeError(f"the stream of {made.name} ended without a result")
-            return result
-
-        return _passed_on(stream, self.workbench_tool(last, made, stream))
-
-    async def tool(
-        self,
-        tool: BaseTool[Any, Any],
-        run: Run,
-        made: ToolCall,
-        stream: _Stream | None = None,
-    ) -> Any:
-        """Return the recorded value of a directly called tool, or call the tool and record its value."""
-        answer = await self._tool(run, made, tool.return_type(), stream)
-        return self._value(answer, tool.return_type())
+        return self._value(answer, made.result_type)
 
     def tool_stream(
-        self,
-        tool: BaseTool[Any, Any],
-        run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]],
-        made: ToolCall,
+        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], made: ToolCall
     ) -> AsyncGenerator[Any, None]:
-        """Yield the items of a directly called streaming tool, then its value. Record the items and the value."""
+        """Yield the items of a streaming tool, then the tool's result. Record the items and the result.
+
+        In a workbench's stream, the result is the ToolResult. In a tool's own stream, the result is the last item.
+        """
         stream = _Stream()
 
         async def last(edited: Mapping[str, Any] | None) -> Any:
-            previous: Any = _END
+            result: Any = _END
             async for item in run(edited):
                 heartbeat()
-                if previous is not _END:
-                    self._streams(stream, previous)
-                previous = item
-            if previous is _END:
+                may_be_result = made.workbench is None or isinstance(item, ToolResult)
+                passed_on = result if may_be_result else item
+                if passed_on is not _END:
+                    # Set a message's lasting id and time before the message is recorded or passed on.
+                    self._session_state.transcript.settle(self._agent, passed_on)
+                    stream.produced.append(passed_on)
+                    stream.items.put_nowait(passed_on)
+                if may_be_result:
+                    result = item
+            if result is _END:
                 raise RuntimeError(f"the stream of {made.name} ended without a result")
-            return previous
+            return result
 
-        return _passed_on(stream, self.tool(tool, last, made, stream))
+        return _passed_on(stream, self.tool(last, made, stream))
 
-    async def _tool(
-        self,
-        run: Run,
-        made: ToolCall,
-        declared: Any,
-        stream: _Stream | None,
-    ) -> Answer:
+    async def _tool(self, run: Run, made: ToolCall, stream: _Stream | None) -> Answer:
         name, token = made.name, made.token
         position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
-        is_result = declared is ToolResult
         policy = self._guard.of_tool(*made.names, own=made.own_policy)
         streamed = [] if stream is None else stream.produced
 
@@ -357,15 +320,15 @@ class Calls:
                 if policy is None:
                     value = await attempt()
                 else:
-                    value = await self._under_policy(policy, call, made, declared, attempt, streamed)
-                return Performed(value, self._checked(name, value, declared, streamed))
+                    value = await self._under_policy(policy, call, made, attempt, streamed)
+                return Performed(value, self._checked(made, value, streamed))
             except Exception as error:
                 is_refused = isinstance(error, (CallRejected, CallFailed))
-                if not is_result or not (self._must_not_raise or is_refused):
+                if made.result_type is not ToolResult or not (self._must_not_raise or is_refused):
                     raise
                 # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
-                return Performed(failed, self._checked(name, failed, declared, []))
+                return Performed(failed, self._checked(made, failed, []))
 
         def replayed(content: Content) -> None:
             if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
@@ -390,13 +353,12 @@ class Calls:
         policy: Policy,
         call: Call,
         made: ToolCall,
-        declared: Any,
         attempt: Callable[[Mapping[str, Any] | None], Awaitable[Any]],
         streamed: Sequence[Any],
     ) -> Any:
         """Make a tool call under its policy; return its result."""
         name, guard = made.name, self._guard
-        form = ToolForm(made, declared, lambda value: self._checked(name, value, declared, []).value)
+        form = ToolForm(made, lambda value: self._checked(made, value, []).value)
         will_run = policy.approval is not None or policy.is_once
         arguments = await made.checked(made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
@@ -453,23 +415,17 @@ class Calls:
         self._recorder.journal.log.warning("%s", escaped(line))
         return edited, f"({by} changed the arguments to {shown})"
 
-    def _streams(self, stream: _Stream, item: Any) -> None:
-        # Set a message's lasting id and time before the message is recorded or passed on.
-        self._session_state.transcript.settle(self._agent, item)
-        stream.produced.append(item)
-        stream.items.put_nowait(item)
-
-    def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
+    def _checked(self, made: ToolCall, value: Any, streamed: Sequence[Any]) -> Returned:
         """Return a tool's value in the form that is recorded. Raises ValueError if the value has no such form."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
-            if declared is ToolResult:
-                raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
+            if made.result_type is ToolResult:
+                raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
             self._recorder.journal.log.warning(
                 "%s returned a %s, which can't be recorded: a replay will stop here. Return a Pydantic model, a "
                 "dataclass or plain values",
-                name,
+                made.name,
                 type(value).__name__,
             )
             written = unrecorded_value(value)
@@ -477,7 +433,7 @@ class Calls:
             content = Returned(value=written, streamed=[written_value(item) for item in streamed])
             check_size(dump_model(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
-            raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
+            raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
         return content
 
     def check_no_policy(self, name: str) -> None:

@@ -112,7 +112,7 @@ def _workbench_tool(stream: bool) -> Recording:
         def run(edited: Mapping[str, Any] | None) -> Any:
             return (original if edited is None else original.with_argument(1, "arguments", edited))()
 
-        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, call)
+        return (calls.tool_stream if stream else calls.tool)(run, call)
 
     return recording
 
@@ -135,7 +135,7 @@ def _tool(stream: bool) -> Recording:
             value = tool.args_type().model_validate(edited) if isinstance(args, BaseModel) else edited
             return original.with_argument(0, "args", value)()
 
-        return (calls.tool_stream if stream else calls.tool)(tool, run, call)
+        return (calls.tool_stream if stream else calls.tool)(run, call)
 
     return recording
 

@@ -100,7 +100,7 @@ def value_again(written: Any, declared: Any = None) -> Any:
         )
     found = _again(value)
     known = _without_unknown(found)
-    return found if known is found else _adapted(declared, known)
+    return found if known is found else adapted(declared, known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ def _without_unknown(value: Any) -> Any:
     return value
 
 
-def _adapted(declared: Any, value: Any) -> Any:
+def adapted(declared: Any, value: Any) -> Any:
+    """Return a value as the type `declared`, or unchanged if it can't be converted."""
     try:
         return TypeAdapter(declared).validate_python(value)
     except Exception:  # noqa: BLE001 - pydantic doesn't know the type, or the value doesn't match
