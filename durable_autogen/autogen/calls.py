@@ -358,14 +358,14 @@ class Calls:
     ) -> Any:
         """Make a tool call under its policy; return its result."""
         name, guard = made.name, self._guard
-        form = ToolForm(made, lambda value: self._checked(made, value, []).value)
         will_run = policy.approval is not None or policy.is_once
         arguments = await made.checked(made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
         digest = str(call.request["hash"])
-        guarded = GuardedCall(call, name, policy, arguments, digest, made.differs_in_defaults, reason)
+        form = ToolForm(made, lambda value: self._checked(made, value, []).value)
+        guarded = GuardedCall(call, name, policy, arguments, digest, form, made.differs_in_defaults, reason)
         if policy.is_once:
-            is_kept, value = await guard.kept_result(guarded, form)
+            is_kept, value = await guard.kept_result(guarded)
             if is_kept:
                 return value
         shown, note = None, ""
@@ -391,7 +391,7 @@ class Calls:
 
         try:
             if policy.is_once:
-                value = await guard.once(guarded, once, form)
+                value = await guard.once(guarded, once)
             else:
                 value = await guard.attempts(call, name, policy).make(name, partial(once, shown), lambda: not streamed)
         except ToolError as error:
