@@ -312,8 +312,10 @@ async def _later_effects(
     Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
     doesn't prove that nothing happened. "reuse" forbids those that are UNKNOWN.
     """
-    later = await _unused(client, source, {record.scope_of(event) for event in copied})
-    calls = [call_id_of(source, record.scope_of(event), event.digest) for event in copied if event.kind is Kind.TOOL]
+    later = await _unused(client, source, {record.scope_of(event.address) for event in copied})
+    calls = [
+        call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
+    ]
     of_workers = await _effects_of_workers(client, source, calls)
     without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
     if effects == "refuse" and (later or of_workers):

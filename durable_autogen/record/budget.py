@@ -305,7 +305,7 @@ class BudgetCheck:
         self._journal = journal
         self._command = command
         self._is_in_usd = budget.usd is not None
-        self._spent = Spent.of(journal.past, is_in_usd=self._is_in_usd)
+        self._spent = Spent.of(journal.recorded, is_in_usd=self._is_in_usd)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
         self._has_asked = False

@@ -483,12 +483,12 @@ def decoded(value: Any) -> Any:
 
 @dataclass
 class Record:
-    """A session's events, read from the server."""
+    """A session's events, and what they say about its calls. `read_record` reads them, and `add` adds a later event."""
 
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
     made: list[Event | EventInput] = field(default_factory=list)
-    """All that was begun, in order: events, including revoked ones, and the inputs of calls without a result."""
+    """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
     tried: set[str] = field(default_factory=set)
@@ -499,6 +499,8 @@ class Record:
     """How many events of each address were revoked and replaced by a different call."""
     failed: dict[str, int] = field(default_factory=dict)
     """The number of the first revoked failure of each address that has one."""
+    programs: list[int] = field(default_factory=list)
+    """The numbers of the events with which a changed program took over the session."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
     ended_ms: dict[int, int] = field(default_factory=dict)
@@ -506,9 +508,26 @@ class Record:
     last_begun_ms: int = 0
     """The time at which the last call without a recorded result began, by the server's clock."""
 
-    def scope_of(self, event: Event) -> str:
-        """Return the part of a call id that names the place of a recorded call (see `scope_of`)."""
-        return scope_of(event.address, self.times_replaced[event.address])
+    def add(self, event: Event) -> None:
+        """Add the session's next event. If it revokes earlier events, remove those."""
+        self.last_seq = event.seq
+        self.tried.update(event.under_way)
+        if isinstance(event.content, Revoked):
+            seqs, is_another_program = set(event.content.seqs), event.content.is_another_program
+            for revoked in (one for one in self.events if one.seq in seqs):
+                self.times_revoked[revoked.address] += 1
+                self.times_replaced[revoked.address] += is_another_program
+                self.tried.add(revoked.address)
+                if isinstance(revoked.content, Raised):
+                    self.failed.setdefault(revoked.address, revoked.seq)
+            self.events = [one for one in self.events if one.seq not in seqs]
+            if is_another_program:
+                self.programs.append(event.seq)
+        self.events.append(event)
+
+    def scope_of(self, address: str) -> str:
+        """Return the part of a call id that names the place of the call at `address` (see the function `scope_of`)."""
+        return scope_of(address, self.times_replaced[address])
 
 
 async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any) -> AsyncGenerator[Execution, None]:
@@ -547,7 +566,6 @@ async def read_record(client: NexumClient, session: str) -> Record:
             event = Event.model_validate_json(execution.outputs()["event"])
             found.made.append(event)
             found.ended_ms[event.seq] = execution.ended_ms or 0
-            found.tried.update(event.under_way)
             continue
         found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
@@ -556,19 +574,8 @@ async def read_record(client: NexumClient, session: str) -> Record:
         if execution.status is ExecutionStatus.RUNNING:
             found.begun.append(input)
     found.made.reverse()  # the server lists the newest first
-    kept: dict[int, Event] = {}
     for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
-        found.last_seq = event.seq
-        if isinstance(event.content, Revoked):
-            for seq in event.content.seqs:
-                if (revoked := kept.pop(seq, None)) is not None:
-                    found.times_revoked[revoked.address] += 1
-                    found.times_replaced[revoked.address] += event.content.is_another_program
-                    found.tried.add(revoked.address)
-                    if isinstance(revoked.content, Raised):
-                        found.failed.setdefault(revoked.address, revoked.seq)
-        kept[event.seq] = event
-    found.events = list(kept.values())
+        found.add(event)
     return found
 
 

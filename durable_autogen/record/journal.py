@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -35,7 +34,6 @@ from durable_autogen.record.events import (
     call_id_of,
     end_of,
     read_record,
-    scope_of,
 )
 from durable_autogen.record.log import LOG
 from durable_autogen.record.surrogates import representable
@@ -63,10 +61,8 @@ class Journal:
     def __init__(self, client: NexumClient, session: str, log: logging.Logger = LOG) -> None:
         self.session = session
         self.log = log
-        self.events: list[Event] = []
-        """The events without revoked ones, in order."""
-        self.past = Record()
-        """The session's record when this process opened it."""
+        self.recorded = Record()
+        """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
         self.client = client
@@ -81,14 +77,15 @@ class Journal:
         self._in_background: set[asyncio.Task[None]] = set()
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
-        self._times_revoked: Counter[str] = Counter()
-        self._times_replaced: Counter[str] = Counter()
-        self._other_programs: list[int] = []
         self._inherited: dict[str, Task] = {}
-        self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
         self._unrecorded: list[str] = []
         """The addresses of calls that were made since the last event, and whose beginning isn't recorded."""
+
+    @property
+    def events(self) -> list[Event]:
+        """The session's events without revoked ones, in order."""
+        return self.recorded.events
 
     async def __aenter__(self) -> Journal:
         latest = await self._runs()
@@ -183,18 +180,15 @@ class Journal:
         the run: the run continued after the failure, and made the call.
         """
         while True:
-            record = await read_record(self.client, self.session)
-            self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
-            self._tried = record.tried
+            record = self.recorded = await read_record(self.client, self.session)
             for input in record.begun:
                 started = await self._start(input)
                 if started.task is None:
                     break  # the event was recorded in the meantime: read the record again
                 self._inherited[self._key(input)] = started.task
             else:
-                self.past = record
                 for event in record.events:
-                    self._append(event)
+                    self._summary = self._summary.plus(event)
                 self.next_seq = record.last_seq + 1
                 return [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
 
@@ -240,7 +234,7 @@ class Journal:
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.agent}/{input.position}"
-        if again := self._times_revoked[input.address]:
+        if again := self.recorded.times_revoked[input.address]:
             key += f"/again/{again}"  # the old key still names the revoked event
         if input.digest:  # an earlier run may have begun a different call at this position, and left no result
             key += f"/{input.digest[:DIGITS]}"
@@ -391,11 +385,11 @@ class Journal:
 
     def was_tried(self, address: str) -> bool:
         """Return whether an earlier run made the call of this address, but left no result that counts."""
-        return address in self._tried
+        return address in self.recorded.tried
 
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
-        return scope_of(address, self._times_replaced[address])
+        return self.recorded.scope_of(address)
 
     def call_id_of(self, call: Call) -> str:
         """Return the id of a tool's call."""
@@ -403,7 +397,7 @@ class Journal:
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
-        return sum(start < seq for start in self._other_programs)
+        return sum(start < seq for start in self.recorded.programs)
 
     async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
         """Record the beginning of a call if the next run must know it; return the call's task. Else return None.
@@ -480,7 +474,8 @@ class Journal:
         if task is None:
             key = self._key(input)
             await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
-        self._append(event)
+        self.recorded.add(event)
+        self._summary = self._summary.plus(event)
         return event
 
     def _input(self, call: Call | Event) -> EventInput:
@@ -492,12 +487,6 @@ class Journal:
             tool=call.tool,
             digest=call.digest,
         )
-
-    def _append(self, event: Event) -> None:
-        self.events.append(event)
-        self._summary = self._summary.plus(event)
-        if isinstance(event.content, Revoked) and event.content.is_another_program:
-            self._other_programs.append(event.seq)
 
     async def add_copy(self, event: Event) -> None:
         """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
@@ -523,11 +512,6 @@ class Journal:
         for event in revoked:
             self._summary = self._summary.minus(event)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
-        for event in revoked:
-            self._times_revoked[event.address] += 1
-            self._times_replaced[event.address] += content.is_another_program
-            self._tried.add(event.address)
-            self.events.remove(event)
 
     async def end(
         self,

@@ -434,7 +434,7 @@ class Recorder:
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
-        follows_failure = any(failed < event.seq for failed in self.journal.past.failed.values())
+        follows_failure = any(failed < event.seq for failed in self.replay.failed.values())
         if follows_failure:
             over = asyncio.ensure_future(self.replay.over.wait())
             try:

@@ -66,9 +66,11 @@ class Replay:
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
         self._begun = {
-            one.address: one for one in journal.past.begun if one.digest and one.address not in self._by_address
+            one.address: one for one in journal.recorded.begun if one.digest and one.address not in self._by_address
         }
         """The calls of tools that earlier runs began, and that have no recorded result."""
+        self.failed = dict(journal.recorded.failed)
+        """The number of the first failure of each address whose failures earlier runs have revoked."""
         self._taken: set[str] = set()
         """The addresses that `matching` gave to calls."""
         self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
@@ -185,8 +187,7 @@ class Replay:
         The failure ended the last run, but not at once: the program kept it, as `gather(..., return_exceptions=True)`
         does, and made other calls first.
         """
-        failures = self._journal.past.failed
-        return any(event.asked_after >= failures.get(call.address, math.inf) for call in self._waiting_live)
+        return any(event.asked_after >= self.failed.get(call.address, math.inf) for call in self._waiting_live)
 
     def drop(self, event: Event) -> None:
         """Drop an event that was revoked: the next event, or that of a given-up call."""
