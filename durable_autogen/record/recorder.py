@@ -254,8 +254,7 @@ class Recorder:
 
     async def end(self, stop_reason: str) -> None:
         """Record the run's end. Raises DriftError if the program did not make every recorded call."""
-        if self.replay.ahead:
-            event = self.replay.ahead[0]
+        if (event := self.replay.next_event) is not None:
             await self.drift(event.seq - 1, f"the run ended without asking for {event}")
         while self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
@@ -347,7 +346,7 @@ class Recorder:
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay, token)
             return None
-        if self.replay.event_ahead(call.address) is None:
+        if call.address not in self.replay.ahead:
             return None
         try:
             event = await self.replay.take(call)
