@@ -223,12 +223,15 @@ async def in_a_task(running: asyncio.Future[T], name: str) -> T:
     return running.result()
 
 
-async def end(running: asyncio.Future[Any]) -> None:
-    """Cancel a task if it isn't done, and wait for its end. Retrieve its error, so that asyncio doesn't log it."""
+async def end(running: asyncio.Future[Any], patience: float | None = None) -> None:
+    """Cancel a task if it isn't done, and wait for its end, for `patience` seconds at most if that is not None.
+
+    Retrieve the task's error, so that asyncio doesn't log it.
+    """
     if not running.done():
         running.cancel()
-        await asyncio.wait({running})
-    if not running.cancelled():
+        await asyncio.wait({running}, timeout=patience)
+    if running.done() and not running.cancelled():
         running.exception()
 
 
