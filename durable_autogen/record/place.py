@@ -7,7 +7,6 @@ to that session.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -152,9 +151,8 @@ def start_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
     async def run() -> T:
         return await call
 
-    context = contextvars.copy_context()
-    context.run(current.set, place)
-    return context.run(asyncio.ensure_future, run())
+    with at(place):
+        return asyncio.ensure_future(run())
 
 
 @asynccontextmanager
