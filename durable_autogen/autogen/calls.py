@@ -123,8 +123,6 @@ class Calls:
 
         token = options.get("cancellation_token")
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
-        if answer.replayed:
-            self._log_replayed(call)
         return self._received(client, answer)
 
     async def streamed_reply(
@@ -190,7 +188,6 @@ class Calls:
         def replayed(content: Content) -> None:
             pieces: list[str] = []
             if isinstance(content, Returned):
-                self._log_replayed(call)  # log this line before the program prints the reply's pieces
                 pieces = pieces_again(content.streamed, reply_again(content.value))
                 held.extend(pieces[-1:])
                 del pieces[-1:]
@@ -241,9 +238,6 @@ class Calls:
         assert isinstance(answer.content, Returned)
         result: CreateResult = reply_again(answer.content.value) if answer.replayed else answer.value
         self._agent_state.received(answer.position, result, replayed=answer.replayed)
-        tokens = result.usage.prompt_tokens + result.usage.completion_tokens
-        self._count(answer.replayed, "model calls")
-        self._count(answer.replayed, "tokens", tokens)
         if answer.replayed and not result.cached:
             self._session_state.used(client, result.usage)
         return result
@@ -340,13 +334,9 @@ class Calls:
         def written(whole: bool) -> list[Any]:
             return [written_value(item) for item in (stream.produced if whole else stream.passed_on)] if stream else []
 
-        answer = await self._recorder.call(
+        return await self._recorder.call(
             call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
         )
-        self._count(answer.replayed, "tool calls")
-        if answer.replayed:
-            self._recorder.journal.log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
-        return answer
 
     async def _under_policy(
         self,
@@ -470,9 +460,7 @@ class Calls:
             if asking is not None:
                 await end(asking)
         said = str(self._value(answer, str))
-        self._count(answer.replayed, "inputs")
         if answer.replayed:
-            self._log_replayed(call)
             skip_answer(said)
         return said
 
@@ -496,8 +484,6 @@ class Calls:
         label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
         call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
-        if kind is Kind.CODE:
-            self._count(answer.replayed, "tool calls")
         return self._value(answer, declared)
 
     def _value(self, answer: Answer, declared: Any) -> Any:
@@ -505,12 +491,6 @@ class Calls:
             return answer.value
         assert isinstance(answer.content, Returned)
         return value_again(answer.content.value, declared)
-
-    def _count(self, replayed: bool, what: str, number: int = 1) -> None:
-        (self._recorder.replayed if replayed else self._recorder.live)[what] += number
-
-    def _log_replayed(self, call: Call) -> None:
-        self._recorder.journal.log.info("%s: replayed from the record ✓", call)
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:

@@ -131,7 +131,7 @@ class Spent:
         model = self._models[event.address] = self._model_of(event.address)
         if not isinstance(event.content, Returned) or event.content.value.get("cached"):
             return  # the call failed, or the client took the reply from its own cache
-        prompt, completion = usage_of(event)
+        prompt, completion = usage_of(event.content)
         self.tokens += prompt + completion
         if not prompt + completion:
             self.unmetered.add(model)

@@ -275,6 +275,11 @@ class Requested(Addressed):
         """The hash of the tool's name and arguments; empty for other calls."""
         return str(self.request.get("hash", "")) if self.tool else ""
 
+    @property
+    def title(self) -> str:
+        """The name for a person: of a tool's call, the tool and the agent."""
+        return f"{self.tool} for {self.agent or 'the program'}" if self.tool else str(self)
+
 
 class EventInput(Addressed, _Frozen):
     """The input of an event's execution: session, agent, position, kind, and which tool is called with what."""
@@ -311,13 +316,13 @@ class Summary(_Frozen):
             number=event.seq,
             question=question[:MAX_QUESTION],
             calls=self.calls + event.kind.is_call,
-            tokens=self.tokens + sum(usage_of(event)),
+            tokens=self.tokens + sum(usage_of(event.content)),
         )
 
     def minus(self, event: Event) -> Summary:
         """Return the summary without `event`, which no longer counts."""
         return self.model_copy(
-            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - sum(usage_of(event))}
+            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - sum(usage_of(event.content))}
         )
 
 
@@ -332,9 +337,9 @@ def text_asked(event: Event) -> str:
     return ""
 
 
-def usage_of(event: Event) -> tuple[int, int]:
-    """Return how many prompt and completion tokens a model's reply took; zeros for other events."""
-    match event.content:
+def usage_of(content: Content) -> tuple[int, int]:
+    """Return how many prompt and completion tokens a model's reply took; zeros for another content."""
+    match content:
         case Returned(value={"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}}):
             return prompt, completion
     return 0, 0

@@ -29,6 +29,7 @@ from durable_autogen.record.events import (
     Kind,
     Raised,
     Returned,
+    usage_of,
 )
 from durable_autogen.record.failures import Failure, ordinary
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
@@ -45,13 +46,25 @@ OnDrift = Literal["stop", "continue"]
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
 
+COUNTED_AS = {
+    Kind.REPLY: "model calls",
+    Kind.TOOL: "tool calls",
+    Kind.CODE: "tool calls",
+    Kind.INPUT: "inputs",
+    Kind.CONSOLE: "inputs",
+    Kind.SLEEP: "waits",
+    Kind.EVENT: "waits",
+}
+"""The name under which a run counts its calls, by their kind. It counts no other calls."""
+
+
 def _nothing(_: bool) -> list[Any]:
     """Return the items of a call that isn't a stream."""
     return []
 
 
 def _ignore(_: Content) -> None:
-    """Do nothing. Replaces the `on_replay` of a call that has none, or whose `on_replay` was called early."""
+    """Do nothing. This is the `on_replay` of a call that has none, or whose `on_replay` was called early."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,9 @@ class Recorder:
         self.looks: Counter[str] = Counter()
         """How often each recorded termination condition was checked."""
         self.live: Counter[str] = Counter()
+        """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
         self.replayed: Counter[str] = Counter()
+        """The same of the replayed calls."""
         self._session = session
         self.setbacks = Setbacks()
         self._questions: Counter[str] = Counter()
@@ -327,10 +342,11 @@ class Recorder:
         caller = caller or asyncio.current_task()
         self.setbacks.called(call, caller, is_cancelled=token is not None and token.is_cancelled())
         call = self.replay.matching(call)
+        found: Callable[[Content], None] = partial(self._found, call, on_replay)
         if early and (peeked := self.replay.peek(call)) is not None:
-            on_replay(peeked.content)
-            on_replay = _ignore
-        answer = await self._replayed(call, on_replay, caller, token)
+            found(peeked.content)
+            found = _ignore
+        answer = await self._replayed(call, found, caller, token)
         if answer is None:
             answer = await self._made_live(
                 _LiveCall(call, Asked(self.replay.last_seq), streamed, caller, token), perform
@@ -338,7 +354,21 @@ class Recorder:
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
+        self._count(call.kind, answer.content, is_replayed=answer.replayed)
         return answer
+
+    def _found(self, call: Call, on_replay: Callable[[Content], None], content: Content) -> None:
+        """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print."""
+        if call.kind in COUNTED_AS and not isinstance(content, (Raised, GivenUp)):
+            self.journal.log.info("%s: replayed from the record ✓", call.title)
+        on_replay(content)
+
+    def _count(self, kind: Kind, content: Content, *, is_replayed: bool) -> None:
+        counts = self.replayed if is_replayed else self.live
+        if kind in COUNTED_AS:
+            counts[COUNTED_AS[kind]] += 1
+        if kind is Kind.REPLY:
+            counts["tokens"] += sum(usage_of(content))
 
     async def _replayed(
         self, call: Call, on_replay: Callable[[Content], None], caller: Caller, token: Token | None
@@ -606,13 +636,13 @@ class Recorder:
         if was != now and not event.accepted:
             self.differs(f"{event} asked {was!r}, now it asks {now!r}")
             return None
-        self.replayed["inputs"] += 1
-        self.journal.log.info("%s: replayed from the record ✓", event)
+        self._found(call, _ignore, event.content)
+        self._count(call.kind, event.content, is_replayed=True)
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
-        self.live["inputs"] += 1
+        self._count(call.kind, content, is_replayed=False)
         self._apart.append((_LiveCall(call, Asked(self.replay.last_seq, self.active_now_ms)), content))
 
     async def _record_apart(self) -> None:

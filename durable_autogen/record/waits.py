@@ -11,7 +11,6 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from durable_autogen.record.events import (
@@ -27,7 +26,7 @@ from durable_autogen.record.events import (
     name_of,
 )
 from durable_autogen.record.log import at_time
-from durable_autogen.record.recorder import Answer, Performed, Recorder
+from durable_autogen.record.recorder import Performed, Recorder
 from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
 from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
@@ -69,7 +68,7 @@ class Waits:
                 await asyncio.sleep(min(left, CLOCK_INTERVAL))
             return Performed(None, Mark())
 
-        await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
+        await self._recorder.call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
         """Return the payload of the next event `name` (see `Session.wait_for_event`).
@@ -88,7 +87,7 @@ class Waits:
 
         self._receiving[wait] = None
         try:
-            answer = await self._call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
+            answer = await self._recorder.call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
         finally:
             del self._receiving[wait]
         if isinstance(answer.content, Received):
@@ -115,13 +114,6 @@ class Waits:
         answer = await self._recorder.call(call, perform)
         assert isinstance(answer.content, Waiting)
         return answer.position, answer.content
-
-    async def _call(self, call: Call, perform: Callable[[], Awaitable[Performed]]) -> Answer:
-        answer = await self._recorder.call(call, perform)
-        (self._recorder.replayed if answer.replayed else self._recorder.live)["waits"] += 1
-        if answer.replayed:
-            self._log.info("%s: replayed from the record ✓", call)
-        return answer
 
     def _warn_if_changed(self, name: str, waiting: Waiting, seconds: float | None) -> None:
         if waiting.seconds != seconds:
