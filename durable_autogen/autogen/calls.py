@@ -107,17 +107,12 @@ class Calls:
     ) -> CreateResult:
         """Return the recorded reply, or ask the model and record its reply."""
         messages, call = self._reply_call(client, messages, options)
-
-        policy = self._guard.of_model(lambda: self._agent_state.conversation.model)
+        model = self._agent_state.conversation.model
+        # No heartbeat can come from a reply that isn't streamed.
+        policy = self._guard.of_model(model).model_copy(update={"heartbeat": None})
 
         async def perform() -> Performed:
-            if policy is None:
-                replied = await ask(messages)
-            else:
-                # No heartbeat can come from a reply that isn't streamed.
-                without_heartbeat = policy.model_copy(update={"heartbeat": None})
-                attempts = self._guard.attempts(call, self._agent_state.conversation.model, without_heartbeat)
-                replied = await attempts.make(str(call), lambda: ask(messages))
+            replied = await self._guard.attempts(call, model, policy).make(str(call), lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -134,6 +129,8 @@ class Calls:
     ) -> AsyncGenerator[str | CreateResult, None]:
         """Yield a reply's pieces, live or from the record. The last piece is held back until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
+        model = self._agent_state.conversation.model
+        attempts = self._guard.attempts(call, model, self._guard.of_model(model))
         stream = _Stream()
         held: list[str] = []
         loop = asyncio.get_running_loop()
@@ -141,8 +138,6 @@ class Calls:
         def release() -> None:
             while held:
                 stream.items.put_nowait(held.pop())
-
-        policy = self._guard.of_model(lambda: self._agent_state.conversation.model)
 
         async def attempt() -> CreateResult:
             result: CreateResult | None = None
@@ -172,12 +167,8 @@ class Calls:
             return result
 
         async def perform() -> Performed:
-            if policy is None:
-                result = await attempt()
-            else:
-                attempts = self._guard.attempts(call, self._agent_state.conversation.model, policy)
-                # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-                result = await attempts.make(str(call), attempt, lambda: not stream.produced)
+            # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
+            result = await attempts.make(str(call), attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             pieces = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
@@ -219,7 +210,7 @@ class Calls:
     ) -> tuple[Sequence[LLMMessage], Call]:
         position = self._agent_state.next("reply")
         messages = self._session_state.added.inserted_into(self._agent, position, messages)
-        self._guard.offers(lambda: (_name(tool) for tool in options.get("tools") or ()))
+        self._guard.offers(_name(tool) for tool in options.get("tools") or ())
         choice = options.get("tool_choice", "auto")
         request, whole = self._agent_state.conversation.request(
             position,

@@ -127,8 +127,8 @@ class Guard:
         self._journal = recorder.journal
         self._client = recorder.journal.client
         self._log = recorder.journal.log
-        model = policies.get(MODEL, Policy())
-        if model.approval is not None or model.is_once:
+        self._of_models = policies.get(MODEL, Policy())
+        if self._of_models.approval is not None or self._of_models.is_once:
             raise InvalidRequest(
                 "a model's policy has only retry, final, timeout, heartbeat, rate and concurrency: approval and effect "
                 "are for tools"
@@ -189,17 +189,14 @@ class Guard:
         """Return the names of the policies that belong to no tool or model that the run has seen."""
         return sorted(self._policies.keys() - self._known - {MODEL})
 
-    def of_model(self, name: Callable[[], str]) -> Policy | None:
-        """Return the policy of a model client. `name` returns the model's name."""
-        if not self._policies:
-            return None
-        self._known.add(name())
-        return self._policies.get(name(), self._policies.get(MODEL))
+    def of_model(self, name: str) -> Policy:
+        """Return the policy for a model of this name: an empty one if the session has none."""
+        self._known.add(name)
+        return self._policies.get(name, self._of_models)
 
-    def offers(self, tools: Callable[[], Iterable[str]]) -> None:
+    def offers(self, tools: Iterable[str]) -> None:
         """Note the names of the tools that an agent offers to its model."""
-        if self._policies:
-            self._known.update(tools())
+        self._known.update(tools)
 
     async def end(self) -> None:
         """After a run without an error, cancel the questions that no call waits for any more.
