@@ -220,10 +220,6 @@ async def send_event(
         await send(client, session_id, name, payload, idempotency_key=idempotency_key)
 
 
-def _ignore(_: Exception) -> None:
-    """Ignore an error of `tell`: the fork continues even if its messages can't be shown."""
-
-
 async def fork_session(
     client: NexumClient,
     source: str,
@@ -251,7 +247,7 @@ async def fork_session(
     record = await read_record(client, source)
     kept = _first_events(record.events, source, count)
     later = await _later_effects(client, source, count, record, kept, effects)
-    async with Journal(client, session, log_for(tell, _ignore)) as journal:
+    async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
         if effects == "reuse" and is_new:
             await _keep_results(journal, later)
