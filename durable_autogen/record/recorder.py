@@ -452,7 +452,7 @@ class Recorder:
         """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
         differing = self.replay.differences(event, call)
         if differing:
-            await self._drift_of(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
+            await self._revoke_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
         on_replay(event.content)
         loop = asyncio.get_running_loop()
@@ -475,23 +475,7 @@ class Recorder:
         if given_up.cancelled():
             raise asyncio.CancelledError
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
-        if follows_failure:
-            await self._make_again(event, what)
-        else:
-            await self._drift_of(event, what)
-
-    async def _drift_of(self, event: Event, what: str) -> None:
-        """Handle the drift of a given-up call: raise DriftError, or revoke its event and make the call live.
-
-        Keep all other events. Given-up calls are replayed outside the order of events, so the program may have got
-        later events already.
-        """
-        self.differs(what)
-        async with self._record_lock:
-            if event in self.journal.events:  # otherwise another drift has revoked it meanwhile
-                self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await self._warn_of_effects([event])
-                await self.journal.revoke([event], what, is_another_program=True)
+        await self._revoke_one(event, what, follows_failure=follows_failure)
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
         """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
@@ -678,7 +662,7 @@ class Recorder:
                 event = mismatch.event
                 cancelled = self._cancelled.get(event.address)
                 if mismatch.follows_failure:
-                    await self._make_again(event, mismatch.what)
+                    await self._revoke_one(event, mismatch.what, follows_failure=True)
                 elif cancelled is not None and all(one.asked_after < event.seq for one in self.journal.events):
                     await self._give_up_recorded(event, cancelled)
                 else:
@@ -698,16 +682,27 @@ class Recorder:
         streamed = event.content.streamed if isinstance(event.content, (Returned, Raised)) else []
         self._apart.append((cancelled, GivenUp(streamed=streamed, was_made=False)))
 
-    async def _make_again(self, event: Event, why: str) -> None:
-        """Revoke an event that came after a failure of an earlier run, so that its call is made live; keep its id."""
+    async def _revoke_one(self, event: Event, why: str, *, follows_failure: bool = False) -> None:
+        """Revoke one event, so that its call is made live. Keep later events: the program may have got them already.
+
+        If the event came after a failure that ended an earlier run (`follows_failure`), the call keeps its id.
+        Otherwise its change is drift, and may raise DriftError.
+        """
+        if not follows_failure:
+            self.differs(why)
         async with self._record_lock:
-            if event in self.journal.events:  # otherwise drift has revoked it meanwhile
+            if event not in self.journal.events:
+                return  # another drift has revoked it meanwhile
+            if follows_failure:
                 self.journal.log.warning(
                     "session %s: %s came after a failure that ended an earlier run. The call is made again",
                     *(self.journal.session, event),
                 )
-                await self.journal.revoke([event], why)
-                self.replay.drop(event)
+            else:
+                self.journal.log.warning("session %s makes this call live", self.journal.session)
+                await self._warn_of_effects([event])
+            await self.journal.revoke([event], why, is_another_program=not follows_failure)
+            self.replay.drop(event)
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""
