@@ -13,7 +13,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from durable_autogen.record.failures import Failure
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, InvalidRequest
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
@@ -542,19 +541,6 @@ async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any
         for execution in page:
             yield execution
         before = page[-1].execution_id
-
-
-async def cancel_running(client: NexumClient, session: str, workflow_id: str, key_prefix: str) -> None:
-    """Cancel the running executions of a workflow for a session: the server never prunes a session that has some."""
-    async for execution in all_executions(
-        client,
-        workflow_id=workflow_id,
-        status=ExecutionStatus.RUNNING.value,
-        key_prefix=key_prefix,
-        patience=SERVER_PATIENCE,
-    ):
-        with suppress(Conflict):  # it ended in the meantime
-            await client.cancel_execution(execution.execution_id, by=f"session {session}")
 
 
 async def read_record(client: NexumClient, session: str) -> Record:

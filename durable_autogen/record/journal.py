@@ -19,6 +19,7 @@ from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
     DIGITS,
+    SERVER_PATIENCE,
     Asked,
     Call,
     Content,
@@ -31,6 +32,7 @@ from durable_autogen.record.events import (
     RunSummary,
     Said,
     Summary,
+    all_executions,
     call_id_of,
     end_of,
     read_record,
@@ -75,6 +77,8 @@ class Journal:
         """The number of the next event."""
         self._summary = Summary()
         self._in_background: set[asyncio.Task[None]] = set()
+        self._leftovers: set[tuple[str, str]] = set()
+        """The workflow and the beginning of the keys of executions to cancel at the end (see `cancel_at_end`)."""
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
         self._inherited: dict[str, Task] = {}
@@ -117,7 +121,7 @@ class Journal:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
             elif error is None:
-                await self._cancel_given_back()
+                await self._cancel_leftovers()
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
@@ -330,12 +334,6 @@ class Journal:
         self._in_background.add(working)
         working.add_done_callback(self._in_background.discard)
 
-    async def _cancel_given_back(self) -> None:
-        """Cancel the effects that were given back: the run has ended without making their calls again."""
-        for execution_id in self._given_back:
-            with contextlib.suppress(Conflict):  # it has ended
-                await self.client.cancel_execution(execution_id)
-
     def declare_tool(self, name: str, policy: Policy) -> None:
         """Tell the server about a tool of the session that has a policy."""
         declared = jsontext.dump(policy.described(), "the policy")
@@ -540,6 +538,32 @@ class Journal:
                         await self._owner.complete(self._run, summary)
             finally:
                 self._run = None
+
+    def cancel_at_end(self, workflow: Workflow, key_prefix: str) -> None:
+        """After a run without an error, cancel the running executions whose keys begin with `key_prefix`.
+
+        No call waits for them any more, and the server never prunes a session that has running executions.
+        """
+        self._leftovers.add((workflow.workflow_id, key_prefix))
+
+    async def _cancel_leftovers(self) -> None:
+        for workflow_id, key_prefix in self._leftovers:
+            with contextlib.suppress(NexumError):  # if no server answers, a later run cancels them
+                await self._cancel_running(workflow_id, key_prefix)
+        for execution_id in self._given_back:  # the run has ended without making their calls again
+            with contextlib.suppress(Conflict):  # it has ended
+                await self.client.cancel_execution(execution_id)
+
+    async def _cancel_running(self, workflow_id: str, key_prefix: str) -> None:
+        async for execution in all_executions(
+            self.client,
+            workflow_id=workflow_id,
+            status=ExecutionStatus.RUNNING.value,
+            key_prefix=key_prefix,
+            patience=SERVER_PATIENCE,
+        ):
+            with contextlib.suppress(Conflict):  # it ended in the meantime
+                await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
 
     async def release(self) -> None:
         """Give up the ownership of a session that was begun as a fork.

@@ -291,8 +291,6 @@ class Recorder:
         await self.journal.end(
             stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
         )
-        if self._budget is not None:
-            await self._budget.end()
 
     def _is_broken_end(self, event: Event) -> bool:
         return (

@@ -232,8 +232,7 @@ class Session:
             if failure is not None:
                 raise failure from error  # `error` may be a team's own error, which holds only the failure's text
             await recorder.end(self.stop_reason)
-            await self._waits.end()
-            await self.guard.end()
+            self.guard.warn_of_unknown_names()
 
     async def _close(self) -> None:
         self.is_over = True

@@ -11,7 +11,6 @@ import asyncio
 import math
 import time
 from collections import Counter
-from contextlib import suppress
 
 from durable_autogen.record.events import (
     Call,
@@ -27,11 +26,11 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Performed, Recorder
-from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
+from durable_autogen.record.sent_events import SENT_EVENT, check_event_name, expect
 from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.workflow import MAX_SECONDS
@@ -76,6 +75,9 @@ class Waits:
         Raises TimeoutError if no such event is sent in time.
         """
         check_event_name(name)
+        journal = self._recorder.journal
+        # If an event that the session has waited for is sent after the end, its execution is started again.
+        journal.cancel_at_end(SENT_EVENT, f"{journal.session}/")
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
@@ -93,12 +95,6 @@ class Waits:
         if isinstance(answer.content, Received):
             return decoded(answer.content.payload)
         raise TimeoutError(f"no event {name!r} was sent within {waiting.seconds or 0:g} s")
-
-    async def end(self) -> None:
-        """After a run without an error, cancel the executions of events that the session no longer waits for."""
-        if any(what == "event" for _, what in self._counts):
-            with suppress(NexumError):  # if no server answers, the next run without an error cancels the executions
-                await cancel_expected(self._client, self._recorder.journal.session)
 
     async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
         """Record that a wait begins, and when it will end. Return the wait's position and the recorded content."""
