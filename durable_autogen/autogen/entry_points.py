@@ -33,7 +33,7 @@ from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
-from durable_autogen.record.failures import ordinary
+from durable_autogen.record.failures import ordinary, with_subclasses
 from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 from durable_autogen.record.while_open import while_open
@@ -365,24 +365,13 @@ def _wrapped_classes() -> Iterator[None]:
     with _lock:
         for base, methods in ENTRY_POINTS:
             _watch_subclasses(base, methods)
-            for kind in reversed(_with_subclasses(base)):
+            for kind in reversed(with_subclasses(base)):
                 for name, wrapper in methods.items():
                     _wrap(base, kind, name, wrapper)
     try:
         yield
     finally:
         _restore()
-
-
-def _with_subclasses(kind: type) -> list[type]:
-    found: dict[type, None] = {}
-    ahead = [kind]
-    while ahead:
-        one = ahead.pop()
-        if one not in found:
-            found[one] = None
-            ahead += type.__subclasses__(one)
-    return list(found)
 
 
 def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:

@@ -134,18 +134,21 @@ def class_named(module: str, name: str, base: type) -> type | None:
         return found
     if "<locals>" not in name and "[" not in name:
         return None
-    ahead, matching = [base], []
-    seen: set[type] = set()
-    while ahead:
-        kind = ahead.pop()
-        if kind in seen:
-            continue
-        seen.add(kind)
-        ahead += type.__subclasses__(kind)
-        if (kind.__module__, kind.__qualname__) == (module, name):
-            matching.append(kind)
+    matching = [one for one in with_subclasses(base) if (one.__module__, one.__qualname__) == (module, name)]
     # Take the newest class: a function that defines a class makes a new one each time it runs.
     return matching[-1] if matching else None
+
+
+def with_subclasses(base: type) -> list[type]:
+    """Return a class and all classes that are derived from it."""
+    found: dict[type, None] = {}
+    ahead = [base]
+    while ahead:
+        one = ahead.pop()
+        if one not in found:
+            found[one] = None
+            ahead += type.__subclasses__(one)
+    return list(found)
 
 
 _NOT_PLAIN: Any = object()
