@@ -40,9 +40,9 @@ from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
-from durable_autogen.record.failures import end, in_a_task, ordinary
+from durable_autogen.record.failures import end, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, closing, current, recorded_call, start_at
+from durable_autogen.record.place import Place, at, closing, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
@@ -288,13 +288,16 @@ class Calls:
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
             # caller were cancelled.
-            running = start_at(current.get(), ordinary(run(edited), name))
+            running = asyncio.ensure_future(ordinary(run(edited), name))
             try:
-                return await in_a_task(running, name)
-            except Exception as error:
-                if running.cancelled() and token is not None and token.is_cancelled():
-                    raise asyncio.CancelledError from error
-                raise
+                await asyncio.wait({running})
+            finally:
+                await end(running)
+            if not running.cancelled():
+                return running.result()
+            if token is not None and token.is_cancelled():
+                raise asyncio.CancelledError
+            raise RuntimeError(f"{name} ended with CancelledError")
 
         async def perform() -> Performed:
             journal = self._recorder.journal
@@ -438,8 +441,10 @@ class Calls:
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
-        is_live = self._recorder.replay.recorded(call.address) is None
-        asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
+        asking = None
+        if self._recorder.replay.recorded(call.address) is None:
+            with at(dataclasses.replace(self._place, in_call=True)):
+                asking = asyncio.ensure_future(run())
 
         async def perform() -> Performed:
             said = representable(str(await (asking or run())))

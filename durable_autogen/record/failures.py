@@ -214,18 +214,6 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
         raise made_ordinary(error, name) from error
 
 
-async def in_a_task(running: asyncio.Future[T], name: str) -> T:
-    """Wait for a task and return its result. If the caller is cancelled, cancel the task and wait for its end."""
-    try:
-        await asyncio.wait({running})
-    except asyncio.CancelledError:
-        await end(running)
-        raise
-    if running.cancelled():
-        raise RuntimeError(f"{name} ended with CancelledError")
-    return running.result()
-
-
 async def end(running: asyncio.Future[Any], patience: float | None = None) -> None:
     """Cancel a task if it isn't done, and wait for its end, for `patience` seconds at most if that is not None.
 
