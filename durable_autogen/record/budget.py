@@ -208,23 +208,6 @@ def number_in_words(value: float) -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".")
 
 
-def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, live_ms: int) -> Iterator[Use]:
-    """Yield the use of each limit that applies to this call. `live_ms` is how long this run has been live."""
-    if call.kind is Kind.REPLY:
-        if budget.model_calls is not None:
-            yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
-        if budget.tokens is not None:
-            yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
-        if budget.usd is not None:
-            yield Use(spent.usd, budget.usd, "$", "--usd ")
-    if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
-        made = spent.tool_calls[call.tool]
-        if scope not in made:  # else a crash cut the call off: the same call, made again, counts once
-            yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
-    if call.kind.is_call and budget.seconds is not None:
-        yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
-
-
 # ---- Questions to a person -------------------------------------------------------------------------------------------
 
 
@@ -317,12 +300,29 @@ class BudgetCheck:
 
         `live_ms` is how long this run has been live, without the replay of the record.
         """
-        uses = list(uses_of(self._budget, self._spent, call, self._scope(call), live_ms))
+        uses = list(self._uses(call, live_ms))
         for use in uses:
             if use.is_nearly_over and use.option not in self._near:
                 self._near.add(use.option)
                 self._journal.log.warning("session %s has used %s of its budget", self._journal.session, use)
         return [use for use in uses if use.is_over]
+
+    def _uses(self, call: Call, live_ms: int) -> Iterator[Use]:
+        """Yield the use of each limit that applies to this call."""
+        budget, spent = self._budget, self._spent
+        if call.kind is Kind.REPLY:
+            if budget.model_calls is not None:
+                yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
+            if budget.tokens is not None:
+                yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
+            if budget.usd is not None:
+                yield Use(spent.usd, budget.usd, "$", "--usd ")
+        if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
+            made = spent.tool_calls[call.tool]
+            if self._scope(call) not in made:  # else a crash cut the call off: the same call, made again, counts once
+                yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
+        if call.kind.is_call and budget.seconds is not None:
+            yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
     def _scope(self, call: Call) -> str:
         return self._journal.scope_of(call.address)
