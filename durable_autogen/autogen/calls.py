@@ -37,7 +37,7 @@ from durable_autogen.autogen.values import (
     written_value,
 )
 from durable_autogen.errors import CallFailed, CallRejected
-from durable_autogen.record.attempts import ToolError
+from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
 from durable_autogen.record.failures import end, ordinary
@@ -112,7 +112,7 @@ class Calls:
         policy = self._guard.of_model(model).model_copy(update={"heartbeat": None})
 
         async def perform() -> Performed:
-            replied = await self._guard.attempts(call, model, policy).make(str(call), lambda: ask(messages))
+            replied = await Attempts(self._recorder, call, model, policy).make(str(call), lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -130,7 +130,7 @@ class Calls:
         """Yield a reply's pieces, live or from the record. The last piece is held back until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
         model = self._agent_state.conversation.model
-        attempts = self._guard.attempts(call, model, self._guard.of_model(model))
+        attempts = Attempts(self._recorder, call, model, self._guard.of_model(model))
         stream = _Stream()
         held: list[str] = []
         loop = asyncio.get_running_loop()
@@ -377,7 +377,8 @@ class Calls:
             if policy.is_once:
                 value = await guard.once(guarded, once)
             else:
-                value = await guard.attempts(call, name, policy).make(name, partial(once, shown), lambda: not streamed)
+                attempts = Attempts(self._recorder, call, name, policy)
+                value = await attempts.make(name, partial(once, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)

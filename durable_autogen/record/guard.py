@@ -204,10 +204,6 @@ class Guard:
                 *(", ".join(unknown), ", ".join(sorted(self._known)) or "no tool"),
             )
 
-    def attempts(self, call: Call, name: str, policy: Policy) -> Attempts:
-        """Return the attempts at a call of the tool or model `name`."""
-        return Attempts(self._recorder, call, name, policy)
-
     # ---- Approvals ---------------------------------------------------------------------------------------------------
 
     async def approved(self, guarded: GuardedCall) -> tuple[GuardedCall, Any, str]:
@@ -269,7 +265,7 @@ class Guard:
         there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed if an earlier attempt has
         failed, and DriftError if an earlier run has begun another call in its place.
         """
-        attempts = self.attempts(guarded.call, guarded.tool, guarded.policy)
+        attempts = Attempts(self._recorder, guarded.call, guarded.tool, guarded.policy)
         try:
             while True:
                 # Wait for the limits before the effect begins: if the run dies in this wait, nothing has happened.
