@@ -81,8 +81,11 @@ class Journal:
         """The workflow and the beginning of the keys of executions to cancel at the end (see `cancel_at_end`)."""
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
-        self._inherited: dict[str, Task] = {}
         self._open: dict[str, Task] = {}
+        """The tasks of calls whose beginning is recorded, by this run or an earlier one, and whose outcome isn't.
+
+        The keys are the idempotency keys of their executions.
+        """
         self._unrecorded: list[str] = []
         """The addresses of calls that were made since the last event, and whose beginning isn't recorded."""
 
@@ -186,10 +189,8 @@ class Journal:
         while True:
             record = self.recorded = await read_record(self.client, self.session)
             for input in record.begun:
-                started = await self._start(input)
-                if started.task is None:
+                if not await self._start(input):
                     break  # the event was recorded in the meantime: read the record again
-                self._inherited[self._key(input)] = started.task
             else:
                 for event in record.events:
                     self._summary = self._summary.plus(event)
@@ -202,12 +203,16 @@ class Journal:
         if trailing and not any(event.accepted for event in trailing):
             await self.revoke(trailing, "the run ended with it")
 
-    async def _start(self, input: EventInput) -> Started:
-        """Begin an event of this run, or take it over. Raises SessionBusy if another process owns the run."""
-        started = await self._under_this_run(self._owner.start, AGENT_EVENT, input, idempotency_key=self._key(input))
+    async def _start(self, input: EventInput) -> bool:
+        """Begin an event of this run, or take it over. Return False if the event is recorded already.
+
+        Raises SessionBusy if another process owns the run.
+        """
+        key = self._key(input)
+        started = await self._under_this_run(self._owner.start, AGENT_EVENT, input, idempotency_key=key)
         if started.task is not None:
-            self._open[started.task.task_id] = started.task
-        return started
+            self._open[key] = started.task
+        return started.task is not None
 
     async def _under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
         """Call `send`, a method of the owner, with `holding` set to this run. Return the result.
@@ -266,7 +271,6 @@ class Journal:
                 "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
             )
         self._open.clear()
-        self._inherited.clear()
         run, _ = await self._take_session(await self._runs())
         if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
@@ -397,8 +401,8 @@ class Journal:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
         return sum(start < seq for start in self.recorded.programs)
 
-    async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
-        """Record the beginning of a call if the next run must know it; return the call's task. Else return None.
+    async def before(self, call: Call, *, is_counted: bool = False) -> bool:
+        """Record the beginning of a call if the next run must know it. Return whether it is recorded.
 
         With `is_counted`, always record the beginning: each attempt at the call counts, even if it leaves no result.
         Raises SessionBusy if another process owns the session.
@@ -407,36 +411,30 @@ class Journal:
         # too, if another process may own the session now: if so, the server refuses before the call costs money.
         is_setback = bool(self.events) and self.events[-1].is_setback
         if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
-            return await self.begin(call, anew=is_counted)
+            await self._begin(call, anew=is_counted)
+            return True
         self._unrecorded.append(call.address)
-        return None
+        return False
 
-    async def begin(self, call: Call, *, anew: bool = False) -> Task:
-        """Record the beginning of a call; return the call's task.
+    async def _begin(self, call: Call, *, anew: bool) -> None:
+        """Record the beginning of a call.
 
         If an earlier run began the call, continue its execution. With `anew`, end that execution as failed, and begin
         another one.
         """
         input = self._input(call)
         key = self._key(input)
-        if (inherited := self._inherited.pop(key, None)) is not None:
+        if key in self._open:
             if not anew:
-                return inherited
-            await self._close(
-                inherited, "the run that made this call died, and the call was made again", OWNER_PATIENCE
-            )
-        started = await self._start(input)
-        if started.task is None:
+                return
+            await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
+        if not await self._start(input):
             raise self._busy(f"another process has recorded {call}")
-        return started.task
 
-    async def record(
-        self, call: Call, content: Content, task: Task | None = None, asked: Asked | None = None, active_ms: int = 0
-    ) -> Event:
+    async def record(self, call: Call, content: Content, asked: Asked | None = None, active_ms: int = 0) -> Event:
         """Record a call's outcome as the session's next event; return the event.
 
-        `task` is the call's task, if the call's beginning was recorded. `asked` is the moment at which the call was
-        made. `active_ms` is the session's active time now.
+        `asked` is the moment at which the call was made. `active_ms` is the session's active time now.
         Raises SessionBusy if another process owns the session.
         """
         asked = asked or Asked()
@@ -453,24 +451,24 @@ class Journal:
             recorded_ms=round(time.time() * 1000),
             under_way=[address for address in self._unrecorded if address != call.address],
         )
-        return await self._write(task, call, event)
+        return await self._write(call, event)
 
-    async def _write(self, task: Task | None, call: Call, event: Event) -> Event:
+    async def _write(self, call: Call, event: Event) -> Event:
         self.next_seq = event.seq + 1
         self._unrecorded = []
         event = event.model_copy(update={"summary": self._summary.plus(event)})
         input = self._input(call)
-        task, run = task or self._inherited.pop(self._key(input), None), self._run
+        key, run = self._key(input), self._run
+        task = self._open.get(key)
         try:
             if task is not None:
                 with self._held(str(event)):
                     await self._owner.complete(task, event)
-                self._open.pop(task.task_id, None)
+                self._open.pop(key, None)
         except TaskNotFound:
             await self._move_if_replaced(run)
             task = None
         if task is None:
-            key = self._key(input)
             await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
         self.recorded.add(event)
         self._summary = self._summary.plus(event)
@@ -491,7 +489,7 @@ class Journal:
         call = Call(event.kind, event.agent, event.position)
         # `asked_after` is a number of the other session: here, it could name an event that came after the copy.
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": [], "asked_after": 0})
-        await self._write(None, call, copy)
+        await self._write(call, copy)
 
     async def add_message(self, text: str) -> None:
         """Record a user message for the agents of a fork."""
@@ -575,14 +573,14 @@ class Journal:
             self._run = None
 
     async def _close_open(self, reason: str, patience: float) -> None:
-        for task in list(self._open.values()):
-            await self._close(task, reason, patience)
+        for key in list(self._open):
+            await self._close(key, reason, patience)
 
-    async def _close(self, task: Task, reason: str, patience: float) -> None:
+    async def _close(self, key: str, reason: str, patience: float) -> None:
         # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
         with contextlib.suppress(StaleTask, TaskNotFound):
-            await self._owner.fail(task, reason, patience=patience)
-        self._open.pop(task.task_id, None)
+            await self._owner.fail(self._open[key], reason, patience=patience)
+        self._open.pop(key, None)
 
 
 def _run_number(latest: Execution | None) -> int:

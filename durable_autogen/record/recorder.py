@@ -39,7 +39,6 @@ from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
-from nexum_engine.records import Task
 
 OnDrift = Literal["stop", "continue"]
 
@@ -110,7 +109,6 @@ class _LiveCall:
     streamed: Streamed = _nothing
     caller: Caller = None
     token: Token | None = None
-    task: Task | None = None
     was_made: bool = False
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     setback: Setback | None = None
@@ -441,7 +439,7 @@ class Recorder:
                 except NexumError as error:
                     self.stop(error)
                     return
-                live.task, live.was_made = None, False
+                live.was_made = False
         self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
 
     async def _wait_to_be_given_up(
@@ -503,7 +501,7 @@ class Recorder:
                 live.was_made = True
                 is_counted = self._budget is not None and call.kind is Kind.REPLY
                 with live.sending():
-                    live.task = await self.journal.before(call, is_counted=is_counted)
+                    await self.journal.before(call, is_counted=is_counted)
                 value, content, error = await self._performed(call, perform, live)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
@@ -643,7 +641,7 @@ class Recorder:
                     self._apart.pop(0)
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
-        event = await self.journal.record(live.call, content, live.task, live.asked, self.active_now_ms)
+        event = await self.journal.record(live.call, content, live.asked, self.active_now_ms)
         if self._budget is not None:
             self._budget.recorded(event)
         return event
