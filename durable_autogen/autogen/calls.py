@@ -239,7 +239,7 @@ class Calls:
         """Return the recorded result of a tool, or call the tool and record its result."""
         must_not_raise = self._must_not_raise and made.workbench is not None
         try:
-            answer = await self._tool(run, made, stream)
+            answer = await self._tool(run, made, stream or _Stream())
         except asyncio.CancelledError:
             if made.token is None or not made.token.is_cancelled() or not must_not_raise:
                 raise
@@ -264,12 +264,12 @@ class Calls:
             async for item in run(edited):
                 heartbeat()
                 may_be_result = made.workbench is None or isinstance(item, ToolResult)
-                passed_on = result if may_be_result else item
-                if passed_on is not _END:
+                piece = result if may_be_result else item
+                if piece is not _END:
                     # Set a message's lasting id and time before the message is recorded or passed on.
-                    self._session_state.transcript.settle(self._agent, passed_on)
-                    stream.produced.append(passed_on)
-                    stream.items.put_nowait(passed_on)
+                    self._session_state.transcript.settle(self._agent, piece)
+                    stream.produced.append(piece)
+                    stream.items.put_nowait(piece)
                 if may_be_result:
                     result = item
             if result is _END:
@@ -278,12 +278,11 @@ class Calls:
 
         return _passed_on(stream, self.tool(last, made, stream))
 
-    async def _tool(self, run: Run, made: ToolCall, stream: _Stream | None) -> Answer:
+    async def _tool(self, run: Run, made: ToolCall, stream: _Stream) -> Answer:
         name, token = made.name, made.token
         position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         policy = self._guard.of_tool(*made.names, own=made.own_policy)
-        streamed = [] if stream is None else stream.produced
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
@@ -308,8 +307,8 @@ class Calls:
                 if policy is None:
                     value = await attempt()
                 else:
-                    value = await self._under_policy(policy, call, made, attempt, streamed)
-                return Performed(value, self._checked(made, value, streamed))
+                    value = await self._under_policy(policy, call, made, attempt, stream.produced)
+                return Performed(value, self._checked(made, value, stream.produced))
             except Exception as error:
                 is_refused = isinstance(error, (CallRejected, CallFailed))
                 if made.result_type is not ToolResult or not (self._must_not_raise or is_refused):
@@ -319,14 +318,14 @@ class Calls:
                 return Performed(failed, self._checked(made, failed, []))
 
         def replayed(content: Content) -> None:
-            if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
+            if isinstance(content, (Returned, Raised, GivenUp)):
                 for one in content.streamed:
                     item = value_again(one)
                     self._session_state.transcript.settle(self._agent, item, made_before=True)
                     stream.items.put_nowait(item)
 
         def written(whole: bool) -> list[Any]:
-            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)] if stream else []
+            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)]
 
         return await self._recorder.call(
             call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
