@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
@@ -71,25 +71,13 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
 async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
     """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
-    latest: dict[str, Execution] = {}
-    earliest: dict[str, Execution] = {}
-    completed: dict[str, Execution] = {}
+    runs: dict[str, list[Execution]] = {}
     async for run in all_executions(
         client, workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
-        session = run.idempotency_key.rpartition("/")[0]
-        latest.setdefault(session, run)
-        earliest[session] = run
-        if run.status is ExecutionStatus.COMPLETED:
-            completed.setdefault(session, run)
+        runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
-    return [
-        replace(
-            await _info(client, session, run, completed.get(session), earliest[session].created_ms),
-            questions=tuple(questions.get(session, ())),
-        )
-        for session, run in latest.items()
-    ]
+    return [await _info(client, session, found, questions.get(session, ())) for session, found in runs.items()]
 
 
 async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
@@ -117,14 +105,14 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
     return f"waits for a decision on {what}: {how_to_decide(one.execution_id, nexum)}"
 
 
-async def _info(
-    client: NexumClient, session: str, run: Execution, completed: Execution | None, begun_ms: int
-) -> SessionInfo:
+async def _info(client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]) -> SessionInfo:
+    """Return the summary of a session. `runs` are its runs, the newest first."""
+    completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
     events = (await read_record(client, session)).events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
     task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
-    status = _status(run, is_finished=end_of(completed, events) is not None)
+    status = _status(runs[0], is_finished=end_of(completed, events) is not None)
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
@@ -132,7 +120,7 @@ async def _info(
         models=tuple(dict.fromkeys(models)),
         status=status,
         calls=Counter(event.kind.value for event in events if event.kind.is_call),
-        begun_ms=begun_ms,
+        begun_ms=runs[-1].created_ms,
         waits=tuple(
             event
             for event in events
@@ -140,6 +128,7 @@ async def _info(
             and end_of_wait(event.address) not in addresses
             and status != "finished"
         ),
+        questions=tuple(questions),
     )
 
 
