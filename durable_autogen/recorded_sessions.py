@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -331,17 +331,16 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
     If the session is itself a fork that may reuse results, include these results, except those that the calls in
     `before` have reused. If a later call has reused a result, include the result only once.
     """
-    kept: dict[str, list[tuple[EffectInput, Execution]]] = {}
+    kept: defaultdict[str, list[tuple[EffectInput, Execution]]] = defaultdict(list)
     for input, execution in await recorded_effects(client, kept_for(source)):
-        kept.setdefault(input.asked_digest, []).append((input, execution))
+        kept[input.asked_digest].append((input, execution))
     later = []
     own = await recorded_effects(client, of_session(source))
-    for is_later in (False, True):
-        for input, execution in own:
-            if (input.call not in before) is is_later:
-                took = kept.get(input.asked_digest, [])[:1]
-                del kept.get(input.asked_digest, [])[:1]
-                later += (took or [(input, execution)]) if is_later else []
+    for input, execution in sorted(own, key=lambda one: one[0].call not in before):  # the calls in `before` come first
+        left = kept[input.asked_digest]
+        result = left.pop(0) if left else (input, execution)
+        if input.call not in before:
+            later.append(result)
     return [*later, *(one for left in kept.values() for one in left)]
 
 
