@@ -40,7 +40,7 @@ from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
-from durable_autogen.record.failures import end, ordinary
+from durable_autogen.record.failures import end, items_of, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
 from durable_autogen.record.place import Place, at, closing, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
@@ -64,18 +64,8 @@ class _Stream:
         self.produced: list[Any] = []
         """All items that a live call has produced, whether or not they were passed on."""
 
-    async def until(self, running: asyncio.Future[Any]) -> AsyncGenerator[Any, None]:
-        """Yield items until the call is over. Cancel the call if the consumer leaves."""
-        running.add_done_callback(lambda _: self.items.put_nowait(_END))
-        try:
-            while (item := await self.items.get()) is not _END:
-                self.passed_on.append(item)
-                yield item
-        finally:
-            await end(running)
 
-
-_END = object()
+_NOTHING = object()
 
 
 Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
@@ -194,8 +184,9 @@ class Calls:
             )
         )
         is_first = self._place.hands_on_late
-        async with closing(stream.until(running)) as pieces:
+        async with closing(items_of(running, stream.items)) as pieces:
             async for piece in pieces:
+                stream.passed_on.append(piece)
                 if is_first:
                     is_first = False
                     await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
@@ -260,19 +251,19 @@ class Calls:
         stream = _Stream()
 
         async def last(edited: Mapping[str, Any] | None) -> Any:
-            result: Any = _END
+            result: Any = _NOTHING
             async for item in run(edited):
                 heartbeat()
                 may_be_result = made.workbench is None or isinstance(item, ToolResult)
                 piece = result if may_be_result else item
-                if piece is not _END:
+                if piece is not _NOTHING:
                     # Set a message's lasting id and time before the message is recorded or passed on.
                     self._session_state.transcript.settle(self._agent, piece)
                     stream.produced.append(piece)
                     stream.items.put_nowait(piece)
                 if may_be_result:
                     result = item
-            if result is _END:
+            if result is _NOTHING:
                 raise RuntimeError(f"the stream of {made.name} ended without a result")
             return result
 
@@ -492,8 +483,9 @@ class Calls:
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
     """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
-    async with closing(stream.until(running)) as items:
+    async with closing(items_of(running, stream.items)) as items:
         async for item in items:
+            stream.passed_on.append(item)
             yield item
     yield await running
 
