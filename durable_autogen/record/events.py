@@ -507,10 +507,11 @@ class Record:
     """The numbers of the events with which a changed program took over the session."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
-    ended_ms: dict[int, int] = field(default_factory=dict)
-    """The time at which each event was recorded, by the server's clock."""
-    last_begun_ms: int = 0
-    """The time at which the last call without a recorded result began, by the server's clock."""
+    at_end: list[Event] = field(default_factory=list)
+    """The events that `read_record` found after the beginning of the last call without a recorded result, in order.
+
+    A failure before that call didn't end the run: the run continued after the failure, and made the call.
+    """
 
     def add(self, event: Event) -> None:
         """Add the session's next event. If it revokes earlier events, remove those."""
@@ -546,6 +547,8 @@ async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any
 async def read_record(client: NexumClient, session: str) -> Record:
     """Return everything that a session has recorded."""
     found = Record()
+    ended_ms: dict[int, int] = {}  # when each event was recorded, by the server's clock
+    last_begun_ms = 0  # when the last call without a recorded result began
     async for execution in all_executions(
         client,
         workflow_id=AGENT_EVENT.workflow_id,
@@ -556,9 +559,9 @@ async def read_record(client: NexumClient, session: str) -> Record:
         if execution.status is ExecutionStatus.COMPLETED:
             event = Event.model_validate_json(execution.outputs()["event"])
             found.made.append(event)
-            found.ended_ms[event.seq] = execution.ended_ms or 0
+            ended_ms[event.seq] = execution.ended_ms or 0
             continue
-        found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
+        last_begun_ms = max(last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
         found.made.append(input)
         found.tried.add(input.address)
@@ -567,6 +570,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
     found.made.reverse()  # the server lists the newest first
     for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
         found.add(event)
+    found.at_end = [event for event in found.events if ended_ms[event.seq] > last_begun_ms]
     return found
 
 

@@ -100,12 +100,12 @@ class Journal:
         try:
             self._run, latest = await self._take_session(latest)
             if latest is not None:  # else the session is new
-                latest_events = await self._read_and_take_over()
+                await self._read_and_take_over()
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = end_of(latest, self.events)
                 if self.ended is None:
-                    await self._revoke_failures_at_end(latest_events)
+                    await self._revoke_failures_at_end()
                 else:
                     self.log.info(
                         "session %s is finished: its record is replayed (new work needs a new session id)", self.session
@@ -180,12 +180,8 @@ class Journal:
         )
         return found[0] if found else None
 
-    async def _read_and_take_over(self) -> list[Event]:
-        """Read the record and take over its unfinished calls, so that no earlier owner can record their results.
-
-        Return the events that were recorded after the last unfinished call began. A failure before that call didn't end
-        the run: the run continued after the failure, and made the call.
-        """
+    async def _read_and_take_over(self) -> None:
+        """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
             record = self.recorded = await read_record(self.client, self.session)
             for input in record.begun:
@@ -195,11 +191,11 @@ class Journal:
                 for event in record.events:
                     self._summary = self._summary.plus(event)
                 self.next_seq = record.last_seq + 1
-                return [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
+                return
 
-    async def _revoke_failures_at_end(self, events: list[Event]) -> None:
+    async def _revoke_failures_at_end(self) -> None:
         """Revoke the failures and broken replies at the end of an unfinished session. No later call depends on them."""
-        trailing = list(takewhile(lambda event: event.is_setback, reversed(events)))
+        trailing = list(takewhile(lambda event: event.is_setback, reversed(self.recorded.at_end)))
         if trailing and not any(event.accepted for event in trailing):
             await self.revoke(trailing, "the run ended with it")
 
