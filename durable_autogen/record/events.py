@@ -231,16 +231,6 @@ class RunSummary(_Frozen):
     """How often each recorded termination condition was checked."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The moment at which a call was made."""
-
-    after: int = 0
-    """The number of the last event that was delivered before the call was made."""
-    active_ms: int = 0
-    """The session's active time when the call was made."""
-
-
 class Addressed:
     """The address and the name of a call or an event, made of its kind, its agent and its position."""
 

@@ -20,7 +20,6 @@ from durable_autogen.record.events import (
     AGENT_RUN,
     DIGITS,
     SERVER_PATIENCE,
-    Asked,
     Call,
     Content,
     Event,
@@ -427,13 +426,13 @@ class Journal:
         if not await self._start(input):
             raise self._busy(f"another process has recorded {call}")
 
-    async def record(self, call: Call, content: Content, asked: Asked | None = None, active_ms: int = 0) -> Event:
+    async def record(
+        self, call: Call, content: Content, *, asked_after: int = 0, asked_ms: int = 0, active_ms: int = 0
+    ) -> Event:
         """Record a call's outcome as the session's next event; return the event.
 
-        `asked` is the moment at which the call was made. `active_ms` is the session's active time now.
-        Raises SessionBusy if another process owns the session.
+        The numbers mean the same as in Event. Raises SessionBusy if another process owns the session.
         """
-        asked = asked or Asked()
         event = Event(
             seq=self.next_seq,
             kind=call.kind,
@@ -441,8 +440,8 @@ class Journal:
             position=call.position,
             content=content,
             request=representable(dict(call.request)),
-            asked_after=asked.after,
-            asked_ms=asked.active_ms,
+            asked_after=asked_after,
+            asked_ms=asked_ms,
             active_ms=active_ms,
             recorded_ms=round(time.time() * 1000),
             under_way=[address for address in self._unrecorded if address != call.address],

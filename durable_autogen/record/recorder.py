@@ -20,7 +20,6 @@ from typing import Any, Literal, Protocol
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
 from durable_autogen.record.events import (
-    Asked,
     Begun,
     Call,
     Content,
@@ -105,10 +104,13 @@ class _LiveCall:
     """A live call that is being made."""
 
     call: Call
-    asked: Asked
+    asked_after: int
+    """The number of the last event that was delivered before the call was made."""
     streamed: Streamed = _nothing
     caller: Caller = None
     token: Token | None = None
+    asked_ms: int = 0
+    """The session's active time when the call was made."""
     was_made: bool = False
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     setback: Setback | None = None
@@ -344,9 +346,7 @@ class Recorder:
             found = _ignore
         answer = await self._replayed(call, found, caller, token)
         if answer is None:
-            answer = await self._made_live(
-                _LiveCall(call, Asked(self.replay.last_seq), streamed, caller, token), perform
-            )
+            answer = await self._made_live(_LiveCall(call, self.replay.last_seq, streamed, caller, token), perform)
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
@@ -377,7 +377,7 @@ class Recorder:
         try:
             event = await self.replay.take(call)
         except asyncio.CancelledError:
-            self._cancelled[call.address] = _LiveCall(call, Asked(self.replay.last_seq), caller=caller, token=token)
+            self._cancelled[call.address] = _LiveCall(call, self.replay.last_seq, caller=caller, token=token)
             raise
         if event is None:
             return None
@@ -492,7 +492,7 @@ class Recorder:
                 async with self._record_lock:
                     with live.sending():
                         await self._record_apart()
-            live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
+            live.asked_ms = self.active_now_ms
             content: Content = Returned()
             value, error = None, None
             if perform is not None:
@@ -623,7 +623,7 @@ class Recorder:
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
         self._count(call.kind, content, is_replayed=False)
-        self._apart.append((_LiveCall(call, Asked(self.replay.last_seq, self.active_now_ms)), content))
+        self._apart.append((_LiveCall(call, self.replay.last_seq, asked_ms=self.active_now_ms), content))
 
     async def _record_apart(self) -> None:
         while self._apart:
@@ -641,7 +641,9 @@ class Recorder:
                     self._apart.pop(0)
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
-        event = await self.journal.record(live.call, content, live.asked, self.active_now_ms)
+        event = await self.journal.record(
+            live.call, content, asked_after=live.asked_after, asked_ms=live.asked_ms, active_ms=self.active_now_ms
+        )
         if self._budget is not None:
             self._budget.recorded(event)
         return event
