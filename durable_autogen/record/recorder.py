@@ -67,10 +67,11 @@ def _ignore(_: Content) -> None:
 
 @dataclass(frozen=True)
 class Performed:
-    """The outcome of a live call: the value for the caller, and the content to record."""
+    """The outcome of a live call: the value or the error for the caller, and the content to record."""
 
     value: Any
     content: Content
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -493,8 +494,7 @@ class Recorder:
                     with live.sending():
                         await self._record_apart()
             live.asked_ms = self.active_now_ms
-            content: Content = Returned()
-            value, error = None, None
+            done = Performed(None, Returned())
             if perform is not None:
                 if self._budget is not None:
                     await self._wait_for_budget(self._budget, call)
@@ -502,7 +502,7 @@ class Recorder:
                 is_counted = self._budget is not None and call.kind is Kind.REPLY
                 with live.sending():
                     await self.journal.before(call, is_counted=is_counted)
-                value, content, error = await self._performed(call, perform, live)
+                done = await self._performed(live, perform)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
                 while self._handled_seq < self.replay.last_seq:
@@ -510,14 +510,14 @@ class Recorder:
                 self._check_not_failed()
                 with live.sending():
                     await self._record_apart()
-                    event = await self._record(live, content)
+                    event = await self._record(live, done.content)
                 await self._idle()
                 self.replay.delivered(event)
-                if error is not None:
-                    self.setbacks.add(call.agent, live.caller, error, event)
+                if done.error is not None:
+                    self.setbacks.add(call.agent, live.caller, done.error, event)
                 if not live.answer.done():
                     live.answer.set_result(
-                        error or Answer(event.content, replayed=False, position=event.position, value=value)
+                        done.error or Answer(event.content, replayed=False, position=event.position, value=done.value)
                     )
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
@@ -531,12 +531,10 @@ class Recorder:
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
-    async def _performed(
-        self, call: Call, perform: Callable[[], Awaitable[Performed]], live: _LiveCall
-    ) -> tuple[Any, Content, Exception | None]:
+    async def _performed(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
         place = current.get()
         assert place is not None
-        name = call.label or str(call)
+        name = live.call.label or str(live.call)
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
@@ -550,9 +548,9 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
             live.check_not_cancelled()
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
-            return None, Raised(failure=failure, streamed=live.streamed(True)), error
+            return Performed(None, Raised(failure=failure, streamed=live.streamed(True)), error)
         live.check_not_cancelled()
-        return done.value, done.content, None
+        return done
 
     # ---- People ------------------------------------------------------------------------------------------------------
 
