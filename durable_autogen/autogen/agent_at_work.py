@@ -100,7 +100,7 @@ class AtWork:
             if isinstance(self._outer.owner, GraphFlow):
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):
-                    position = self._session_state.agent(self._label).next("turn")
+                    position = self._recorder.next_position(self._label, "turn")
                     await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
         if isinstance(item, TaskResult) and not self._outer.is_inside:
             return self._session_state.transcript.result(item)

@@ -199,7 +199,7 @@ class Calls:
     def _reply_call(
         self, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
     ) -> tuple[Sequence[LLMMessage], Call]:
-        position = self._agent_state.next("reply")
+        position = self._recorder.next_position(self._agent, "reply")
         messages = self._session_state.added.inserted_into(self._agent, position, messages)
         self._guard.offers(_name(tool) for tool in options.get("tools") or ())
         choice = options.get("tool_choice", "auto")
@@ -428,7 +428,7 @@ class Calls:
 
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
         """Return a person's recorded input, or ask the person and record the input."""
-        position = self._agent_state.next("input")
+        position = self._recorder.next_position(self._agent, "input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
@@ -469,7 +469,8 @@ class Calls:
             return Performed(value, Returned(value=representable(written_value(value))))
 
         label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
-        call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
+        position = self._recorder.next_position(self._agent, kind.value)
+        call = Call(kind, self._agent, position, hashed(request), label=label)
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         return self._value(answer, declared)
 

@@ -39,7 +39,7 @@ def _input(original: Callable[[Any], str], prompt: Any) -> str:
     if place.session.is_over:
         raise has_ended(place.session)
     recorder: Recorder = place.session.recorder
-    position = f"console/{recorder.next_question(place.agent)}"
+    position = recorder.next_position(place.agent, "console")
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)
     if recorded is not None:

@@ -179,7 +179,8 @@ class Recorder:
         """The same of the replayed calls."""
         self._session = session
         self.setbacks = Setbacks()
-        self._questions: Counter[str] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        """How many calls of each kind each agent has made."""
         self._apart: list[tuple[_LiveCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
@@ -312,6 +313,11 @@ class Recorder:
         self.setbacks.restore_origin(error)
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
+
+    def next_position(self, agent: str, what: str) -> str:
+        """Return the position of the agent's next call of the kind `what`, such as `reply/3` or `sleep/1`."""
+        self._counts[agent, what] += 1
+        return f"{what}/{self._counts[agent, what]}"
 
     async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
         """Record a mark; in a replay, wait until the recorded mark is delivered."""
@@ -596,11 +602,6 @@ class Recorder:
                 self.stop(Parked(self.journal.session, waits))
                 return
         self._parking = None
-
-    def next_question(self, agent: str) -> int:
-        """Count a question that an agent asks at the console; return its number."""
-        self._questions[agent] += 1
-        return self._questions[agent]
 
     def typed_before(self, call: Call) -> str | None:
         """Return the recorded answer to a question at the console; None if there is none.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
 
 from durable_autogen.record.events import (
     Call,
@@ -49,7 +48,6 @@ class Waits:
         self._recorder = recorder
         self._log = recorder.journal.log
         self._send_command = send_command
-        self._counts: Counter[tuple[str, str]] = Counter()
         self._receiving: dict[object, tuple[str, int] | None] = {}
         """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
@@ -98,10 +96,9 @@ class Waits:
 
     async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
         """Record that a wait begins, and when it will end. Return the wait's position and the recorded content."""
-        self._counts[agent, what] += 1
         # Leave the seconds out of the fingerprint: a program may compute them from the clock.
         request = {"hash": f"{what} {name}", "event": name} if name else {"hash": what}
-        call = Call(Kind.WAIT, agent, f"{what}/{self._counts[agent, what]}", request)
+        call = Call(Kind.WAIT, agent, self._recorder.next_position(agent, what), request)
 
         async def perform() -> Performed:
             until_ms = None if seconds is None else math.ceil((time.time() + seconds) * 1000)
