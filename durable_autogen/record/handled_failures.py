@@ -21,11 +21,12 @@ Caller = asyncio.Task[Any] | None
 
 @dataclass(frozen=True)
 class _Origin:
-    """The part of an error that the recorder removes before the program gets the error: where it was raised, and why.
+    """What the recorder removes from an error before the program gets the error: where it was raised, and why.
 
     AutoGen passes tracebacks to models, so the program must not get what a replay can't restore.
     """
 
+    error: Exception
     traceback: TracebackType | None
     cause: BaseException | None
     context: BaseException | None
@@ -33,9 +34,10 @@ class _Origin:
 
     @classmethod
     def of(cls, error: Exception) -> _Origin:
-        return cls(error.__traceback__, error.__cause__, error.__context__, error.__suppress_context__)
+        return cls(error, error.__traceback__, error.__cause__, error.__context__, error.__suppress_context__)
 
-    def restore(self, error: Exception) -> None:
+    def restore(self) -> None:
+        error = self.error
         last = error.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -124,15 +126,15 @@ class Setbacks:
 
     def restore_origin(self, error: BaseException) -> None:
         """Restore where the failed call that ended the run with `error` was raised, and why: a person will read it."""
-        failures = [one for one in reversed(self._setbacks) if one.error is not None]
+        origins = [one.origin for one in reversed(self._setbacks) if one.origin is not None]
         for causes in _causes(error):
-            for one in failures:
-                if one.error in causes and one.error is not None and one.origin is not None:
-                    one.origin.restore(one.error)
+            for one in origins:
+                if one.error in causes:
+                    one.restore()
                     return
-        for one in failures:
-            if one.error is not None and one.origin is not None and _repeats(error, one.error):
-                one.origin.restore(one.error)
+        for one in origins:
+            if _repeats(error, one.error):
+                one.restore()
                 error.__cause__ = error.__cause__ or one.error
                 return
 
