@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -27,7 +27,6 @@ from durable_autogen.record.events import (
     Returned,
     Revoked,
     all_executions,
-    cancel_running,
     scope_of,
     usage_of,
 )
@@ -35,7 +34,7 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.prices import price_of
 from nexum_engine.approvals import NODE, PATIENCE, ask, decided
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, NexumError, first_problem
+from nexum_engine.errors import Conflict, first_problem
 from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
@@ -131,7 +130,7 @@ class Spent:
         model = self._models[event.address] = self._model_of(event.address)
         if not isinstance(event.content, Returned) or event.content.value.get("cached"):
             return  # the call failed, or the client took the reply from its own cache
-        prompt, completion = usage_of(event)
+        prompt, completion = usage_of(event.content)
         self.tokens += prompt + completion
         if not prompt + completion:
             self.unmetered.add(model)
@@ -207,23 +206,6 @@ class Use:
 def number_in_words(value: float) -> str:
     """Return a number with at most four decimals."""
     return f"{value:,.4f}".rstrip("0").rstrip(".")
-
-
-def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, live_ms: int) -> Iterator[Use]:
-    """Yield the use of each limit that applies to this call. `live_ms` is how long this run has been live."""
-    if call.kind is Kind.REPLY:
-        if budget.model_calls is not None:
-            yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
-        if budget.tokens is not None:
-            yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
-        if budget.usd is not None:
-            yield Use(spent.usd, budget.usd, "$", "--usd ")
-    if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
-        made = spent.tool_calls[call.tool]
-        if scope not in made:  # else a crash cut the call off: the same call, made again, counts once
-            yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
-    if call.kind.is_call and budget.seconds is not None:
-        yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
 
 # ---- Questions to a person -------------------------------------------------------------------------------------------
@@ -305,10 +287,9 @@ class BudgetCheck:
         self._journal = journal
         self._command = command
         self._is_in_usd = budget.usd is not None
-        self._spent = Spent.of(journal.past, is_in_usd=self._is_in_usd)
+        self._spent = Spent.of(journal.recorded, is_in_usd=self._is_in_usd)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
-        self._has_asked = False
         self._near: set[str] = set()
         """The nearly reached limits that this run has warned of, by the option that raises them."""
         self._warned: set[str] = set()
@@ -319,12 +300,29 @@ class BudgetCheck:
 
         `live_ms` is how long this run has been live, without the replay of the record.
         """
-        uses = list(uses_of(self._budget, self._spent, call, self._scope(call), live_ms))
+        uses = list(self._uses(call, live_ms))
         for use in uses:
             if use.is_nearly_over and use.option not in self._near:
                 self._near.add(use.option)
                 self._journal.log.warning("session %s has used %s of its budget", self._journal.session, use)
         return [use for use in uses if use.is_over]
+
+    def _uses(self, call: Call, live_ms: int) -> Iterator[Use]:
+        """Yield the use of each limit that applies to this call."""
+        budget, spent = self._budget, self._spent
+        if call.kind is Kind.REPLY:
+            if budget.model_calls is not None:
+                yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
+            if budget.tokens is not None:
+                yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
+            if budget.usd is not None:
+                yield Use(spent.usd, budget.usd, "$", "--usd ")
+        if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
+            made = spent.tool_calls[call.tool]
+            if self._scope(call) not in made:  # else a crash cut the call off: the same call, made again, counts once
+                yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
+        if call.kind.is_call and budget.seconds is not None:
+            yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
     def _scope(self, call: Call) -> str:
         return self._journal.scope_of(call.address)
@@ -377,7 +375,7 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
-        self._has_asked = True
+        self._journal.cancel_at_end(BUDGET_QUESTION, _prefix(session))
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:
@@ -413,14 +411,3 @@ class BudgetCheck:
             return
         self._budget = self._budget.raised_by(raised)
         self._near.clear()
-
-    async def end(self) -> None:
-        """After a run without an error, cancel a question whose call the program has given up.
-
-        The running execution of the question would keep the server from ever pruning the session.
-        """
-        if not self._has_asked:
-            return
-        with suppress(NexumError):  # if no server answers, the question stays
-            session = self._journal.session
-            await cancel_running(self._client, session, BUDGET_QUESTION.workflow_id, _prefix(session))

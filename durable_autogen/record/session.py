@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from functools import cached_property
@@ -83,7 +84,7 @@ class Session:
         self._waits: Waits
         self._guard: Guard | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._left: dict[str, int] = {}
+        self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
 
     def _command(self, name: str) -> str:
@@ -232,8 +233,7 @@ class Session:
             if failure is not None:
                 raise failure from error  # `error` may be a team's own error, which holds only the failure's text
             await recorder.end(self.stop_reason)
-            await self._waits.end()
-            await self.guard.end()
+            self.guard.warn_of_unknown_names()
 
     async def _close(self) -> None:
         self.is_over = True
@@ -244,14 +244,14 @@ class Session:
 
     def left_the_record(self, agent: str, what: str) -> None:
         """Report a connection or process that isn't recorded. With `on_unrecorded="stop"`, raise NotDurable."""
-        who = agent or "the program"
-        line = f"{who} {what} outside the record: a re-run does it again; make it a tool"
-        self._left[f"{who} {what}"] = self._left.get(f"{who} {what}", 0) + 1
+        did = f"{agent or 'the program'} {what}"
+        line = f"{did} outside the record: a re-run does it again; make it a tool"
+        self._left[did] += 1
         if self._on_unrecorded == "stop":
             error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")
             self.loop.call_soon_threadsafe(self.recorder.stop, error)
             raise error
-        if self._left[f"{who} {what}"] == 1:
+        if self._left[did] == 1:
             self.log.warning("%s", line)
 
     def _log_counts(self) -> None:
