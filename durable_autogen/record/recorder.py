@@ -258,6 +258,8 @@ class Recorder:
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
+        if request is None and self.journal.events:
+            return  # without waiting for the lock: in a replay, too, the agent begins at once
         async with self._record_lock:
             if request is not None or not self.journal.events:
                 position = "begin"

@@ -27,7 +27,7 @@ from autogen_core.models import UserMessage
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import ROOT, Server
 
-from durable_autogen import DriftError
+from durable_autogen import DriftError, current_session
 from durable_autogen.record import idle
 from durable_autogen.record.events import Call, Event, EventInput, Kind, Returned
 from durable_autogen.record.journal import Journal
@@ -258,6 +258,32 @@ def test_agents_that_end_together_keep_order_of_plain_run(
             assert await inside(shared_server, program, new_session()) == plain
 
     loop.run_until_complete(main())
+
+
+def test_agent_begins_before_the_next_event_is_delivered(
+    shared_server: Server, loop: asyncio.AbstractEventLoop
+) -> None:
+    """An agent begins at once, as in a replay, even while another branch's reply is being recorded."""
+    happened: list[str] = []
+
+    async def program() -> list[str]:
+        order: list[str] = []
+
+        async def works(_: str) -> str:
+            order.append("agent")
+            return "done"
+
+        async def branch(name: str) -> None:
+            with current_session().agent(name):
+                await asked(Scripted(happened))
+                order.append(name)
+                if name == "first":
+                    await Own("worker", works).run(task="Q")
+
+        await asyncio.gather(branch("first"), branch("second"))
+        return order
+
+    assert loop.run_until_complete(twice(shared_server, program, happened)) == ["first", "agent", "second"]
 
 
 # ---- Threads of Python 3.14 ------------------------------------------------------------------------------------------
