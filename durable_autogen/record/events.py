@@ -492,7 +492,9 @@ class Record:
     times_replaced: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked and replaced by a different call."""
     failed: dict[str, int] = field(default_factory=dict)
-    """The number of the first revoked failure of each address that has one."""
+    """For each address with a revoked failure or given-up call: the event number after which calls may depend on it.
+
+    For a given-up call, this is the last event before the call was made."""
     programs: list[int] = field(default_factory=list)
     """The numbers of the events with which a changed program took over the session."""
     last_seq: int = 0
@@ -515,6 +517,8 @@ class Record:
                 self.tried.add(revoked.address)
                 if isinstance(revoked.content, Raised):
                     self.failed.setdefault(revoked.address, revoked.seq)
+                elif isinstance(revoked.content, GivenUp):
+                    self.failed.setdefault(revoked.address, revoked.asked_after)
             self.events = [one for one in self.events if one.seq not in seqs]
             if is_another_program:
                 self.programs.append(event.seq)

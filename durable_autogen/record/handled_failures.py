@@ -153,10 +153,16 @@ class Setbacks:
             found = found or [one for one in failures if one.error in causes]
         # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
         found = found or [one for one in failures if _repeats(error, one.error)][-1:]
+        since = min((one.event.seq for one in found if one.event is not None), default=0)
         # If no text matches, the error has another reason. Take every failure after which the run did not continue.
         found = found or [one for one in failures if not one.continued]
-        # Add the given-up calls after which the run did not continue. The run's end cancelled these calls.
-        found += [one for one in setbacks if one.error is None and not one.continued]
+        # Add the given-up calls after which the run did not continue: the run's end cancelled them. But if a failure
+        # ended the run, leave out the calls that the program gave up before that failure.
+        found += [
+            one
+            for one in setbacks
+            if one.event is not None and one.event.seq > since and one.error is None and not one.continued
+        ]
         ended_it = {one.event.seq: one.event for one in found if one.event is not None}
         if handled := [one.event.seq for one in found if one.event is not None and one.was_handled]:
             ended_it.update((event.seq, event) for event in events if event.asked_after >= min(handled))

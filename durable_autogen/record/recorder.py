@@ -694,7 +694,7 @@ class Recorder:
                 return  # another drift has revoked it meanwhile
             if follows_failure:
                 self.journal.log.warning(
-                    "session %s: %s came after a failure that ended an earlier run. The call is made again",
+                    "session %s: %s came after a failed or cancelled call that is made again, so it is made again, too",
                     *(self.journal.session, event),
                 )
             else:

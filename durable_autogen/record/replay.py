@@ -71,7 +71,7 @@ class Replay:
         }
         """The calls of tools that earlier runs began, and that have no recorded result."""
         self.failed = dict(journal.recorded.failed)
-        """The number of the first failure of each address whose failures earlier runs have revoked."""
+        """See `Record.failed`: these failures and given-up calls ended earlier runs, which have revoked them."""
         self._taken: set[str] = set()
         """The addresses that `matching` gave to calls."""
         self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
@@ -183,10 +183,10 @@ class Replay:
             _deliver(asked, None)
 
     def _follows_failure(self, event: Event) -> bool:
-        """Return whether the program may make a recorded call only after a call that failed and is now made again.
+        """Return whether the program may make a recorded call only after a call that is now made again.
 
-        The failure ended the last run, but not at once: the program kept it, as `gather(..., return_exceptions=True)`
-        does, and made other calls first.
+        That call failed or was given up, which ended the last run, but not at once: the program kept the failure, as
+        `gather(..., return_exceptions=True)` does, and made other calls first.
         """
         return any(event.asked_after >= self.failed.get(call.address, math.inf) for call in self._waiting_live)
 

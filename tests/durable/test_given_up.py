@@ -412,6 +412,38 @@ async def test_call_that_is_given_up_before_an_inner_agent_fails_is_kept(
     assert happened == ["model", "helper", "fails", "fails", "fails"]
 
 
+@pytest.mark.parametrize("ends_with", ["a failure", "the program's own error"])
+async def test_call_that_a_branch_gave_up_does_not_stop_the_next_run(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, ends_with: str
+) -> None:
+    """Later branches need the given-up call's branch: the next run comes to their calls, whatever ended the run."""
+    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    session = new_session()
+    has_fault = True
+
+    async def branch(name: str, asking: Awaitable[str]) -> str:
+        with current_session().agent(name):
+            return await asking
+
+    async def program() -> list[str]:
+        left = said_until("STOP", Pieces(happened, "STOP ", hangs, name="left"))
+        said = [await asyncio.create_task(branch("left", left))]
+        said.append(await asyncio.create_task(branch("helper", asked(Scripted(happened, name="helper")))))
+        fault = [ConnectionError("down")] if has_fault and ends_with == "a failure" else []
+        said.append(await asyncio.create_task(branch("last", asked(Scripted(happened, *fault, name="last")))))
+        if has_fault:
+            raise LookupError("no such name")
+        return said
+
+    for _ in range(2):
+        with pytest.raises(ConnectionError if ends_with == "a failure" else LookupError):
+            await inside(shared_server, program, session)
+    has_fault = False
+    assert (await inside(shared_server, program, session))[0] == "STOP "
+    if ends_with == "a failure":
+        assert happened == ["left", "helper", "last", "last", "last"]
+
+
 async def test_failed_call_that_is_given_up_as_the_run_ends_is_revoked_once(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
