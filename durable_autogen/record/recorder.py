@@ -271,10 +271,18 @@ class Recorder:
 
     # ---- The end -----------------------------------------------------------------------------------------------------
 
+    async def replay_rest(self) -> None:
+        """Let background tasks get the recorded events for which they ask.
+
+        Raises DriftError if the program did not make every recorded call.
+        """
+        while (event := await self.replay.rest()) is not None:
+            self._check_not_failed()
+            if not await self._give_up_recorded(event):
+                await self.drift(event.seq - 1, f"the run ended without asking for {event}")
+
     async def end(self, stop_reason: str) -> None:
-        """Record the run's end. Raises DriftError if the program did not make every recorded call."""
-        if (event := self.replay.next_event) is not None:
-            await self.drift(event.seq - 1, f"the run ended without asking for {event}")
+        """Record the run's end."""
         while self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
             # them either.
@@ -353,7 +361,7 @@ class Recorder:
         if early and (peeked := self.replay.peek(call)) is not None:
             found(peeked.content)
             found = _ignore
-        answer = await self._replayed(call, found, caller, token)
+        answer = await self._replayed(call, found, streamed, caller, token)
         if answer is None:
             answer = await self._made_live(_LiveCall(call, self.replay.last_seq, streamed, caller, token), perform)
         if isinstance(answer, Exception):
@@ -376,7 +384,12 @@ class Recorder:
             counts["tokens"] += sum(usage_of(content))
 
     async def _replayed(
-        self, call: Call, on_replay: Callable[[Content], None], caller: Caller, token: Token | None
+        self,
+        call: Call,
+        on_replay: Callable[[Content], None],
+        streamed: Streamed,
+        caller: Caller,
+        token: Token | None,
     ) -> Answer | Exception | None:
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay, token)
@@ -386,7 +399,7 @@ class Recorder:
         try:
             event = await self.replay.take(call)
         except asyncio.CancelledError:
-            self._cancelled[call.address] = _LiveCall(call, self.replay.last_seq, caller=caller, token=token)
+            self._cancelled[call.address] = _LiveCall(call, self.replay.last_seq, streamed, caller, token)
             raise
         if event is None:
             return None
@@ -659,27 +672,29 @@ class Recorder:
         try:
             while (mismatch := await self.replay.run()) is not None:
                 event = mismatch.event
-                cancelled = self._cancelled.get(event.address)
                 if mismatch.follows_failure:
                     await self._revoke_one(event, mismatch.what, follows_failure=True)
-                elif cancelled is not None and all(one.asked_after < event.seq for one in self.journal.events):
-                    await self._give_up_recorded(event, cancelled)
-                else:
+                elif not await self._give_up_recorded(event):
                     await self.drift(event.seq - 1, mismatch.what)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
             self.stop(error)
 
-    async def _give_up_recorded(self, event: Event, cancelled: _LiveCall) -> None:
-        """Revoke a result that no later call of the record can depend on: the program has cancelled its call.
+    async def _give_up_recorded(self, event: Event) -> bool:
+        """Revoke a result whose call the program has cancelled, if no later call of the record can depend on it.
 
-        The recorded run cancelled the call, too. It was killed, or ended, before it could revoke the result.
+        The recorded run cancelled the call, too. It was killed, or ended, before it could revoke the result. Return
+        whether the event no longer counts.
         """
+        cancelled = self._cancelled.get(event.address)
+        if cancelled is None or any(one.asked_after >= event.seq for one in self.journal.events):
+            return False
         async with self._record_lock:
-            await self.journal.revoke([event], "the program gave the call up")
-            self.replay.drop(event)
-        cancelled.setback = self.setbacks.add(cancelled.call.agent, cancelled.caller)
-        streamed = event.content.streamed if isinstance(event.content, (Returned, Raised)) else []
-        self._apart.append((cancelled, GivenUp(streamed=streamed, was_made=False)))
+            if event in self.journal.events:  # the end of the run and the replay may both revoke it
+                await self.journal.revoke([event], "the program gave the call up")
+                self.replay.drop(event)
+                cancelled.setback = self.setbacks.add(cancelled.call.agent, cancelled.caller)
+                self._apart.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
+        return True
 
     async def _revoke_one(self, event: Event, why: str, *, follows_failure: bool = False) -> None:
         """Revoke one event, so that its call is made live. Keep later events: the program may have got them already.

@@ -156,6 +156,17 @@ class Replay:
         finally:
             self._asked.pop(call.address, None)
 
+    async def rest(self) -> Event | None:
+        """Wait until the events are delivered that calls wait for. Return the next event, if no call waits for it."""
+        while (event := self.next_event) is not None:
+            await idle(self._session)
+            asked = self._asked.get(event.address)
+            if asked is not None:
+                await asyncio.wait({asked.delivered})
+            elif event.address in self.ahead:
+                return event
+        return None
+
     async def wait_until_over(self, call: Call) -> None:
         """Wait until the replay is over. `call` has no recorded event, so the replay may report drift meanwhile."""
         if self.over.is_set():

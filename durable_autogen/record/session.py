@@ -214,9 +214,9 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         recorder = self.recorder
-        self.is_over = True  # a call that a background task makes from now on would not be recorded
         failure = recorder.failed.result() if recorder.failed.done() else None
         if error is not None and (failure is None or error is failure or not isinstance(error, Exception)):
+            self.is_over = True
             try:
                 if failure is None:
                     await recorder.end_with(error)
@@ -232,6 +232,8 @@ class Session:
         async with self._stack:
             if failure is not None:
                 raise failure from error  # `error` may be a team's own error, which holds only the failure's text
+            await recorder.replay_rest()
+            self.is_over = True  # a call that a background task makes from now on would not be recorded
             await recorder.end(self.stop_reason)
             self.guard.warn_of_unknown_names()
 

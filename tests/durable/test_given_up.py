@@ -26,6 +26,7 @@ from durable_autogen.record.events import Event
 from durable_autogen.record.handled_failures import Setbacks
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import Recorder
+from nexum_engine.errors import NexumError
 from nexum_engine.owner import Owner
 
 pytestmark = pytest.mark.every_python
@@ -142,6 +143,73 @@ async def test_call_cancelled_by_wait_for_is_cancelled_in_replay(
         await run(shared_server, lambda: by(act, happened, turns), session=session)
     ).model_dump() == first.model_dump()
     assert happened == []
+
+
+async def test_background_task_gets_its_results_although_the_replayed_program_ends_first(
+    shared_server: Server, happened: list[str]
+) -> None:
+    async def program() -> str:
+        is_done = asyncio.Event()
+
+        async def works() -> None:
+            with current_session().agent("worker"):
+                await asked(Scripted(happened, name="worker"))
+                await asked(Scripted(happened, name="worker"))
+            is_done.set()
+
+        async def waits() -> None:
+            await is_done.wait()
+
+        working = asyncio.create_task(works())
+        said = await said_until("STOP", Pieces(happened, waits, "STOP ", hangs))  # a replay has these pieces at once
+        working.add_done_callback(lambda _: None)  # keep the task until here
+        return said
+
+    assert await twice(shared_server, program, happened) == "STOP "
+    assert sorted(happened) == ["model", "worker", "worker"]
+
+
+@pytest.mark.parametrize("asks_more", [False, True])
+async def test_recorded_reply_whose_stream_the_killed_program_had_left_is_given_up(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, asks_more: bool
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.2)
+    session = new_session()
+    record, is_recorded, is_left = Journal.record, asyncio.Event(), asyncio.Event()
+
+    async def slowly(self: Journal, *args: Any, **options: Any) -> Event:
+        event = await record(self, *args, **options)
+        is_recorded.set()
+        await is_left.wait()
+        return event
+
+    async def killed(self: Recorder, _: Any, running: asyncio.Task[None]) -> None:
+        is_left.set()
+        await asyncio.wait({running})
+        self.stop(NexumError("killed before the reply is revoked"))
+
+    async def program() -> list[str]:
+        said = []
+        async for piece in Pieces(happened, "STOP ", "more ", "and more").create_stream(QUESTION):
+            said.append(str(piece))
+            await is_recorded.wait()
+            break
+        if asks_more or is_first_run:
+            said.append(await asked(Scripted(happened, name="next")))
+        return said
+
+    is_first_run = True
+    with monkeypatch.context() as in_first_run:
+        in_first_run.setattr(Journal, "record", slowly)
+        in_first_run.setattr(Recorder, "_take_back", killed)
+        with pytest.raises(NexumError, match="killed before"):
+            await inside(shared_server, program, session)
+    assert happened == ["model"]
+    is_first_run = False
+    continued = await inside(shared_server, program, session)
+    assert continued[0] == "STOP "
+    assert await inside(shared_server, program, session) == continued
+    assert happened == ["model", *(["next"] if asks_more else [])]
 
 
 async def test_loser_of_race_is_cancelled_in_replay(shared_server: Server, happened: list[str]) -> None:
