@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -27,7 +27,6 @@ from durable_autogen.record.events import (
     Returned,
     Revoked,
     all_executions,
-    cancel_running,
     scope_of,
     usage_of,
 )
@@ -35,7 +34,7 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.prices import price_of
 from nexum_engine.approvals import NODE, PATIENCE, ask, decided
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, NexumError, first_problem
+from nexum_engine.errors import Conflict, first_problem
 from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
@@ -244,13 +243,14 @@ class BudgetQuestion(BaseModel):
     @property
     def key(self) -> str:
         """The idempotency key of the question."""
-        return f"{_prefix(self.session)}{self.number:06d}"
+        return f"{budget_prefix(self.session)}{self.number:06d}"
 
 
 BUDGET_QUESTION = workflow("budget", input=BudgetQuestion).human_approval(NODE).build()
 
 
-def _prefix(session: str) -> str:
+def budget_prefix(session: str) -> str:
+    """Return the prefix of the idempotency keys of a session's questions about its budget."""
     return f"{session}:budget/"
 
 
@@ -262,7 +262,7 @@ async def questions_of(
     async for execution in all_executions(
         client,
         workflow_id=BUDGET_QUESTION.workflow_id,
-        key_prefix=_prefix(session),
+        key_prefix=budget_prefix(session),
         with_nodes=True,
         patience=patience,
     ):
@@ -308,7 +308,6 @@ class BudgetCheck:
         self._spent = Spent.of(journal.past, is_in_usd=self._is_in_usd)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
-        self._has_asked = False
         self._near: set[str] = set()
         """The nearly reached limits that this run has warned of, by the option that raises them."""
         self._warned: set[str] = set()
@@ -377,7 +376,6 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
-        self._has_asked = True
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:
@@ -413,14 +411,3 @@ class BudgetCheck:
             return
         self._budget = self._budget.raised_by(raised)
         self._near.clear()
-
-    async def end(self) -> None:
-        """After a run without an error, cancel a question whose call the program has given up.
-
-        The running execution of the question would keep the server from ever pruning the session.
-        """
-        if not self._has_asked:
-            return
-        with suppress(NexumError):  # if no server answers, the question stays
-            session = self._journal.session
-            await cancel_running(self._client, session, BUDGET_QUESTION.workflow_id, _prefix(session))

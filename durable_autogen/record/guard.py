@@ -6,7 +6,6 @@ A call without a policy makes no request to the server about approvals, effects 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -26,7 +25,7 @@ from durable_autogen.record.effects import (
     kept_for,
     of_session,
 )
-from durable_autogen.record.events import Call, cancel_running
+from durable_autogen.record.events import Call
 from durable_autogen.record.place import call_id
 from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
@@ -140,7 +139,6 @@ class Guard:
         self._keeps_results: bool | None = None
         """Whether the session is a fork with results to reuse. None if that isn't known yet."""
         self._taking = asyncio.Lock()
-        self._has_asked = False
         self._declared: set[str] = set()
         """The names of the tools with policies that the server knows of."""
         for name, policy in policies.items():
@@ -195,14 +193,8 @@ class Guard:
         if self._policies:
             self._known.update(tools())
 
-    async def end(self) -> None:
-        """After a run without an error, cancel the questions that no call waits for any more.
-
-        Log a warning about each policy whose name no tool or model of the run has.
-        """
-        if self._has_asked:
-            with contextlib.suppress(NexumError):  # if no server answers, a later run cancels them
-                await self._withdraw()
+    def end(self) -> None:
+        """After a run without an error, log a warning about each policy whose name no tool or model of the run has."""
         if unknown := self._unknown_names():
             self._log.warning(
                 "policies for unknown tools: %s. Check the names. Known: %s",
@@ -234,7 +226,7 @@ class Guard:
                 asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                 waiting.callback(asking.cancel)
 
-        self._has_asked = True
+        self._recorder.has_asked = True
         with waiting, self._recorder.servers_errors():
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
@@ -249,11 +241,6 @@ class Guard:
             raise CallRejected(decision.refusal)
         self._log.info("%s: approved%s", guarded, f" by {jsontext.escaped(decision.by)}" if decision.by else "")
         return guarded, decision.answer, decision.by
-
-    async def _withdraw(self) -> None:
-        """Cancel the questions that nobody has decided."""
-        session = self._journal.session
-        await cancel_running(self._client, session, approval_workflow().workflow_id, f"{session}:{NODE}/")
 
     async def _ask_at_once(self, ask: Ask, execution_id: str, guarded: GuardedCall) -> None:
         """Ask the person at the terminal. Another person may decide first."""

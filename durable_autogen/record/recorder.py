@@ -12,13 +12,13 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from durable_autogen.errors import DriftError, Parked
-from durable_autogen.record.budget import BudgetCheck
+from durable_autogen.record.budget import BUDGET_QUESTION, BudgetCheck, budget_prefix
 from durable_autogen.record.events import (
     Asked,
     Begun,
@@ -29,6 +29,7 @@ from durable_autogen.record.events import (
     Kind,
     Raised,
     Returned,
+    cancel_running,
 )
 from durable_autogen.record.failures import Failure, ordinary
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
@@ -37,6 +38,7 @@ from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
+from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 
@@ -175,6 +177,8 @@ class Recorder:
         self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
         """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
+        self.has_asked = False
+        """Whether a call of this run has asked a person for a decision."""
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
@@ -277,8 +281,23 @@ class Recorder:
         await self.journal.end(
             stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
         )
-        if self._budget is not None:
-            await self._budget.end()
+        await self._withdraw_questions()
+
+    async def _withdraw_questions(self) -> None:
+        """After a run without an error, cancel the questions that no call waits for any more.
+
+        A decision would have no effect. Until then, lists would show the question, and no prune would delete the
+        session.
+        """
+        if not self.has_asked and not self.journal.continues:
+            return
+        session = self.journal.session
+        with suppress(NexumError):  # if no server answers, the questions stay
+            for workflow_id, key_prefix in (
+                (approval_workflow().workflow_id, f"{session}:{NODE}/"),
+                (BUDGET_QUESTION.workflow_id, budget_prefix(session)),
+            ):
+                await cancel_running(self.journal.client, session, workflow_id, key_prefix)
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
@@ -519,6 +538,7 @@ class Recorder:
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
         while exceeded := budget.exceeded(call, self._live_ms):
+            self.has_asked = True
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
@@ -558,6 +578,7 @@ class Recorder:
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
             self._waiting_since = time.monotonic()
+        self.has_asked = True
         self._questions_to_people.append((address, what))
         self._another_waits.set()
         if self._park and self._parking is None:

@@ -233,7 +233,7 @@ class Session:
                 raise failure from error  # `error` may be a team's own error, which holds only the failure's text
             await recorder.end(self.stop_reason)
             await self._waits.end()
-            await self.guard.end()
+            self.guard.end()
 
     async def _close(self) -> None:
         self.is_over = True

@@ -97,7 +97,7 @@ class Waits:
 
     async def end(self) -> None:
         """After a run without an error, cancel the executions of events that the session no longer waits for."""
-        if any(what == "event" for _, what in self._counts):
+        if any(what == "event" for _, what in self._counts) or self._recorder.journal.continues:
             with suppress(NexumError):  # if no server answers, the next run without an error cancels the executions
                 await cancel_expected(self._client, self._recorder.journal.session)
 

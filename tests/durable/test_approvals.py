@@ -19,12 +19,21 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_core import CancellationToken
-from durable_agents import HasAddress, agent, answer, is_after_a_tool, run
+from durable_agents import QUESTION, HasAddress, Scripted, agent, answer, is_after_a_tool, run
 from harness import Process, environment, free_port, nexum_server, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread, server_thread
 
-from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
+from durable_autogen import (
+    Budget,
+    CallRejected,
+    DurableSession,
+    Parked,
+    Policy,
+    durable_tool,
+    fork_session,
+    list_sessions,
+)
 from durable_autogen.autogen.fingerprints import describe_call
 from durable_autogen.record.events import PAGE
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
@@ -572,6 +581,32 @@ async def test_questions_of_calls_that_the_program_gives_up_are_withdrawn(server
         await asyncio.wait({calling})
     async with NexumClient(server.address) as client:
         assert await client.pending_approvals() == []
+
+
+async def test_questions_and_waits_of_an_earlier_run_are_withdrawn_when_a_run_ends_without_them(
+    server: ServerThread,
+) -> None:
+    shop = Shop(approval="always")
+
+    async def earlier() -> None:
+        async with DurableSession("s", nexum=server.address, budget=Budget(model_calls=0), park=True) as session:
+            await asyncio.gather(
+                session.wait_for_event("payment"),
+                shop.tool.run_json({"cents": 1}, CancellationToken()),
+                Scripted([]).create(QUESTION),
+            )
+
+    async def left(client: NexumClient) -> Counter[str]:
+        running = await client.list_executions(status="RUNNING", key_prefix="s")
+        return Counter(one.workflow_id for one in running)
+
+    async with NexumClient(server.address) as client:
+        with pytest.raises(Parked):
+            await earlier()
+        assert (await left(client)).keys() >= {"tool-approval", "budget", "agent-sent-event"}
+        async with DurableSession("s", nexum=server.address, on_drift="continue"):
+            pass
+        assert await left(client) == {}
 
 
 async def test_question_of_another_kind_under_the_key_is_no_permission(server: ServerThread) -> None:
