@@ -79,6 +79,7 @@ class AtWork:
 
     async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's or a team's run."""
+        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
         is_programs_own = not self._outer.is_inside
         if is_programs_own:
             await self._recorder.begin()
@@ -93,6 +94,7 @@ class AtWork:
 
     async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
         """Return the result of an agent's run that isn't streamed."""
+        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
         is_programs_own = not self._outer.is_inside
         if is_programs_own:
             await self._recorder.begin()

@@ -106,8 +106,20 @@ class Setbacks:
             if one.error is None and is_first and not is_cancelled and _is_inside(call.agent, one.agent):
                 one.continued = True
 
+    def starts_an_agent(self, caller: Caller) -> None:
+        """Note that `caller` runs an agent or a team: the run continued after the setbacks of this task.
+
+        The calls of a team come from other tasks, so they don't show it.
+        """
+        for one in self._setbacks:
+            if one.caller is caller:
+                one.continued = one.was_handled = True
+
     def turn_is_over(self, path: str) -> None:
-        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
+        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it.
+
+        The path of a team that the program runs itself is empty. Then keep the setbacks of the program's own calls.
+        """
         self._setbacks = [one for one in self._setbacks if not _is_within(one.agent, path)]
 
     def cause_of(self, error: BaseException) -> Exception | None:
@@ -136,11 +148,14 @@ class Setbacks:
 
         If the program handled the failure, made other calls and then raised it again, return their events, too: the
         next run makes the failed call again, and makes those calls only if it fails again.
+
+        A cancellation (Ctrl+C) comes from outside: no failure is its cause, even if the program is just handling one.
         """
         setbacks = [
             one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
         ]
-        failures = [one for one in setbacks if one.error is not None]
+        is_cancelled = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+        failures = [one for one in setbacks if one.error is not None and not is_cancelled]
         found: list[Setback] = []
         for causes in _causes(error):
             found = found or [one for one in failures if one.error in causes]
@@ -174,7 +189,9 @@ def _is_inside(agent: str, outer: str) -> bool:
 
 
 def _is_within(agent: str, path: str) -> bool:
-    return not path or agent == path or agent.startswith((f"{path}/", f"{path} ("))
+    if not path:
+        return bool(agent)
+    return agent == path or agent.startswith((f"{path}/", f"{path} ("))
 
 
 def _repeats(error: BaseException, cause: Exception | None) -> bool:
