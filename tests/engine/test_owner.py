@@ -19,6 +19,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.client import Started as ClientStarted
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, ServerError, StaleTask
+from nexum_engine.heartbeat import Heartbeat
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
@@ -366,6 +367,20 @@ async def test_server_that_does_not_see_the_owners_stream_does_not_hold_its_task
             started = await taken_over(two)
     assert started.task is not None
     assert started.task.attempt == 2
+
+
+async def test_owner_begins_although_the_server_ends_just_after_the_connection(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect_and_lose(heartbeat: Heartbeat) -> None:
+        await asyncio.sleep(0)  # let the owner begin to wait
+        heartbeat.connected.set()
+        heartbeat.connected.clear()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Heartbeat, "run", connect_and_lose)
+    async with NexumClient(server.address) as client, Owner(client) as owner:
+        assert (await owner.start(OWNED, {}, idempotency_key="k")).task is not None
 
 
 async def test_owner_cancels_execution_on_server_without_owners(server: ServerThread) -> None:
