@@ -34,6 +34,7 @@ from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_too
 from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary
+from durable_autogen.record.log import LOG
 from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
 from durable_autogen.record.while_open import while_open
@@ -76,9 +77,33 @@ def _recorded(recording: Recording) -> Wrapper:
 
     def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
-        return original() if place is None else recording(Calls(place), self, original)
+        if place is None:
+            if current.get() is None:
+                _warn_once(self)
+            return original()
+        return recording(Calls(place), self, original)
 
     return wrapper
+
+
+_has_warned = False
+
+
+def _warn_once(called: Any) -> None:
+    """Warn of the first call that is made outside the open sessions: the program may mean it to be inside one.
+
+    Don't warn of each call: a program may well work outside a session while another of its tasks has one open.
+    """
+    global _has_warned
+    if not _has_warned and not isinstance(called, StaticWorkbench):  # name the tool in the workbench instead
+        _has_warned = True
+        LOG.warning(
+            "a call of %s was made while a session is open, but outside of it, so the call is not recorded. If it "
+            "belongs to the session, make it in the code inside `async with DurableSession(...)`, or in a task that "
+            "this code starts. A task that was started before the session is outside, and so is another cell of a "
+            "notebook. (Further such calls are not reported.)",
+            called.name if isinstance(called, BaseTool) else type(called).__name__,
+        )
 
 
 def _reply(stream: bool) -> Recording:

@@ -27,6 +27,7 @@ from openai_server import OpenAIServer, Reply
 from web_servers import LoopbackServer, page
 
 from durable_autogen import DurableSession, NotDurable
+from durable_autogen.autogen import entry_points
 from nexum_engine import security
 
 pytestmark = pytest.mark.every_python
@@ -196,6 +197,34 @@ async def test_connection_in_recorded_call_or_outside_session_is_not_reported(
     await outside
     assert sorted(happened[1:]) == ["blocked", "model", "worked", "worked"]
     assert about_outside(lines) == []
+
+
+async def test_first_call_of_task_from_before_session_is_reported(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    happened: list[str] = []
+    questions: asyncio.Queue[str] = asyncio.Queue()
+    monkeypatch.setattr(entry_points, "_has_warned", False)
+
+    async def answer() -> None:
+        while True:
+            await questions.get()
+            await asked(Scripted(happened))
+            questions.task_done()
+
+    answering = asyncio.create_task(answer())
+    await questions.put("before the session")
+    await questions.join()
+    assert (happened, caplog.messages) == (["model"], [])
+    async with DurableSession(new_session(), nexum=shared_server.address) as session:
+        for _ in range(2):
+            await questions.put("inside the session")
+            await questions.join()
+        assert (happened, session.recorder.live) == (["model"] * 3, {})
+    answering.cancel()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("a call of Scripted was made while a session is open, but outside of it, so the call")
 
 
 async def test_console_input_is_recorded_and_not_reported(
