@@ -605,6 +605,10 @@ class Recorder:
                 another = asyncio.ensure_future(self._another_waits.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
+            elif self._apart:  # the next run must not make the calls again that the program gave up
+                with self.servers_errors():
+                    async with self._record_lock:
+                        await self._record_apart()
             elif self._questions_to_people:
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(self.journal.session, waits))

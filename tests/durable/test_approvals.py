@@ -19,6 +19,7 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_core import CancellationToken
+from autogen_core.tools import FunctionTool
 from durable_agents import QUESTION, HasAddress, Scripted, agent, answer, is_after_a_tool, run
 from harness import Process, environment, free_port, nexum_server, running
 from openai_server import OpenAIServer, Reply
@@ -581,6 +582,29 @@ async def test_questions_of_calls_that_the_program_gives_up_are_withdrawn(server
         await asyncio.wait({calling})
     async with NexumClient(server.address) as client:
         assert await client.pending_approvals() == []
+
+
+async def test_parked_run_has_recorded_the_calls_that_the_program_gave_up(server: ServerThread) -> None:
+    shop, begun = Shop(approval="always"), list[str]()
+
+    async def look() -> str:
+        begun.append("look")
+        await asyncio.Event().wait()
+        return ""
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address, park=True) as session:
+
+            async def gives_up() -> None:
+                with session.agent("looks"), pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(FunctionTool(look, "Look.").run_json({}, CancellationToken()), 0.1)
+
+            await asyncio.gather(gives_up(), shop.tool.run_json({"cents": 1}, CancellationToken()))
+
+    for _ in range(2):
+        with pytest.raises(Parked):
+            await program()
+    assert begun == ["look"]
 
 
 async def test_questions_and_waits_of_an_earlier_run_are_withdrawn_when_a_run_ends_without_them(
