@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from durable_autogen.budget_command import add_limits
+from durable_autogen.record.log import Teller
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -238,19 +239,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Lines(logging.Handler):
-    """A handler that prints log records on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a closed standard error must not end the script
-            complain(f"[Nexum] {record.getMessage()}")
-
-
 def _print_what_is_logged() -> None:
     for name in ("durable_autogen", "nexum_engine"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
-        logger.addHandler(_Lines())
+        logger.addHandler(Teller(complain))
         logger.propagate = False  # otherwise the script's own handlers would print these lines again
 
 

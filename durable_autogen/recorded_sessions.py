@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
@@ -71,25 +71,13 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
 async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
     """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
-    latest: dict[str, Execution] = {}
-    earliest: dict[str, Execution] = {}
-    completed: dict[str, Execution] = {}
+    runs: dict[str, list[Execution]] = {}
     async for run in all_executions(
         client, workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
-        session = run.idempotency_key.rpartition("/")[0]
-        latest.setdefault(session, run)
-        earliest[session] = run
-        if run.status is ExecutionStatus.COMPLETED:
-            completed.setdefault(session, run)
+        runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
-    return [
-        replace(
-            await _info(client, session, run, completed.get(session), earliest[session].created_ms),
-            questions=tuple(questions.get(session, ())),
-        )
-        for session, run in latest.items()
-    ]
+    return [await _info(client, session, found, questions.get(session, ())) for session, found in runs.items()]
 
 
 async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
@@ -117,14 +105,14 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
     return f"waits for a decision on {what}: {how_to_decide(one.execution_id, nexum)}"
 
 
-async def _info(
-    client: NexumClient, session: str, run: Execution, completed: Execution | None, begun_ms: int
-) -> SessionInfo:
+async def _info(client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]) -> SessionInfo:
+    """Return the summary of a session. `runs` are its runs, the newest first."""
+    completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
     events = (await read_record(client, session)).events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
     task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
-    status = _status(run, is_finished=end_of(completed, events) is not None)
+    status = _status(runs[0], is_finished=end_of(completed, events) is not None)
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
@@ -132,7 +120,7 @@ async def _info(
         models=tuple(dict.fromkeys(models)),
         status=status,
         calls=Counter(event.kind.value for event in events if event.kind.is_call),
-        begun_ms=begun_ms,
+        begun_ms=runs[-1].created_ms,
         waits=tuple(
             event
             for event in events
@@ -140,6 +128,7 @@ async def _info(
             and end_of_wait(event.address) not in addresses
             and status != "finished"
         ),
+        questions=tuple(questions),
     )
 
 
@@ -220,10 +209,6 @@ async def send_event(
         await send(client, session_id, name, payload, idempotency_key=idempotency_key)
 
 
-def _ignore(_: Exception) -> None:
-    """Ignore an error of `tell`: the fork continues even if its messages can't be shown."""
-
-
 async def fork_session(
     client: NexumClient,
     source: str,
@@ -252,7 +237,7 @@ async def fork_session(
     record = await read_record(client, source)
     kept = _first_events(record.events, source, count)
     later = await _later_effects(client, source, count, record, kept, effects, nexum)
-    async with Journal(client, session, log_for(tell, _ignore)) as journal:
+    async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
         if effects == "reuse" and is_new:
             await _keep_results(journal, later)
@@ -320,14 +305,16 @@ async def _later_effects(
     doesn't prove that nothing happened. "reuse" forbids those that have not ended.
     """
     later = []
-    for input, found in await _unused(client, source, {record.scope_of(event) for event in copied}):
+    for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
         execution = found
         if not execution.status.ended:
             observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)
             execution = observed.execution
         if not _has_not_begun(execution):
             later.append((input, execution))
-    calls = [call_id_of(source, record.scope_of(event), event.digest) for event in copied if event.kind is Kind.TOOL]
+    calls = [
+        call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
+    ]
     of_workers = await _effects_of_workers(client, source, calls)
     if effects == "refuse" and (later or of_workers):
         made = [(str(input), one) for input, one in later] + [(_in_words(one), one) for one in of_workers]
@@ -370,17 +357,16 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
     If the session is itself a fork that may reuse results, include these results, except those that the calls in
     `before` have reused. If a later call has reused a result, include the result only once.
     """
-    kept: dict[str, list[tuple[EffectInput, Execution]]] = {}
+    kept: defaultdict[str, list[tuple[EffectInput, Execution]]] = defaultdict(list)
     for input, execution in await recorded_effects(client, kept_for(source)):
-        kept.setdefault(input.asked_digest, []).append((input, execution))
+        kept[input.asked_digest].append((input, execution))
     later = []
     own = await recorded_effects(client, of_session(source))
-    for is_later in (False, True):
-        for input, execution in own:
-            if (input.call not in before) is is_later:
-                took = kept.get(input.asked_digest, [])[:1]
-                del kept.get(input.asked_digest, [])[:1]
-                later += (took or [(input, execution)]) if is_later else []
+    for input, execution in sorted(own, key=lambda one: one[0].call not in before):  # the calls in `before` come first
+        left = kept[input.asked_digest]
+        result = left.pop(0) if left else (input, execution)
+        if input.call not in before:
+            later.append(result)
     return [*later, *(one for left in kept.values() for one in left)]
 
 

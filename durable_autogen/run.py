@@ -16,11 +16,11 @@ from autogen_core import CancellationToken
 from durable_autogen.autogen.differences import compare
 from durable_autogen.autogen.fingerprints import hashed
 from durable_autogen.autogen.session_state import text_of
-from durable_autogen.autogen.transcript import Item, Task, marked, messages_of
+from durable_autogen.autogen.transcript import Item, Message, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind
-from durable_autogen.record.failures import end
+from durable_autogen.record.failures import items_of
 from durable_autogen.record.place import closing
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
@@ -68,9 +68,13 @@ async def run_durable_stream(
         approve=approve,
     )
     run = _Run(session, team, task, cancellation_token, output_task_messages)
-    async with closing(run.items()) as items:
+    # Use a separate task. It keeps the session out of the consumer's context. It also lets the consumer continue if
+    # AutoGen waits for ever for a stopped agent.
+    running = asyncio.create_task(run.whole(), name="durable run")
+    async with closing(items_of(running, run.items)) as items:
         async for item in items:
             yield item
+    yield await running
 
 
 def _with_parameters_of(
@@ -109,31 +113,18 @@ async def run_durable(*args: Any, **options: Any) -> TaskResult:
 
 @dataclass
 class _Run:
-    """A durable run in its own task.
-
-    The separate task keeps the session out of the consumer's context. It also lets the consumer continue if AutoGen
-    waits for ever for a stopped agent.
-    """
+    """A durable run of an agent or team."""
 
     session: DurableSession
     team: Runnable | Callable[[], Runnable | Awaitable[Runnable]]
     task: Task
     token: CancellationToken | None
     output_task_messages: bool
-    _items: asyncio.Queue[Item | None] = field(default_factory=asyncio.Queue)
+    items: asyncio.Queue[Message] = field(default_factory=asyncio.Queue)
+    """The messages of the agent or team."""
 
-    async def items(self) -> AsyncGenerator[Item, None]:
-        """Yield the team's messages, and then its result."""
-        running = asyncio.create_task(self._whole(), name="durable run")
-        running.add_done_callback(lambda _: self._items.put_nowait(None))
-        try:
-            while (item := await self._items.get()) is not None:
-                yield item
-            await running
-        finally:
-            await end(running)
-
-    async def _whole(self) -> None:
+    async def whole(self) -> TaskResult:
+        """Run the agent or team in the session; return its result."""
         session = self.session
         async with session:
             recorder = session.recorder
@@ -163,7 +154,7 @@ class _Run:
                     "session %s: nothing was recorded: the run called no model, tool or person through AutoGen",
                     session.session_id,
                 )
-        self._items.put_nowait(result)
+        return result
 
     async def _run(self, runnable: Runnable, task: Task) -> TaskResult:
         recorder = self.session.recorder
@@ -197,7 +188,7 @@ class _Run:
                 result = item
             else:
                 was_replayed = self.session.state.was_replayed(item.source)
-                self._items.put_nowait(marked(item) if was_replayed else item)
+                self.items.put_nowait(marked(item) if was_replayed else item)
         return result
 
     def _heed_the_token(self) -> None:

@@ -21,7 +21,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -31,6 +31,7 @@ from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
 from durable_autogen.record.idle import has_interpreters
 from durable_autogen.record.place import current
+from durable_autogen.record.while_open import replaced
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError
 from nexum_engine.policy import read_policies
@@ -120,27 +121,16 @@ class _Sessions:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Run each main coroutine in its own session, for the length of a `with`."""
-        replaced: list[tuple[Any, str, Any]] = []
-
-        def replace(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-            original = getattr(owner, name)
-            replaced.append((owner, name, original))
-            setattr(owner, name, functools.wraps(original)(wrapper(original)))
-
-        if sys.version_info >= (3, 11):
-            replace(asyncio.Runner, "run", self._runner_run)
-        else:
-            replace(asyncio.runners, "run", self._run_function)
-            replaced.append((asyncio, "run", asyncio.run))
-            asyncio.run = asyncio.runners.run
-        replace(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete)
-        replace(threading.Thread, "start", self._start)
-        replace(ThreadPoolExecutor, "submit", self._submit)
-        try:
+        with ExitStack() as stack:
+            if sys.version_info >= (3, 11):
+                stack.enter_context(replaced(asyncio.Runner, "run", self._runner_run))
+            else:
+                for module in (asyncio, asyncio.runners):
+                    stack.enter_context(replaced(module, "run", self._run_function))
+            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete))
+            stack.enter_context(replaced(threading.Thread, "start", self._start))
+            stack.enter_context(replaced(ThreadPoolExecutor, "submit", self._submit))
             yield
-        finally:
-            for owner, name, original in reversed(replaced):
-                setattr(owner, name, original)
 
     def _runner_run(self, original: Any) -> Any:
         def run(runner: Any, main: Any, **options: Any) -> Any:

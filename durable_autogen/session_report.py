@@ -56,7 +56,7 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
 def details(shown: ShownSession, now: float) -> str:
     """Return a text with a line for each event of a session. A call's line begins with the N of `fork SESSION@N`."""
     lines = [*_summary(shown.info, now), ""]
-    names = [printable(_name(event)) for event in shown.events]
+    names = [printable(event.title) for event in shown.events]
     smallest, largest = NAME_WIDTHS
     width = min(max([smallest, *map(len, names)]), largest)
     number = 0
@@ -95,11 +95,6 @@ def _session(one: SessionInfo) -> dict[str, Any]:
         ],
         "questions": list(one.questions),
     }
-
-
-def _name(event: Event) -> str:
-    tool = event.request.get("tool")
-    return f"{tool} for {event.agent or 'the program'}" if tool else str(event)
 
 
 def _words(event: Event) -> str:

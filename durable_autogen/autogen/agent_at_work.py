@@ -56,8 +56,7 @@ class AtWork:
         async with closing(steps_at(self.place, stream)) as steps:
             try:
                 async for item in steps:
-                    await self._passes_on(item)
-                    yield item
+                    yield await self._passed_on(item)
             except GeneratorExit:
                 raise
             except BaseException as error:  # noqa: BLE001 - `_raise` raises it
@@ -70,8 +69,7 @@ class AtWork:
                 item = await turn
         except BaseException as error:  # noqa: BLE001 - `_raise` raises it
             self._raise(error, token)
-        await self._passes_on(item)
-        return item
+        return await self._passed_on(item)
 
     def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
         """Return the items of a team's run. The team's own code runs at the team's place."""
@@ -79,38 +77,35 @@ class AtWork:
 
     async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's or a team's run."""
-        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
-        is_programs_own = not self._outer.is_inside
-        if is_programs_own:
-            await self._recorder.begin()
+        await self._begin()
         async with closing(stream) as items:
             async for item in items:
-                await self._passes_on(item, task)
-                yield (
-                    self._session_state.transcript.result(item)
-                    if is_programs_own and isinstance(item, TaskResult)
-                    else item
-                )
+                yield await self._passed_on(item, task)
 
     async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
         """Return the result of an agent's run that isn't streamed."""
-        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
-        is_programs_own = not self._outer.is_inside
-        if is_programs_own:
-            await self._recorder.begin()
-        result = await run
-        await self._passes_on(result, task)
-        return self._session_state.transcript.result(result) if is_programs_own else result
+        await self._begin()
+        result: TaskResult = await self._passed_on(await run, task)
+        return result
 
-    async def _passes_on(self, item: Any, task: Any = None) -> None:
+    async def _begin(self) -> None:
+        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
+        if not self._outer.is_inside:
+            await self._recorder.begin()
+
+    async def _passed_on(self, item: Any, task: Any = None) -> Any:
+        """Return an item of a turn or a run, ready for the consumer."""
         self._session_state.transcript.settle(self._label, item, messages_of(task))
         if isinstance(item, (Response, TaskResult)):
             self._recorder.setbacks.turn_is_over(self._path)
             if isinstance(self._outer.owner, GraphFlow):
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):
-                    position = self._session_state.agent(self._label).next("turn")
+                    position = self._recorder.next_position(self._label, "turn")
                     await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
+        if isinstance(item, TaskResult) and not self._outer.is_inside:
+            return self._session_state.transcript.result(item)
+        return item
 
     def _raise(self, error: BaseException, token: CancellationToken | None) -> NoReturn:
         """Raise `error`. Turn it into an ordinary exception if AutoGen would otherwise wait for the agent for ever."""

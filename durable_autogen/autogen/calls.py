@@ -13,7 +13,7 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
-from autogen_core.tools import BaseTool, Tool, ToolResult, ToolSchema
+from autogen_core.tools import Tool, ToolResult, ToolSchema
 from pydantic import PydanticUserError, ValidationError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed
@@ -37,12 +37,12 @@ from durable_autogen.autogen.values import (
     written_value,
 )
 from durable_autogen.errors import CallFailed, CallRejected
-from durable_autogen.record.attempts import ToolError
+from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
-from durable_autogen.record.failures import end, in_a_task, ordinary
+from durable_autogen.record.failures import end, items_of, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, closing, current, recorded_call, start_at
+from durable_autogen.record.place import Place, at, closing, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
@@ -64,18 +64,8 @@ class _Stream:
         self.produced: list[Any] = []
         """All items that a live call has produced, whether or not they were passed on."""
 
-    async def until(self, running: asyncio.Future[Any]) -> AsyncGenerator[Any, None]:
-        """Yield items until the call is over. Cancel the call if the consumer leaves."""
-        running.add_done_callback(lambda _: self.items.put_nowait(_END))
-        try:
-            while (item := await self.items.get()) is not _END:
-                self.passed_on.append(item)
-                yield item
-        finally:
-            await end(running)
 
-
-_END = object()
+_NOTHING = object()
 
 
 Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
@@ -107,24 +97,17 @@ class Calls:
     ) -> CreateResult:
         """Return the recorded reply, or ask the model and record its reply."""
         messages, call = self._reply_call(client, messages, options)
-
-        policy = self._guard.of_model(lambda: self._agent_state.conversation.model)
+        model = self._agent_state.conversation.model
+        # No heartbeat can come from a reply that isn't streamed.
+        policy = self._guard.of_model(model).model_copy(update={"heartbeat": None})
 
         async def perform() -> Performed:
-            if policy is None:
-                replied = await ask(messages)
-            else:
-                # No heartbeat can come from a reply that isn't streamed.
-                without_heartbeat = policy.model_copy(update={"heartbeat": None})
-                attempts = self._guard.attempts(call, self._agent_state.conversation.model, without_heartbeat)
-                replied = await attempts.make(str(call), lambda: ask(messages))
+            replied = await Attempts(self._recorder, call, model, policy).make(str(call), lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
         token = options.get("cancellation_token")
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
-        if answer.replayed:
-            self._log_replayed(call)
         return self._received(client, answer)
 
     async def streamed_reply(
@@ -136,6 +119,8 @@ class Calls:
     ) -> AsyncGenerator[str | CreateResult, None]:
         """Yield a reply's pieces, live or from the record. The last piece is held back until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
+        model = self._agent_state.conversation.model
+        attempts = Attempts(self._recorder, call, model, self._guard.of_model(model))
         stream = _Stream()
         held: list[str] = []
         loop = asyncio.get_running_loop()
@@ -143,8 +128,6 @@ class Calls:
         def release() -> None:
             while held:
                 stream.items.put_nowait(held.pop())
-
-        policy = self._guard.of_model(lambda: self._agent_state.conversation.model)
 
         async def attempt() -> CreateResult:
             result: CreateResult | None = None
@@ -174,12 +157,8 @@ class Calls:
             return result
 
         async def perform() -> Performed:
-            if policy is None:
-                result = await attempt()
-            else:
-                attempts = self._guard.attempts(call, self._agent_state.conversation.model, policy)
-                # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-                result = await attempts.make(str(call), attempt, lambda: not stream.produced)
+            # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
+            result = await attempts.make(str(call), attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             pieces = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
@@ -190,7 +169,6 @@ class Calls:
         def replayed(content: Content) -> None:
             pieces: list[str] = []
             if isinstance(content, Returned):
-                self._log_replayed(call)  # log this line before the program prints the reply's pieces
                 pieces = pieces_again(content.streamed, reply_again(content.value))
                 held.extend(pieces[-1:])
                 del pieces[-1:]
@@ -206,8 +184,9 @@ class Calls:
             )
         )
         is_first = self._place.hands_on_late
-        async with closing(stream.until(running)) as pieces:
+        async with closing(items_of(running, stream.items)) as pieces:
             async for piece in pieces:
+                stream.passed_on.append(piece)
                 if is_first:
                     is_first = False
                     await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
@@ -220,9 +199,9 @@ class Calls:
     def _reply_call(
         self, client: ChatCompletionClient, messages: Sequence[LLMMessage], options: Mapping[str, Any]
     ) -> tuple[Sequence[LLMMessage], Call]:
-        position = self._agent_state.next("reply")
+        position = self._recorder.next_position(self._agent, "reply")
         messages = self._session_state.added.inserted_into(self._agent, position, messages)
-        self._guard.offers(lambda: (_name(tool) for tool in options.get("tools") or ()))
+        self._guard.offers(_name(tool) for tool in options.get("tools") or ())
         choice = options.get("tool_choice", "auto")
         request, whole = self._agent_state.conversation.request(
             position,
@@ -241,112 +220,74 @@ class Calls:
         assert isinstance(answer.content, Returned)
         result: CreateResult = reply_again(answer.content.value) if answer.replayed else answer.value
         self._agent_state.received(answer.position, result, replayed=answer.replayed)
-        tokens = result.usage.prompt_tokens + result.usage.completion_tokens
-        self._count(answer.replayed, "model calls")
-        self._count(answer.replayed, "tokens", tokens)
         if answer.replayed and not result.cached:
             self._session_state.used(client, result.usage)
         return result
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
 
-    async def workbench_tool(
-        self,
-        run: Run,
-        made: ToolCall,
-        stream: _Stream | None = None,
-    ) -> ToolResult:
-        """Return the recorded result of a workbench's tool, or call the tool and record its result."""
+    async def tool(self, run: Run, made: ToolCall, stream: _Stream | None = None) -> Any:
+        """Return the recorded result of a tool, or call the tool and record its result."""
+        must_not_raise = self._must_not_raise and made.workbench is not None
         try:
-            answer = await self._tool(run, made, ToolResult, stream)
+            answer = await self._tool(run, made, stream or _Stream())
         except asyncio.CancelledError:
-            if made.token is None or not made.token.is_cancelled() or not self._must_not_raise:
+            if made.token is None or not made.token.is_cancelled() or not must_not_raise:
                 raise
             return failed_result(made.name, RuntimeError(f"the call of {made.name} was cancelled"))
         except Exception as error:
-            if not self._must_not_raise:
+            if not must_not_raise:
                 raise
             return failed_result(made.name, error)
-        result: ToolResult = self._value(answer, ToolResult)
-        return result
-
-    def workbench_tool_stream(
-        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], made: ToolCall
-    ) -> AsyncGenerator[Any, None]:
-        """Yield the items of a workbench's streaming tool, then the tool's result. Record the items and the result."""
-        stream = _Stream()
-
-        async def last(edited: Mapping[str, Any] | None) -> ToolResult:
-            result: ToolResult | None = None
-            async for item in run(edited):
-                heartbeat()
-                if isinstance(item, ToolResult):
-                    result = item
-                else:
-                    self._streams(stream, item)
-            if result is None:
-                raise RuntimeError(f"the stream of {made.name} ended without a result")
-            return result
-
-        return _passed_on(stream, self.workbench_tool(last, made, stream))
-
-    async def tool(
-        self,
-        tool: BaseTool[Any, Any],
-        run: Run,
-        made: ToolCall,
-        stream: _Stream | None = None,
-    ) -> Any:
-        """Return the recorded value of a directly called tool, or call the tool and record its value."""
-        answer = await self._tool(run, made, tool.return_type(), stream)
-        return self._value(answer, tool.return_type())
+        return self._value(answer, made.result_type)
 
     def tool_stream(
-        self,
-        tool: BaseTool[Any, Any],
-        run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]],
-        made: ToolCall,
+        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], made: ToolCall
     ) -> AsyncGenerator[Any, None]:
-        """Yield the items of a directly called streaming tool, then its value. Record the items and the value."""
+        """Yield the items of a streaming tool, then the tool's result. Record the items and the result.
+
+        In a workbench's stream, the result is the ToolResult. In a tool's own stream, the result is the last item.
+        """
         stream = _Stream()
 
         async def last(edited: Mapping[str, Any] | None) -> Any:
-            previous: Any = _END
+            result: Any = _NOTHING
             async for item in run(edited):
                 heartbeat()
-                if previous is not _END:
-                    self._streams(stream, previous)
-                previous = item
-            if previous is _END:
+                may_be_result = made.workbench is None or isinstance(item, ToolResult)
+                piece = result if may_be_result else item
+                if piece is not _NOTHING:
+                    # Set a message's lasting id and time before the message is recorded or passed on.
+                    self._session_state.transcript.settle(self._agent, piece)
+                    stream.produced.append(piece)
+                    stream.items.put_nowait(piece)
+                if may_be_result:
+                    result = item
+            if result is _NOTHING:
                 raise RuntimeError(f"the stream of {made.name} ended without a result")
-            return previous
+            return result
 
-        return _passed_on(stream, self.tool(tool, last, made, stream))
+        return _passed_on(stream, self.tool(last, made, stream))
 
-    async def _tool(
-        self,
-        run: Run,
-        made: ToolCall,
-        declared: Any,
-        stream: _Stream | None,
-    ) -> Answer:
+    async def _tool(self, run: Run, made: ToolCall, stream: _Stream) -> Answer:
         name, token = made.name, made.token
         position = self._agent_state.position_of_call(made.call_id, name)
         call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
-        is_result = declared is ToolResult
         policy = self._guard.of_tool(*made.names, own=made.own_policy)
-        streamed = [] if stream is None else stream.produced
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
             # caller were cancelled.
-            running = start_at(current.get(), ordinary(run(edited), name))
+            running = asyncio.ensure_future(ordinary(run(edited), name))
             try:
-                return await in_a_task(running, name)
-            except Exception as error:
-                if running.cancelled() and token is not None and token.is_cancelled():
-                    raise asyncio.CancelledError from error
-                raise
+                await asyncio.wait({running})
+            finally:
+                await end(running)
+            if not running.cancelled():
+                return running.result()
+            if token is not None and token.is_cancelled():
+                raise asyncio.CancelledError
+            raise RuntimeError(f"{name} ended with CancelledError")
 
         async def perform() -> Performed:
             journal = self._recorder.journal
@@ -357,53 +298,48 @@ class Calls:
                 if policy is None:
                     value = await attempt()
                 else:
-                    value = await self._under_policy(policy, call, made, declared, attempt, streamed)
-                return Performed(value, self._checked(name, value, declared, streamed))
+                    value = await self._under_policy(policy, call, made, attempt, stream.produced)
+                return Performed(value, self._checked(made, value, stream.produced))
             except Exception as error:
                 is_refused = isinstance(error, (CallRejected, CallFailed))
-                if not is_result or not (self._must_not_raise or is_refused):
+                if made.result_type is not ToolResult or not (self._must_not_raise or is_refused):
                     raise
                 # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
-                return Performed(failed, self._checked(name, failed, declared, []))
+                return Performed(failed, self._checked(made, failed, []))
 
         def replayed(content: Content) -> None:
-            if stream is not None and isinstance(content, (Returned, Raised, GivenUp)):
+            if isinstance(content, (Returned, Raised, GivenUp)):
                 for one in content.streamed:
                     item = value_again(one)
                     self._session_state.transcript.settle(self._agent, item, made_before=True)
                     stream.items.put_nowait(item)
 
         def written(whole: bool) -> list[Any]:
-            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)] if stream else []
+            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)]
 
-        answer = await self._recorder.call(
+        return await self._recorder.call(
             call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
         )
-        self._count(answer.replayed, "tool calls")
-        if answer.replayed:
-            self._recorder.journal.log.info("%s for %s: replayed from the record ✓", name, self._agent or "the program")
-        return answer
 
     async def _under_policy(
         self,
         policy: Policy,
         call: Call,
         made: ToolCall,
-        declared: Any,
         attempt: Callable[[Mapping[str, Any] | None], Awaitable[Any]],
         streamed: Sequence[Any],
     ) -> Any:
         """Make a tool call under its policy; return its result."""
         name, guard = made.name, self._guard
-        form = ToolForm(made, declared, lambda value: self._checked(name, value, declared, []).value)
         will_run = policy.approval is not None or policy.is_once
         arguments = await made.checked(made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
         digest = str(call.request["hash"])
-        guarded = GuardedCall(call, name, policy, arguments, digest, made.differs_in_defaults, reason)
+        form = ToolForm(made, lambda value: self._checked(made, value, []).value)
+        guarded = GuardedCall(call, name, policy, arguments, digest, form, made.differs_in_defaults, reason)
         if policy.is_once:
-            is_kept, value = await guard.kept_result(guarded, form)
+            is_kept, value = await guard.kept_result(guarded)
             if is_kept:
                 return value
         shown, note = None, ""
@@ -429,9 +365,10 @@ class Calls:
 
         try:
             if policy.is_once:
-                value = await guard.once(guarded, once, form)
+                value = await guard.once(guarded, once)
             else:
-                value = await guard.attempts(call, name, policy).make(name, partial(once, shown), lambda: not streamed)
+                attempts = Attempts(self._recorder, call, name, policy)
+                value = await attempts.make(name, partial(once, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)
@@ -453,23 +390,17 @@ class Calls:
         self._recorder.journal.log.warning("%s", escaped(line))
         return edited, f"({by} changed the arguments to {shown})"
 
-    def _streams(self, stream: _Stream, item: Any) -> None:
-        # Set a message's lasting id and time before the message is recorded or passed on.
-        self._session_state.transcript.settle(self._agent, item)
-        stream.produced.append(item)
-        stream.items.put_nowait(item)
-
-    def _checked(self, name: str, value: Any, declared: Any, streamed: Sequence[Any]) -> Returned:
+    def _checked(self, made: ToolCall, value: Any, streamed: Sequence[Any]) -> Returned:
         """Return a tool's value in the form that is recorded. Raises ValueError if the value has no such form."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
-            if declared is ToolResult:
-                raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
+            if made.result_type is ToolResult:
+                raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
             self._recorder.journal.log.warning(
                 "%s returned a %s, which can't be recorded: a replay will stop here. Return a Pydantic model, a "
                 "dataclass or plain values",
-                name,
+                made.name,
                 type(value).__name__,
             )
             written = unrecorded_value(value)
@@ -477,7 +408,7 @@ class Calls:
             content = Returned(value=written, streamed=[written_value(item) for item in streamed])
             check_size(dump_model(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
-            raise ValueError(f"{name} ran, but its result can't be recorded: {error}") from error
+            raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
         return content
 
     def check_no_policy(self, name: str) -> None:
@@ -497,12 +428,14 @@ class Calls:
 
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
         """Return a person's recorded input, or ask the person and record the input."""
-        position = self._agent_state.next("input")
+        position = self._recorder.next_position(self._agent, "input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
         # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
         # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
-        is_live = self._recorder.replay.recorded(call.address) is None
-        asking = start_at(dataclasses.replace(self._place, in_call=True), run()) if is_live else None
+        asking = None
+        if self._recorder.replay.recorded(call.address) is None:
+            with at(dataclasses.replace(self._place, in_call=True)):
+                asking = asyncio.ensure_future(run())
 
         async def perform() -> Performed:
             said = representable(str(await (asking or run())))
@@ -514,9 +447,7 @@ class Calls:
             if asking is not None:
                 await end(asking)
         said = str(self._value(answer, str))
-        self._count(answer.replayed, "inputs")
         if answer.replayed:
-            self._log_replayed(call)
             skip_answer(said)
         return said
 
@@ -538,10 +469,9 @@ class Calls:
             return Performed(value, Returned(value=representable(written_value(value))))
 
         label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
-        call = Call(kind, self._agent, self._agent_state.next(kind.value), hashed(request), label=label)
+        position = self._recorder.next_position(self._agent, kind.value)
+        call = Call(kind, self._agent, position, hashed(request), label=label)
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
-        if kind is Kind.CODE:
-            self._count(answer.replayed, "tool calls")
         return self._value(answer, declared)
 
     def _value(self, answer: Answer, declared: Any) -> Any:
@@ -550,18 +480,13 @@ class Calls:
         assert isinstance(answer.content, Returned)
         return value_again(answer.content.value, declared)
 
-    def _count(self, replayed: bool, what: str, number: int = 1) -> None:
-        (self._recorder.replayed if replayed else self._recorder.live)[what] += number
-
-    def _log_replayed(self, call: Call) -> None:
-        self._recorder.journal.log.info("%s: replayed from the record ✓", call)
-
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
     """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
-    async with closing(stream.until(running)) as items:
+    async with closing(items_of(running, stream.items)) as items:
         async for item in items:
+            stream.passed_on.append(item)
             yield item
     yield await running
 

@@ -54,7 +54,7 @@ async def look(
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before = dict(state)
     message = await ask()
-    is_recorded = recorder.replay.event_ahead(f"{name}/{position}") is not None
+    is_recorded = f"{name}/{position}" in recorder.replay.ahead
     is_decided = bool(recorder.replay.ahead) or recorder.was_checked(name, look_number)
     if not is_recorded and message is not None and is_decided:
         # This run doesn't stop here, so undo the condition's stop. Otherwise, the condition would raise an error at its

@@ -33,7 +33,7 @@ from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
-from durable_autogen.record.failures import ordinary
+from durable_autogen.record.failures import ordinary, with_subclasses
 from durable_autogen.record.log import LOG
 from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.session import Session
@@ -137,7 +137,7 @@ def _workbench_tool(stream: bool) -> Recording:
         def run(edited: Mapping[str, Any] | None) -> Any:
             return (original if edited is None else original.with_argument(1, "arguments", edited))()
 
-        return (calls.workbench_tool_stream if stream else calls.workbench_tool)(run, call)
+        return (calls.tool_stream if stream else calls.tool)(run, call)
 
     return recording
 
@@ -160,7 +160,7 @@ def _tool(stream: bool) -> Recording:
             value = tool.args_type().model_validate(edited) if isinstance(args, BaseModel) else edited
             return original.with_argument(0, "args", value)()
 
-        return (calls.tool_stream if stream else calls.tool)(tool, run, call)
+        return (calls.tool_stream if stream else calls.tool)(run, call)
 
     return recording
 
@@ -390,24 +390,13 @@ def _wrapped_classes() -> Iterator[None]:
     with _lock:
         for base, methods in ENTRY_POINTS:
             _watch_subclasses(base, methods)
-            for kind in reversed(_with_subclasses(base)):
+            for kind in reversed(with_subclasses(base)):
                 for name, wrapper in methods.items():
                     _wrap(base, kind, name, wrapper)
     try:
         yield
     finally:
         _restore()
-
-
-def _with_subclasses(kind: type) -> list[type]:
-    found: dict[type, None] = {}
-    ahead = [kind]
-    while ahead:
-        one = ahead.pop()
-        if one not in found:
-            found[one] = None
-            ahead += type.__subclasses__(one)
-    return list(found)
 
 
 def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from autogen_core.models import ChatCompletionClient, FunctionExecutionResultMessage, LLMMessage, SystemMessage
@@ -30,14 +31,8 @@ class Conversation:
 
     def __init__(self) -> None:
         self._position = ""
-        self._messages: list[LLMMessage] = []
-        self._contents: list[Any] = []
-        """The content of each message when it was fingerprinted."""
-        self._lists: list[list[Any]] = []
-        """The contents that are lists. A list may still grow."""
-        self._lengths: list[int] = []
-        """The length of each list in `_lists` when it was fingerprinted."""
         self._seen: list[_Seen] = []
+        """The messages of the last request, without the leading system messages."""
         self._whole: dict[str, Any] = {}
         self._written = ""
         """`_whole` as JSON."""
@@ -62,6 +57,7 @@ class Conversation:
         while leading < len(messages) and isinstance(messages[leading], SystemMessage):
             leading += 1
         same = self._update(messages[leading:])
+        seen = self._seen
         if self._settings is None or self._settings[0] is not client:
             self._settings = (client, *_model(client))
         _, model, settings = self._settings
@@ -80,74 +76,48 @@ class Conversation:
         if self._position:
             new["base"] = self._position
         new["same"] = same
-        new["messages"] = [one.print for one in self._seen[same:]]
+        new["messages"] = [one.print for one in seen[same:]]
         if whole != self._whole:
             self._whole, self._written = whole, _written(whole)
-        last = self._seen[-1] if self._seen else None
-        new["hash"] = _hash(f"[{self._written},{_written('' if last is None else last.chain)}]")
+        new["hash"] = _hash(f"[{self._written},{_written(seen[-1].chain if seen else '')}]")
         self._position = position
-        return new, lambda: {**whole, "messages": _prints(last), "hash": new["hash"]}
+        return new, lambda: {**whole, "messages": [one.print for one in seen], "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Store `messages`. Return how many messages at the beginning are unchanged since the previous request."""
-        limit = min(len(messages), len(self._messages))
-        # Check first whether the conversation only grew, as it usually does. Comparing lists is faster than a loop.
-        is_grown = (
-            limit == len(self._messages)
-            and list(messages[:limit]) == self._messages
-            and [message.content for message in self._messages] == self._contents
-            and list(map(len, self._lists)) == self._lengths
-        )
-        same = limit
-        if not is_grown:
-            same = next((n for n in range(limit) if not self._seen[n].is_still(messages[n])), limit)
+        same = 0
+        for one, message in zip(self._seen, messages, strict=False):
+            if not one.is_still(message):
+                break
+            same += 1
         known = {id(one.message): one for one in self._seen[same:]}
-        del self._messages[same:], self._contents[same:], self._seen[same:]
+        self._seen = self._seen[:same]  # a new list: an earlier request may still need the old one
         for message in messages[same:]:
-            one = known.get(id(message))
-            print = one.print if one is not None and one.is_still(message) else _message(message)
-            before = self._seen[-1] if self._seen else None
-            self._messages.append(message)
-            self._contents.append(message.content)
-            self._seen.append(_Seen(message, message.content, len(message.content), print, before))
-        added = self._contents[same:] if is_grown else self._contents
-        if not is_grown:
-            self._lists, self._lengths = [], []
-        for content in added:
-            if isinstance(content, list):
-                self._lists.append(content)
-                self._lengths.append(len(content))
+            moved = known.get(id(message))
+            print = moved.print if moved is not None and moved.is_still(message) else _message(message)
+            chain = _hash(f"{self._seen[-1].chain if self._seen else ''}{print['hash']}")
+            self._seen.append(_Seen(message, message.content, len(message.content), print, chain))
         return same
 
 
+@dataclass(frozen=True, slots=True)
 class _Seen:
-    """A fingerprinted message, with a link to the previous message. The content may be a list that still grows."""
+    """A fingerprinted message."""
 
-    __slots__ = ("before", "chain", "content", "length", "message", "print")
-
-    def __init__(
-        self, message: LLMMessage, content: Any, length: int, print: dict[str, str], before: _Seen | None
-    ) -> None:
-        self.message = message
-        self.content = content
-        self.length = length
-        self.print = print
-        self.before = before
-        self.chain: str = _hash(f"{'' if before is None else before.chain}{print['hash']}")
-        """The hash of all messages up to and including `message`."""
+    message: LLMMessage
+    content: Any
+    """The message's content when it was fingerprinted. A list may have grown since."""
+    length: int
+    """The content's length when it was fingerprinted."""
+    print: dict[str, str]
+    chain: str
+    """The hash of all messages up to and including this one."""
 
     def is_still(self, message: LLMMessage) -> bool:
-        """Return whether `message` is the fingerprinted message and has not changed since."""
-        return message is self.message and message.content is self.content and len(message.content) == self.length
-
-
-def _prints(last: _Seen | None) -> list[dict[str, str]]:
-    """Return the fingerprints of all messages up to `last`, in order."""
-    found = []
-    while last is not None:
-        found.append(last.print)
-        last = last.before
-    return found[::-1]
+        """Return whether `message` equals the fingerprinted message, which has not changed since."""
+        content = self.message.content
+        is_changed = content != self.content or len(content) != self.length
+        return not is_changed and (message is self.message or message == self.message)
 
 
 def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 from autogen_agentchat.tools import AgentTool, TeamTool
 from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, TextResultContent, ToolResult, Workbench
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from durable_autogen.autogen.values import value_again
+from durable_autogen.autogen.values import adapted, value_again
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.place import Place
 from nexum_engine.errors import InvalidRequest, first_problem
@@ -131,6 +131,11 @@ class ToolCall:
         return (self.name,) if self.tool is None or self.tool.name == self.name else (self.name, self.tool.name)
 
     @property
+    def result_type(self) -> Any:
+        """The type of the call's result: ToolResult in a workbench, else the type that the tool declares."""
+        return ToolResult if self.workbench is not None or self.tool is None else self.tool.return_type()
+
+    @property
     def own_policy(self) -> Policy | None:
         """The policy that `durable_tool` gave to the tool; None if it gave none."""
         return None if self.tool is None or not _own else _own.get(self.tool)
@@ -176,9 +181,8 @@ def _is_same(kind: type[BaseModel], one: Mapping[str, Any], other: BaseModel | M
 class ToolForm:
     """The recorded form of a tool's results. `write` turns a result into JSON."""
 
-    def __init__(self, call: ToolCall, declared: Any, write: Callable[[Any], Any]) -> None:
+    def __init__(self, call: ToolCall, write: Callable[[Any], Any]) -> None:
         self._call = call
-        self._declared = declared
         self.write = write
 
     def read(self, written: Any) -> Any:
@@ -186,16 +190,13 @@ class ToolForm:
 
         A person may have given a result that looks like such JSON, and has another type. It becomes a ToolResult, too.
         """
-        value = value_again(written, self._declared)
-        return self.of_answer(value) if self._declared is ToolResult else value
+        value = value_again(written, self._call.result_type)
+        return self.of_answer(value) if self._call.result_type is ToolResult else value
 
     def of_answer(self, answer: Any) -> Any:
         """Turn an answer of `reconcile` or of a person (a value of the tool's type, or any JSON) into a tool result."""
-        if self._declared is not ToolResult:
-            try:
-                return TypeAdapter(self._declared).validate_python(answer)
-            except Exception:  # noqa: BLE001 - pydantic doesn't know the type, or the value doesn't match
-                return answer
+        if self._call.result_type is not ToolResult:
+            return adapted(self._call.result_type, answer)
         if isinstance(answer, ToolResult):
             return answer
         if isinstance(answer, str):

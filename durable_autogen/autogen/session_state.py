@@ -19,23 +19,16 @@ MAX_OPEN_CALLS = 1000  # requested tool calls that no agent has made yet; the ol
 
 
 class AgentState:
-    """The state of one agent: the counts of its calls, and the tool calls that its replies requested."""
+    """The state of one agent: its last request to a model, and the tool calls that its replies requested."""
 
     def __init__(self) -> None:
         self.conversation = Conversation()
         self.replayed = False
         """Whether the agent's last reply was replayed."""
-        self.counts: Counter[str] = Counter()
-        """How many calls of each kind the agent has made."""
         self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
         self._last = 0
         self._thought = ""
         self._unasked = 0
-
-    def next(self, what: str) -> str:
-        """Return the position of the agent's next call of the kind `what`, such as `reply/3` or `input/1`."""
-        self.counts[what] += 1
-        return f"{what}/{self.counts[what]}"
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
         """Remember that the agent got a reply, and which tool calls the reply requests."""
@@ -116,7 +109,7 @@ class SessionState:
         Agents without a reply don't count. If no agent has a reply, return False.
         """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
-        return any(one.replayed for one in agents) and all(one.replayed or not one.counts["reply"] for one in agents)
+        return any(one.replayed for one in agents) and all(one.replayed or not one.conversation.model for one in agents)
 
     def used(self, client: object, usage: RequestUsage) -> None:
         """Add a replayed reply's usage to the replayed usage of `client`."""

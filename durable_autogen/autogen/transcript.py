@@ -43,7 +43,6 @@ class Transcript:
         self._done: set[str] = set()
         """The lasting ids in use."""
         self._count: Counter[tuple[str, str]] = Counter()
-        self._requests: dict[str, str] = {}
 
     def settle(
         self, agent: str, item: Any, given: Sequence[BaseChatMessage] = (), *, made_before: bool = False
@@ -58,8 +57,8 @@ class Transcript:
                 if message.full_message_id and message.full_message_id not in self._done:
                     _set(message, full_message_id=self._id(agent, message.full_message_id, "streamed"))
                 continue
-            if isinstance(message, UserInputRequestedEvent) and message.request_id not in self._requests:
-                self._requests[message.request_id] = self._id(agent, message.request_id, "request")
+            if isinstance(message, UserInputRequestedEvent):
+                self._id(agent, message.request_id, "request")  # `result` sets it
             if message.id in self._done:
                 continue
             kept = message.model_fields_set if any(message is one for one in given) else set()
@@ -78,7 +77,7 @@ class Transcript:
         if not any(isinstance(message, UserInputRequestedEvent) for message in result.messages):
             return result
         messages = [
-            message.model_copy(update={"request_id": self._requests.get(message.request_id, message.request_id)})
+            message.model_copy(update={"request_id": self._lasting.get(message.request_id, message.request_id)})
             if isinstance(message, UserInputRequestedEvent)
             else message
             for message in result.messages

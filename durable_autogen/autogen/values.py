@@ -26,9 +26,6 @@ _CLASS, _VALUE, _UNRECORDED = "$class", "$value", "$unrecorded"
 
 _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     bytes: (lambda value: base64.b64encode(value).decode(), base64.b64decode),
-    tuple: (lambda value: [_written(one) for one in value], lambda items: tuple(_again(one) for one in items)),
-    set: (lambda value: [_written(one) for one in value], lambda items: {_again(one) for one in items}),
-    frozenset: (lambda value: [_written(one) for one in value], lambda items: frozenset(_again(one) for one in items)),
     datetime.datetime: (lambda value: value.isoformat(), datetime.datetime.fromisoformat),
     datetime.date: (lambda value: value.isoformat(), datetime.date.fromisoformat),
     datetime.time: (lambda value: value.isoformat(), datetime.time.fromisoformat),
@@ -41,6 +38,8 @@ _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     complex: (repr, complex),
 }
 """For each type, a function that writes its values as JSON, and a function that reads them."""
+
+_COLLECTIONS = (tuple, set, frozenset)
 
 
 def written_value(value: Any) -> Any:
@@ -63,6 +62,8 @@ def _written(value: Any) -> Any:
         return _tagged(dict, [[_written(key), _written(one)] for key, one in value.items()])
     if kind in _SIMPLE:
         return _tagged(kind, _SIMPLE[kind][0](value))
+    if kind in _COLLECTIONS:
+        return _tagged(kind, [_written(one) for one in value])
     if isinstance(value, enum.Enum):
         return _tagged(kind, _written(value.value))
     if isinstance(value, pathlib.PurePath):
@@ -98,61 +99,50 @@ def value_again(written: Any, declared: Any = None) -> Any:
             f"the recorded call returned a {value[_UNRECORDED]}, which could not be recorded: return a Pydantic "
             "model, a dataclass or plain values, and use a new session"
         )
-    found = _again(value)
-    known = _without_unknown(found)
-    return found if known is found else _adapted(declared, known)
+    unknown: list[str] = []
+    found = _again(value, unknown)
+    return adapted(declared, found) if unknown else found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Unknown:
-    """The contents of a value whose class isn't loaded."""
-
-    value: Any
-
-
-def _without_unknown(value: Any) -> Any:
-    """Replace each _Unknown in `value` with its contents. Return `value` itself if it holds no _Unknown."""
-    if isinstance(value, _Unknown):
-        return _without_unknown(value.value)
-    if type(value) is dict:
-        found = {key: _without_unknown(one) for key, one in value.items()}
-        return found if any(found[key] is not one for key, one in value.items()) else value
-    if type(value) in (list, tuple):
-        items = [_without_unknown(one) for one in value]
-        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    return value
-
-
-def _adapted(declared: Any, value: Any) -> Any:
+def adapted(declared: Any, value: Any) -> Any:
+    """Return a value as the type `declared`, or unchanged if it can't be converted."""
     try:
         return TypeAdapter(declared).validate_python(value)
     except Exception:  # noqa: BLE001 - pydantic doesn't know the type, or the value doesn't match
         return value
 
 
-def _again(written: Any) -> Any:
+def _again(written: Any, unknown: list[str]) -> Any:
+    """Return a written value. If a class isn't loaded, add its name to `unknown`, and return the value's contents."""
+
+    def again(one: Any) -> Any:
+        return _again(one, unknown)
+
     if isinstance(written, list):
-        return [_again(one) for one in written]
+        return [again(one) for one in written]
     if not isinstance(written, dict):
         return written
     if _CLASS not in written:
-        return {key: _again(one) for key, one in written.items()}
+        return {key: again(one) for key, one in written.items()}
     (module, name), value = written[_CLASS], written[_VALUE]
     kind = class_named(module, name, BaseModel)
     if kind is None:
-        return _Unknown({key: _again(one) for key, one in value.items()} if isinstance(value, dict) else value)
+        unknown.append(name)
+        return {key: again(one) for key, one in value.items()} if isinstance(value, dict) else value
     if kind is dict:
-        return {_again(key): _again(one) for key, one in value}
+        return {again(key): again(one) for key, one in value}
     if kind in _SIMPLE:
         return _SIMPLE[kind][1](value)
+    if kind in _COLLECTIONS:
+        return kind(again(one) for one in value)
     if issubclass(kind, enum.Enum):
-        return kind(_again(value))
+        return kind(again(value))
     if issubclass(kind, pathlib.PurePath):
         return kind(value)
     if issubclass(kind, BaseModel):
-        return _model(kind, {key: _again(one) for key, one in value.items()})
+        return _model(kind, {key: again(one) for key, one in value.items()})
     if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, {key: _again(one) for key, one in value.items()})
+        return _dataclass(kind, {key: again(one) for key, one in value.items()})
     return TypeAdapter(kind).validate_json(json.dumps(value))
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from durable_autogen.record.events import Call
+from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
 from nexum_engine.deadline import Deadline
 from nexum_engine.errors import FinalError, UnknownEffect
@@ -156,16 +157,9 @@ async def _in_time(policy: Policy, name: str, attempt: Callable[[], Awaitable[T]
     try:
         if await deadline.in_time(running):
             return await running
-        late = TookTooLong(f"{name} {deadline.exceeded()}")
-        running.cancel()
-        await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
-        raise late
+        raise TookTooLong(f"{name} {deadline.exceeded()}")
     finally:
-        if not running.done():
-            running.cancel()
-            await asyncio.wait({running}, timeout=CANCEL_PATIENCE)
-        if running.done() and not running.cancelled():
-            running.exception()  # mark the exception as retrieved, or asyncio logs it
+        await end(running, CANCEL_PATIENCE)
 
 
 def retry_after(error: BaseException) -> float:

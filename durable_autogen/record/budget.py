@@ -130,7 +130,7 @@ class Spent:
         model = self._models[event.address] = self._model_of(event.address)
         if not isinstance(event.content, Returned) or event.content.value.get("cached"):
             return  # the call failed, or the client took the reply from its own cache
-        prompt, completion = usage_of(event)
+        prompt, completion = usage_of(event.content)
         self.tokens += prompt + completion
         if not prompt + completion:
             self.unmetered.add(model)
@@ -208,23 +208,6 @@ def number_in_words(value: float) -> str:
     return f"{value:,.4f}".rstrip("0").rstrip(".")
 
 
-def uses_of(budget: Budget, spent: Spent, call: Call, scope: str, live_ms: int) -> Iterator[Use]:
-    """Yield the use of each limit that applies to this call. `live_ms` is how long this run has been live."""
-    if call.kind is Kind.REPLY:
-        if budget.model_calls is not None:
-            yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
-        if budget.tokens is not None:
-            yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
-        if budget.usd is not None:
-            yield Use(spent.usd, budget.usd, "$", "--usd ")
-    if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
-        made = spent.tool_calls[call.tool]
-        if scope not in made:  # else a crash cut the call off: the same call, made again, counts once
-            yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
-    if call.kind.is_call and budget.seconds is not None:
-        yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
-
-
 # ---- Questions to a person -------------------------------------------------------------------------------------------
 
 
@@ -250,7 +233,7 @@ BUDGET_QUESTION = workflow("budget", input=BudgetQuestion).human_approval(NODE).
 
 
 def budget_prefix(session: str) -> str:
-    """Return the prefix of the idempotency keys of a session's questions about its budget."""
+    """Return the beginning of the idempotency keys of a session's questions about its budget."""
     return f"{session}:budget/"
 
 
@@ -305,7 +288,7 @@ class BudgetCheck:
         self._journal = journal
         self._command = command
         self._is_in_usd = budget.usd is not None
-        self._spent = Spent.of(journal.past, is_in_usd=self._is_in_usd)
+        self._spent = Spent.of(journal.recorded, is_in_usd=self._is_in_usd)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
         self._near: set[str] = set()
@@ -318,12 +301,29 @@ class BudgetCheck:
 
         `live_ms` is how long this run has been live, without the replay of the record.
         """
-        uses = list(uses_of(self._budget, self._spent, call, self._scope(call), live_ms))
+        uses = list(self._uses(call, live_ms))
         for use in uses:
             if use.is_nearly_over and use.option not in self._near:
                 self._near.add(use.option)
                 self._journal.log.warning("session %s has used %s of its budget", self._journal.session, use)
         return [use for use in uses if use.is_over]
+
+    def _uses(self, call: Call, live_ms: int) -> Iterator[Use]:
+        """Yield the use of each limit that applies to this call."""
+        budget, spent = self._budget, self._spent
+        if call.kind is Kind.REPLY:
+            if budget.model_calls is not None:
+                yield Use(spent.model_calls, budget.model_calls, "model calls", "--model-calls ")
+            if budget.tokens is not None:
+                yield Use(spent.tokens, budget.tokens, "tokens", "--tokens ")
+            if budget.usd is not None:
+                yield Use(spent.usd, budget.usd, "$", "--usd ")
+        if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
+            made = spent.tool_calls[call.tool]
+            if self._scope(call) not in made:  # else a crash cut the call off: the same call, made again, counts once
+                yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
+        if call.kind.is_call and budget.seconds is not None:
+            yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
     def _scope(self, call: Call) -> str:
         return self._journal.scope_of(call.address)
@@ -376,6 +376,7 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
+        self._journal.cancel_at_end(BUDGET_QUESTION, budget_prefix(session))
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:

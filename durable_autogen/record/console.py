@@ -10,7 +10,6 @@ is skipped there. Otherwise the next question would get an old answer.
 from __future__ import annotations
 
 import builtins
-import functools
 import os
 import stat
 import sys
@@ -23,18 +22,14 @@ from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import at, current, has_ended
 from durable_autogen.record.recorder import Recorder
 from durable_autogen.record.surrogates import representable
-from durable_autogen.record.while_open import while_open
+from durable_autogen.record.while_open import replaced, while_open
 
 
 @while_open
 def recorded_console() -> Iterator[None]:
     """Record `input()` inside sessions."""
-    original = builtins.input
-    builtins.input = functools.wraps(original)(lambda prompt="", /: _input(original, prompt))
-    try:
+    with replaced(builtins, "input", lambda original: lambda prompt="", /: _input(original, prompt)):
         yield
-    finally:
-        builtins.input = original
 
 
 def _input(original: Callable[[Any], str], prompt: Any) -> str:
@@ -44,7 +39,7 @@ def _input(original: Callable[[Any], str], prompt: Any) -> str:
     if place.session.is_over:
         raise has_ended(place.session)
     recorder: Recorder = place.session.recorder
-    position = f"console/{recorder.next_question(place.agent)}"
+    position = recorder.next_position(place.agent, "console")
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})
     recorded = recorder.typed_before(call)
     if recorded is not None:

@@ -13,7 +13,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -22,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from durable_autogen.record.failures import Failure
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, InvalidRequest
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
@@ -232,16 +231,6 @@ class RunSummary(_Frozen):
     """How often each recorded termination condition was checked."""
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The moment at which a call was made."""
-
-    after: int = 0
-    """The number of the last event that was delivered before the call was made."""
-    active_ms: int = 0
-    """The session's active time when the call was made."""
-
-
 class Addressed:
     """The address and the name of a call or an event, made of its kind, its agent and its position."""
 
@@ -274,6 +263,11 @@ class Requested(Addressed):
     def digest(self) -> str:
         """The hash of the tool's name and arguments; empty for other calls."""
         return str(self.request.get("hash", "")) if self.tool else ""
+
+    @property
+    def title(self) -> str:
+        """The name for a person: of a tool's call, the tool and the agent."""
+        return f"{self.tool} for {self.agent or 'the program'}" if self.tool else str(self)
 
 
 class EventInput(Addressed, _Frozen):
@@ -311,13 +305,13 @@ class Summary(_Frozen):
             number=event.seq,
             question=question[:MAX_QUESTION],
             calls=self.calls + event.kind.is_call,
-            tokens=self.tokens + sum(usage_of(event)),
+            tokens=self.tokens + sum(usage_of(event.content)),
         )
 
     def minus(self, event: Event) -> Summary:
         """Return the summary without `event`, which no longer counts."""
         return self.model_copy(
-            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - sum(usage_of(event))}
+            update={"calls": self.calls - event.kind.is_call, "tokens": self.tokens - sum(usage_of(event.content))}
         )
 
 
@@ -332,9 +326,9 @@ def text_asked(event: Event) -> str:
     return ""
 
 
-def usage_of(event: Event) -> tuple[int, int]:
-    """Return how many prompt and completion tokens a model's reply took; zeros for other events."""
-    match event.content:
+def usage_of(content: Content) -> tuple[int, int]:
+    """Return how many prompt and completion tokens a model's reply took; zeros for another content."""
+    match content:
         case Returned(value={"usage": {"prompt_tokens": int(prompt), "completion_tokens": int(completion)}}):
             return prompt, completion
     return 0, 0
@@ -483,12 +477,12 @@ def decoded(value: Any) -> Any:
 
 @dataclass
 class Record:
-    """A session's events, read from the server."""
+    """A session's events, and what they say about its calls. `read_record` reads them, and `add` adds a later event."""
 
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
     made: list[Event | EventInput] = field(default_factory=list)
-    """All that was begun, in order: events, including revoked ones, and the inputs of calls without a result."""
+    """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
     tried: set[str] = field(default_factory=set)
@@ -499,16 +493,36 @@ class Record:
     """How many events of each address were revoked and replaced by a different call."""
     failed: dict[str, int] = field(default_factory=dict)
     """The number of the first revoked failure of each address that has one."""
+    programs: list[int] = field(default_factory=list)
+    """The numbers of the events with which a changed program took over the session."""
     last_seq: int = 0
     """The highest event number, including revoked events."""
-    ended_ms: dict[int, int] = field(default_factory=dict)
-    """The time at which each event was recorded, by the server's clock."""
-    last_begun_ms: int = 0
-    """The time at which the last call without a recorded result began, by the server's clock."""
+    at_end: list[Event] = field(default_factory=list)
+    """The events that `read_record` found after the beginning of the last call without a recorded result, in order.
 
-    def scope_of(self, event: Event) -> str:
-        """Return the part of a call id that names the place of a recorded call (see `scope_of`)."""
-        return scope_of(event.address, self.times_replaced[event.address])
+    A failure before that call didn't end the run: the run continued after the failure, and made the call.
+    """
+
+    def add(self, event: Event) -> None:
+        """Add the session's next event. If it revokes earlier events, remove those."""
+        self.last_seq = event.seq
+        self.tried.update(event.under_way)
+        if isinstance(event.content, Revoked):
+            seqs, is_another_program = set(event.content.seqs), event.content.is_another_program
+            for revoked in (one for one in self.events if one.seq in seqs):
+                self.times_revoked[revoked.address] += 1
+                self.times_replaced[revoked.address] += is_another_program
+                self.tried.add(revoked.address)
+                if isinstance(revoked.content, Raised):
+                    self.failed.setdefault(revoked.address, revoked.seq)
+            self.events = [one for one in self.events if one.seq not in seqs]
+            if is_another_program:
+                self.programs.append(event.seq)
+        self.events.append(event)
+
+    def scope_of(self, address: str) -> str:
+        """Return the part of a call id that names the place of the call at `address` (see the function `scope_of`)."""
+        return scope_of(address, self.times_replaced[address])
 
 
 async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any) -> AsyncGenerator[Execution, None]:
@@ -520,22 +534,11 @@ async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any
         before = page[-1].execution_id
 
 
-async def cancel_running(client: NexumClient, session: str, workflow_id: str, key_prefix: str) -> None:
-    """Cancel the running executions of a workflow for a session: the server never prunes a session that has some."""
-    async for execution in all_executions(
-        client,
-        workflow_id=workflow_id,
-        status=ExecutionStatus.RUNNING.value,
-        key_prefix=key_prefix,
-        patience=SERVER_PATIENCE,
-    ):
-        with suppress(Conflict):  # it ended in the meantime
-            await client.cancel_execution(execution.execution_id, by=f"session {session}")
-
-
 async def read_record(client: NexumClient, session: str) -> Record:
     """Return everything that a session has recorded."""
     found = Record()
+    ended_ms: dict[int, int] = {}  # when each event was recorded, by the server's clock
+    last_begun_ms = 0  # when the last call without a recorded result began
     async for execution in all_executions(
         client,
         workflow_id=AGENT_EVENT.workflow_id,
@@ -546,29 +549,18 @@ async def read_record(client: NexumClient, session: str) -> Record:
         if execution.status is ExecutionStatus.COMPLETED:
             event = Event.model_validate_json(execution.outputs()["event"])
             found.made.append(event)
-            found.ended_ms[event.seq] = execution.ended_ms or 0
-            found.tried.update(event.under_way)
+            ended_ms[event.seq] = execution.ended_ms or 0
             continue
-        found.last_begun_ms = max(found.last_begun_ms, execution.created_ms)
+        last_begun_ms = max(last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
         found.made.append(input)
         found.tried.add(input.address)
         if execution.status is ExecutionStatus.RUNNING:
             found.begun.append(input)
     found.made.reverse()  # the server lists the newest first
-    kept: dict[int, Event] = {}
     for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
-        found.last_seq = event.seq
-        if isinstance(event.content, Revoked):
-            for seq in event.content.seqs:
-                if (revoked := kept.pop(seq, None)) is not None:
-                    found.times_revoked[revoked.address] += 1
-                    found.times_replaced[revoked.address] += event.content.is_another_program
-                    found.tried.add(revoked.address)
-                    if isinstance(revoked.content, Raised):
-                        found.failed.setdefault(revoked.address, revoked.seq)
-        kept[event.seq] = event
-    found.events = list(kept.values())
+        found.add(event)
+    found.at_end = [event for event in found.events if ended_ms[event.seq] > last_begun_ms]
     return found
 
 

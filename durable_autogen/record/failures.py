@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, get_args
 
@@ -134,20 +134,24 @@ def class_named(module: str, name: str, base: type) -> type | None:
         return found
     if "<locals>" not in name and "[" not in name:
         return None
-    ahead, matching = [base], []
-    seen: set[type] = set()
-    while ahead:
-        kind = ahead.pop()
-        if kind in seen:
-            continue
-        seen.add(kind)
-        ahead += type.__subclasses__(kind)
-        if (kind.__module__, kind.__qualname__) == (module, name):
-            matching.append(kind)
+    matching = [one for one in with_subclasses(base) if (one.__module__, one.__qualname__) == (module, name)]
     # Take the newest class: a function that defines a class makes a new one each time it runs.
     return matching[-1] if matching else None
 
 
+def with_subclasses(base: type) -> list[type]:
+    """Return a class and all classes that are derived from it."""
+    found: dict[type, None] = {}
+    ahead = [base]
+    while ahead:
+        one = ahead.pop()
+        if one not in found:
+            found[one] = None
+            ahead += type.__subclasses__(one)
+    return list(found)
+
+
+_END = object()
 _NOT_PLAIN: Any = object()
 _KNOWN_ERRORS = set(get_args(ErrorType))
 
@@ -211,25 +215,26 @@ async def ordinary(call: Awaitable[T], name: str) -> T:
         raise made_ordinary(error, name) from error
 
 
-async def in_a_task(running: asyncio.Future[T], name: str) -> T:
-    """Wait for a task and return its result. If the caller is cancelled, cancel the task and wait for its end."""
-    try:
-        await asyncio.wait({running})
-    except asyncio.CancelledError:
-        await end(running)
-        raise
-    if running.cancelled():
-        raise RuntimeError(f"{name} ended with CancelledError")
-    return running.result()
+async def end(running: asyncio.Future[Any], patience: float | None = None) -> None:
+    """Cancel a task if it isn't done, and wait for its end, for `patience` seconds at most if that is not None.
 
-
-async def end(running: asyncio.Future[Any]) -> None:
-    """Cancel a task if it isn't done, and wait for its end. Retrieve its error, so that asyncio doesn't log it."""
+    Retrieve the task's error, so that asyncio doesn't log it.
+    """
     if not running.done():
         running.cancel()
-        await asyncio.wait({running})
-    if not running.cancelled():
+        await asyncio.wait({running}, timeout=patience)
+    if running.done() and not running.cancelled():
         running.exception()
+
+
+async def items_of(running: asyncio.Future[Any], items: asyncio.Queue[Any]) -> AsyncGenerator[Any, None]:
+    """Yield the items that a task puts into a queue, until the task is over. Cancel it if the consumer leaves."""
+    running.add_done_callback(lambda _: items.put_nowait(_END))
+    try:
+        while (item := await items.get()) is not _END:
+            yield item
+    finally:
+        await end(running)
 
 
 def made_ordinary(error: BaseException, name: str) -> RuntimeError:

@@ -65,9 +65,13 @@ Ask = Callable[[str], Awaitable[tuple[bool, str] | None]]
 whether the person approves the call, and a comment or reason. If the person doesn't decide, it returns None."""
 
 
+Attempt = Callable[[Mapping[str, Any]], Awaitable[Any]]
+"""A function that makes one attempt at a call. Its parameter is the arguments."""
+
+
 @dataclass(frozen=True)
 class GuardedCall:
-    """A call under a policy."""
+    """A call of a tool under a policy."""
 
     call: Call
     tool: str
@@ -76,6 +80,8 @@ class GuardedCall:
     """The validated arguments, as JSON, with the defaults filled in."""
     asked_digest: str
     """The digest of the tool and of the arguments that the model gave, without defaults."""
+    form: ResultForm
+    """The recorded form of the tool's results."""
     fits: Callable[[Mapping[str, Any]], bool]
     """A function that returns whether other arguments equal `arguments`, apart from defaults that were filled in."""
     reason: str = ""
@@ -120,8 +126,8 @@ class Guard:
         self._journal = recorder.journal
         self._client = recorder.journal.client
         self._log = recorder.journal.log
-        model = policies.get(MODEL, Policy())
-        if model.approval is not None or model.is_once:
+        self._of_models = policies.get(MODEL, Policy())
+        if self._of_models.approval is not None or self._of_models.is_once:
             raise InvalidRequest(
                 "a model's policy has only retry, final, timeout, heartbeat, rate and concurrency: approval and effect "
                 "are for tools"
@@ -181,29 +187,22 @@ class Guard:
         """Return the names of the policies that belong to no tool or model that the run has seen."""
         return sorted(self._policies.keys() - self._known - {MODEL})
 
-    def of_model(self, name: Callable[[], str]) -> Policy | None:
-        """Return the policy of a model client. `name` returns the model's name."""
-        if not self._policies:
-            return None
-        self._known.add(name())
-        return self._policies.get(name(), self._policies.get(MODEL))
+    def of_model(self, name: str) -> Policy:
+        """Return the policy for a model of this name: an empty one if the session has none."""
+        self._known.add(name)
+        return self._policies.get(name, self._of_models)
 
-    def offers(self, tools: Callable[[], Iterable[str]]) -> None:
+    def offers(self, tools: Iterable[str]) -> None:
         """Note the names of the tools that an agent offers to its model."""
-        if self._policies:
-            self._known.update(tools())
+        self._known.update(tools)
 
-    def end(self) -> None:
-        """After a run without an error, log a warning about each policy whose name no tool or model of the run has."""
+    def warn_of_unknown_names(self) -> None:
+        """Log a warning about each policy whose name no tool or model of the run has."""
         if unknown := self._unknown_names():
             self._log.warning(
                 "policies for unknown tools: %s. Check the names. Known: %s",
                 *(", ".join(unknown), ", ".join(sorted(self._known)) or "no tool"),
             )
-
-    def attempts(self, call: Call, name: str, policy: Policy) -> Attempts:
-        """Return the attempts at a call of the tool or model `name`."""
-        return Attempts(self._recorder, call, name, policy)
 
     # ---- Approvals ---------------------------------------------------------------------------------------------------
 
@@ -226,7 +225,7 @@ class Guard:
                 asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                 waiting.callback(asking.cancel)
 
-        self._recorder.has_asked = True
+        self._journal.cancel_at_end(asked, f"{question.session}:{NODE}/")
         with waiting, self._recorder.servers_errors():
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
@@ -259,16 +258,14 @@ class Guard:
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
 
-    async def once(
-        self, guarded: GuardedCall, attempt: Callable[[Mapping[str, Any]], Awaitable[Any]], form: ResultForm
-    ) -> Any:
+    async def once(self, guarded: GuardedCall, attempt: Attempt) -> Any:
         """Return the result of a call whose effect must happen only once. Make the call if it has no recorded result.
 
-        `attempt` gets the arguments. If an earlier attempt may have had its effect, the policy's `reconcile` decides
-        whether the call is made. If there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed
-        if an earlier attempt has failed, and DriftError if an earlier run has begun another call in its place.
+        If an earlier attempt may have had its effect, the policy's `reconcile` decides whether the call is made. If
+        there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed if an earlier attempt has
+        failed, and DriftError if an earlier run has begun another call in its place.
         """
-        attempts = self.attempts(guarded.call, guarded.tool, guarded.policy)
+        attempts = Attempts(self._recorder, guarded.call, guarded.tool, guarded.policy)
         try:
             while True:
                 # Wait for the limits before the effect begins: if the run dies in this wait, nothing has happened.
@@ -277,12 +274,11 @@ class Guard:
                     guarded, started = await self._started(guarded)
                 if started.task is None:
                     await attempts.free()
-                    ended = started.ended or await self._resolved(guarded, started.execution_id, form)
+                    ended = started.ended or await self._resolved(guarded, started.execution_id)
                     if ended is not None:
-                        return _result(ended, guarded, form)
+                        return _result(ended, guarded)
                     continue
-                perform = partial(self._performed, guarded, started.task, attempt, form, attempts)
-                if (value := await self._attempted(started.task, perform, form)) is not _UNKNOWN:
+                if (value := await self._attempted(guarded, started.task, attempt, attempts)) is not _UNKNOWN:
                     return value
         finally:
             await attempts.free()
@@ -320,7 +316,7 @@ class Guard:
             asked_digest=guarded.asked_digest,
         )
 
-    async def _attempted(self, task: Task, perform: Callable[[], Awaitable[Any]], form: ResultForm) -> Any:
+    async def _attempted(self, guarded: GuardedCall, task: Task, attempt: Attempt, attempts: Attempts) -> Any:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
         self._attempted_effects.add(task.execution_id)
         try:
@@ -331,7 +327,7 @@ class Guard:
         if not may_begin:
             return _UNKNOWN
         try:
-            value = await perform()
+            value = await self._performed(guarded, task, attempt, attempts)
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # a failed run ends, and the server notices
                 given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
@@ -347,7 +343,7 @@ class Guard:
             raise
         with self._recorder.servers_errors():
             try:
-                output = {TOOLS_OWN: form.write(value)}
+                output = {TOOLS_OWN: guarded.form.write(value)}
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
                 await self._journal.fail_effect(task, str(error), unknown=True)
                 return _UNKNOWN
@@ -360,29 +356,21 @@ class Guard:
                 raise
         return value
 
-    async def _performed(
-        self,
-        guarded: GuardedCall,
-        task: Task,
-        attempt: Callable[[Mapping[str, Any]], Awaitable[Any]],
-        form: ResultForm,
-        attempts: Attempts,
-    ) -> Any:
+    async def _performed(self, guarded: GuardedCall, task: Task, attempt: Attempt, attempts: Attempts) -> Any:
         """Do the work of one attempt: ask `reconcile` if needed, and make the call if nothing has happened."""
-        policy = guarded.policy
-        if task.must_reconcile and (value := await self._reconciled(guarded, form)) is not NOT_DONE:
+        if task.must_reconcile and (value := await self._reconciled(guarded)) is not NOT_DONE:
             return value
         try:
             return await attempts.make(guarded.tool, partial(attempt, guarded.arguments))
         except Exception as error:
-            if policy.reconcile is None or not is_unknown(cause_of(error)):
+            if guarded.policy.reconcile is None or not is_unknown(cause_of(error)):
                 raise
-            value = await self._reconciled(guarded, form)
+            value = await self._reconciled(guarded)
             if value is NOT_DONE:
                 raise  # NOT_DONE isn't final here: the attempt may still be running
             return value
 
-    async def _reconciled(self, guarded: GuardedCall, form: ResultForm) -> Any:
+    async def _reconciled(self, guarded: GuardedCall) -> Any:
         """Ask the policy's `reconcile`; return the effect's result or NOT_DONE. Raises UnknownEffect if it fails."""
         try:
             answer = await guarded.policy.reconciled(guarded.arguments, call_id())
@@ -390,9 +378,9 @@ class Guard:
             raise UnknownEffect(f"reconcile can't tell: {type(error).__name__}: {error}") from error
         done = "it has not happened" if answer is NOT_DONE else "it has happened"
         self._log.warning("%s may have happened in an earlier attempt; reconcile says: %s", guarded, done)
-        return NOT_DONE if answer is NOT_DONE else form.of_answer(answer)
+        return NOT_DONE if answer is NOT_DONE else guarded.form.of_answer(answer)
 
-    async def _resolved(self, guarded: GuardedCall, execution_id: str, form: ResultForm) -> Execution | None:
+    async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
         """Wait until somebody has said what happened; return the ended execution. If nothing happened, return None.
 
         If an earlier run has left the effect unknown, `reconcile` is asked first, then a person.
@@ -410,7 +398,7 @@ class Guard:
                     return None
                 if execution_id not in self._attempted_effects:
                     self._attempted_effects.add(execution_id)
-                    if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id, form):
+                    if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
                         continue
                 if not told:
                     told = True
@@ -423,13 +411,13 @@ class Guard:
                         )
                     )
 
-    async def _resolve(self, guarded: GuardedCall, execution_id: str, form: ResultForm) -> bool:
+    async def _resolve(self, guarded: GuardedCall, execution_id: str) -> bool:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
         try:
-            value = await self._reconciled(guarded, form)
+            value = await self._reconciled(guarded)
             answer: dict[str, Any] = {"not_done": True}
             if value is not NOT_DONE:
-                answer = {"output": {TOOLS_OWN: form.write(value)}}
+                answer = {"output": {TOOLS_OWN: guarded.form.write(value)}}
             await self._client.resolve(execution_id, EFFECT, resolved_by="reconcile", **answer)
         except Conflict:
             pass  # a person was faster
@@ -440,7 +428,7 @@ class Guard:
 
     # ---- Forks -------------------------------------------------------------------------------------------------------
 
-    async def kept_result(self, guarded: GuardedCall, form: ResultForm) -> tuple[bool, Any]:
+    async def kept_result(self, guarded: GuardedCall) -> tuple[bool, Any]:
         """Return whether this session, as a fork, may reuse the result of an equal call; and that result.
 
         Each result is reused for one call only. Equal calls get the results in the order of the original calls.
@@ -464,7 +452,7 @@ class Guard:
                 kept = await effects(client, f"{kept_for(session, own.asked_digest)}/")
                 for input, execution in before:
                     if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
-                        return True, _result(execution, guarded, form)
+                        return True, _result(execution, guarded)
                 taken = len({input.call for input, _ in before if input.asked_digest == own.asked_digest})
                 if taken >= len(kept):
                     return False, None
@@ -473,17 +461,17 @@ class Guard:
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
                 await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
-        return True, _result(execution, guarded, form)
+        return True, _result(execution, guarded)
 
 
-def _result(ended: Execution, guarded: GuardedCall, form: ResultForm) -> Any:
+def _result(ended: Execution, guarded: GuardedCall) -> Any:
     if ended.status is not ExecutionStatus.COMPLETED:
         raise _failed(ended, guarded)
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
     if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
-        return form.read(output[TOOLS_OWN])
-    return form.of_answer(output)
+        return guarded.form.read(output[TOOLS_OWN])
+    return guarded.form.of_answer(output)
 
 
 def _failed(ended: Execution, guarded: GuardedCall) -> CallFailed:

@@ -21,11 +21,12 @@ Caller = asyncio.Task[Any] | None
 
 @dataclass(frozen=True)
 class _Origin:
-    """The part of an error that the recorder removes before the program gets the error: where it was raised, and why.
+    """What the recorder removes from an error before the program gets the error: where it was raised, and why.
 
     AutoGen passes tracebacks to models, so the program must not get what a replay can't restore.
     """
 
+    error: Exception
     traceback: TracebackType | None
     cause: BaseException | None
     context: BaseException | None
@@ -33,9 +34,10 @@ class _Origin:
 
     @classmethod
     def of(cls, error: Exception) -> _Origin:
-        return cls(error.__traceback__, error.__cause__, error.__context__, error.__suppress_context__)
+        return cls(error, error.__traceback__, error.__cause__, error.__context__, error.__suppress_context__)
 
-    def restore(self, error: Exception) -> None:
+    def restore(self) -> None:
+        error = self.error
         last = error.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
@@ -60,7 +62,7 @@ class Setback:
     event: Event | None
     """The recorded event; None if it isn't recorded yet."""
     continued: bool = False
-    """Whether another call has shown that the run continued (see `_continues`)."""
+    """Whether another call has shown that the run continued (see `Setbacks.called`)."""
     was_handled: bool = False
     """Whether the task or agent that made the call, or an agent that contains it, made another call afterwards."""
     origin: _Origin | None = None
@@ -89,21 +91,23 @@ class Setbacks:
         return new
 
     def called(self, call: Call, caller: Caller, *, is_cancelled: bool) -> None:
-        """Note that `caller` makes a call, which may show that the run continued after a setback (see `_continues`).
+        """Note that `caller` makes a call, which may show that the run continued after a setback.
 
-        With `is_cancelled`, the program cancelled the call before the call began. Such a call doesn't show that the
-        program continued after a given-up call.
+        It does if one of these makes the call: the task of the setback, its agent, a team or agent that contains the
+        agent, or the program itself. With `is_cancelled`, the program cancelled the call before the call began. Such a
+        call doesn't show that the program continued after a given-up call.
         """
         is_first = call.agent not in self._agents
         self._agents.add(call.agent)
         for one in self._setbacks:
+            is_same_task, contains = caller is one.caller, _contains(call.agent, one.agent)
             if one.error is not None or not is_cancelled:
-                one.continued = one.continued or _continues(one, call, caller)
-                one.was_handled = one.was_handled or _handles(one, call, caller)
+                one.continued = one.continued or is_same_task or contains
+                one.was_handled = one.was_handled or is_same_task or (contains and bool(call.agent))
             if one.continued:
                 one.origin = None  # the traceback's frames may hold much memory
             # A program or agent that starts an agent inside it has continued after the calls that it gave up itself.
-            if one.error is None and is_first and not is_cancelled and _is_inside(call.agent, one.agent):
+            if one.error is None and is_first and not is_cancelled and _contains(one.agent, call.agent):
                 one.continued = True
 
     def starts_an_agent(self, caller: Caller) -> None:
@@ -120,7 +124,12 @@ class Setbacks:
 
         The path of a team that the program runs itself is empty. Then keep the setbacks of the program's own calls.
         """
-        self._setbacks = [one for one in self._setbacks if not _is_within(one.agent, path)]
+        # The calls of a team itself are recorded under the name "PATH (team)".
+        self._setbacks = [
+            one
+            for one in self._setbacks
+            if not one.agent or not (_contains(path, one.agent) or one.agent.startswith(f"{path} ("))
+        ]
 
     def cause_of(self, error: BaseException) -> Exception | None:
         """Return the latest failure whose text is part of the text of `error`, or None.
@@ -131,15 +140,15 @@ class Setbacks:
 
     def restore_origin(self, error: BaseException) -> None:
         """Restore where the failed call that ended the run with `error` was raised, and why: a person will read it."""
-        failures = [one for one in reversed(self._setbacks) if one.error is not None]
+        origins = [one.origin for one in reversed(self._setbacks) if one.origin is not None]
         for causes in _causes(error):
-            for one in failures:
-                if one.error in causes and one.error is not None and one.origin is not None:
-                    one.origin.restore(one.error)
+            for one in origins:
+                if one.error in causes:
+                    one.restore()
                     return
-        for one in failures:
-            if one.error is not None and one.origin is not None and _repeats(error, one.error):
-                one.origin.restore(one.error)
+        for one in origins:
+            if _repeats(error, one.error):
+                one.restore()
                 error.__cause__ = error.__cause__ or one.error
                 return
 
@@ -171,27 +180,9 @@ class Setbacks:
         return list(ended_it.values())
 
 
-def _continues(setback: Setback, call: Call, caller: Caller) -> bool:
-    """Return whether a call by `caller` shows that the run continued after a setback.
-
-    It does if one of these made the call: the task of the setback, its agent, a team or agent that contains the agent,
-    or the program itself.
-    """
-    return not call.agent or _handles(setback, call, caller)
-
-
-def _handles(setback: Setback, call: Call, caller: Caller) -> bool:
-    return caller is setback.caller or (bool(call.agent) and f"{setback.agent}/".startswith(f"{call.agent}/"))
-
-
-def _is_inside(agent: str, outer: str) -> bool:
-    return not outer or agent.startswith(f"{outer}/")
-
-
-def _is_within(agent: str, path: str) -> bool:
-    if not path:
-        return bool(agent)
-    return agent == path or agent.startswith((f"{path}/", f"{path} ("))
+def _contains(outer: str, agent: str) -> bool:
+    """Return whether `agent` is the agent or team `outer`, or works inside it. The program itself contains all."""
+    return not outer or f"{agent}/".startswith(f"{outer}/")
 
 
 def _repeats(error: BaseException, cause: Exception | None) -> bool:

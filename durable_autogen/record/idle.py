@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import logging
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from durable_autogen.record.place import OpenSession, at, current
-from durable_autogen.record.while_open import while_open
+from durable_autogen.record.while_open import replaced, while_open
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
@@ -150,9 +149,6 @@ async def idle(session: OpenSession) -> None:
 
 # ---- Threads ---------------------------------------------------------------------------------------------------------
 
-_original_submit = ThreadPoolExecutor.submit
-_original_start = threading.Thread.start
-
 
 @while_open
 def watched_threads() -> Iterator[None]:
@@ -161,44 +157,43 @@ def watched_threads() -> Iterator[None]:
     `ThreadPoolExecutor.submit` and `Thread.start` are wrapped, so that a thread knows its session. The program
     keeps using its own executors.
     """
-    global _original_submit, _original_start
-    _original_submit, _original_start = ThreadPoolExecutor.submit, threading.Thread.start
-    start: Any = functools.wraps(_original_start)(_start)
-    threading.Thread.start = start  # type: ignore[method-assign]
-    submit: Any = functools.wraps(_original_submit)(_submit)  # type: ignore[arg-type]
-    ThreadPoolExecutor.submit = submit  # type: ignore[method-assign]
-    try:
+    with replaced(threading.Thread, "start", _start), replaced(ThreadPoolExecutor, "submit", _submit):
         yield
-    finally:
-        ThreadPoolExecutor.submit = _original_submit  # type: ignore[method-assign]
-        threading.Thread.start = _original_start  # type: ignore[method-assign]
 
 
-def _submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-    place = current.get()
-    if place is None or place.session.is_over:
-        return _original_submit(self, fn, *args, **kwargs)
-    # Copy the context, because it holds the session. run_in_executor doesn't copy it.
-    context = contextvars.copy_context()
-    session, loop = place.session, place.session.loop
-    if has_interpreters(self):
-        future = _original_submit(self, fn, *args, **kwargs)
-    else:
-        future = _original_submit(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
-    if not place.in_call:
-        session.activity.threads += 1  # only now: the pool may have refused the function
+def _submit(original: Callable[..., Future[Any]]) -> Callable[..., Future[Any]]:
+    def submit(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        place = current.get()
+        if place is None or place.session.is_over:
+            return original(self, fn, *args, **kwargs)
+        # Copy the context, because it holds the session. run_in_executor doesn't copy it.
+        context = contextvars.copy_context()
+        if has_interpreters(self):
+            future = original(self, fn, *args, **kwargs)
+        else:
+            future = original(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
+        if not place.in_call:
+            _count_until_done(future, place.session)
+        return future
 
-        def done() -> None:
-            session.activity.threads -= 1
+    return submit
 
-        def tell_loop(_: Future[Any]) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(done)
 
-        # The caller adds its own callback after this function returns. Add `tell_loop` in the event loop's next turn,
-        # so that `tell_loop` runs after the caller's callback.
-        loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
-    return future
+def _count_until_done(future: Future[Any], session: OpenSession) -> None:
+    """Count a function that the session gave to an executor as the session's work, until `future` is done."""
+    loop = session.loop
+    session.activity.threads += 1
+
+    def done() -> None:
+        session.activity.threads -= 1
+
+    def tell_loop(_: Future[Any]) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(done)
+
+    # The caller adds its own callback after it gets the future. Add `tell_loop` in the event loop's next turn, so that
+    # `tell_loop` runs after the caller's callback.
+    loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
 
 
 def has_interpreters(pool: ThreadPoolExecutor) -> bool:
@@ -207,31 +202,34 @@ def has_interpreters(pool: ThreadPoolExecutor) -> bool:
     return module is not None and isinstance(pool, module.InterpreterPoolExecutor)
 
 
-def _start(self: threading.Thread) -> None:
-    place = current.get()
-    if place is None or place.session.is_over:
-        _original_start(self)
-        return
-    target: Any = getattr(self, "_target", None)
-    if getattr(target, "__module__", "") == "concurrent.futures.thread":
-        # Start a pool's thread without a place: the thread outlives the session, and each function that the thread runs
-        # brings its own context. If the place were set here, Python 3.14 could copy it into the thread (with -X
-        # thread_inherit_context, or in a free-threaded build).
-        with at(None):
-            _original_start(self)
-        return
-    run = self.run
-    if getattr(self, "_context", None) is None:
-        context = contextvars.copy_context()
-        self.run = lambda: context.run(run)  # type: ignore[method-assign]
-    else:
-        # The program passed Thread(context=...), as Python 3.14 allows. Set the session in that context, too.
-        def run_at_place() -> None:
-            with at(place):
-                run()
+def _start(original: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    def start(self: threading.Thread) -> None:
+        place = current.get()
+        if place is None or place.session.is_over:
+            original(self)
+            return
+        target: Any = getattr(self, "_target", None)
+        if getattr(target, "__module__", "") == "concurrent.futures.thread":
+            # Start a pool's thread without a place: the thread outlives the session, and each function that the thread
+            # runs brings its own context. If the place were set here, Python 3.14 could copy it into the thread (with
+            # -X thread_inherit_context, or in a free-threaded build).
+            with at(None):
+                original(self)
+            return
+        run = self.run
+        if getattr(self, "_context", None) is None:
+            context = contextvars.copy_context()
+            self.run = lambda: context.run(run)  # type: ignore[method-assign]
+        else:
+            # The program passed Thread(context=...), as Python 3.14 allows. Set the session in that context, too.
+            def run_at_place() -> None:
+                with at(place):
+                    run()
 
-        self.run = run_at_place  # type: ignore[method-assign]
-    _original_start(self)
+            self.run = run_at_place  # type: ignore[method-assign]
+        original(self)
+
+    return start
 
 
 def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

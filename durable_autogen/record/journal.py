@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -20,7 +19,7 @@ from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
     DIGITS,
-    Asked,
+    SERVER_PATIENCE,
     Call,
     Content,
     Event,
@@ -32,10 +31,10 @@ from durable_autogen.record.events import (
     RunSummary,
     Said,
     Summary,
+    all_executions,
     call_id_of,
     end_of,
     read_record,
-    scope_of,
 )
 from durable_autogen.record.log import LOG
 from durable_autogen.record.surrogates import representable
@@ -63,10 +62,8 @@ class Journal:
     def __init__(self, client: NexumClient, session: str, log: logging.Logger = LOG) -> None:
         self.session = session
         self.log = log
-        self.events: list[Event] = []
-        """The events without revoked ones, in order."""
-        self.past = Record()
-        """The session's record when this process opened it."""
+        self.recorded = Record()
+        """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
         self.continues = False
@@ -81,16 +78,22 @@ class Journal:
         """The number of the next event."""
         self._summary = Summary()
         self._in_background: set[asyncio.Task[None]] = set()
+        self._leftovers: set[tuple[str, str]] = set()
+        """The workflow and the beginning of the keys of executions to cancel at the end (see `cancel_at_end`)."""
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
-        self._times_revoked: Counter[str] = Counter()
-        self._times_replaced: Counter[str] = Counter()
-        self._other_programs: list[int] = []
-        self._inherited: dict[str, Task] = {}
-        self._tried: set[str] = set()
         self._open: dict[str, Task] = {}
+        """The tasks of calls whose beginning is recorded, by this run or an earlier one, and whose outcome isn't.
+
+        The keys are the idempotency keys of their executions.
+        """
         self._unrecorded: list[str] = []
         """The addresses of calls that were made since the last event, and whose beginning isn't recorded."""
+
+    @property
+    def events(self) -> list[Event]:
+        """The session's events without revoked ones, in order."""
+        return self.recorded.events
 
     async def __aenter__(self) -> Journal:
         latest = await self._runs()
@@ -98,13 +101,13 @@ class Journal:
         try:
             self._run, latest = await self._take_session(latest)
             if latest is not None:  # else the session is new
-                latest_events = await self._read_and_take_over()
+                await self._read_and_take_over()
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = end_of(latest, self.events)
                 self.continues = self.ended is None
                 if self.continues:
-                    await self._revoke_failures_at_end(latest_events)
+                    await self._revoke_failures_at_end()
                 else:
                     self.log.info(
                         "session %s is finished: its record is replayed (new work needs a new session id)", self.session
@@ -123,7 +126,7 @@ class Journal:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
             elif error is None:
-                await self._cancel_given_back()
+                await self._cancel_leftovers()
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
@@ -179,40 +182,35 @@ class Journal:
         )
         return found[0] if found else None
 
-    async def _read_and_take_over(self) -> list[Event]:
-        """Read the record and take over its unfinished calls, so that no earlier owner can record their results.
-
-        Return the events that were recorded after the last unfinished call began. A failure before that call didn't end
-        the run: the run continued after the failure, and made the call.
-        """
+    async def _read_and_take_over(self) -> None:
+        """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
-            record = await read_record(self.client, self.session)
-            self._times_revoked, self._times_replaced = record.times_revoked, record.times_replaced
-            self._tried = record.tried
+            record = self.recorded = await read_record(self.client, self.session)
             for input in record.begun:
-                started = await self._start(input)
-                if started.task is None:
+                if not await self._start(input):
                     break  # the event was recorded in the meantime: read the record again
-                self._inherited[self._key(input)] = started.task
             else:
-                self.past = record
                 for event in record.events:
-                    self._append(event)
+                    self._summary = self._summary.plus(event)
                 self.next_seq = record.last_seq + 1
-                return [one for one in record.events if record.ended_ms[one.seq] > record.last_begun_ms]
+                return
 
-    async def _revoke_failures_at_end(self, events: list[Event]) -> None:
+    async def _revoke_failures_at_end(self) -> None:
         """Revoke the failures and broken replies at the end of an unfinished session. No later call depends on them."""
-        trailing = list(takewhile(lambda event: event.is_setback, reversed(events)))
+        trailing = list(takewhile(lambda event: event.is_setback, reversed(self.recorded.at_end)))
         if trailing and not any(event.accepted for event in trailing):
             await self.revoke(trailing, "the run ended with it")
 
-    async def _start(self, input: EventInput) -> Started:
-        """Begin an event of this run, or take it over. Raises SessionBusy if another process owns the run."""
-        started = await self._under_this_run(self._owner.start, AGENT_EVENT, input, idempotency_key=self._key(input))
+    async def _start(self, input: EventInput) -> bool:
+        """Begin an event of this run, or take it over. Return False if the event is recorded already.
+
+        Raises SessionBusy if another process owns the run.
+        """
+        key = self._key(input)
+        started = await self._under_this_run(self._owner.start, AGENT_EVENT, input, idempotency_key=key)
         if started.task is not None:
-            self._open[started.task.task_id] = started.task
-        return started
+            self._open[key] = started.task
+        return started.task is not None
 
     async def _under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
         """Call `send`, a method of the owner, with `holding` set to this run. Return the result.
@@ -243,7 +241,7 @@ class Journal:
 
     def _key(self, input: EventInput) -> str:
         key = f"{self.session}/{input.agent}/{input.position}"
-        if again := self._times_revoked[input.address]:
+        if again := self.recorded.times_revoked[input.address]:
             key += f"/again/{again}"  # the old key still names the revoked event
         if input.digest:  # an earlier run may have begun a different call at this position, and left no result
             key += f"/{input.digest[:DIGITS]}"
@@ -271,7 +269,6 @@ class Journal:
                 "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
             )
         self._open.clear()
-        self._inherited.clear()
         run, _ = await self._take_session(await self._runs())
         if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
@@ -339,12 +336,6 @@ class Journal:
         self._in_background.add(working)
         working.add_done_callback(self._in_background.discard)
 
-    async def _cancel_given_back(self) -> None:
-        """Cancel the effects that were given back: the run has ended without making their calls again."""
-        for execution_id in self._given_back:
-            with contextlib.suppress(Conflict):  # it has ended
-                await self.client.cancel_execution(execution_id)
-
     def declare_tool(self, name: str, policy: Policy) -> None:
         """Tell the server about a tool of the session that has a policy."""
         declared = jsontext.dump(policy.described(), "the policy")
@@ -394,11 +385,11 @@ class Journal:
 
     def was_tried(self, address: str) -> bool:
         """Return whether an earlier run made the call of this address, but left no result that counts."""
-        return address in self._tried
+        return address in self.recorded.tried
 
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
-        return scope_of(address, self._times_replaced[address])
+        return self.recorded.scope_of(address)
 
     def call_id_of(self, call: Call) -> str:
         """Return the id of a tool's call."""
@@ -406,10 +397,10 @@ class Journal:
 
     def programs_before(self, seq: int) -> int:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
-        return sum(start < seq for start in self._other_programs)
+        return sum(start < seq for start in self.recorded.programs)
 
-    async def before(self, call: Call, *, is_counted: bool = False) -> Task | None:
-        """Record the beginning of a call if the next run must know it; return the call's task. Else return None.
+    async def before(self, call: Call, *, is_counted: bool = False) -> bool:
+        """Record the beginning of a call if the next run must know it. Return whether it is recorded.
 
         With `is_counted`, always record the beginning: each attempt at the call counts, even if it leaves no result.
         Raises SessionBusy if another process owns the session.
@@ -418,39 +409,33 @@ class Journal:
         # too, if another process may own the session now: if so, the server refuses before the call costs money.
         is_setback = bool(self.events) and self.events[-1].is_setback
         if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
-            return await self.begin(call, anew=is_counted)
+            await self._begin(call, anew=is_counted)
+            return True
         self._unrecorded.append(call.address)
-        return None
+        return False
 
-    async def begin(self, call: Call, *, anew: bool = False) -> Task:
-        """Record the beginning of a call; return the call's task.
+    async def _begin(self, call: Call, *, anew: bool) -> None:
+        """Record the beginning of a call.
 
         If an earlier run began the call, continue its execution. With `anew`, end that execution as failed, and begin
         another one.
         """
         input = self._input(call)
         key = self._key(input)
-        if (inherited := self._inherited.pop(key, None)) is not None:
+        if key in self._open:
             if not anew:
-                return inherited
-            await self._close(
-                inherited, "the run that made this call died, and the call was made again", OWNER_PATIENCE
-            )
-        started = await self._start(input)
-        if started.task is None:
+                return
+            await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
+        if not await self._start(input):
             raise self._busy(f"another process has recorded {call}")
-        return started.task
 
     async def record(
-        self, call: Call, content: Content, task: Task | None = None, asked: Asked | None = None, active_ms: int = 0
+        self, call: Call, content: Content, *, asked_after: int = 0, asked_ms: int = 0, active_ms: int = 0
     ) -> Event:
         """Record a call's outcome as the session's next event; return the event.
 
-        `task` is the call's task, if the call's beginning was recorded. `asked` is the moment at which the call was
-        made. `active_ms` is the session's active time now.
-        Raises SessionBusy if another process owns the session.
+        The numbers mean the same as in Event. Raises SessionBusy if another process owns the session.
         """
-        asked = asked or Asked()
         event = Event(
             seq=self.next_seq,
             kind=call.kind,
@@ -458,32 +443,33 @@ class Journal:
             position=call.position,
             content=content,
             request=representable(dict(call.request)),
-            asked_after=asked.after,
-            asked_ms=asked.active_ms,
+            asked_after=asked_after,
+            asked_ms=asked_ms,
             active_ms=active_ms,
             recorded_ms=round(time.time() * 1000),
             under_way=[address for address in self._unrecorded if address != call.address],
         )
-        return await self._write(task, call, event)
+        return await self._write(call, event)
 
-    async def _write(self, task: Task | None, call: Call, event: Event) -> Event:
+    async def _write(self, call: Call, event: Event) -> Event:
         self.next_seq = event.seq + 1
         self._unrecorded = []
         event = event.model_copy(update={"summary": self._summary.plus(event)})
         input = self._input(call)
-        task, run = task or self._inherited.pop(self._key(input), None), self._run
+        key, run = self._key(input), self._run
+        task = self._open.get(key)
         try:
             if task is not None:
                 with self._held(str(event)):
                     await self._owner.complete(task, event)
-                self._open.pop(task.task_id, None)
+                self._open.pop(key, None)
         except TaskNotFound:
             await self._move_if_replaced(run)
             task = None
         if task is None:
-            key = self._key(input)
             await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
-        self._append(event)
+        self.recorded.add(event)
+        self._summary = self._summary.plus(event)
         return event
 
     def _input(self, call: Call | Event) -> EventInput:
@@ -496,18 +482,12 @@ class Journal:
             digest=call.digest,
         )
 
-    def _append(self, event: Event) -> None:
-        self.events.append(event)
-        self._summary = self._summary.plus(event)
-        if isinstance(event.content, Revoked) and event.content.is_another_program:
-            self._other_programs.append(event.seq)
-
     async def add_copy(self, event: Event) -> None:
         """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
         call = Call(event.kind, event.agent, event.position)
         # `asked_after` is a number of the other session: here, it could name an event that came after the copy.
         copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": [], "asked_after": 0})
-        await self._write(None, call, copy)
+        await self._write(call, copy)
 
     async def add_message(self, text: str) -> None:
         """Record a user message for the agents of a fork."""
@@ -526,11 +506,6 @@ class Journal:
         for event in revoked:
             self._summary = self._summary.minus(event)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
-        for event in revoked:
-            self._times_revoked[event.address] += 1
-            self._times_replaced[event.address] += content.is_another_program
-            self._tried.add(event.address)
-            self.events.remove(event)
 
     async def end(
         self,
@@ -560,6 +535,32 @@ class Journal:
             finally:
                 self._run = None
 
+    def cancel_at_end(self, workflow: Workflow, key_prefix: str) -> None:
+        """After a run without an error, cancel the running executions whose keys begin with `key_prefix`.
+
+        No call waits for them any more, and the server never prunes a session that has running executions.
+        """
+        self._leftovers.add((workflow.workflow_id, key_prefix))
+
+    async def _cancel_leftovers(self) -> None:
+        for workflow_id, key_prefix in self._leftovers:
+            with contextlib.suppress(NexumError):  # if no server answers, a later run cancels them
+                await self._cancel_running(workflow_id, key_prefix)
+        for execution_id in self._given_back:  # the run has ended without making their calls again
+            with contextlib.suppress(Conflict):  # it has ended
+                await self.client.cancel_execution(execution_id)
+
+    async def _cancel_running(self, workflow_id: str, key_prefix: str) -> None:
+        async for execution in all_executions(
+            self.client,
+            workflow_id=workflow_id,
+            status=ExecutionStatus.RUNNING.value,
+            key_prefix=key_prefix,
+            patience=SERVER_PATIENCE,
+        ):
+            with contextlib.suppress(Conflict):  # it ended in the meantime
+                await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
+
     async def release(self) -> None:
         """Give up the ownership of a session that was begun as a fork.
 
@@ -570,14 +571,14 @@ class Journal:
             self._run = None
 
     async def _close_open(self, reason: str, patience: float) -> None:
-        for task in list(self._open.values()):
-            await self._close(task, reason, patience)
+        for key in list(self._open):
+            await self._close(key, reason, patience)
 
-    async def _close(self, task: Task, reason: str, patience: float) -> None:
+    async def _close(self, key: str, reason: str, patience: float) -> None:
         # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
         with contextlib.suppress(StaleTask, TaskNotFound):
-            await self._owner.fail(task, reason, patience=patience)
-        self._open.pop(task.task_id, None)
+            await self._owner.fail(self._open[key], reason, patience=patience)
+        self._open.pop(key, None)
 
 
 def _run_number(latest: Execution | None) -> int:

@@ -9,8 +9,14 @@ from datetime import datetime
 LOG = logging.getLogger("durable_autogen")
 
 
-class _Teller(logging.Handler):
-    def __init__(self, tell: Callable[[str], None], on_failure: Callable[[Exception], None]) -> None:
+def _ignore(_: Exception) -> None:
+    """Ignore an error of `tell`: the program continues even if it can't show its progress."""
+
+
+class Teller(logging.Handler):
+    """A handler that calls `tell` with each line about progress, and `on_failure` with an error of `tell`."""
+
+    def __init__(self, tell: Callable[[str], None], on_failure: Callable[[Exception], None] = _ignore) -> None:
         super().__init__(logging.INFO)
         self._tell = tell
         self._on_failure = on_failure
@@ -22,7 +28,7 @@ class _Teller(logging.Handler):
             self._on_failure(error)
 
 
-def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception], None]) -> logging.Logger:
+def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception], None] = _ignore) -> logging.Logger:
     """Return a session's logger: it calls `tell` with each line. Without `tell`, return the library's logger.
 
     An error of `tell` is passed to `on_failure` and not raised. Otherwise, the code that logs a line would fail.
@@ -30,7 +36,7 @@ def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception]
     if tell is None:
         return LOG
     logger = logging.Logger(LOG.name, logging.INFO)
-    logger.addHandler(_Teller(tell, on_failure))
+    logger.addHandler(Teller(tell, on_failure))
     return logger
 
 

@@ -7,8 +7,7 @@ to that session.
 from __future__ import annotations
 
 import asyncio
-import contextvars
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -144,17 +143,6 @@ def at(place: Place | None) -> Iterator[None]:
             current.reset(token)
         except ValueError:  # the `with` ends in another context than it began in
             current.set(None)
-
-
-def start_at(place: Place | None, call: Awaitable[T]) -> asyncio.Future[T]:
-    """Start a task that awaits `call` at `place`; return the task."""
-
-    async def run() -> T:
-        return await call
-
-    context = contextvars.copy_context()
-    context.run(current.set, place)
-    return context.run(asyncio.ensure_future, run())
 
 
 @asynccontextmanager

@@ -12,15 +12,14 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
 
 from durable_autogen.errors import DriftError, Parked
-from durable_autogen.record.budget import BUDGET_QUESTION, BudgetCheck, budget_prefix
+from durable_autogen.record.budget import BudgetCheck
 from durable_autogen.record.events import (
-    Asked,
     Begun,
     Call,
     Content,
@@ -29,7 +28,7 @@ from durable_autogen.record.events import (
     Kind,
     Raised,
     Returned,
-    cancel_running,
+    usage_of,
 )
 from durable_autogen.record.failures import Failure, ordinary
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
@@ -40,11 +39,22 @@ from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.errors import NexumError
-from nexum_engine.records import Task
 
 OnDrift = Literal["stop", "continue"]
 
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
+
+
+COUNTED_AS = {
+    Kind.REPLY: "model calls",
+    Kind.TOOL: "tool calls",
+    Kind.CODE: "tool calls",
+    Kind.INPUT: "inputs",
+    Kind.CONSOLE: "inputs",
+    Kind.SLEEP: "waits",
+    Kind.EVENT: "waits",
+}
+"""The name under which a run counts its calls, by their kind. It counts no other calls."""
 
 
 def _nothing(_: bool) -> list[Any]:
@@ -53,15 +63,16 @@ def _nothing(_: bool) -> list[Any]:
 
 
 def _ignore(_: Content) -> None:
-    """Do nothing. Replaces the `on_replay` of a call that has none, or whose `on_replay` was called early."""
+    """Do nothing. This is the `on_replay` of a call that has none, or whose `on_replay` was called early."""
 
 
 @dataclass(frozen=True)
 class Performed:
-    """The outcome of a live call: the value for the caller, and the content to record."""
+    """The outcome of a live call: the value or the error for the caller, and the content to record."""
 
     value: Any
     content: Content
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +106,13 @@ class _LiveCall:
     """A live call that is being made."""
 
     call: Call
-    asked: Asked
+    asked_after: int
+    """The number of the last event that was delivered before the call was made."""
     streamed: Streamed = _nothing
     caller: Caller = None
     token: Token | None = None
-    task: Task | None = None
+    asked_ms: int = 0
+    """The session's active time when the call was made."""
     was_made: bool = False
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     setback: Setback | None = None
@@ -162,10 +175,13 @@ class Recorder:
         self.looks: Counter[str] = Counter()
         """How often each recorded termination condition was checked."""
         self.live: Counter[str] = Counter()
+        """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
         self.replayed: Counter[str] = Counter()
+        """The same of the replayed calls."""
         self._session = session
         self.setbacks = Setbacks()
-        self._questions: Counter[str] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        """How many calls of each kind each agent has made."""
         self._apart: list[tuple[_LiveCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
@@ -177,8 +193,6 @@ class Recorder:
         self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
         """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
-        self.has_asked = False
-        """Whether a call of this run has asked a person for a decision."""
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
@@ -258,8 +272,7 @@ class Recorder:
 
     async def end(self, stop_reason: str) -> None:
         """Record the run's end. Raises DriftError if the program did not make every recorded call."""
-        if self.replay.ahead:
-            event = self.replay.ahead[0]
+        if (event := self.replay.next_event) is not None:
             await self.drift(event.seq - 1, f"the run ended without asking for {event}")
         while self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
@@ -281,23 +294,6 @@ class Recorder:
         await self.journal.end(
             stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
         )
-        await self._withdraw_questions()
-
-    async def _withdraw_questions(self) -> None:
-        """After a run without an error, cancel the questions that no call waits for any more.
-
-        A decision would have no effect. Until then, lists would show the question, and no prune would delete the
-        session.
-        """
-        if not self.has_asked and not self.journal.continues:
-            return
-        session = self.journal.session
-        with suppress(NexumError):  # if no server answers, the questions stay
-            for workflow_id, key_prefix in (
-                (approval_workflow().workflow_id, f"{session}:{NODE}/"),
-                (BUDGET_QUESTION.workflow_id, budget_prefix(session)),
-            ):
-                await cancel_running(self.journal.client, session, workflow_id, key_prefix)
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
@@ -318,6 +314,11 @@ class Recorder:
         self.setbacks.restore_origin(error)
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
+
+    def next_position(self, agent: str, what: str) -> str:
+        """Return the position of the agent's next call of the kind `what`, such as `reply/3` or `sleep/1`."""
+        self._counts[agent, what] += 1
+        return f"{what}/{self._counts[agent, what]}"
 
     async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
         """Record a mark; in a replay, wait until the recorded mark is delivered."""
@@ -347,18 +348,31 @@ class Recorder:
         caller = caller or asyncio.current_task()
         self.setbacks.called(call, caller, is_cancelled=token is not None and token.is_cancelled())
         call = self.replay.matching(call)
+        found: Callable[[Content], None] = partial(self._found, call, on_replay)
         if early and (peeked := self.replay.peek(call)) is not None:
-            on_replay(peeked.content)
-            on_replay = _ignore
-        answer = await self._replayed(call, on_replay, caller, token)
+            found(peeked.content)
+            found = _ignore
+        answer = await self._replayed(call, found, caller, token)
         if answer is None:
-            answer = await self._made_live(
-                _LiveCall(call, Asked(self.replay.last_seq), streamed, caller, token), perform
-            )
+            answer = await self._made_live(_LiveCall(call, self.replay.last_seq, streamed, caller, token), perform)
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
+        self._count(call.kind, answer.content, is_replayed=answer.replayed)
         return answer
+
+    def _found(self, call: Call, on_replay: Callable[[Content], None], content: Content) -> None:
+        """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print."""
+        if call.kind in COUNTED_AS and not isinstance(content, (Raised, GivenUp)):
+            self.journal.log.info("%s: replayed from the record ✓", call.title)
+        on_replay(content)
+
+    def _count(self, kind: Kind, content: Content, *, is_replayed: bool) -> None:
+        counts = self.replayed if is_replayed else self.live
+        if kind in COUNTED_AS:
+            counts[COUNTED_AS[kind]] += 1
+        if kind is Kind.REPLY:
+            counts["tokens"] += sum(usage_of(content))
 
     async def _replayed(
         self, call: Call, on_replay: Callable[[Content], None], caller: Caller, token: Token | None
@@ -366,12 +380,12 @@ class Recorder:
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, call, on_replay, token)
             return None
-        if self.replay.event_ahead(call.address) is None:
+        if call.address not in self.replay.ahead:
             return None
         try:
             event = await self.replay.take(call)
         except asyncio.CancelledError:
-            self._cancelled[call.address] = _LiveCall(call, Asked(self.replay.last_seq), caller=caller, token=token)
+            self._cancelled[call.address] = _LiveCall(call, self.replay.last_seq, caller=caller, token=token)
             raise
         if event is None:
             return None
@@ -433,7 +447,7 @@ class Recorder:
                 except NexumError as error:
                     self.stop(error)
                     return
-                live.task, live.was_made = None, False
+                live.was_made = False
         self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
 
     async def _wait_to_be_given_up(
@@ -442,7 +456,7 @@ class Recorder:
         """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
         differing = self.replay.differences(event, call)
         if differing:
-            await self._drift_of(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
+            await self._revoke_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
         on_replay(event.content)
         loop = asyncio.get_running_loop()
@@ -453,7 +467,7 @@ class Recorder:
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
-        follows_failure = any(failed < event.seq for failed in self.journal.past.failed.values())
+        follows_failure = any(failed < event.seq for failed in self.replay.failed.values())
         if follows_failure:
             over = asyncio.ensure_future(self.replay.over.wait())
             try:
@@ -465,23 +479,7 @@ class Recorder:
         if given_up.cancelled():
             raise asyncio.CancelledError
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
-        if follows_failure:
-            await self._make_again(event, what)
-        else:
-            await self._drift_of(event, what)
-
-    async def _drift_of(self, event: Event, what: str) -> None:
-        """Handle the drift of a given-up call: raise DriftError, or revoke its event and make the call live.
-
-        Keep all other events. Given-up calls are replayed outside the order of events, so the program may have got
-        later events already.
-        """
-        self.differs(what)
-        async with self._record_lock:
-            if event in self.journal.events:  # otherwise another drift has revoked it meanwhile
-                self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await self._warn_of_effects([event])
-                await self.journal.revoke([event], what, is_another_program=True)
+        await self._revoke_one(event, what, follows_failure=follows_failure)
 
     async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
         """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
@@ -502,17 +500,16 @@ class Recorder:
                 async with self._record_lock:
                     with live.sending():
                         await self._record_apart()
-            live.asked = dataclasses.replace(live.asked, active_ms=self.active_now_ms)
-            content: Content = Returned()
-            value, error = None, None
+            live.asked_ms = self.active_now_ms
+            done = Performed(None, Returned())
             if perform is not None:
                 if self._budget is not None:
                     await self._wait_for_budget(self._budget, call)
                 live.was_made = True
                 is_counted = self._budget is not None and call.kind is Kind.REPLY
                 with live.sending():
-                    live.task = await self.journal.before(call, is_counted=is_counted)
-                value, content, error = await self._performed(call, perform, live)
+                    await self.journal.before(call, is_counted=is_counted)
+                done = await self._performed(live, perform)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
                 while self._handled_seq < self.replay.last_seq:
@@ -520,14 +517,14 @@ class Recorder:
                 self._check_not_failed()
                 with live.sending():
                     await self._record_apart()
-                    event = await self._record(live, content)
+                    event = await self._record(live, done.content)
                 await self._idle()
                 self.replay.delivered(event)
-                if error is not None:
-                    self.setbacks.add(call.agent, live.caller, error, event)
+                if done.error is not None:
+                    self.setbacks.add(call.agent, live.caller, done.error, event)
                 if not live.answer.done():
                     live.answer.set_result(
-                        error or Answer(event.content, replayed=False, position=event.position, value=value)
+                        done.error or Answer(event.content, replayed=False, position=event.position, value=done.value)
                     )
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
@@ -538,16 +535,13 @@ class Recorder:
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
         while exceeded := budget.exceeded(call, self._live_ms):
-            self.has_asked = True
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
-    async def _performed(
-        self, call: Call, perform: Callable[[], Awaitable[Performed]], live: _LiveCall
-    ) -> tuple[Any, Content, Exception | None]:
+    async def _performed(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
         place = current.get()
         assert place is not None
-        name = call.label or str(call)
+        name = live.call.label or str(live.call)
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
@@ -561,9 +555,9 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
             live.check_not_cancelled()
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
-            return None, Raised(failure=failure, streamed=live.streamed(True)), error
+            return Performed(None, Raised(failure=failure, streamed=live.streamed(True)), error)
         live.check_not_cancelled()
-        return done.value, done.content, None
+        return done
 
     # ---- People ------------------------------------------------------------------------------------------------------
 
@@ -574,11 +568,12 @@ class Recorder:
         `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
+        # The tool of a recorded call may have asked about a worker's call. Then the guard doesn't know the question.
+        self.journal.cancel_at_end(approval_workflow(), f"{self.journal.session}:{NODE}/")
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
             self._waiting_since = time.monotonic()
-        self.has_asked = True
         self._questions_to_people.append((address, what))
         self._another_waits.set()
         if self._park and self._parking is None:
@@ -615,11 +610,6 @@ class Recorder:
                 return
         self._parking = None
 
-    def next_question(self, agent: str) -> int:
-        """Count a question that an agent asks at the console; return its number."""
-        self._questions[agent] += 1
-        return self._questions[agent]
-
     def typed_before(self, call: Call) -> str | None:
         """Return the recorded answer to a question at the console; None if there is none.
 
@@ -632,14 +622,14 @@ class Recorder:
         if was != now and not event.accepted:
             self.differs(f"{event} asked {was!r}, now it asks {now!r}")
             return None
-        self.replayed["inputs"] += 1
-        self.journal.log.info("%s: replayed from the record ✓", event)
+        self._found(call, _ignore, event.content)
+        self._count(call.kind, event.content, is_replayed=True)
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
-        self.live["inputs"] += 1
-        self._apart.append((_LiveCall(call, Asked(self.replay.last_seq, self.active_now_ms)), content))
+        self._count(call.kind, content, is_replayed=False)
+        self._apart.append((_LiveCall(call, self.replay.last_seq, asked_ms=self.active_now_ms), content))
 
     async def _record_apart(self) -> None:
         while self._apart:
@@ -657,7 +647,9 @@ class Recorder:
                     self._apart.pop(0)
 
     async def _record(self, live: _LiveCall, content: Content) -> Event:
-        event = await self.journal.record(live.call, content, live.task, live.asked, self.active_now_ms)
+        event = await self.journal.record(
+            live.call, content, asked_after=live.asked_after, asked_ms=live.asked_ms, active_ms=self.active_now_ms
+        )
         if self._budget is not None:
             self._budget.recorded(event)
         return event
@@ -674,7 +666,7 @@ class Recorder:
                 event = mismatch.event
                 cancelled = self._cancelled.get(event.address)
                 if mismatch.follows_failure:
-                    await self._make_again(event, mismatch.what)
+                    await self._revoke_one(event, mismatch.what, follows_failure=True)
                 elif cancelled is not None and all(one.asked_after < event.seq for one in self.journal.events):
                     await self._give_up_recorded(event, cancelled)
                 else:
@@ -694,16 +686,27 @@ class Recorder:
         streamed = event.content.streamed if isinstance(event.content, (Returned, Raised)) else []
         self._apart.append((cancelled, GivenUp(streamed=streamed, was_made=False)))
 
-    async def _make_again(self, event: Event, why: str) -> None:
-        """Revoke an event that came after a failure of an earlier run, so that its call is made live; keep its id."""
+    async def _revoke_one(self, event: Event, why: str, *, follows_failure: bool = False) -> None:
+        """Revoke one event, so that its call is made live. Keep later events: the program may have got them already.
+
+        If the event came after a failure that ended an earlier run (`follows_failure`), the call keeps its id.
+        Otherwise its change is drift, and may raise DriftError.
+        """
+        if not follows_failure:
+            self.differs(why)
         async with self._record_lock:
-            if event in self.journal.events:  # otherwise drift has revoked it meanwhile
+            if event not in self.journal.events:
+                return  # another drift has revoked it meanwhile
+            if follows_failure:
                 self.journal.log.warning(
                     "session %s: %s came after a failure that ended an earlier run. The call is made again",
                     *(self.journal.session, event),
                 )
-                await self.journal.revoke([event], why)
-                self.replay.drop(event)
+            else:
+                self.journal.log.warning("session %s makes this call live", self.journal.session)
+                await self._warn_of_effects([event])
+            await self.journal.revoke([event], why, is_another_program=not follows_failure)
+            self.replay.drop(event)
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""

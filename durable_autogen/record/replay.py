@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 import time
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, EventInput, GivenUp, Kind
@@ -49,8 +49,10 @@ class Replay:
     """The replay of a record: the events that are not delivered yet, and the calls that wait for them."""
 
     def __init__(self, journal: Journal, session: OpenSession) -> None:
-        self.ahead = deque(event for event in journal.events if event.kind.is_asked_for and not _is_apart(event))
-        """The events that are not delivered yet, in order."""
+        self.ahead = OrderedDict(
+            (event.address, event) for event in journal.events if event.kind.is_asked_for and not _is_apart(event)
+        )
+        """The events that are not delivered yet, in order, by their addresses."""
         self.last_seq = 0
         """The number of the last delivered event."""
         self.last_recorded_ms = 0
@@ -62,13 +64,14 @@ class Replay:
         self._journal = journal
         self._session = session
         self._by_address = {event.address: event for event in journal.events}
-        self._addresses = {event.address for event in self.ahead}
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
         self._begun = {
-            one.address: one for one in journal.past.begun if one.digest and one.address not in self._by_address
+            one.address: one for one in journal.recorded.begun if one.digest and one.address not in self._by_address
         }
         """The calls of tools that earlier runs began, and that have no recorded result."""
+        self.failed = dict(journal.recorded.failed)
+        """The number of the first failure of each address whose failures earlier runs have revoked."""
         self._taken: set[str] = set()
         """The addresses that `matching` gave to calls."""
         self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
@@ -88,13 +91,14 @@ class Replay:
         """Note that the program gets an event, replayed or live."""
         self.last_seq, self.last_recorded_ms = event.seq, event.recorded_ms
 
-    def event_ahead(self, address: str) -> Event | None:
-        """Return the recorded event of an address. Return None if it doesn't exist or was delivered already."""
-        return self._by_address[address] if address in self._addresses else None
+    @property
+    def next_event(self) -> Event | None:
+        """The next event to deliver; None after the last one."""
+        return next(iter(self.ahead.values()), None)
 
     def recorded(self, address: str) -> Event | None:
         """Return the event that will answer the call at this address: one that is ahead, or that of a given-up call."""
-        return self.event_ahead(address) or self._apart.get(address)
+        return self.ahead.get(address) or self._apart.get(address)
 
     def matching(self, call: Call) -> Call:
         """Return the call with the position at which the recorded run made it.
@@ -108,7 +112,7 @@ class Replay:
             return call
         expected = None if is_taken else self.recorded(call.address) or self._begun.get(call.address)
         if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
-            every: list[Event | EventInput] = [*self.ahead, *self._apart.values(), *self._begun.values()]
+            every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._begun.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
             left = {
                 one.position: _hash_of(one)
@@ -131,7 +135,7 @@ class Replay:
 
     def peek(self, call: Call) -> Event | None:
         """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""
-        event = self.event_ahead(call.address)
+        event = self.ahead.get(call.address)
         return None if event is None or self.differences(event, call) else event
 
     def take_apart(self, address: str) -> Event | None:
@@ -172,7 +176,6 @@ class Replay:
     def leave(self) -> None:
         """Drop all events that are not delivered yet. The calls that wait for them are made live."""
         self.ahead.clear()
-        self._addresses.clear()
         self._apart.clear()
         self._begun.clear()
         self._changed.set()
@@ -185,28 +188,26 @@ class Replay:
         The failure ended the last run, but not at once: the program kept it, as `gather(..., return_exceptions=True)`
         does, and made other calls first.
         """
-        failures = self._journal.past.failed
-        return any(event.asked_after >= failures.get(call.address, math.inf) for call in self._waiting_live)
+        return any(event.asked_after >= self.failed.get(call.address, math.inf) for call in self._waiting_live)
 
     def drop(self, event: Event) -> None:
         """Drop an event that was revoked: the next event, or that of a given-up call."""
-        if event.address in self._addresses:
-            self.ahead.remove(event)
-            self._addresses.discard(event.address)
+        if self.ahead.pop(event.address, None) is not None:
             self._has_dropped = True
 
     async def run(self) -> Mismatch | None:
         """Deliver all events in order; return None after the last one. Return early if the next event doesn't fit."""
-        while self.ahead:
+        while True:
             await idle(self._session)
-            if not self.ahead:
-                break
-            event = self.ahead[0]
+            if (event := self.next_event) is None:
+                self.over_since = time.monotonic()
+                self.over.set()
+                return None
             asked = self._asked.get(event.address)
             if asked is None:
                 if await self._is_asked_in_time(event):
                     continue
-                asked_later = [one for one in self.ahead if one.address in self._asked]
+                asked_later = [one for one in self.ahead.values() if one.address in self._asked]
                 asks_for = ", ".join(sorted({str(one) for one in (*self._waiting_live, *asked_later)}))
                 what = f"{event} is next on record, but this run asks for {asks_for}. {CHOICE_HINT}"
                 return Mismatch(event, what, self._follows_failure(event))
@@ -214,15 +215,10 @@ class Replay:
             if differing:
                 what = f"{event} is not what this run asks for: {'; '.join(differing)}"
                 return Mismatch(event, f"{what}. {NAMES_HINT}" if self._is_one_of_several(event) else what)
-            self.ahead.popleft()
-            self._addresses.discard(event.address)
+            del self.ahead[event.address]
             self.active_ms = event.active_ms
             self.delivered(event)
             _deliver(asked, event)
-        await idle(self._session)
-        self.over_since = time.monotonic()
-        self.over.set()
-        return None
 
     def _is_one_of_several(self, event: Event) -> bool:
         """Return whether several agents have the name of the event's agent: the second one is recorded as NAME#2."""
@@ -235,7 +231,7 @@ class Replay:
         late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
         notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
         try:
-            while event.address in self._addresses and event.address not in self._asked:
+            while event.address in self.ahead and event.address not in self._asked:
                 self._changed.clear()
                 patience = self._patience(event)
                 if patience is None:

@@ -12,7 +12,7 @@ import uuid
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions, cancel_running, check_session_id
+from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions, check_session_id
 from durable_autogen.record.place import closing
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
@@ -100,14 +100,6 @@ async def send(
             number += expected.status is ExecutionStatus.COMPLETED
         else:
             return
-
-
-async def cancel_expected(client: NexumClient, session: str) -> None:
-    """Cancel the executions of events that the session has waited for and that were not sent.
-
-    If such an event is sent later, its execution is started again.
-    """
-    await cancel_running(client, session, SENT_EVENT.workflow_id, f"{session}/")
 
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:

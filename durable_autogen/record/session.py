@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
-from durable_autogen.record.budget import Budget, BudgetCheck
+from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.events import check_session_id
 from durable_autogen.record.guard import Guard
@@ -22,9 +23,10 @@ from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
 from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
+from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
-from nexum_engine.approvals import server_option
+from nexum_engine.approvals import NODE, approval_workflow, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -83,7 +85,7 @@ class Session:
         self._waits: Waits
         self._guard: Guard | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._left: dict[str, int] = {}
+        self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
 
     def _command(self, name: str) -> str:
@@ -194,6 +196,11 @@ class Session:
                     address = (await stack.enter_async_context(EmbeddedNexum(None, owners=True))).address
                 client = await stack.enter_async_context(NexumClient(address))
                 journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
+            if journal.continues:
+                # Earlier runs may have asked people, or waited, in calls that this run doesn't make.
+                journal.cancel_at_end(approval_workflow(), f"{self.session_id}:{NODE}/")
+                journal.cancel_at_end(BUDGET_QUESTION, budget_prefix(self.session_id))
+                journal.cancel_at_end(SENT_EVENT, f"{self.session_id}/")
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
             stack.enter_context(at(Place(self, around=current.get())))
@@ -232,8 +239,7 @@ class Session:
             if failure is not None:
                 raise failure from error  # `error` may be a team's own error, which holds only the failure's text
             await recorder.end(self.stop_reason)
-            await self._waits.end()
-            self.guard.end()
+            self.guard.warn_of_unknown_names()
 
     async def _close(self) -> None:
         self.is_over = True
@@ -244,14 +250,14 @@ class Session:
 
     def left_the_record(self, agent: str, what: str) -> None:
         """Report a connection or process that isn't recorded. With `on_unrecorded="stop"`, raise NotDurable."""
-        who = agent or "the program"
-        line = f"{who} {what} outside the record: a re-run does it again; make it a tool"
-        self._left[f"{who} {what}"] = self._left.get(f"{who} {what}", 0) + 1
+        did = f"{agent or 'the program'} {what}"
+        line = f"{did} outside the record: a re-run does it again; make it a tool"
+        self._left[did] += 1
         if self._on_unrecorded == "stop":
             error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")
             self.loop.call_soon_threadsafe(self.recorder.stop, error)
             raise error
-        if self._left[f"{who} {what}"] == 1:
+        if self._left[did] == 1:
             self.log.warning("%s", line)
 
     def _log_counts(self) -> None:

@@ -10,9 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
 from durable_autogen.record.events import (
     Call,
@@ -27,12 +24,12 @@ from durable_autogen.record.events import (
     name_of,
 )
 from durable_autogen.record.log import at_time
-from durable_autogen.record.recorder import Answer, Performed, Recorder
-from durable_autogen.record.sent_events import cancel_expected, check_event_name, expect
+from durable_autogen.record.recorder import Performed, Recorder
+from durable_autogen.record.sent_events import SENT_EVENT, check_event_name, expect
 from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NexumError
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.workflow import MAX_SECONDS
@@ -51,7 +48,6 @@ class Waits:
         self._recorder = recorder
         self._log = recorder.journal.log
         self._send_command = send_command
-        self._counts: Counter[tuple[str, str]] = Counter()
         self._receiving: dict[object, tuple[str, int] | None] = {}
         """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
@@ -69,7 +65,7 @@ class Waits:
                 await asyncio.sleep(min(left, CLOCK_INTERVAL))
             return Performed(None, Mark())
 
-        await self._call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
+        await self._recorder.call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
         """Return the payload of the next event `name` (see `Session.wait_for_event`).
@@ -77,6 +73,9 @@ class Waits:
         Raises TimeoutError if no such event is sent in time.
         """
         check_event_name(name)
+        journal = self._recorder.journal
+        # If an event that the session has waited for is sent after the end, its execution is started again.
+        journal.cancel_at_end(SENT_EVENT, f"{journal.session}/")
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
@@ -88,25 +87,18 @@ class Waits:
 
         self._receiving[wait] = None
         try:
-            answer = await self._call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
+            answer = await self._recorder.call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
         finally:
             del self._receiving[wait]
         if isinstance(answer.content, Received):
             return decoded(answer.content.payload)
         raise TimeoutError(f"no event {name!r} was sent within {waiting.seconds or 0:g} s")
 
-    async def end(self) -> None:
-        """After a run without an error, cancel the executions of events that the session no longer waits for."""
-        if any(what == "event" for _, what in self._counts) or self._recorder.journal.continues:
-            with suppress(NexumError):  # if no server answers, the next run without an error cancels the executions
-                await cancel_expected(self._client, self._recorder.journal.session)
-
     async def _begin(self, agent: str, what: str, name: str, seconds: float | None) -> tuple[str, Waiting]:
         """Record that a wait begins, and when it will end. Return the wait's position and the recorded content."""
-        self._counts[agent, what] += 1
         # Leave the seconds out of the fingerprint: a program may compute them from the clock.
         request = {"hash": f"{what} {name}", "event": name} if name else {"hash": what}
-        call = Call(Kind.WAIT, agent, f"{what}/{self._counts[agent, what]}", request)
+        call = Call(Kind.WAIT, agent, self._recorder.next_position(agent, what), request)
 
         async def perform() -> Performed:
             until_ms = None if seconds is None else math.ceil((time.time() + seconds) * 1000)
@@ -115,13 +107,6 @@ class Waits:
         answer = await self._recorder.call(call, perform)
         assert isinstance(answer.content, Waiting)
         return answer.position, answer.content
-
-    async def _call(self, call: Call, perform: Callable[[], Awaitable[Performed]]) -> Answer:
-        answer = await self._recorder.call(call, perform)
-        (self._recorder.replayed if answer.replayed else self._recorder.live)["waits"] += 1
-        if answer.replayed:
-            self._log.info("%s: replayed from the record ✓", call)
-        return answer
 
     def _warn_if_changed(self, name: str, waiting: Waiting, seconds: float | None) -> None:
         if waiting.seconds != seconds:

@@ -1,10 +1,26 @@
-"""Changes to classes and functions that last while at least one session is open."""
+"""Changes to classes and modules: for the length of a `with`, or while at least one session is open."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+
+@contextmanager
+def replaced(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
+    """For the length of a `with`, replace a function of a module, or a method of a class.
+
+    `wrapper` gets the original, and returns the function that replaces it.
+    """
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def while_open(change: Callable[[], Iterator[None]]) -> Callable[[], AbstractContextManager[None]]:

@@ -194,7 +194,7 @@ class Polls:
 
     def _submit_claim(self, poll: _WaitingPoll) -> None:
         poll.hear()
-        lease_ms, streamed = self._lease_of(poll.worker_id)
+        lease_ms, streamed = self.lease_of(poll.worker_id)
         poll.claim = self._store.run(
             tasks.claim, poll.worker_id, poll.version_hashes, poll.max_bytes, lease_ms, streamed
         )
@@ -214,7 +214,7 @@ class Polls:
         elif claim.oversized is None and not poll.has_missed:
             self._due.update(dict.fromkeys(poll.version_hashes, 0))
 
-    def _lease_of(self, worker_id: str) -> tuple[int, bool]:
+    def lease_of(self, worker_id: str) -> tuple[int, bool]:
         """Return the length of the worker's leases in ms, and whether the worker has a stream."""
         streamed = worker_id in self._last_beat_ms
         return self._lease_ms if streamed else 2 * self._lease_ms, streamed

@@ -149,11 +149,11 @@ async def test_second_run_of_running_team_is_refused(server: ServerThread) -> No
 def replies(*asked: Sequence[tuple[str, str]]) -> AgentState:
     """Return an agent's state after replies that requested these tool calls. A call is given as its id and name."""
     found = AgentState()
-    for calls in asked:
+    for number, calls in enumerate(asked, 1):
         content = [FunctionCall(id=id, name=name, arguments="{}") for id, name in calls]
         usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
         result = CreateResult(finish_reason="function_calls", content=content, usage=usage, cached=False)
-        found.received(found.next("reply"), result, replayed=False)
+        found.received(f"reply/{number}", result, replayed=False)
     return found
 
 

@@ -510,9 +510,11 @@ async def test_executed_code_is_recorded(server: ServerThread) -> None:
         return CodeExecutorAgent("coder", code_executor=shell)
 
     first = await run(server, build, task)
-    again = await run(server, build, task)
+    lines: list[str] = []
+    again = await run(server, build, task, logs=lines)
     assert again.model_dump() == first.model_dump()
     assert [code.strip() for code in shell.ran] == ["print(1)"]
+    assert "code 1 of coder: replayed from the record ✓" in lines
 
 
 @pytest.mark.parametrize("on_unrecorded", ["tell", "stop"])

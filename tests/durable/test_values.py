@@ -18,6 +18,12 @@ class Point(BaseModel):
     x: int
 
 
+class Line(BaseModel):
+    """A class that is still loaded, with a field of the class that was renamed."""
+
+    begin: Any
+
+
 @pytest.mark.parametrize(
     ("written", "declared", "expected"),
     [
@@ -26,6 +32,8 @@ class Point(BaseModel):
         ({"a": MOVED}, dict[str, Point], {"a": Point(x=1)}),
         ([MOVED], None, [{"x": 1}]),
         ({"a": [MOVED, 2]}, Any, {"a": [{"x": 1}, 2]}),
+        ({"$class": ["builtins", "tuple"], "$value": [MOVED]}, tuple[Point], (Point(x=1),)),
+        ({"$class": [__name__, "Line"], "$value": {"begin": MOVED}}, Line, Line(begin={"x": 1})),
     ],
 )
 def test_value_of_class_that_is_not_loaded_has_the_declared_type(written: Any, declared: Any, expected: Any) -> None:
