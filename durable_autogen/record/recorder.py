@@ -259,6 +259,16 @@ class Recorder:
 
     async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
+        beginning = asyncio.ensure_future(self._begin(content, request))
+        try:
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            # The journal needs the server's answer. Otherwise the next run of an agent would record a second beginning,
+            # and the server would refuse it.
+            await asyncio.wait({beginning})
+            raise
+
+    async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:
             if request is not None or not self.journal.events:
                 position = "begin"
