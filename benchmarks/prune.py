@@ -55,9 +55,7 @@ async def fill(database: Path, number: int, days: float) -> None:
     async def record(one: int) -> None:
         # Choose the keys so that neighbors in the file are not neighbors in the index of keys.
         key = f"s{days:g}-{one // SESSION}/{one * 7919 % 1_000_003}" if one % 200 < SESSION else f"{days:g}-{one}"
-        await store.run(
-            tasks.start_owned, workflow_id, version, input_json, key, "owner", 30_000, False, "", output_json
-        )
+        await store.run(tasks.start_owned, workflow_id, version, input_json, key, "owner", 30_000, "", output_json)
 
     for first in range(0, number, 500):
         await asyncio.gather(*(record(one) for one in range(first, min(first + 500, number))))

@@ -187,7 +187,7 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "budget":
             return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
+        await fork_session(client, source, count, args.new, args.message, effects=args.effects, nexum=args.nexum)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 

@@ -37,7 +37,7 @@ from nexum_engine.approvals import PATIENCE, how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
 SHOWN_INPUT = 200  # characters of the input of a worker's call in a message
@@ -218,6 +218,7 @@ async def fork_session(
     *,
     effects: OnEffects = "refuse",
     tell: Callable[[str], None] | None = None,
+    nexum: str | None = None,
 ) -> list[Event]:
     """Begin `session` with the first `count` recorded calls of the session `source`; return the copied events.
 
@@ -225,8 +226,8 @@ async def fork_session(
     message to add after the copied events. `effects` says what to do if, after the copied events, the source
     made calls whose effect must happen only once: "refuse" to fork, "reuse" their results if the fork makes equal
     calls, or make such calls "again". `tell` is called with each line about progress. Without `tell`, the logger
-    `durable_autogen` logs these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a
-    wrong argument, and DriftError if `session` has other events on record.
+    `durable_autogen` logs these lines. `nexum` means the same as in `list_sessions`. A second fork with equal arguments
+    changes nothing. Raises InvalidRequest for a wrong argument, and DriftError if `session` has other events on record.
     """
     check_session_id(session)
     if effects not in get_args(OnEffects):
@@ -235,7 +236,7 @@ async def fork_session(
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
     record = await read_record(client, source)
     kept = _first_events(record.events, source, count)
-    later = await _later_effects(client, source, count, record, kept, effects)
+    later = await _later_effects(client, source, count, record, kept, effects, nexum)
     async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
         if effects == "reuse" and is_new:
@@ -290,19 +291,31 @@ async def _copy(journal: Journal, source: str, kept: Sequence[Event], message: s
 
 
 async def _later_effects(
-    client: NexumClient, source: str, count: int, record: Record, copied: Sequence[Event], effects: OnEffects
+    client: NexumClient,
+    source: str,
+    count: int,
+    record: Record,
+    copied: Sequence[Event],
+    effects: OnEffects,
+    nexum: str | None,
 ) -> list[tuple[EffectInput, Execution]]:
     """Return the effects that have a result and that a session made after the events that a fork copies.
 
     Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
-    doesn't prove that nothing happened. "reuse" forbids those that are UNKNOWN.
+    doesn't prove that nothing happened. "reuse" forbids those that have not ended.
     """
-    later = await _unused(client, source, {record.scope_of(event.address) for event in copied})
+    later = []
+    for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
+        execution = found
+        if not execution.status.ended:
+            observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)
+            execution = observed.execution
+        if not _has_not_begun(execution):
+            later.append((input, execution))
     calls = [
         call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
     ]
     of_workers = await _effects_of_workers(client, source, calls)
-    without_result = [execution for _, execution in later if execution.status is ExecutionStatus.RUNNING]
     if effects == "refuse" and (later or of_workers):
         made = [(str(input), one) for input, one in later] + [(_in_words(one), one) for one in of_workers]
         failed = (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED)
@@ -317,12 +330,25 @@ async def _later_effects(
             f"the result of a worker's call can't be reused: {_in_words(of_workers[0])}. Fork after this call, or make "
             "the call again (--effects again)"
         )
-    if effects == "reuse" and without_result:
-        raise InvalidRequest(
-            f"a call of session {source} has no result to reuse: it is unknown whether its effect has happened. "
-            f"Resolve it first: python -m nexum_engine resolve {without_result[0].execution_id}"
-        )
+    if effects == "reuse":
+        for input, execution in later:
+            if not execution.status.ended:
+                is_unknown = execution.nodes[0].status is NodeStatus.WAITING
+                raise InvalidRequest(
+                    f"a call of session {source} has no result to reuse: {input} may or may not have happened. "
+                    + (
+                        how_to_resolve(execution.execution_id, nexum)
+                        if is_unknown
+                        else "Let the session continue first"
+                    )
+                )
     return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
+
+
+def _has_not_begun(execution: Execution) -> bool:
+    """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
+    (node,) = execution.nodes
+    return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
 
 
 async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tuple[EffectInput, Execution]]:

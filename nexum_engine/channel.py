@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import logging
 import os
+import traceback
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -79,6 +81,7 @@ class Channel:
 
             channel = ForkedChannel(self.target, self._security.context())
         else:
+            logging.getLogger("asyncio").addFilter(_is_worth_a_line)  # a second call adds nothing
             options = (*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))
             if self._security.tls:
                 channel = grpc.aio.secure_channel(self.target, self._security.credentials(), options)
@@ -106,6 +109,20 @@ class Channel:
         # Never free these objects: the core of grpcio would wait for threads that this process doesn't have, or crash.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._by_loop))
         self._by_loop = {}
+
+
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Return False for an error that grpcio makes while it cleans up, and that has no effect.
+
+    All event loops of a process read one socket of grpcio. When one thread frees the process's last channel, grpcio
+    closes this socket, even if the event loop of another thread is about to read it ("Bad file descriptor"). And an
+    event of a closed channel may come when its event loop is closed ("Event loop is closed").
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (OSError, RuntimeError)) or not any(
+        frame.name.endswith("PollerCompletionQueue._handle_events")
+        for frame in traceback.extract_tb(error.__traceback__)
+    )
 
 
 def close_what_is_unused(loops: Iterable[ref[asyncio.AbstractEventLoop]] = ()) -> None:

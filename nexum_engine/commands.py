@@ -26,7 +26,6 @@ from nexum_engine.errors import (
     NexumError,
     NotANexumServer,
     NotFound,
-    ServerError,
     ServerNotReady,
     ServerUnavailable,
     StoreLocked,
@@ -49,7 +48,8 @@ from nexum_engine.store import Store, database_exists, executions, listing, open
 from nexum_engine.store.retry import retry_execution
 
 WATCH_INTERVAL = 1.0  # seconds
-LOOK_PATIENCE = 3.0  # seconds to wait for an ending server to release the database
+LOOK_PATIENCE = 3.0  # seconds to wait while a server has the database open and does not answer
+LOOK_INTERVAL = 0.1  # seconds between two attempts to find the server or to open the database
 PAGE = 1000
 """How many child executions to read in one call. A child execution is one that a node started."""
 T = TypeVar("T")
@@ -259,28 +259,44 @@ async def on_server_or_database(
     if args.database_url is not None:
         if args.nexum is not None:
             raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
-        return await _use_database(read, args.database_url)
+        return await _when_released(lambda: _use_database(read, args.database_url))
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
-    try:
-        async with NexumClient(address or None) as client:
-            return await ask(client)
-    except (ServerUnavailable, NotANexumServer) as error:
-        if address:
-            raise
-        failure = error
-    return await _use_default_database(read, failure)
+
+    async def find() -> T:
+        try:
+            async with NexumClient(address or None) as client:
+                return await ask(client)
+        except (ServerUnavailable, NotANexumServer) as error:
+            if address:
+                raise
+            failure = error
+        why = str(failure) if isinstance(failure, ServerNotReady) else f"no server on {DEFAULT_ADDRESS}"
+        return await _use_database(read, default_database_url(), f"{why}, and ")
+
+    return await _when_released(find)
 
 
-async def _use_default_database(read: Callable[[Store], Awaitable[T]], failure: ServerError) -> T:
-    why = str(failure) if isinstance(failure, ServerNotReady) else f"no server on {DEFAULT_ADDRESS}"
-    return await _use_database(read, default_database_url(), f"{why}, and ")
+async def _when_released(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Make attempts for LOOK_PATIENCE, as long as a server has the database open and can't be asked.
+
+    Such a server is about to end, or a run has just opened the database and will answer soon.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LOOK_PATIENCE
+    while True:
+        try:
+            return await attempt()
+        except StoreLocked:
+            if loop.time() >= end:
+                raise
+        await asyncio.sleep(LOOK_INTERVAL)
 
 
 async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
     if not database_exists(url):
         raise StoreRefused(f"{tried}no database at {url}: nothing recorded")
     try:
-        store = await open_store(url, SystemClock(), lock_timeout=LOOK_PATIENCE)
+        store = await open_store(url, SystemClock())
     except StoreLocked as error:
         raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that server with --nexum HOST:PORT") from error
     try:
@@ -556,24 +572,23 @@ async def watch(args: argparse.Namespace) -> int:
         raise InvalidRequest("--watch and --follow need a server: leave out --database-url")
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     screen = Screen(say, in_place=sys.stdout.isatty() and not args.json)
-    is_first = True
+    if address or args.command == "show" or database_exists(default_database_url()):
+        code = await on_server_or_database(
+            args,
+            lambda client: _refresh(args, _OnServer(client), screen),
+            lambda store: _refresh(args, _InDatabase(store), screen),
+        )
+        if code is not None:
+            return code
+    # Don't keep the database open while waiting: the next run's embedded server must be able to open it.
     while True:
-        try:
+        with contextlib.suppress(ServerUnavailable, NotANexumServer):
             async with NexumClient(address or None) as client:
-                while (code := await _refresh(args, _OnServer(client), screen)) is None:
-                    is_first = False
+                while True:
+                    code = await _refresh(args, _OnServer(client), screen)
+                    if code is not None:
+                        return code
                     await asyncio.sleep(WATCH_INTERVAL)
-                return code
-        except (ServerUnavailable, NotANexumServer) as error:
-            if is_first and address:
-                raise
-            failure = error
-        if is_first and (args.command == "show" or database_exists(default_database_url())):
-            code = await _use_default_database(lambda store: _refresh(args, _InDatabase(store), screen), failure)
-            if code is not None:
-                return code
-        is_first = False
-        # Don't keep the database open while waiting: the next run's embedded server must be able to open it.
         screen.note(
             f"no server answers on {address}: waiting for it (Ctrl+C ends this)"
             if address

@@ -1,9 +1,7 @@
 """The heartbeats of a worker or owner, sent on one stream. Each heartbeat names the tasks that the sender holds.
 
 A thread with its own event loop sends the heartbeats of the whole process, over their own connection. So code that
-blocks the program's event loop doesn't stop them. The thread ends with the last of the heartbeats: when the last gRPC
-channel of a process is freed, grpcio closes a socket that it reads in every event loop, and an event loop that runs in
-another thread could then log a "Bad file descriptor".
+blocks the program's event loop doesn't stop them.
 """
 
 from __future__ import annotations
@@ -114,8 +112,6 @@ class Heartbeat:
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
         self._tools: list[DeclaredTool] = []
         """Every tool that was declared. New tools come last, so the number of sent tools says which is the next."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        """The heartbeat loop, while heartbeats are sent."""
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
         self._is_urgent = False
@@ -155,13 +151,13 @@ class Heartbeat:
         with self._lock:
             if task_id in self._held:
                 self._progress[task_id] = progress_json
-        self._wake_up()
+        _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def declare(self, tools: Iterable[DeclaredTool]) -> None:
         """Tell the server about tools, now and on each new stream."""
         self._tools += tools
         if self.connected_once:
-            self._wake_up()
+            _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def beat(self) -> None:
         """Send a heartbeat now, and another one soon.
@@ -170,7 +166,7 @@ class Heartbeat:
         of this worker that neither heartbeat names.
         """
         self._is_urgent = True
-        self._wake_up()
+        _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     async def may_begin(self, task_id: str, requested: float, *, ask: bool) -> bool:
         """Return whether this worker still holds the task, which it polled for at the monotonic time `requested`.
@@ -197,8 +193,7 @@ class Heartbeat:
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[NexumError | None] = asyncio.Queue()
         ended = asyncio.Event()
-        self._loop = _enter_loop()
-        sending = asyncio.run_coroutine_threadsafe(self._send_until_cancelled(loop, news, ended), self._loop)
+        sending = asyncio.run_coroutine_threadsafe(self._send_until_cancelled(loop, news, ended), _heartbeat_loop())
         try:
             while True:
                 lost = await news.get()
@@ -220,15 +215,7 @@ class Heartbeat:
         finally:
             self.connected.clear()
             sending.cancel()
-            try:
-                await wait_until_set(ended, END_TIMEOUT)
-            finally:
-                self._loop = None
-                _leave_loop()
-
-    def _wake_up(self) -> None:
-        if self._loop is not None:
-            self._call_soon(self._loop, self._wake.set)
+            await wait_until_set(ended, END_TIMEOUT)
 
     async def _retry(self, action: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -412,36 +399,22 @@ class Heartbeat:
 # ---- The heartbeat loop ----------------------------------------------------------------------------------------------
 
 _shared: LoopThread | None = None
-_users = 0
 _shared_lock = threading.Lock()
 
 
-def _enter_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of this process's heartbeats. The first user starts the loop's thread."""
-    global _shared, _users
+def _heartbeat_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop of this process's heartbeats. Its thread is started at the first call."""
+    global _shared
     with _shared_lock:
-        _users += 1
         if _shared is None:
             _shared = LoopThread("heartbeats")
         return _shared.loop
 
 
-def _leave_loop() -> None:
-    """Stop using the heartbeat loop. The last user ends the loop's thread."""
-    global _shared, _users
-    with _shared_lock:
-        _users -= 1
-        if _users or _shared is None:
-            return
-        ending, _shared = _shared, None
-    ending.loop.call_soon_threadsafe(ending.loop.stop)
-    ending.join(END_TIMEOUT)  # takes little time: the streams have ended
-
-
 def _after_fork() -> None:
     """Forget the heartbeat loop: a forked process doesn't have the thread that runs the loop."""
-    global _shared, _users, _shared_lock
-    _shared, _users, _shared_lock = None, 0, threading.Lock()
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

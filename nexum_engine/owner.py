@@ -65,7 +65,7 @@ class Owner:
             if self._beating.done():
                 self._beating.result()
                 raise NoOwnedExecutions(self._client.address)
-            if not self._heartbeat.connected.is_set():
+            if not connecting.done():  # if the server has ended since, the heartbeat connects to the next one
                 raise ServerError(
                     f"no Nexum server on {self._client.address} accepted the connection of an owner within "
                     f"{CONNECT_TIMEOUT:g} s{'' if self._lost is None else f': {self._lost}'}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
 
 from autogen_agentchat.base import Response, TaskResult
@@ -51,9 +51,11 @@ class AtWork:
             owner=runnable,
         )
 
-    async def turn(self, stream: AsyncIterator[Any], token: CancellationToken | None) -> AsyncGenerator[Any, None]:
+    async def turn(
+        self, turn: Callable[[], AsyncIterator[Any]], token: CancellationToken | None
+    ) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's streamed turn."""
-        async with closing(steps_at(self.place, stream)) as steps:
+        async with closing(steps_at(self.place, turn())) as steps:
             try:
                 async for item in steps:
                     yield await self._passed_on(item)
@@ -62,33 +64,34 @@ class AtWork:
             except BaseException as error:  # noqa: BLE001 - `_raise` raises it
                 self._raise(error, token)
 
-    async def whole_turn(self, turn: Awaitable[Any], token: CancellationToken | None) -> Any:
+    async def whole_turn(self, turn: Callable[[], Awaitable[Any]], token: CancellationToken | None) -> Any:
         """Return the response of an agent's turn that isn't streamed."""
         try:
             with at(self.place):
-                item = await turn
+                item = await turn()
         except BaseException as error:  # noqa: BLE001 - `_raise` raises it
             self._raise(error, token)
         return await self._passed_on(item)
 
-    def team_run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
+    def team_run(self, run: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
         """Return the items of a team's run. The team's own code runs at the team's place."""
-        return self.run(steps_at(self.place, stream), task)
+        return self.run(lambda: steps_at(self.place, run()), task)
 
-    async def run(self, stream: AsyncIterator[Any], task: Any) -> AsyncGenerator[Any, None]:
+    async def run(self, run: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's or a team's run."""
         await self._begin()
-        async with closing(stream) as items:
+        async with closing(run()) as items:
             async for item in items:
                 yield await self._passed_on(item, task)
 
-    async def whole_run(self, run: Awaitable[TaskResult], task: Any) -> TaskResult:
+    async def whole_run(self, run: Callable[[], Awaitable[TaskResult]], task: Any) -> TaskResult:
         """Return the result of an agent's run that isn't streamed."""
         await self._begin()
-        result: TaskResult = await self._passed_on(await run, task)
+        result: TaskResult = await self._passed_on(await run(), task)
         return result
 
     async def _begin(self) -> None:
+        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
         if not self._outer.is_inside:
             await self._recorder.begin()
 

@@ -259,7 +259,7 @@ def _at_work(method: str, *, is_team: bool = False) -> Wrapper:
         if place is None or place.owner is self:  # outside a session, or the object calls its own method
             return original()
         working = AtWork(place, self, is_team=is_team)
-        return getattr(working, method)(original(), _task_or_token(original))
+        return getattr(working, method)(original, _task_or_token(original))
 
     return wrapper
 

@@ -186,8 +186,12 @@ class ToolForm:
         self.write = write
 
     def read(self, written: Any) -> Any:
-        """Return the result from the JSON that `write` returned."""
-        return value_again(written, self._call.result_type)
+        """Return the result from the JSON that `write` returned.
+
+        A person may have given a result that looks like such JSON, and has another type. It becomes a ToolResult, too.
+        """
+        value = value_again(written, self._call.result_type)
+        return self.of_answer(value) if self._call.result_type is ToolResult else value
 
     def of_answer(self, answer: Any) -> Any:
         """Turn an answer of `reconcile` or of a person (a value of the tool's type, or any JSON) into a tool result."""

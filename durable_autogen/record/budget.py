@@ -226,13 +226,14 @@ class BudgetQuestion(BaseModel):
     @property
     def key(self) -> str:
         """The idempotency key of the question."""
-        return f"{_prefix(self.session)}{self.number:06d}"
+        return f"{budget_prefix(self.session)}{self.number:06d}"
 
 
 BUDGET_QUESTION = workflow("budget", input=BudgetQuestion).human_approval(NODE).build()
 
 
-def _prefix(session: str) -> str:
+def budget_prefix(session: str) -> str:
+    """Return the beginning of the idempotency keys of a session's questions about its budget."""
     return f"{session}:budget/"
 
 
@@ -244,7 +245,7 @@ async def questions_of(
     async for execution in all_executions(
         client,
         workflow_id=BUDGET_QUESTION.workflow_id,
-        key_prefix=_prefix(session),
+        key_prefix=budget_prefix(session),
         with_nodes=True,
         patience=patience,
     ):
@@ -375,7 +376,7 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
-        self._journal.cancel_at_end(BUDGET_QUESTION, _prefix(session))
+        self._journal.cancel_at_end(BUDGET_QUESTION, budget_prefix(session))
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:

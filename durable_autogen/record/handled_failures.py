@@ -110,11 +110,25 @@ class Setbacks:
             if one.error is None and is_first and not is_cancelled and _contains(one.agent, call.agent):
                 one.continued = True
 
+    def starts_an_agent(self, caller: Caller) -> None:
+        """Note that `caller` runs an agent or a team: the run continued after the setbacks of this task.
+
+        The calls of a team come from other tasks, so they don't show it.
+        """
+        for one in self._setbacks:
+            if one.caller is caller:
+                one.continued = one.was_handled = True
+
     def turn_is_over(self, path: str) -> None:
-        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
+        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it.
+
+        The path of a team that the program runs itself is empty. Then keep the setbacks of the program's own calls.
+        """
         # The calls of a team itself are recorded under the name "PATH (team)".
         self._setbacks = [
-            one for one in self._setbacks if not (_contains(path, one.agent) or one.agent.startswith(f"{path} ("))
+            one
+            for one in self._setbacks
+            if not one.agent or not (_contains(path, one.agent) or one.agent.startswith(f"{path} ("))
         ]
 
     def cause_of(self, error: BaseException) -> Exception | None:
@@ -143,11 +157,14 @@ class Setbacks:
 
         If the program handled the failure, made other calls and then raised it again, return their events, too: the
         next run makes the failed call again, and makes those calls only if it fails again.
+
+        A cancellation (Ctrl+C) comes from outside: no failure is its cause, even if the program is just handling one.
         """
         setbacks = [
             one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
         ]
-        failures = [one for one in setbacks if one.error is not None]
+        is_cancelled = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+        failures = [one for one in setbacks if one.error is not None and not is_cancelled]
         found: list[Setback] = []
         for causes in _causes(error):
             found = found or [one for one in failures if one.error in causes]

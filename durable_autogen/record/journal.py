@@ -66,6 +66,8 @@ class Journal:
         """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
+        self.continues = False
+        """Whether the session has an earlier run that was not over. Its calls may have asked people or waited."""
         self.client = client
         self._owner = Owner(
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
@@ -103,7 +105,8 @@ class Journal:
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = end_of(latest, self.events)
-                if self.ended is None:
+                self.continues = self.ended is None
+                if self.continues:
                     await self._revoke_failures_at_end()
                 else:
                     self.log.info(

@@ -37,6 +37,7 @@ from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
+from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.errors import NexumError
 
 OnDrift = Literal["stop", "continue"]
@@ -260,6 +261,16 @@ class Recorder:
         """Record that a new session begins, or that a changed program continues the session."""
         if request is None and self.journal.events:
             return  # without waiting for the lock: in a replay, too, the agent begins at once
+        beginning = asyncio.ensure_future(self._begin(content, request))
+        try:
+            await asyncio.shield(beginning)
+        except asyncio.CancelledError:
+            # The journal needs the server's answer. Otherwise the next run of an agent would record a second beginning,
+            # and the server would refuse it.
+            await asyncio.wait({beginning})
+            raise
+
+    async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:
             if request is not None or not self.journal.events:
                 position = "begin"
@@ -582,6 +593,8 @@ class Recorder:
         `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
+        # The tool of a recorded call may have asked about a worker's call. Then the guard doesn't know the question.
+        self.journal.cancel_at_end(approval_workflow(), f"{self.journal.session}:{NODE}/")
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
@@ -612,6 +625,10 @@ class Recorder:
                 another = asyncio.ensure_future(self._another_waits.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
+            elif self._apart:  # the next run must not make the calls again that the program gave up
+                with self.servers_errors():
+                    async with self._record_lock:
+                        await self._record_apart()
             elif self._questions_to_people:
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(self.journal.session, waits))

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
-from durable_autogen.record.budget import Budget, BudgetCheck
+from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.events import check_session_id
 from durable_autogen.record.guard import Guard
@@ -23,9 +23,10 @@ from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
 from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
+from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
-from nexum_engine.approvals import server_option
+from nexum_engine.approvals import NODE, approval_workflow, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -195,6 +196,11 @@ class Session:
                     address = (await stack.enter_async_context(EmbeddedNexum(None, owners=True))).address
                 client = await stack.enter_async_context(NexumClient(address))
                 journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
+            if journal.continues:
+                # Earlier runs may have asked people, or waited, in calls that this run doesn't make.
+                journal.cancel_at_end(approval_workflow(), f"{self.session_id}:{NODE}/")
+                journal.cancel_at_end(BUDGET_QUESTION, budget_prefix(self.session_id))
+                journal.cancel_at_end(SENT_EVENT, f"{self.session_id}/")
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
             stack.enter_context(at(Place(self, around=current.get())))

@@ -44,7 +44,7 @@ class Liveness:
         self._polls = polls
         self._waiters = waiters
         self._clock = clock
-        self._lease_ms = lease_ms
+        self.lease_ms = lease_ms
         self._streams: dict[str, object] = {}
         self._tools: dict[str, list[DeclaredTool]] = {}
         """The tools that each connected worker or owner has declared."""
@@ -58,7 +58,7 @@ class Liveness:
     async def start(self) -> None:
         """Start the sweep. First reset the leases, so that workers have time to reconnect after a restart."""
         self._store.join(self.hear)
-        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self._lease_ms)
+        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self.lease_ms)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
     async def stop(self) -> None:
@@ -94,7 +94,7 @@ class Liveness:
                     self._polls.drain(worker_id)
                 came_ms = self._clock.now_ms()
                 progress = {one.task_id: one.progress_json for one in beat.progress}
-                renewed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self._lease_ms, progress)
+                renewed = await self._store.run(leases.renew, worker_id, tuple(beat.task_ids), self.lease_ms, progress)
                 self._polls.worker_beats(worker_id, came_ms)
                 if renewed.resumed:
                     self.task_handed_out()
@@ -104,7 +104,7 @@ class Liveness:
                 # after the acknowledgement of the first one, and the server sends this acknowledgement after the task.
                 if never_arrived := unnamed & unnamed_before:
                     await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
-                yield pb.WorkerBeatAck(lease_ms=self._lease_ms, lost_task_ids=renewed.lost)
+                yield pb.WorkerBeatAck(lease_ms=self.lease_ms, lost_task_ids=renewed.lost)
         finally:
             # Do nothing if the worker has reconnected on a new stream: the worker keeps its tasks.
             if worker_id and self._streams.get(worker_id) is token:
@@ -203,7 +203,7 @@ class Liveness:
 
     def task_handed_out(self, timeout_ms: int | None = None) -> None:
         """Schedule a sweep for the end of a lease that begins now, or for the end of a shorter time limit."""
-        lease_ms = self._lease_ms if timeout_ms is None else min(self._lease_ms, timeout_ms)
+        lease_ms = self.lease_ms if timeout_ms is None else min(self.lease_ms, timeout_ms)
         self.due_at(self._clock.now_ms() + lease_ms)
 
     async def _sweep(self) -> None:

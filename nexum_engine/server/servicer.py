@@ -228,7 +228,7 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             request.owner,
-            *self._polls.lease_of(request.owner),
+            self._liveness.lease_ms,
             request.held_task_id,
             request.output_json,
             dict(request.attributes),
@@ -238,8 +238,8 @@ class NexumServicer(NexumServiceServicer):
         return await starting
 
     def _started_owned(self, started: Started) -> None:
-        if started.task is not None:
-            self._liveness.task_handed_out(started.task.timeout_ms)
+        if started.lease_ends_ms is not None:
+            self._liveness.due_at(started.lease_ends_ms)
         self._liveness.apply(started.changed)
 
     def _started(self, started: Started) -> None:

@@ -91,7 +91,6 @@ class OwnedResult:
     """A node's result that its owner sends with the start. `output_json` is valid JSON."""
 
     owner: str
-    streamed: bool
     output_json: str
 
 
@@ -206,7 +205,7 @@ def _add_owned_node(
             **fields,
             task_id=new_task_id(number),
             worker_id=result.owner,
-            streamed=result.streamed,
+            streamed=True,
             now=db.now_ms,
             output_json=result.output_json,
         )

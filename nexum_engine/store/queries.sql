@@ -416,7 +416,7 @@ SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, atte
        attempts AS newest_attempt, nodes.outcome AS newest_outcome, attempt_error AS newest_error,
        streamed AS newest_streamed, nodes.worker_id AS newest_worker, failed_attempts, owned,
        execution_id, executions.status AS execution_status, workflow_id, nodes.version_hash, task_bytes, timeout_ms,
-       retry, effect, limits,
+       retry, effect, limits, due_ms,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
         AND others.status NOT IN ('COMPLETED', 'SKIPPED')) AS unrecorded,
        NOT EXISTS (SELECT 1 FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999
@@ -764,7 +764,7 @@ WHERE queue = '' AND streamed = :streamed;
 
 -- name: restart_owned_leases
 -- The server was restarted: attempts of owners are interrupted unless their owners reconnect in time.
-UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND streamed AND owned;
+UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND owned;
 
 -- name: restart_tasks
 -- Make first attempts due that seem to be due later, because the clock was set back.

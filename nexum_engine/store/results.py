@@ -38,6 +38,8 @@ class Started:
     """The found execution, if it has ended. Its input and nodes are missing if they are large."""
     task: Task | None = None
     """The owner's task, if an owner started the execution."""
+    lease_ends_ms: int | None = None
+    """When the lease of `task` ends; None if the owner held the task already."""
     changed: Changed = Changed()
     """The effects of the start: the tasks with which the execution began, and the effects of an owner's output."""
     unknown: bool = False

@@ -89,7 +89,6 @@ def start_owned(
     idempotency_key: str,
     owner: str,
     lease_ms: int,
-    streamed: bool,
     held_task_id: str = "",
     output_json: str = "",
     attributes: Mapping[str, str] | None = None,
@@ -100,7 +99,8 @@ def start_owned(
     is unknown, the execution waits for a person, and `owner` gets no task. If a limit holds the node back, `owner` gets
     no task now. With `output_json`, the attempt is completed at once. With `held_task_id`, the start is refused if
     `owner` no longer holds that task. So if another process has taken over a session, the session's former owner can't
-    record events any more. Raises the errors of `start_execution`, and:
+    record events any more. The new lease is not longer than the rest of that task's lease: the start may come from an
+    owner whose connection has broken since. Raises the errors of `start_execution`, and:
 
     - InvalidRequest for a workflow of several nodes,
     - Conflict if another owner holds the execution, if the execution was started for workers, or if `output_json` is
@@ -115,7 +115,8 @@ def start_owned(
         if held is None:
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
-    result = OwnedResult(owner, streamed, output_json) if output_json else None
+        lease_ms = min(lease_ms, max(0, (held["due_ms"] or 0) - db.now_ms))
+    result = OwnedResult(owner, output_json) if output_json else None
     started = start_execution(
         db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result, attributes=attributes
     )
@@ -137,7 +138,8 @@ def start_owned(
         gate = Gate() if output_json else gate_of(db, node, lock=True)
         if not gate.is_open:
             return replace(started, held=gate)
-        task = _hand_out(db, node, gate, owner, lease_ms, streamed)
+        task = _hand_out(db, node, gate, owner, lease_ms, streamed=True)
+        started = replace(started, lease_ends_ms=db.now_ms + min(lease_ms, task.timeout_ms or lease_ms))
     elif node["worker_id"] == owner:
         task = _task(db, node, node["task_id"], node["attempts"])
     else:

@@ -9,10 +9,11 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,8 @@ from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
 SEED = int(os.environ.get("CRASH_SEED") or 2719)
 KILLS = int(os.environ.get("CRASH_KILLS") or 8)
+ROUNDS = 5
+"""How often this number of processes may be killed, until a kill hits a task."""
 WORKERS = 3
 PATIENCE = 60.0  # seconds
 QUICKLY = (("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100))
@@ -88,13 +91,19 @@ def children(stub: NexumServiceStub, execution_id: str) -> list[pb.GetExecutionR
     return [read(stub, one.execution_id) for one in insist(stub.ListExecutions, request).executions]
 
 
+def cut_off(executions: Iterable[pb.GetExecutionResponse]) -> int:
+    """Return how many attempts were cut off by a kill."""
+    attempts = (attempt for one in executions for node in one.nodes for attempt in node.attempts)
+    return sum(attempt.outcome in ("LOST", "INTERRUPTED") for attempt in attempts)
+
+
 def check_timer(node: pb.NodeRecord, before: pb.NodeRecord) -> None:
     """Check that a timer ended, and not too early. The timer begins when the node before it ends."""
     waited_until = datetime.fromisoformat(json.loads(node.output_json)["waited_until"]).timestamp() * 1000
     assert round(waited_until) >= before.attempts[-1].ended_ms + TIMER_MS
 
 
-@pytest.mark.timeout(120 + 10 * KILLS)
+@pytest.mark.timeout(120 + 10 * ROUNDS * KILLS)
 def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -> None:
     print(f"CRASH_SEED={SEED}")
     choose = random.Random(SEED)
@@ -136,7 +145,7 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
         approver = threading.Thread(target=approve_all, args=(stub, over, approved))
         approver.start()
         try:
-            for kill in range(KILLS):
+            for kill in range(ROUNDS * KILLS):
                 start(f"k{kill}")
                 # Each execution takes about a second. Kill a process at a random moment of this second.
                 time.sleep(choose.uniform(0.1, 0.7))
@@ -151,16 +160,19 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
                 else:
                     killed["worker"] += 1
                     workers[number] = new_worker()
-            records = {key: read(stub, execution_id, 30_000) for key, execution_id in started.items()}
-            families = {one.execution_id: children(stub, one.execution_id) for one in records.values()}
+                if (kill + 1) % KILLS == 0:
+                    records = {key: read(stub, execution_id, 30_000) for key, execution_id in started.items()}
+                    families = {one.execution_id: children(stub, one.execution_id) for one in records.values()}
+                    if hits := cut_off([*records.values(), *chain.from_iterable(families.values())]):
+                        break
         finally:
             over.set()
             approver.join()
 
     assert killed["server"] > 0
     assert killed["worker"] > 0
+    assert hits > 0, "no kill hit a task"
     done = effects(log)
-    cut_off = 0
     for key, one in records.items():
         # Every execution has ended with the results of an undisturbed run.
         assert one.status == "COMPLETED", one
@@ -198,6 +210,4 @@ def test_random_kills_lose_and_repeat_nothing_of_any_node_type(tmp_path: Path) -
             assert outcomes[-1] == "COMPLETED"
             assert set(outcomes[:-1]) <= {"LOST", "INTERRUPTED", "FAILED" if fails else "LOST"}
             assert max(effect.at_ms for effect in mine) <= node.attempts[-1].ended_ms
-            cut_off += sum(outcome != "FAILED" for outcome in outcomes[:-1])
     assert len({(e.execution_id, e.node_id, e.item) for e in done}) == len({e.key for e in done})
-    assert cut_off > 0, "no kill hit a task"

@@ -19,12 +19,22 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_core import CancellationToken
-from durable_agents import HasAddress, agent, answer, is_after_a_tool, run
+from autogen_core.tools import FunctionTool
+from durable_agents import QUESTION, HasAddress, Scripted, agent, answer, is_after_a_tool, run
 from harness import Process, environment, free_port, nexum_server, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread, server_thread
 
-from durable_autogen import CallRejected, DurableSession, Parked, Policy, durable_tool, fork_session, list_sessions
+from durable_autogen import (
+    Budget,
+    CallRejected,
+    DurableSession,
+    Parked,
+    Policy,
+    durable_tool,
+    fork_session,
+    list_sessions,
+)
 from durable_autogen.autogen.fingerprints import describe_call
 from durable_autogen.record.events import PAGE
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
@@ -572,6 +582,55 @@ async def test_questions_of_calls_that_the_program_gives_up_are_withdrawn(server
         await asyncio.wait({calling})
     async with NexumClient(server.address) as client:
         assert await client.pending_approvals() == []
+
+
+async def test_parked_run_has_recorded_the_calls_that_the_program_gave_up(server: ServerThread) -> None:
+    shop, begun = Shop(approval="always"), list[str]()
+
+    async def look() -> str:
+        begun.append("look")
+        await asyncio.Event().wait()
+        return ""
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address, park=True) as session:
+
+            async def gives_up() -> None:
+                with session.agent("looks"), pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(FunctionTool(look, "Look.").run_json({}, CancellationToken()), 0.1)
+
+            await asyncio.gather(gives_up(), shop.tool.run_json({"cents": 1}, CancellationToken()))
+
+    for _ in range(2):
+        with pytest.raises(Parked):
+            await program()
+    assert begun == ["look"]
+
+
+async def test_questions_and_waits_of_an_earlier_run_are_withdrawn_when_a_run_ends_without_them(
+    server: ServerThread,
+) -> None:
+    shop = Shop(approval="always")
+
+    async def earlier() -> None:
+        async with DurableSession("s", nexum=server.address, budget=Budget(model_calls=0), park=True) as session:
+            await asyncio.gather(
+                session.wait_for_event("payment"),
+                shop.tool.run_json({"cents": 1}, CancellationToken()),
+                Scripted([]).create(QUESTION),
+            )
+
+    async def left(client: NexumClient) -> Counter[str]:
+        running = await client.list_executions(status="RUNNING", key_prefix="s")
+        return Counter(one.workflow_id for one in running)
+
+    async with NexumClient(server.address) as client:
+        with pytest.raises(Parked):
+            await earlier()
+        assert (await left(client)).keys() >= {"tool-approval", "budget", "agent-sent-event"}
+        async with DurableSession("s", nexum=server.address, on_drift="continue"):
+            pass
+        assert await left(client) == {}
 
 
 async def test_question_of_another_kind_under_the_key_is_no_permission(server: ServerThread) -> None:

@@ -387,6 +387,35 @@ async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session
     assert happened == ["slow", "next"]
 
 
+async def test_run_cancelled_while_the_session_begins_can_be_started_again(
+    shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has recorded the beginning when the caller is cancelled, but its answer has not come yet."""
+    is_recorded, answers = asyncio.Event(), asyncio.Event()
+    record = Owner.record
+
+    async def slowly(self: Owner, *args: Any, **options: Any) -> None:
+        await record(self, *args, **options)
+        is_recorded.set()
+        await answers.wait()
+
+    monkeypatch.setattr(Owner, "record", slowly)
+
+    async def program() -> list[str]:
+        first = asyncio.create_task(AssistantAgent("a", Scripted(happened)).run(task="Q"))
+        await is_recorded.wait()
+        first.cancel()
+        answers.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        result = await AssistantAgent("a", Scripted(happened)).run(task="Q")
+        return [message.to_text() for message in result.messages]
+
+    session = new_session()
+    assert len(await inside(shared_server, program, session)) == 2
+    assert happened == ["model"]
+
+
 @pytest.mark.parametrize("ends", ["without an error", "with an error", "and disconnects"])
 @pytest.mark.parametrize("what", ["model", "tool", "sleep", "console"])
 async def test_background_call_while_the_session_ends_is_an_error(

@@ -9,6 +9,8 @@ import sys
 from typing import Any
 
 import pytest
+from autogen_agentchat.agents import AssistantAgent
+from autogen_agentchat.teams import RoundRobinGroupChat
 from durable_agents import (
     Failing,
     Offline,
@@ -359,3 +361,55 @@ async def test_failure_that_another_task_handles_is_kept(server: ServerThread) -
     is_down = False
     await whole(program)
     assert sorted(happened) == ["also", "also", "also", "fails", "fall back", "model"]
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt])
+async def test_cancellation_keeps_a_handled_failure_and_what_came_after_it(
+    server: ServerThread, error: type[BaseException]
+) -> None:
+    """The branches have names of their own. So the later calls don't show that the first branch handled its failure."""
+    happened: list[str] = []
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address) as session:
+
+            async def branch(name: str, *script: Any) -> str:
+                with session.agent(name):
+                    try:
+                        return await asked(Scripted(happened, *script, name=name))
+                    except Offline:
+                        return "handled"
+
+            await asyncio.gather(branch("first", Offline("down")))
+            await asyncio.gather(branch("second"))
+            if is_interrupted:
+                raise error
+            return (await asyncio.gather(branch("third")))[0]
+
+    is_interrupted = True
+    with pytest.raises(error):
+        await program()
+    is_interrupted = False
+    await whole(program)
+    assert happened == ["first", "second", "third"]
+
+
+async def test_failure_that_is_raised_again_after_a_team_has_run_is_retried(server: ServerThread) -> None:
+    happened: list[str] = []
+
+    async def program() -> str:
+        async with DurableSession("s", nexum=server.address):
+            try:
+                return await asked(Scripted(happened, *([Offline("down")] if is_down else []), name="fails"))
+            except Offline:
+                member = AssistantAgent("one", Scripted(happened, name="clean up"))
+                await RoundRobinGroupChat([member], max_turns=1).run(task="Q")
+                raise
+
+    is_down = True
+    for _ in range(2):
+        with pytest.raises(Offline):
+            await whole(program)
+    is_down = False
+    await whole(program)
+    assert happened == [*["fails", "clean up"] * 2, "fails"]

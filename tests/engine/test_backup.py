@@ -42,7 +42,7 @@ async def opened(path: Path) -> SqliteStore:
 
 
 async def record(store: SqliteStore, key: str, size: int = 10) -> str:
-    one = ("one", "v1", "0", key, "owner", 30_000, True, "", json.dumps("y" * size))
+    one = ("one", "v1", "0", key, "owner", 30_000, "", json.dumps("y" * size))
     return (await store.run(tasks.start_owned, *one)).execution_id
 
 

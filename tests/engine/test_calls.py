@@ -377,11 +377,42 @@ for _ in range(400):
 """
 
 
-@pytest.mark.parametrize("program", [UNCLOSED, CLOSED], ids=["unclosed", "closed"])
+READ_TOO_LATE = """
+import asyncio, gc, sys
+from nexum_engine.client import NexumClient
+async def main():
+    loop = asyncio.get_running_loop()
+    async with NexumClient(sys.argv[1]) as client:
+        await client.list_executions()
+        [reader] = [key.data[0] for key in loop._selector.get_map().values() if "_handle_events" in repr(key.data[0])]
+        read, arguments = reader._callback, reader._args
+    gc.collect()  # frees the channel
+    try:
+        read(*arguments)
+    except OSError as error:
+        assert "Bad file descriptor" in str(error)
+        loop.call_soon(read, *arguments)  # as if the event loop of another thread had just begun to read
+        await asyncio.sleep(0)
+    else:
+        print("no error")  # in a newer grpcio
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [UNCLOSED, CLOSED, pytest.param(READ_TOO_LATE, marks=pytest.mark.skipif(sys.platform == "win32", reason="POSIX"))],
+    ids=["unclosed", "closed", "read-too-late"],
+)
 async def test_a_client_prints_nothing_when_its_event_loops_end(server: EngineServer, program: str) -> None:
     """Without the client's precautions, grpcio reports to a closed loop, and the next loop prints a traceback."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", program, server.address, cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-c", program, server.address),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
-    _, errors = await asyncio.wait_for(process.communicate(), 3 * SOON)
+    output, errors = await asyncio.wait_for(process.communicate(), 3 * SOON)
     assert (process.returncode, errors) == (0, b"")
+    if output:
+        pytest.skip("this grpcio reads a closed socket without an error")

@@ -55,7 +55,7 @@ async def fill(path: Path) -> SqliteStore:
     await start("one", "held")  # 4: a worker holds its task
     await take()
     await start("two", "waiting")  # 5
-    owned = ("one", "v1", "0", "s/1", "owner", 30_000, True)
+    owned = ("one", "v1", "0", "s/1", "owner", 30_000)
     await store.run(tasks.start_owned, *owned)  # 6
     waiting = await start("waits", "waits")  # 7
     await store.run(waits.send_event, waiting, "go", "0", "")
@@ -103,7 +103,7 @@ async def test_late_report_of_lost_attempt_is_counted_once(tmp_path: Path) -> No
     store = await open_store(f"sqlite:///{path}", clock)
     await store.run(executions.register_workflow, "one", "v1", ONE_NODE)
     await store.run(executions.register_workflow, "pay", "v2", PAY)
-    owned = (await store.run(tasks.start_owned, "one", "v1", "0", "s/1", "owner", 1000, True)).task
+    owned = (await store.run(tasks.start_owned, "one", "v1", "0", "s/1", "owner", 1000)).task
     await store.run(executions.start_execution, "pay", "v2", "0", "")
     once = (await store.run(tasks.claim, "worker", ("v2",), 2**40, 30_000, True)).task
     assert owned is not None

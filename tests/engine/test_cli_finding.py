@@ -18,12 +18,16 @@ import harness
 import pytest
 from harness import Server, environment, free_port, nexum_server, running
 from nexum_wire import DEADLINE, complete, connected, poll, register
-from processes import Command, command_line, run_script
+from processes import Command, InProcess, command_line, run_script
 from server_thread import ServerThread, server_thread
 
+from nexum_engine import commands
 from nexum_engine.__main__ import main
 from nexum_engine.commands import look
+from nexum_engine.errors import StoreLocked
+from nexum_engine.location import remove_address, write_address
 from nexum_engine.screen import Screen
+from nexum_engine.store import Store, open_store
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 
@@ -147,6 +151,34 @@ def test_watch_continues_with_the_next_server(tmp_path: Path) -> None:
         watching.interrupt()
         assert watching.wait(10) == 130
     assert watching.output.count(first) == 1
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("command", ["show", "show --follow"])
+def test_command_asks_the_server_of_a_run_that_is_just_opening_the_database(
+    command: str, tmp_path: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, refusals = tmp_path / "nexum.db", []
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{path}")
+    with server_thread(tmp_path) as server, connected(server.address) as stub:
+        register(stub, {"a": []})
+        execution = begin(stub)
+        complete(stub, poll(stub))
+        remove_address(path, server.address)  # as if the server didn't listen yet
+
+        async def opened(*args: Any, **options: Any) -> Store:
+            try:
+                return await open_store(*args, **options)
+            except StoreLocked as refusal:
+                refusals.append(refusal)
+                write_address(path, server.address)
+                raise
+
+        monkeypatch.setattr(commands, "open_store", opened)
+        code, output = in_process(main, *command.split(), execution)
+    assert len(refusals) == 1
+    assert code == 0
+    assert "COMPLETED" in output
 
 
 def test_note_is_shown_below_a_view_that_is_higher_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

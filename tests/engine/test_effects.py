@@ -35,7 +35,7 @@ async def start(
     built = workflow("pay").effect("pay", once=True, reconcile=reconcile, retry=retry, timeout_seconds=timeout).build()
     await store.run(executions.register_workflow, "pay", "v1", built.ir_json)
     if owner:
-        started = await store.run(tasks.start_owned, "pay", "v1", "{}", key, owner, LEASE_MS, True)
+        started = await store.run(tasks.start_owned, "pay", "v1", "{}", key, owner, LEASE_MS)
         assert started.task is not None
         return started.execution_id
     return (await store.run(executions.start_execution, "pay", "v1", "{}", key)).execution_id
@@ -392,15 +392,15 @@ async def test_owner_finds_an_unknown_effect_and_gets_the_task_after_the_decisio
     assert await is_unknown(store, execution_id)
     (lost,) = await attempts(store, execution_id)
     assert lost.error == "process one ended, or lost its connection"  # an owner is no worker
-    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True)
+    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS)
     assert (found.execution_id, found.unknown, found.task) == (execution_id, True, None)
     assert found.status is ExecutionStatus.RUNNING
     with pytest.raises(Conflict, match="waits for a person"):
-        await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True, "", "1")
+        await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, "", "1")
     changed = await store.run(waits.resolve, execution_id, "pay", "Ann", not_done=True)
     assert changed.ready == ()
     assert await take(store) is None
-    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True)
+    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS)
     assert found.task is not None
     assert not found.unknown
     assert not found.task.must_reconcile
@@ -409,7 +409,7 @@ async def test_owner_finds_an_unknown_effect_and_gets_the_task_after_the_decisio
 async def test_next_owner_must_reconcile(store: Store, clock: ManualClock) -> None:
     await start(store, owner="one", key="k", reconcile=True)
     await lose(store, clock, "one")
-    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True)
+    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS)
     assert found.task is not None
     assert found.task.must_reconcile
     await store.run(tasks.fail_task, found.task.task_id, "no answer", True, True)
@@ -419,7 +419,7 @@ async def test_next_owner_must_reconcile(store: Store, clock: ManualClock) -> No
 async def test_owner_that_reports_unknown_waits_for_a_person_at_once(store: Store) -> None:
     """No worker gets an owner's task. So the task isn't handed out again, although the node allows a reconciliation."""
     execution_id = await start(store, owner="one", key="k", reconcile=True)
-    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "one", LEASE_MS, True)
+    found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "one", LEASE_MS)
     assert found.task is not None
     await store.run(tasks.fail_task, found.task.task_id, "no answer", True, True)
     assert await is_unknown(store, execution_id)
@@ -428,7 +428,7 @@ async def test_owner_that_reports_unknown_waits_for_a_person_at_once(store: Stor
 async def test_failed_and_cancelled_effects_are_not_started_again(store: Store) -> None:
     execution_id = await start(store, owner="one", key="k")
     await store.run(executions.cancel_execution, execution_id, "Ann")
-    again = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, True)
+    again = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS)
     assert (again.execution_id, again.status, again.task) == (execution_id, ExecutionStatus.CANCELLED, None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -165,23 +164,6 @@ async def test_owner_keeps_its_task_beyond_its_lease(tmp_path: Path) -> None:
         assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
         await owner.complete(owned.task, {"done": True})
         assert (await client.get_execution(owned.execution_id)).execution.status is ExecutionStatus.COMPLETED
-
-
-async def test_thread_of_heartbeats_ends_with_the_last_of_them(server: EngineServer) -> None:
-    """While the thread runs, the end of the process's last gRPC channel may log a "Bad file descriptor"."""
-
-    def threads() -> int:
-        return sum(thread.name == "heartbeats" for thread in threading.enumerate())
-
-    before = threads()
-    async with beating(server.address, "w1") as first:
-        await first.connected()
-        async with beating(server.address, "w2") as second:
-            await second.connected()
-            assert threads() == before + 1
-        assert threads() == before + 1
-        assert first.heart.connected.is_set()
-    assert threads() == before == 0
 
 
 async def test_second_heartbeat_follows_soon_after_connecting(

@@ -65,7 +65,7 @@ async def take_all(store: Store, *built: Workflow) -> list[Task]:
 
 
 async def own(store: Store, built: Workflow, key: str, output_json: str = "", owner: str = "o1") -> Started:
-    one = (built.workflow_id, built.version_hash, "{}", key, owner, LEASE_MS, True, "", output_json)
+    one = (built.workflow_id, built.version_hash, "{}", key, owner, LEASE_MS, "", output_json)
     return await store.run(tasks.start_owned, *one)
 
 

@@ -138,7 +138,7 @@ async def test_key_keeps_the_attributes_of_its_first_start(store: Store) -> None
 
 async def own(store: Store, workflow_id: str, key: str, output: object = None) -> str:
     text = "" if output is None else json.dumps(output)
-    one = (workflow_id, workflow_id, "{}", key, "owner", 30_000, True, "", text)
+    one = (workflow_id, workflow_id, "{}", key, "owner", 30_000, "", text)
     return (await store.run(tasks.start_owned, *one)).execution_id
 
 

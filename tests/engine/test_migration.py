@@ -174,7 +174,7 @@ async def test_owners_and_keys_continue(old: Path) -> None:
     store = await opened(old)
 
     async def own(key: str, owner: str, output_json: str = "", held_task_id: str = "") -> tuple[str, ExecutionStatus]:
-        one = ("one", "v-one", f'{{"of": "{key}"}}', key, owner, LEASE_MS, True, held_task_id, output_json)
+        one = ("one", "v-one", f'{{"of": "{key}"}}', key, owner, LEASE_MS, held_task_id, output_json)
         started = await store.run(tasks.start_owned, *one)
         return (started.task.task_id if started.task else "", started.status)
 

@@ -12,12 +12,14 @@ import grpc
 import harness
 import pytest
 from harness import running
-from server_thread import ServerThread
+from nexum_wire import connected
+from server_thread import ServerThread, server_thread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.client import Started as ClientStarted
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, ServerError, StaleTask
+from nexum_engine.heartbeat import Heartbeat
 from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
@@ -42,7 +44,7 @@ async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
 
 
 async def own(store: Store, owner: str, key: str = "k") -> Started:
-    return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True)
+    return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS)
 
 
 async def polled(store: Store) -> object:
@@ -121,7 +123,7 @@ async def test_owner_finds_completed_execution_and_restarts_failed_one(store: St
 async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: ManualClock) -> None:
     async def under(held: Started, owner: str, key: str) -> Started:
         assert held.task is not None
-        return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True, held.task.task_id)
+        return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, held.task.task_id)
 
     first = await own(store, "one", "run")
     assert (await under(first, "one", "e/1")).task is not None
@@ -133,13 +135,32 @@ async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: 
         await under(first, "one", "e/3")
     assert (await under(second, "two", "e/3")).task is not None
     with pytest.raises(StaleTask, match="holds task task-of-elsewhere, but this server has no such task"):
-        await store.run(tasks.start_owned, "w", "v1", "{}", "e/4", "two", LEASE_MS, True, "task-of-elsewhere")
+        await store.run(tasks.start_owned, "w", "v1", "{}", "e/4", "two", LEASE_MS, "task-of-elsewhere")
     keys = {one.idempotency_key for one in await store.run(listing.list_executions, "w", "", 10)}
     assert keys == {"run", "e/1", "e/2", "e/3"}
 
 
+async def test_start_that_arrives_after_its_owner_is_dead_does_not_keep_the_next_owner_waiting(
+    store: Store, clock: ManualClock
+) -> None:
+    """The server may read the last request of a killed process after it has noticed the process's death."""
+    run = await own(store, "one", "run")
+    assert run.task is not None
+    await store.run(leases.disconnect, "one", 1000)
+    late = await store.run(tasks.start_owned, "w", "v1", "{}", "e/1", "one", LEASE_MS, run.task.task_id)
+    assert late.task is not None
+    assert late.lease_ends_ms == clock.now_ms() + 1000
+    clock.advance(1)
+    await store.run(leases.sweep, 0)
+    second = await own(store, "two", "run")
+    assert second.task is not None
+    taken = await store.run(tasks.start_owned, "w", "v1", "{}", "e/1", "two", LEASE_MS, second.task.task_id)
+    assert taken.task is not None
+    assert taken.task.attempt == 2
+
+
 async def record(store: Store, output: str, owner: str = "one", key: str = "k", held: str = "") -> Started:
-    return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, True, held, output)
+    return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, held, output)
 
 
 async def test_start_with_result_records_the_result(store: Store) -> None:
@@ -228,7 +249,7 @@ async def test_workflow_of_two_nodes_can_not_be_owned(store: Store) -> None:
     nodes = {"a": {"type": "EFFECT", "dependencies": []}, "b": {"type": "EFFECT", "dependencies": ["a"]}}
     await store.run(executions.register_workflow, "w", "v2", json.dumps({"nodes": nodes}))
     with pytest.raises(InvalidRequest, match="has 2 nodes, but an owned execution can have only one"):
-        await store.run(tasks.start_owned, "w", "v2", "{}", "k", "one", LEASE_MS, True)
+        await store.run(tasks.start_owned, "w", "v2", "{}", "k", "one", LEASE_MS)
     assert await store.run(listing.list_executions, "w", "", 10) == []
 
 
@@ -297,6 +318,17 @@ asyncio.run(main())
 """
 
 
+async def taken_over(owner: Owner) -> ClientStarted:
+    """Start the execution as its next owner, as soon as the server notices that its owner is dead."""
+    deadline = asyncio.get_running_loop().time() + 5
+    while True:
+        try:
+            return await owner.start(OWNED, {}, idempotency_key="k")
+        except Conflict:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.05)
+
+
 async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: ServerThread, tmp_path: Path) -> None:
     async with NexumClient(server.address) as client, Owner(client) as owner:
         with running(["-c", DIES, server.address], cwd=tmp_path) as process:
@@ -305,20 +337,50 @@ async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: ServerTh
             with pytest.raises(Conflict, match=f"in use by {name}"):
                 await owner.start(OWNED, {}, idempotency_key="k")
             process.kill()
-        deadline = asyncio.get_running_loop().time() + 5
-        while True:
-            try:
-                started = await owner.start(OWNED, {}, idempotency_key="k")
-                break
-            except Conflict:
-                assert asyncio.get_running_loop().time() < deadline
-                await asyncio.sleep(0.05)
+        started = await taken_over(owner)
         assert started.task is not None
         assert started.task.attempt == 2
         await owner.complete(started.task, {"done": True})
         again = await owner.start(OWNED, {}, idempotency_key="k")
         assert again.ended is not None
         assert again.ended.outputs() == {"a": '{"done":true}'}
+
+
+async def test_server_that_does_not_see_the_owners_stream_does_not_hold_its_tasks_for_longer(
+    tmp_path: Path,
+) -> None:
+    """A session of a killed process could never be continued if each of its next runs started the server again."""
+    request = pb.StartRequest(
+        workflow_id=OWNED.workflow_id,
+        version_hash=OWNED.version_hash,
+        input_json="{}",
+        idempotency_key="k",
+        owner="one",
+    )
+    with server_thread(tmp_path) as server:
+        async with NexumClient(server.address) as client:
+            await client.register_workflow(OWNED)
+        with connected(server.address) as stub:
+            assert stub.StartExecution(request).HasField("task")
+    with server_thread(tmp_path) as server:
+        async with NexumClient(server.address) as client, Owner(client) as two:
+            started = await taken_over(two)
+    assert started.task is not None
+    assert started.task.attempt == 2
+
+
+async def test_owner_begins_although_the_server_ends_just_after_the_connection(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def connect_and_lose(heartbeat: Heartbeat) -> None:
+        await asyncio.sleep(0)  # let the owner begin to wait
+        heartbeat.connected.set()
+        heartbeat.connected.clear()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Heartbeat, "run", connect_and_lose)
+    async with NexumClient(server.address) as client, Owner(client) as owner:
+        assert (await owner.start(OWNED, {}, idempotency_key="k")).task is not None
 
 
 async def test_owner_cancels_execution_on_server_without_owners(server: ServerThread) -> None:

@@ -107,12 +107,12 @@ async def test_tool_call_takes_12_statements_and_at_most_10_pages(store: SqliteS
 
 async def test_recorded_event_takes_6_statements_and_at_most_5_pages(store: SqliteStore) -> None:
     await store.run(executions.register_workflow, "event", "v1", '{"nodes": {"event": {"type": "EFFECT"}}}')
-    run = (await store.run(tasks.start_owned, "event", "v1", "0", "run", "owner", 30_000, True)).task
+    run = (await store.run(tasks.start_owned, "event", "v1", "0", "run", "owner", 30_000)).task
     assert run is not None
 
     async def record(number: int) -> None:
         """Record an event of usual size, as a durable run does for a model's reply."""
-        one = ("event", "v1", json.dumps({"position": number}), f"session:agent:{number:06}", "owner", 30_000, True)
+        one = ("event", "v1", json.dumps({"position": number}), f"session:agent:{number:06}", "owner", 30_000)
         await store.run(tasks.start_owned, *one, run.task_id, json.dumps("y" * 1024))
 
     commits, statements, pages = await cost(store, record)

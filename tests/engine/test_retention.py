@@ -80,7 +80,7 @@ async def finish(store: Store, output: str = '"done"') -> str:
 
 async def record(store: Store, key: str, output: str = '"done"') -> str:
     """Record an event, as a durable run does."""
-    one = ("one", "v1", "0", key, "owner", 30_000, True, "", output)
+    one = ("one", "v1", "0", key, "owner", 30_000, "", output)
     return (await store.run(tasks.start_owned, *one)).execution_id
 
 
@@ -244,7 +244,7 @@ async def test_session_is_pruned_as_a_whole_or_not_at_all(store: Store, clock: M
     assert await prune(store, dry_run=True) == Pruned(executions=8, sessions=2)
 
     # A new run of the session begins. So the whole session is kept.
-    one = ("one", "v1", "0", "s/run", "owner", 30_000, True)
+    one = ("one", "v1", "0", "s/run", "owner", 30_000)
     run = await store.run(tasks.start_owned, *one)
     assert run.task is not None
     assert await prune(store) == Pruned(executions=2, sessions=1, kept=6)

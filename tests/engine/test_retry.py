@@ -157,7 +157,7 @@ async def test_key_with_a_newer_execution_is_not_retried(store: Store) -> None:
 
 async def test_owned_execution_is_not_retried(store: Store) -> None:
     await begin(store, {"a": []})
-    started = await store.run(tasks.start_owned, "w", "v1", "1", "owned", "owner", 30_000, True)
+    started = await store.run(tasks.start_owned, "w", "v1", "1", "owned", "owner", 30_000)
     assert started.task is not None
     await store.run(tasks.fail_task, started.task.task_id, "broken", True)
     with pytest.raises(

@@ -279,7 +279,7 @@ async def test_session_taken_over_on_both_has_one_owner(stores: tuple[Store, Sto
     for number in range(RACES):
         outcomes = await both(
             *(
-                store.run(tasks.start_owned, "w", "v1", "0", f"s{number}", f"owner{which}", LEASE_MS, True)
+                store.run(tasks.start_owned, "w", "v1", "0", f"s{number}", f"owner{which}", LEASE_MS)
                 for which, store in enumerate(stores)
             )
         )
@@ -290,10 +290,10 @@ async def test_session_that_begins_again_is_not_pruned_in_part(stores: tuple[Sto
     await register(stores[0], ONE)
     for number in range(RACES):
         for event in range(3):
-            one = ("w", "v1", "0", f"s{number}/a/{event}", "owner", LEASE_MS, True, "", "1")
+            one = ("w", "v1", "0", f"s{number}/a/{event}", "owner", LEASE_MS, "", "1")
             await stores[0].run(tasks.start_owned, *one)
         clock.advance(10)
-        begin = ("w", "v1", "0", f"s{number}/2", "owner", LEASE_MS, True)
+        begin = ("w", "v1", "0", f"s{number}/2", "owner", LEASE_MS)
         await asyncio.gather(stores[0].run_alone(retention.prune, 5000), stores[1].run(tasks.start_owned, *begin))
         left = await stores[0].run(listing.list_executions, "w", "", 100, key_prefix=f"s{number}/")
         assert len(left) in (1, 4)

@@ -42,13 +42,13 @@ EVERY = (
 
 async def effect(task: TaskContext, result: Any) -> Any:
     """Wait a little, log the effect, wait a little again, and return the result."""
-    await asyncio.sleep(0.03)
+    await asyncio.sleep(0.06)
     item = "-" if task.index is None else task.index
     words = [time.time_ns() // 1_000_000, task.attempt, task.execution_id, task.node_id, item, task.idempotency_key]
     descriptor = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.write(descriptor, (" ".join(map(str, words)) + "\n").encode())
     os.close(descriptor)
-    await asyncio.sleep(0.03)
+    await asyncio.sleep(0.06)
     return result
 
 
