@@ -99,7 +99,9 @@ class AtWork:
         """Return an item of a turn or a run, ready for the consumer."""
         self._session_state.transcript.settle(self._label, item, messages_of(task))
         if isinstance(item, (Response, TaskResult)):
-            self._recorder.setbacks.turn_is_over(self._path)
+            # A team that the program runs itself has the path of the program, whose other agents it doesn't contain.
+            is_own_path = self._path != self._outer.path
+            self._recorder.setbacks.turn_is_over(self._path if is_own_path else self._label)
             if isinstance(self._outer.owner, GraphFlow):
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):

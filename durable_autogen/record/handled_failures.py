@@ -120,15 +120,10 @@ class Setbacks:
                 one.continued = one.was_handled = True
 
     def turn_is_over(self, path: str) -> None:
-        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it.
-
-        The path of a team that the program runs itself is empty. Then keep the setbacks of the program's own calls.
-        """
+        """Forget the setbacks of an agent or team whose turn is over, and of all agents inside it."""
         # The calls of a team itself are recorded under the name "PATH (team)".
         self._setbacks = [
-            one
-            for one in self._setbacks
-            if not one.agent or not (_contains(path, one.agent) or one.agent.startswith(f"{path} ("))
+            one for one in self._setbacks if not (_contains(path, one.agent) or one.agent.startswith(f"{path} ("))
         ]
 
     def cause_of(self, error: BaseException) -> Exception | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import json
 import sys
 from typing import Any
@@ -394,17 +395,29 @@ async def test_cancellation_keeps_a_handled_failure_and_what_came_after_it(
     assert happened == ["first", "second", "third"]
 
 
-async def test_failure_that_is_raised_again_after_a_team_has_run_is_retried(server: ServerThread) -> None:
+@pytest.mark.parametrize("branch", ["", "branch"])
+@pytest.mark.parametrize("who", ["the program", "an agent"])
+async def test_failure_that_is_raised_again_after_a_team_has_run_is_retried(
+    server: ServerThread, who: str, branch: str
+) -> None:
     happened: list[str] = []
 
-    async def program() -> str:
-        async with DurableSession("s", nexum=server.address):
-            try:
-                return await asked(Scripted(happened, *([Offline("down")] if is_down else []), name="fails"))
-            except Offline:
-                member = AssistantAgent("one", Scripted(happened, name="clean up"))
-                await RoundRobinGroupChat([member], max_turns=1).run(task="Q")
-                raise
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address) as session:
+            with session.agent(branch) if branch else contextlib.nullcontext():
+                await work()
+
+    async def work() -> None:
+        model = Scripted(happened, *([Offline("down")] if is_down else []), name="fails")
+        try:
+            if who == "the program":
+                await asked(model)
+            else:
+                await AssistantAgent("first", model).run(task="Q")
+        except Offline:
+            member = AssistantAgent("one", Scripted(happened, name="clean up"))
+            await RoundRobinGroupChat([member], max_turns=1).run(task="Q")
+            raise
 
     is_down = True
     for _ in range(2):
