@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     try:
         if args.command == "run":
+            args.arguments = _with_dashes(args.arguments, sys.argv[1:] if argv is None else argv)
             _print_what_is_logged()
             return run_script(args)
         try:
@@ -237,6 +238,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _with_dashes(arguments: Sequence[str], command_line: Sequence[str]) -> list[str]:
+    """Return the script's arguments with a first argument `--`, which argparse drops."""
+    before = command_line[: len(command_line) - len(arguments)]
+    return ["--", *arguments] if before[-1] == "--" else [*arguments]
 
 
 def _print_what_is_logged() -> None:

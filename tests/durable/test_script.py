@@ -142,7 +142,7 @@ def test_script_has_pythons_environment_and_only_its_output(folder: Folder) -> N
     folder.script = "deeper/script.py"
     folder.write(LOOKS, folder.script)
     folder.write("NAME = 'beside it'", "deeper/beside.py")
-    arguments = ["--session", "its own", "-x", ""]
+    arguments = ["--", "--session", "its own", "-x", "--", ""]
     durable, plain = folder.durable(*arguments), folder.python(*arguments)
     assert (durable.returncode, plain.returncode, plain.stderr) == (0, 0, "")
     assert durable.stdout == plain.stdout
