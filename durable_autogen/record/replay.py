@@ -25,7 +25,6 @@ NAMES_HINT = (
     "them different names"
 )
 TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
-DROPPED_PATIENCE = 1.0  # seconds; replaces TRIED_PATIENCE after a recorded call was dropped
 
 
 @dataclass
@@ -78,8 +77,12 @@ class Replay:
         """The positions of each kind and agent whose calls `matching` moved to other positions."""
         self._waiting_live: list[Call] = []
         """The calls that have no recorded event: they wait for the end of the replay."""
-        self._has_dropped = False
-        """Whether a recorded call was dropped (see `_follows_failure`)."""
+        self._waiting_since: float | None = None
+        """When the program last got an event, or was last seen at work, by the event loop's clock.
+
+        None before the next call is waited for. If the program doesn't make several calls, the waits don't add up: in
+        the meantime, nothing has happened that could make the program ask for them.
+        """
         self._changed = asyncio.Event()
         self.over = asyncio.Event()
         """Set when the replay is over."""
@@ -203,8 +206,7 @@ class Replay:
 
     def drop(self, event: Event) -> None:
         """Drop an event that was revoked: the next event, or that of a given-up call."""
-        if self.ahead.pop(event.address, None) is not None:
-            self._has_dropped = True
+        self.ahead.pop(event.address, None)
 
     async def run(self) -> Mismatch | None:
         """Deliver all events in order; return None after the last one. Return early if the next event doesn't fit."""
@@ -227,7 +229,7 @@ class Replay:
                 what = f"{event} is not what this run asks for: {'; '.join(differing)}"
                 return Mismatch(event, f"{what}. {NAMES_HINT}" if self._is_one_of_several(event) else what)
             del self.ahead[event.address]
-            self.active_ms = event.active_ms
+            self.active_ms, self._waiting_since = event.active_ms, None
             self.delivered(event)
             _deliver(asked, event)
 
@@ -237,7 +239,8 @@ class Replay:
 
     async def _is_asked_in_time(self, event: Event) -> bool:
         loop = asyncio.get_running_loop()
-        begun = loop.time()
+        if self._waiting_since is None:
+            self._waiting_since = loop.time()
         # Wait longer for a call that the recorded run made late: this run may make it late, too.
         late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
         notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
@@ -247,9 +250,9 @@ class Replay:
                 patience = self._patience(event)
                 if patience is None:
                     await self._changed.wait()
-                    begun = loop.time()
+                    self._waiting_since = loop.time()
                     continue
-                left = begun + patience + late - loop.time()
+                left = self._waiting_since + patience + late - loop.time()
                 if left <= 0:
                     return False
                 await wait_until_set(self._changed, left)
@@ -270,7 +273,7 @@ class Replay:
         While no call waits, there is no limit: the program is doing other work, and will then make a call or end.
         """
         if self._follows_failure(event):
-            return DROPPED_PATIENCE if self._has_dropped else TRIED_PATIENCE
+            return TRIED_PATIENCE
         if self._asked or not all(self._journal.was_tried(call.address) for call in self._waiting_live):
             return DRIFT_PATIENCE
         return TRIED_PATIENCE if self._waiting_live else None

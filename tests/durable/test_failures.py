@@ -42,6 +42,7 @@ from server_thread import ServerThread
 from durable_autogen import DurableSession, call_id
 from durable_autogen.record.events import Kind, read_record
 from durable_autogen.record.recorder import OnDrift
+from nexum_engine import clock
 from nexum_engine.client import NexumClient
 from support.models.live import LiveModel
 
@@ -683,6 +684,51 @@ async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
     for ids in (charges, notes[::2], notes[1::2], hung):
         assert len(set(ids)) == 1
         assert "" not in ids
+
+
+async def test_waits_for_calls_that_may_depend_on_a_retried_failure_do_not_add_up(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    waits: list[tuple[float, float]] = []  # the beginning and the latest end of each wait
+    wait_until_set = clock.wait_until_set
+
+    async def observed(event: asyncio.Event, seconds: float) -> None:
+        now = asyncio.get_running_loop().time()
+        waits.append((now, now + seconds))
+        await wait_until_set(event, seconds)
+
+    monkeypatch.setattr("durable_autogen.record.replay.wait_until_set", observed)
+    is_down = True
+    notes: list[int] = []
+
+    async def charge() -> str:
+        if is_down:
+            raise TimeoutError("no answer")
+        return "charged"
+
+    async def note(number: int) -> str:
+        notes.append(number)
+        return "noted"
+
+    async def call(one: Callable[..., Awaitable[str]], **arguments: int) -> Any:
+        return await FunctionTool(one, "A tool.").run_json(arguments, CancellationToken())
+
+    async def program() -> Any:
+        async with DurableSession("s", nexum=server.address):
+            ends: Any = await asyncio.gather(call(charge), return_exceptions=True)
+            for number in range(5):
+                await call(note, number=number)
+            if isinstance(ends[0], BaseException):
+                raise ends[0]
+            return ends[0]
+
+    with pytest.raises(TimeoutError):
+        await program()
+    is_down = False
+    assert await program() == "charged"
+    assert notes == [*range(5), *range(5)]
+    assert max(end for _, end in waits) - min(begin for begin, _ in waits) < 2 * 0.5
 
 
 async def test_other_tool_after_a_retried_failure_takes_the_place_of_a_call_that_was_cut_off(
