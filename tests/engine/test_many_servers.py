@@ -207,8 +207,9 @@ def test_server_and_worker_killed_under_load_lose_and_change_nothing(servers: li
         assert_recorded_once(records, acknowledged, log, calls, {"LOST", "INTERRUPTED"})
         repeated = sum(len(one["nodes"][0]["attempts"]) - 1 for one in records)
         # A task ran again only if it was held by the killed worker or by one of the killed server's two workers. Each
-        # worker holds at most four tasks.
-        assert 0 < repeated <= 3 * 4
+        # worker runs at most four tasks. While it reports one, it may hold the next one already: a report and the next
+        # poll share a message, and the server may die between the two transactions.
+        assert 0 < repeated <= 3 * 2 * 4
 
 
 def status_of_workflow(stub: NexumServiceStub) -> object:
