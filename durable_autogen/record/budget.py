@@ -376,7 +376,7 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
-        self._journal.cancel_at_end(BUDGET_QUESTION, budget_prefix(session))
+        self._journal.may_have_asked = True
         with ExitStack() as stack:
 
             def on_waiting(_: str) -> None:

@@ -225,7 +225,7 @@ class Guard:
                 asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                 waiting.callback(asking.cancel)
 
-        self._journal.cancel_at_end(asked, f"{question.session}:{NODE}/")
+        self._journal.may_have_asked = True
         with waiting, self._recorder.servers_errors():
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.

@@ -66,8 +66,9 @@ class Journal:
         """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished."""
-        self.continues = False
-        """Whether the session has an earlier run that was not over. Its calls may have asked people or waited."""
+        self.may_have_asked = False
+        """Whether calls of this run, or of an earlier run that did not finish, may have asked a person or waited for an
+        event."""
         self.client = client
         self._owner = Owner(
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
@@ -78,8 +79,6 @@ class Journal:
         """The number of the next event."""
         self._summary = Summary()
         self._in_background: set[asyncio.Task[None]] = set()
-        self._leftovers: set[tuple[str, str]] = set()
-        """The workflow and the beginning of the keys of executions to cancel at the end (see `cancel_at_end`)."""
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
         self._open: dict[str, Task] = {}
@@ -105,8 +104,8 @@ class Journal:
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = end_of(latest, self.events)
-                self.continues = self.ended is None
-                if self.continues:
+                self.may_have_asked = self.ended is None
+                if self.ended is None:
                     await self._revoke_failures_at_end()
                 else:
                     self.log.info(
@@ -126,7 +125,7 @@ class Journal:
                 reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
             elif error is None:
-                await self._cancel_leftovers()
+                await self._cancel_given_back()
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
@@ -409,21 +408,21 @@ class Journal:
         # too, if another process may own the session now: if so, the server refuses before the call costs money.
         is_setback = bool(self.events) and self.events[-1].is_setback
         if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
-            await self._begin(call, anew=is_counted)
+            await self._begin(call, restart=is_counted)
             return True
         self._unrecorded.append(call.address)
         return False
 
-    async def _begin(self, call: Call, *, anew: bool) -> None:
+    async def _begin(self, call: Call, *, restart: bool) -> None:
         """Record the beginning of a call.
 
-        If an earlier run began the call, continue its execution. With `anew`, end that execution as failed, and begin
-        another one.
+        If an earlier run began the call, continue its execution. With `restart`, end that execution as failed, and
+        begin another one.
         """
         input = self._input(call)
         key = self._key(input)
         if key in self._open:
-            if not anew:
+            if not restart:
                 return
             await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
         if not await self._start(input):
@@ -535,25 +534,17 @@ class Journal:
             finally:
                 self._run = None
 
-    def cancel_at_end(self, workflow: Workflow, key_prefix: str) -> None:
-        """After a run without an error, cancel the running executions whose keys begin with `key_prefix`.
-
-        No call waits for them any more, and the server never prunes a session that has running executions.
-        """
-        self._leftovers.add((workflow.workflow_id, key_prefix))
-
-    async def _cancel_leftovers(self) -> None:
-        for workflow_id, key_prefix in self._leftovers:
-            with contextlib.suppress(NexumError):  # if no server answers, a later run cancels them
-                await self._cancel_running(workflow_id, key_prefix)
-        for execution_id in self._given_back:  # the run has ended without making their calls again
+    async def _cancel_given_back(self) -> None:
+        """Cancel the effects that were given back: the run has ended without making their calls again."""
+        for execution_id in self._given_back:
             with contextlib.suppress(Conflict):  # it has ended
                 await self.client.cancel_execution(execution_id)
 
-    async def _cancel_running(self, workflow_id: str, key_prefix: str) -> None:
+    async def cancel_running(self, workflow: Workflow, key_prefix: str) -> None:
+        """Cancel the running executions of a workflow whose keys begin with `key_prefix`."""
         async for execution in all_executions(
             self.client,
-            workflow_id=workflow_id,
+            workflow_id=workflow.workflow_id,
             status=ExecutionStatus.RUNNING.value,
             key_prefix=key_prefix,
             patience=SERVER_PATIENCE,

@@ -37,7 +37,6 @@ from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
-from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.errors import NexumError
 
 OnDrift = Literal["stop", "continue"]
@@ -593,8 +592,7 @@ class Recorder:
         `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
-        # The tool of a recorded call may have asked about a worker's call. Then the guard doesn't know the question.
-        self.journal.cancel_at_end(approval_workflow(), f"{self.journal.session}:{NODE}/")
+        self.journal.may_have_asked = True  # a tool may have asked, about a call of a worker
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:

@@ -48,6 +48,7 @@ class Replay:
     """The replay of a record: the events that are not delivered yet, and the calls that wait for them."""
 
     def __init__(self, journal: Journal, session: OpenSession) -> None:
+        # An OrderedDict finds its first entry at once. A dict would search through the entries that were deleted.
         self.ahead = OrderedDict(
             (event.address, event) for event in journal.events if event.kind.is_asked_for and not _is_apart(event)
         )
@@ -80,8 +81,8 @@ class Replay:
         self._waiting_since: float | None = None
         """When the program last got an event, or was last seen at work, by the event loop's clock.
 
-        None before the next call is waited for. If the program doesn't make several calls, the waits don't add up: in
-        the meantime, nothing has happened that could make the program ask for them.
+        None until the replay waits for the next call. If the program doesn't make several recorded calls, the waits for
+        them don't add up: nothing happens between these waits that could make the program ask for a call.
         """
         self._changed = asyncio.Event()
         self.over = asyncio.Event()

@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, suppress
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, TypeVar, get_args
@@ -196,11 +196,6 @@ class Session:
                     address = (await stack.enter_async_context(EmbeddedNexum(None, owners=True))).address
                 client = await stack.enter_async_context(NexumClient(address))
                 journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
-            if journal.continues:
-                # Earlier runs may have asked people, or waited, in calls that this run doesn't make.
-                journal.cancel_at_end(approval_workflow(), f"{self.session_id}:{NODE}/")
-                journal.cancel_at_end(BUDGET_QUESTION, budget_prefix(self.session_id))
-                journal.cancel_at_end(SENT_EVENT, f"{self.session_id}/")
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
             stack.enter_context(at(Place(self, around=current.get())))
@@ -241,7 +236,20 @@ class Session:
             await recorder.replay_rest()
             self.is_over = True  # a call that a background task makes from now on would not be recorded
             await recorder.end(self.stop_reason)
+            if recorder.journal.may_have_asked:
+                await self._withdraw_questions(recorder.journal)
             self.guard.warn_of_unknown_names()
+
+    async def _withdraw_questions(self, journal: Journal) -> None:
+        """Cancel the questions to people, and the executions of events, that no call waits for any more.
+
+        Calls of earlier runs may have begun them. The server never prunes a session that has running executions. If an
+        event is sent later, its execution is started again.
+        """
+        with suppress(NexumError):  # if no server answers, a later run cancels them
+            await journal.cancel_running(approval_workflow(), f"{self.session_id}:{NODE}/")
+            await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
+            await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
 
     async def _close(self) -> None:
         self.is_over = True

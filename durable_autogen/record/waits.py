@@ -25,7 +25,7 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Performed, Recorder
-from durable_autogen.record.sent_events import SENT_EVENT, check_event_name, expect
+from durable_autogen.record.sent_events import check_event_name, expect
 from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.connection import MAX_SERVER_WAIT
@@ -73,9 +73,7 @@ class Waits:
         Raises TimeoutError if no such event is sent in time.
         """
         check_event_name(name)
-        journal = self._recorder.journal
-        # If an event that the session has waited for is sent after the end, its execution is started again.
-        journal.cancel_at_end(SENT_EVENT, f"{journal.session}/")
+        self._recorder.journal.may_have_asked = True
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
