@@ -20,8 +20,7 @@ from durable_autogen.autogen.transcript import Item, Message, Task, marked, mess
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind
-from durable_autogen.record.failures import items_of
-from durable_autogen.record.place import closing
+from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.surrogates import representable

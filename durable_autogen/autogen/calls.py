@@ -40,9 +40,9 @@ from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
-from durable_autogen.record.failures import end, items_of, ordinary
+from durable_autogen.record.failures import end, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, at, closing, recorded_call
+from durable_autogen.record.place import Place, at, closing, items_of, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by

@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, get_args
 
@@ -151,7 +151,6 @@ def with_subclasses(base: type) -> list[type]:
     return list(found)
 
 
-_END = object()
 _NOT_PLAIN: Any = object()
 _KNOWN_ERRORS = set(get_args(ErrorType))
 
@@ -225,16 +224,6 @@ async def end(running: asyncio.Future[Any], patience: float | None = None) -> No
         await asyncio.wait({running}, timeout=patience)
     if running.done() and not running.cancelled():
         running.exception()
-
-
-async def items_of(running: asyncio.Future[Any], items: asyncio.Queue[Any]) -> AsyncGenerator[Any, None]:
-    """Yield the items that a task puts into a queue, until the task is over. Cancel it if the consumer leaves."""
-    running.add_done_callback(lambda _: items.put_nowait(_END))
-    try:
-        while (item := await items.get()) is not _END:
-            yield item
-    finally:
-        await end(running)
 
 
 def made_ordinary(error: BaseException, name: str) -> RuntimeError:

@@ -15,8 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import Call, Event
+from durable_autogen.record.failures import end
 
 T = TypeVar("T")
+
+_END = object()
+"""The mark in a queue of items that no further item comes."""
 
 
 class Activity:
@@ -154,6 +158,16 @@ async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], 
         close: Any = getattr(stream, "aclose", None)
         if close is not None:
             await close()
+
+
+async def items_of(running: asyncio.Future[Any], items: asyncio.Queue[Any]) -> AsyncGenerator[Any, None]:
+    """Yield the items that a task puts into a queue, until the task is over. Cancel it if the consumer leaves."""
+    running.add_done_callback(lambda _: items.put_nowait(_END))
+    try:
+        while (item := await items.get()) is not _END:
+            yield item
+    finally:
+        await end(running)
 
 
 async def steps_at(place: Place | None, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:
