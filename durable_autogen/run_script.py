@@ -45,8 +45,6 @@ MAX_STEM = 40  # characters; a longer script name is cut in the session id
 MAX_FUNCTION = 8  # characters; a longer name of a thread's function is cut in the session id
 _thread: ContextVar[str] = ContextVar("_thread", default="")
 """The part of a session's id that names the script's thread, such as `-ask-2`. Empty in the main thread."""
-_is_inside: ContextVar[bool] = ContextVar("_is_inside", default=False)
-"""Whether `asyncio.run` calls `run_until_complete` (Python 3.10)."""
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
@@ -82,18 +80,36 @@ class _Sessions:
         self._functions: Counter[str] = Counter()
         """How often the script has given each function to a thread."""
 
-    def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """Return a coroutine that runs `main` in the thread's next session. In a forked process, return `main`."""
+    def _inside(self, main: Any) -> Any:
+        """Return a coroutine that runs `main` in the thread's next session. Return `main` if it needs no session.
+
+        A coroutine that a tool runs needs none: only the tool's result is recorded. asyncio itself passes tasks, its
+        own shutdown coroutines, and a coroutine that another wrapper has returned.
+        """
+        place = current.get()
+        if (
+            not inspect.iscoroutine(main)
+            or main.cr_code is _Sessions._run.__code__
+            or main.__qualname__.rpartition(".")[2] in ("shutdown_asyncgens", "shutdown_default_executor")
+            or (place is not None and place.in_call)
+        ):
+            return main
+        return self._run(self._next_name(), main)
+
+    def _next_name(self) -> str:
+        """Return the id of the thread's next session. In a forked process, return no id."""
         if os.getpid() != self._process:
             _log.warning("nothing is recorded in a process that the script forks: make the calls in a tool")
-            return main
+            return ""
         thread = _thread.get()
         with self._lock:
             self.counts[thread] += 1
             count = self.counts[thread]
-        return self._run(f"{self._session}{thread}{f'-{count}' if count > 1 else ''}", main)
+        return f"{self._session}{thread}{f'-{count}' if count > 1 else ''}"
 
     async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
+        if not name:
+            return await main
         from durable_autogen.session import DurableSession
 
         try:
@@ -123,43 +139,30 @@ class _Sessions:
         """Run each main coroutine in its own session, for the length of a `with`."""
         with ExitStack() as stack:
             if sys.version_info >= (3, 11):
-                stack.enter_context(replaced(asyncio.Runner, "run", self._runner_run))
+                stack.enter_context(replaced(asyncio.Runner, "run", self._method))
             else:
                 for module in (asyncio, asyncio.runners):
-                    stack.enter_context(replaced(module, "run", self._run_function))
-            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete))
+                    stack.enter_context(replaced(module, "run", self._call))
+            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_until_complete", self._method))
             stack.enter_context(replaced(threading.Thread, "start", self._start))
             stack.enter_context(replaced(ThreadPoolExecutor, "submit", self._submit))
             yield
 
-    def _runner_run(self, original: Any) -> Any:
-        def run(runner: Any, main: Any, **options: Any) -> Any:
-            return original(runner, self.inside(main) if inspect.iscoroutine(main) else main, **options)
+    def _call(self, original: Any) -> Any:
+        """Return a wrapper of `asyncio.run`."""
 
-        return run
-
-    def _run_function(self, original: Any) -> Any:
         def run(main: Any, **options: Any) -> Any:
-            before = _is_inside.set(True)
-            try:
-                return original(self.inside(main) if inspect.iscoroutine(main) else main, **options)
-            finally:
-                _is_inside.reset(before)
+            return original(self._inside(main), **options)
 
         return run
 
-    def _run_until_complete(self, original: Any) -> Any:
-        def run_until_complete(loop: Any, future: Any) -> Any:
-            # Only a coroutine that the script itself passes to this method is a main coroutine. asyncio also calls this
-            # method, with tasks and with its own shutdown coroutines. Exclude the shutdown coroutines by name.
-            is_main = (
-                inspect.iscoroutine(future)
-                and not _is_inside.get()
-                and future.__qualname__.rpartition(".")[2] not in ("shutdown_asyncgens", "shutdown_default_executor")
-            )
-            return original(loop, self.inside(future) if is_main else future)
+    def _method(self, original: Any) -> Any:
+        """Return a wrapper of a method that runs a coroutine: `asyncio.Runner.run`, or `run_until_complete` of a loop."""
 
-        return run_until_complete
+        def run(runner: Any, main: Any, **options: Any) -> Any:
+            return original(runner, self._inside(main), **options)
+
+        return run
 
     # Threads reach `asyncio.run` in any order. So name a thread's sessions by the order in which the script starts the
     # threads, and gives functions to pools: that order is the same in the next run.

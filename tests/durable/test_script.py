@@ -320,6 +320,43 @@ async def test_threads_replay_their_own_sessions_in_whatever_order_they_run(
     assert found == {**of_pool, "threads-lambda-1": "i", "threads": "j"}
 
 
+RUNS_IN_TOOLS = """
+from concurrent.futures import ThreadPoolExecutor
+
+async def ask_model(text):
+    client = OpenAIChatCompletionClient(model="gpt-4o")
+    await client.create([UserMessage(content=text, source="user")])
+    await client.close()
+
+def note(text: str) -> str:
+    '''Note it.'''
+    with Path("log").open("a") as log:
+        log.write(text + "\\n")
+    if text == "first":
+        asyncio.run(ask_model("in the tool's thread"))
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, ask_model("in a pool")).result()
+    return "noted"
+
+asyncio.run(main("one"))
+asyncio.run(main("two"))
+"""
+
+
+async def test_asyncio_run_in_a_tool_has_no_session(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
+    folder.write(f"from autogen_core.models import UserMessage\n{AGENT}\n{RUNS_IN_TOOLS}")
+    folder.forked = True
+    first = folder.durable(session="tools")
+    assert first.returncode == 0, first.stderr
+    again = folder.durable(session="tools")
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    assert (len(model.requests), folder.log) == (10, ["first", "second"] * 2)
+    async with NexumClient(server.address) as client:
+        found = {one.session for one in await list_sessions(client) if one.session.startswith("tools")}
+    assert found == {"tools", "tools-2"}
+
+
 def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:
     folder.write("import sys; print(sys.argv[1:])")
     folder.forked = True
