@@ -22,14 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextvars import Context
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
-from durable_autogen.record.idle import has_interpreters
+from durable_autogen.record.idle import has_interpreters, without_stop_iteration
 from durable_autogen.record.place import current
 from durable_autogen.record.while_open import replaced
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
@@ -43,8 +43,8 @@ PARKED = 75
 """The exit code of a run that waits for a person (EX_TEMPFAIL of sysexits.h: try again later)."""
 MAX_STEM = 40  # characters; a longer script name is cut in the session id
 MAX_FUNCTION = 8  # characters; a longer name of a thread's function is cut in the session id
-_thread: ContextVar[str] = ContextVar("_thread", default="")
-"""The part of a session's id that names the script's thread, such as `-ask-2`. Empty in the main thread."""
+_thread = threading.local()
+"""Its attribute `name` is the part of a session's id that names the thread's function, such as `-ask-2`."""
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
@@ -86,12 +86,11 @@ class _Sessions:
         A coroutine that a tool runs needs none: only the tool's result is recorded. asyncio itself passes tasks, its
         own shutdown coroutines, and a coroutine that another wrapper has returned.
         """
-        place = current.get()
         if (
             not inspect.iscoroutine(main)
             or main.cr_code is _Sessions._run.__code__
             or main.__qualname__.rpartition(".")[2] in ("shutdown_asyncgens", "shutdown_default_executor")
-            or (place is not None and place.in_call)
+            or _is_in_call()
         ):
             return main
         return self._run(self._next_name(), main)
@@ -101,7 +100,7 @@ class _Sessions:
         if os.getpid() != self._process:
             _log.warning("nothing is recorded in a process that the script forks: make the calls in a tool")
             return ""
-        thread = _thread.get()
+        thread = _thread_name()
         with self._lock:
             self.counts[thread] += 1
             count = self.counts[thread]
@@ -157,7 +156,7 @@ class _Sessions:
         return run
 
     def _method(self, original: Any) -> Any:
-        """Return a wrapper of a method that runs a coroutine: `asyncio.Runner.run`, or `run_until_complete` of a loop."""
+        """Return a wrapper of `asyncio.Runner.run`, or of `run_until_complete` of an event loop."""
 
         def run(runner: Any, main: Any, **options: Any) -> Any:
             return original(runner, self._inside(main), **options)
@@ -165,20 +164,27 @@ class _Sessions:
         return run
 
     # Threads reach `asyncio.run` in any order. So name a thread's sessions by the order in which the script starts the
-    # threads, and gives functions to pools: that order is the same in the next run.
+    # threads, and gives functions to pools: that order is the same in the next run. Don't count what a tool starts: a
+    # replay doesn't run the tool.
 
-    def _name_thread(self, function: Any) -> str:
-        while isinstance(function, functools.partial):
-            function = function.func
+    def _name_thread(self, function: Any, args: Sequence[Any] = ()) -> str:
+        # asyncio.to_thread and an open session pass the function to other functions, which call it in a context.
+        while True:
+            if isinstance(function, functools.partial):
+                function, args = function.func, (*function.args, *args)
+            elif function is without_stop_iteration or isinstance(getattr(function, "__self__", None), Context):
+                function, args = args[0], args[1:]
+            else:
+                break
         name = getattr(function, "__qualname__", type(function).__qualname__).rpartition(".")[2]
-        name = f"{_thread.get()}-{re.sub('[^A-Za-z0-9_]+', '', name)[:MAX_FUNCTION] or 'thread'}"
+        name = f"{_thread_name()}-{re.sub('[^A-Za-z0-9_]+', '', name)[:MAX_FUNCTION] or 'thread'}"
         with self._lock:
             self._functions[name] += 1
             return f"{name}-{self._functions[name]}"
 
     def _start(self, original: Any) -> Any:
         def start(thread: threading.Thread) -> None:
-            if current.get() is None:  # otherwise the thread belongs to a session
+            if not _is_in_call():
                 run = thread.run
                 name = self._name_thread(getattr(thread, "_target", None) or type(thread))
                 thread.run = lambda: _in_thread(name, run)  # type: ignore[method-assign]
@@ -188,19 +194,30 @@ class _Sessions:
 
     def _submit(self, original: Any) -> Any:
         def submit(pool: ThreadPoolExecutor, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
-            if current.get() is not None or has_interpreters(pool):
+            if _is_in_call() or has_interpreters(pool):
                 return original(pool, fn, *args, **kwargs)
-            return original(pool, _in_thread, self._name_thread(fn), fn, *args, **kwargs)
+            return original(pool, _in_thread, self._name_thread(fn, args), fn, *args, **kwargs)
 
         return submit
 
 
+def _thread_name() -> str:
+    return getattr(_thread, "name", "")
+
+
+def _is_in_call() -> bool:
+    """Return whether the caller is part of a recorded call, such as a tool."""
+    place = current.get()
+    return place is not None and place.in_call
+
+
 def _in_thread(name: str, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    before = _thread.set(name)
+    before = _thread_name()
+    _thread.name = name
     try:
         return fn(*args, **kwargs)
     finally:
-        _thread.reset(before)
+        _thread.name = before
 
 
 def run_script(args: argparse.Namespace) -> int:

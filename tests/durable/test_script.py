@@ -302,7 +302,13 @@ with ThreadPoolExecutor(4) as pool:
 thread = threading.Thread(target=lambda: asyncio.run(main("i")))
 thread.start()
 thread.join()
-asyncio.run(main("j"))
+
+async def beside(task):
+    loop = asyncio.get_running_loop()
+    in_pool = [loop.run_in_executor(None, ask, n) for n in "kl"]
+    await asyncio.gather(*in_pool, *(asyncio.to_thread(ask, n) for n in "mn"), main(task))
+
+asyncio.run(beside("j"))
 """
 
 
@@ -313,10 +319,10 @@ async def test_threads_replay_their_own_sessions_in_whatever_order_they_run(
     folder.forked = True
     runs = [folder.durable(session="threads") for _ in range(4)]
     assert [run.returncode for run in runs] == [0] * 4, runs[-1].stderr
-    assert (len(model.requests), len(folder.log)) == (30, 20)
+    assert (len(model.requests), len(folder.log)) == (42, 28)
     async with NexumClient(server.address) as client:
         found = {one.session: one.question for one in await list_sessions(client) if one.session.startswith("threads")}
-    of_pool = {f"threads-ask-{n}": question for n, question in enumerate("abcdefgh", 1)}
+    of_pool = {f"threads-ask-{n}": question for n, question in enumerate("abcdefghklmn", 1)}
     assert found == {**of_pool, "threads-lambda-1": "i", "threads": "j"}
 
 
