@@ -83,11 +83,13 @@ class _Sessions:
     def _inside(self, main: Any) -> Any:
         """Return a coroutine that runs `main` in the thread's next session. Return `main` if it needs no session.
 
-        A coroutine that a tool runs needs none: only the tool's result is recorded. asyncio itself passes tasks, its
-        own shutdown coroutines, and a coroutine that another wrapper has returned.
+        A coroutine that a tool runs needs none: only the tool's result is recorded. With nest_asyncio, a coroutine of
+        a session may run another one in the session's loop. asyncio itself passes tasks, its own shutdown coroutines,
+        and a coroutine that another wrapper has returned.
         """
         if (
             not inspect.iscoroutine(main)
+            or asyncio._get_running_loop() is not None
             or main.cr_code is _Sessions._run.__code__
             or main.__qualname__.rpartition(".")[2] in ("shutdown_asyncgens", "shutdown_default_executor")
             or _is_in_call()
@@ -143,6 +145,9 @@ class _Sessions:
                 for module in (asyncio, asyncio.runners):
                     stack.enter_context(replaced(module, "run", self._call))
             stack.enter_context(replaced(asyncio.BaseEventLoop, "run_until_complete", self._method))
+            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_forever", _watching))
+            if importlib.util.find_spec("nest_asyncio") is not None:
+                stack.enter_context(replaced(importlib.import_module("nest_asyncio"), "apply", self._apply))
             stack.enter_context(replaced(threading.Thread, "start", self._start))
             stack.enter_context(replaced(ThreadPoolExecutor, "submit", self._submit))
             yield
@@ -162,6 +167,17 @@ class _Sessions:
             return original(runner, self._inside(main), **options)
 
         return run
+
+    def _apply(self, original: Any) -> Any:
+        """Return a wrapper of `nest_asyncio.apply`, which replaces asyncio's functions that are wrapped here."""
+
+        def apply(loop: Any = None) -> None:
+            original(loop)
+            kind: Any = type(loop or asyncio.get_event_loop())
+            asyncio.run = self._call(asyncio.run)
+            kind.run_until_complete = self._method(kind.run_until_complete)
+
+        return apply
 
     # Threads reach `asyncio.run` in any order. So name a thread's sessions by the order in which the script starts the
     # threads, and gives functions to pools: that order is the same in the next run. Don't count what a tool starts: a
@@ -199,6 +215,21 @@ class _Sessions:
             return original(pool, _in_thread, self._name_thread(fn, args), fn, *args, **kwargs)
 
         return submit
+
+
+def _watching(original: Any) -> Any:
+    """Return a wrapper of `run_forever` that warns of AutoGen calls without a session, while the loop runs."""
+
+    def run_forever(loop: Any) -> None:
+        if "autogen_core" not in sys.modules:  # don't import AutoGen for a script that doesn't need it
+            original(loop)
+            return
+        from durable_autogen.autogen.entry_points import wrapped_classes
+
+        with wrapped_classes():
+            original(loop)
+
+    return run_forever
 
 
 def _thread_name() -> str:

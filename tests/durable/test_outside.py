@@ -224,7 +224,7 @@ async def test_first_call_of_task_from_before_session_is_reported(
     answering.cancel()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert warnings[0].startswith("a call of Scripted was made while a session is open, but outside of it, so the call")
+    assert warnings[0].startswith("a call of Scripted was made outside every session, so the call is not recorded")
 
 
 async def test_console_input_is_recorded_and_not_reported(

@@ -363,6 +363,68 @@ async def test_asyncio_run_in_a_tool_has_no_session(folder: Folder, server: Serv
     assert found == {"tools", "tools-2"}
 
 
+NEST_ASYNCIO = """
+import asyncio, threading
+
+def apply(loop=None):
+    def run(main, *, debug=False):
+        loop = asyncio.get_event_loop()
+        return loop.run_until_complete(asyncio.ensure_future(main, loop=loop))
+
+    def run_until_complete(self, future):
+        outer = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        self._thread_id = threading.get_ident()
+        try:
+            future = asyncio.ensure_future(future, loop=self)
+            while not future.done():
+                self._run_once()
+            return future.result()
+        finally:
+            asyncio._set_running_loop(outer)
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    asyncio.run = run
+    type(loop).run_until_complete = run_until_complete
+"""
+
+
+async def test_script_with_nest_asyncio_is_recorded(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
+    folder.write(NEST_ASYNCIO, "nest_asyncio.py")
+    folder.write(
+        f"import nest_asyncio; nest_asyncio.apply()\n{AGENT}\n"
+        "asyncio.run(main('one'))\nasyncio.get_event_loop().run_until_complete(main('two'))\n"
+    )
+    folder.forked = True
+    first = folder.durable(session="nested")
+    assert first.returncode == 0, first.stderr
+    again = folder.durable(session="nested")
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    assert (len(model.requests), folder.log) == (6, ["first", "second"] * 2)
+
+
+IN_ANOTHER_LOOP = """
+import threading
+
+loop = asyncio.new_event_loop()
+thread = threading.Thread(target=loop.run_forever)
+thread.start()
+asyncio.run_coroutine_threadsafe(main("Q"), loop).result()
+loop.call_soon_threadsafe(loop.stop)
+thread.join()
+"""
+
+
+def test_first_call_in_a_loop_that_has_no_session_is_reported(folder: Folder, model: OpenAIServer) -> None:
+    folder.write(f"{AGENT}\n{IN_ANOTHER_LOOP}")
+    folder.forked = True
+    done = folder.durable()
+    assert (done.returncode, len(model.requests)) == (0, 3), done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "outside every session" in line)
+    assert warning.startswith("[Nexum] a call of OpenAIChatCompletionClient was made outside every session")
+
+
 def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:
     folder.write("import sys; print(sys.argv[1:])")
     folder.forked = True
