@@ -425,6 +425,17 @@ def test_first_call_in_a_loop_that_has_no_session_is_reported(folder: Folder, mo
     assert warning.startswith("[Nexum] a call of OpenAIChatCompletionClient was made outside every session")
 
 
+def test_logging_of_script_does_not_turn_off_the_lines_of_the_command(folder: Folder, model: OpenAIServer) -> None:
+    folder.write(
+        "import logging, logging.config\nlogging.config.dictConfig({'version': 1})\nlogging.disable()\n"
+        f"{AGENT}\nasyncio.run(main('Q'))\n"
+    )
+    folder.forked = True
+    done = folder.durable()
+    assert done.returncode == 0, done.stderr
+    assert "live: 3 model call(s)" in done.stderr
+
+
 def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:
     folder.write("import sys; print(sys.argv[1:])")
     folder.forked = True
