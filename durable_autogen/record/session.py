@@ -263,7 +263,7 @@ class Session:
     def left_the_record(self, agent: str, what: str) -> None:
         """Report a connection or process that isn't recorded. With `on_unrecorded="stop"`, raise NotDurable."""
         did = f"{agent or 'the program'} {what}"
-        line = f"{did} outside the record: a re-run does it again; make it a tool"
+        line = f"{did} outside the record: a re-run does it again, unless you make it a tool"
         self._left[did] += 1
         if self._on_unrecorded == "stop":
             error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")

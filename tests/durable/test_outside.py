@@ -112,7 +112,7 @@ async def test_connection_is_reported_once_and_in_summary(shared_server: Server,
     (line,) = named[0]
     assert named[1] == [line]
     assert line.startswith(f"reporter {target(way, world)}")
-    assert line.endswith("outside the record: a re-run does it again; make it a tool")
+    assert line.endswith("outside the record: a re-run does it again, unless you make it a tool")
     summary = about_outside(lines)[1:]
     assert len(summary) == 1
     assert f"outside the record: reporter {target(way, world)}" in summary[0]
