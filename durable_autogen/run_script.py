@@ -77,6 +77,8 @@ class _Sessions:
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         """How many main coroutines each thread of the script has run."""
+        self.has_recorded = False
+        """Whether a session has recorded or replayed a call."""
         self._functions: Counter[str] = Counter()
         """How often the script has given each function to a thread."""
 
@@ -126,11 +128,7 @@ class _Sessions:
             )
             async with session:
                 found = await main
-            if not (session.recorder.live or session.recorder.replayed):
-                _log.warning(
-                    "session %s: nothing was recorded: the script called no model, tool or person through AutoGen",
-                    name,
-                )
+            self.has_recorded |= bool(session.recorder.live or session.recorder.replayed)
             return found
         finally:
             main.close()
@@ -290,11 +288,13 @@ def run_script(args: argparse.Namespace) -> int:
         except Exception as error:  # noqa: BLE001 - any error of the script
             _print_traceback(error)
             return 1
-    if not sessions.counts:
-        _log.warning(
-            "nothing was recorded: the script ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio "
-            "event loop's run_until_complete"
+    if not sessions.has_recorded:
+        why = (
+            "called no model, tool or person through AutoGen"
+            if sessions.counts
+            else "ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio event loop's run_until_complete"
         )
+        _log.warning("nothing was recorded: the script %s", why)
     return 0
 
 

@@ -275,18 +275,20 @@ def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:
 async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
     folder.write(
         f"{AGENT}\nasyncio.run(main('one'))\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
+        "loop.run_until_complete(asyncio.sleep(0))\n"
         "loop.run_until_complete(main('two'))\nloop.run_until_complete(loop.shutdown_asyncgens())\nloop.close()\n"
     )
     folder.forked = True
     first = folder.durable(session="both")
     assert first.returncode == 0, first.stderr
     assert len(first.stdout.splitlines()) == 2
+    assert "nothing was recorded" not in first.stderr
     again = folder.durable(session="both")
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert (len(model.requests), folder.log) == (6, ["first", "second"] * 2)
     async with NexumClient(server.address) as client:
         found = {one.session: one.status for one in await list_sessions(client) if one.session.startswith("both")}
-    assert found == {"both": "finished", "both-2": "finished"}
+    assert found == {"both": "finished", "both-2": "finished", "both-3": "finished"}
 
 
 THREADS = """
