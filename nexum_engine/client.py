@@ -421,13 +421,11 @@ class NexumClient:
         Raises ExecutionNotFound, and Conflict if the execution can't be retried: it has not failed, its key has a newer
         execution, or it is owned.
         """
+        request = pb.RetryRequest(execution_id=execution_id)
         try:
-            await self._call(lambda stub: stub.RetryExecution, pb.RetryRequest(execution_id=execution_id))
+            await self._of_this_project("retry executions", lambda stub: stub.RetryExecution, request)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
-        except NotANexumServer as error:
-            await self.ping()
-            raise ServerError(f"the server on {self.address} is a published one: it can't retry executions") from error
 
     # ---- Nodes that wait ---------------------------------------------------------------------------------------------
 
@@ -468,7 +466,9 @@ class NexumClient:
 
     async def unknown(self, *, patience: float = 0.0) -> list[UnknownNode]:
         """Return the EFFECT nodes that wait for a person because their effect is unknown, the longest waiting first."""
-        answer = await self._of_this_project(lambda stub: stub.GetUnknown, pb.EmptyRequest(), patience)
+        answer = await self._of_this_project(
+            "list unknown effects", lambda stub: stub.GetUnknown, pb.EmptyRequest(), patience
+        )
         return [
             UnknownNode(
                 execution_id=item.execution_id,
@@ -487,7 +487,7 @@ class NexumClient:
 
     async def tools(self, *, patience: float = 0.0) -> list[DeclaredTool]:
         """Return the tools, sorted by name, of the workers and owners that are connected to this server now."""
-        answer = await self._of_this_project(lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
+        answer = await self._of_this_project("list tools", lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
         return [
             DeclaredTool(one.name, one.signature, one.policy_json, one.session, one.senders) for one in answer.tools
         ]
@@ -518,16 +518,18 @@ class NexumClient:
             request.failed = failed
         else:
             request.output_json = jsontext.dump(output, "the result")
-        await self._of_this_project(lambda stub: stub.ResolveNode, request, 0.0)
+        await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request)
 
-    async def _of_this_project(self, method: Method[Request, Answer], request: Request, patience: float) -> Answer:
-        """Make a call that a published server doesn't know. Raises ServerError for such a server."""
+    async def _of_this_project(
+        self, what: str, method: Method[Request, Answer], request: Request, patience: float = 0.0
+    ) -> Answer:
+        """Make a call that a published server doesn't know. Raises ServerError, which says `what` it can't do."""
         try:
             return await self._call(method, request, patience=patience)
         except NotANexumServer as error:
             await self.ping()
             raise ServerError(
-                f"the server on {self.address} is a published one, or an older one: it knows no unknown effects"
+                f"the server on {self.address} is a published one, or an older one: it can't {what}"
             ) from error
 
     async def send_event(
