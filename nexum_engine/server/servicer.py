@@ -275,13 +275,13 @@ class NexumServicer(NexumServiceServicer):
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         # The published TypeScript SDK sends no output for a handler that returns nothing.
         output_json = request.output_json or "null"
-        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, output_json))
+        await self._liveness.carry_out(tasks.complete_task, request.task_id, output_json)
         return pb.AckResponse(ok=True)
 
     @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
         await self._liveness.carry_out(
-            self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown)
+            tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown
         )
         return pb.AckResponse(ok=True)
 
@@ -408,13 +408,13 @@ class NexumServicer(NexumServiceServicer):
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
         by = self._who(context, request.cancelled_by)
-        await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id, by))
+        await self._liveness.carry_out(executions.cancel_execution, request.execution_id, by)
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
     @_rpc
     async def RetryExecution(self, request: pb.RetryRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        await self._liveness.carry_out(self._store.run(retry.retry_execution, request.execution_id))
+        await self._liveness.carry_out(retry.retry_execution, request.execution_id)
         return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
     @_rpc
@@ -438,18 +438,14 @@ class NexumServicer(NexumServiceServicer):
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
         await self._liveness.carry_out(
-            self._store.run(
-                waits.approve, request.execution_id, request.node_id, by, request.comment, request.answer_json
-            )
+            waits.approve, request.execution_id, request.node_id, by, request.comment, request.answer_json
         )
         return pb.AckResponse(ok=True, message="Approved")
 
     @_rpc
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
-        await self._liveness.carry_out(
-            self._store.run(waits.reject, request.execution_id, request.node_id, by, request.reason)
-        )
+        await self._liveness.carry_out(waits.reject, request.execution_id, request.node_id, by, request.reason)
         return pb.AckResponse(ok=True, message="Rejected")
 
     @_rpc
@@ -485,28 +481,24 @@ class NexumServicer(NexumServiceServicer):
         if decision is None or (decision == "not_done" and not request.not_done):
             raise InvalidRequest("the request has no decision: give output_json, not_done or failed")
         await self._liveness.carry_out(
-            self._store.run(
-                waits.resolve,
-                request.execution_id,
-                request.node_id,
-                self._who(context, request.resolved_by),
-                output_json=request.output_json if decision == "output_json" else None,
-                not_done=request.not_done,
-                failed=request.failed,
-            )
+            waits.resolve,
+            request.execution_id,
+            request.node_id,
+            self._who(context, request.resolved_by),
+            output_json=request.output_json if decision == "output_json" else None,
+            not_done=request.not_done,
+            failed=request.failed,
         )
         return pb.AckResponse(ok=True)
 
     @_rpc
     async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
         await self._liveness.carry_out(
-            self._store.run(
-                waits.send_event,
-                request.execution_id,
-                request.name,
-                request.payload_json,
-                request.idempotency_key,
-            )
+            waits.send_event,
+            request.execution_id,
+            request.name,
+            request.payload_json,
+            request.idempotency_key,
         )
         return pb.AckResponse(ok=True)
 
