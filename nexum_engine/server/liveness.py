@@ -18,7 +18,7 @@ from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases, reading
 from nexum_engine.store.db import Db
-from nexum_engine.store.results import Changed, News, ReadyTask
+from nexum_engine.store.results import Changes, News, ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 
@@ -158,14 +158,14 @@ class Liveness:
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
     async def carry_out(
-        self, transition: Callable[Concatenate[Db, P], Changed], *args: P.args, **kwargs: P.kwargs
+        self, transition: Callable[Concatenate[Db, P], Changes], *args: P.args, **kwargs: P.kwargs
     ) -> None:
         """Store a transition, and act on its effects, even if the caller is cancelled."""
         submitted = self._store.run(transition, *args, **kwargs)
         submitted.when_stored(self.apply)
         await submitted
 
-    def apply(self, changed: Changed) -> None:
+    def apply(self, changed: Changes) -> None:
         """Wake the polls, the waiters and the sweep that must act after a stored transition."""
         for ready in changed.ready:
             self._polls.task_ready(ready)

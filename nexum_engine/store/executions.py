@@ -25,7 +25,7 @@ from nexum_engine.store.definitions import parsed, policy_of
 from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution, get_execution
-from nexum_engine.store.results import Changed, Changes, Started
+from nexum_engine.store.results import Changes, Started
 from nexum_engine.workflow import check_attributes, check_id, compatibility
 
 QUEUE_RETRY_AFTER = 1.0  # seconds
@@ -173,7 +173,7 @@ def start_execution(
     begin(db, added, workflow_id, version_hash, input_json, changes)
     # If all nodes complete at once (for instance timers without a delay), the execution has already ended.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
-    return Started(added["execution_id"], status, existing=False, changed=changes.freeze())
+    return Started(added["execution_id"], status, existing=False, changed=changes)
 
 
 def _add_owned_node(
@@ -211,7 +211,7 @@ def _add_owned_node(
         )
 
 
-def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
+def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changes:
     """Cancel a running execution, and record who did. If the execution is already cancelled, nothing changes.
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
@@ -220,10 +220,10 @@ def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
         check_id(by, "cancelled_by")
     row = find_execution(db, execution_id, lock=True)
     if row["status"] == ExecutionStatus.CANCELLED:
-        return Changed()
+        return Changes()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']} and can't be cancelled any more")
     changes = Changes()
     reason = f"cancelled by {by}" if by else ""
     end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, reason, changes)
-    return changes.freeze()
+    return changes

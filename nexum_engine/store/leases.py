@@ -13,7 +13,7 @@ from nexum_engine.records import Effect, ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import TIMEOUT_GRACE_MS, retry_of
 from nexum_engine.store.ids import number_of
-from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
+from nexum_engine.store.results import Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail, wait_for_person
 from nexum_engine.store.waits import end_waits
 
@@ -78,7 +78,7 @@ def _counted_losses(outcome: Outcome, row: Row) -> int:
     return 0 if outcome in (Outcome.INTERRUPTED, Outcome.UNKNOWN) or row["owned"] else 1
 
 
-def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
+def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changes:
     """End the attempts at tasks that never reached the worker."""
     changes = Changes()
     reason = f"the task did not reach worker {worker_id}: two heartbeats in a row did not name it"
@@ -90,7 +90,7 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
         db.lock(row["execution"])
     for row in found():  # another server may have ended some of the attempts before this server had the locks
         _lose(db, row, Outcome.LOST, reason, changes, may_have_begun=False)
-    return changes.freeze()
+    return changes
 
 
 def _handed_out(db: Db, worker_id: str) -> list[Row]:
@@ -138,7 +138,7 @@ def sweep(db: Db, since_ms: int) -> Swept:
         for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms), db.one("next_wait"))
         if row is not None and row["due"] is not None
     ]
-    return Swept(changes.freeze(), min(due, default=None))
+    return Swept(changes, min(due, default=None))
 
 
 def _expire(db: Db, row: Row, changes: Changes) -> None:

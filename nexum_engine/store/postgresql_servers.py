@@ -17,7 +17,7 @@ from psycopg import sql
 from nexum_engine.clock import Clock
 from nexum_engine.store.postgresql_connection import Connection, connect, line_of
 from nexum_engine.store.postgresql_queries import dialect
-from nexum_engine.store.results import Changed, News
+from nexum_engine.store.results import Changes, News
 
 logger = logging.getLogger(__name__)
 
@@ -122,8 +122,8 @@ def channel_of(connection: Connection) -> str:
 
 def news_of(outcomes: list[Any]) -> News | None:
     """Return what the other servers must know of a transaction, or None if they need to know nothing."""
-    changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
-    found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
+    changes = [one if isinstance(one, Changes) else getattr(one, "changed", None) for one in outcomes]
+    found = [one for one in changes if isinstance(one, Changes) and one != Changes()]
     if not found:
         return None
     due = [one.due_ms for one in found if one.due_ms is not None]

@@ -11,10 +11,10 @@ from nexum_engine.store.db import Db, Row
 from nexum_engine.store.flow import advance
 from nexum_engine.store.ids import node_number
 from nexum_engine.store.reading import find_execution
-from nexum_engine.store.results import Changed, Changes, ReadyTask
+from nexum_engine.store.results import Changes, ReadyTask
 
 
-def retry_execution(db: Db, execution_id: str) -> Changed:
+def retry_execution(db: Db, execution_id: str) -> Changes:
     """Continue a FAILED execution at its failed node, with fresh counts of failures. Recorded results are kept.
 
     The nodes that the failure had cancelled wait again for their dependencies, and timers begin again. A node that had
@@ -49,7 +49,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
         )
     changes = Changes()
     _reopen(db, row, changes)
-    return changes.freeze()
+    return changes
 
 
 def _reopen(db: Db, execution: Row, changes: Changes) -> None:

@@ -24,7 +24,7 @@ from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.limits import gate_of, pass_through, place_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
-from nexum_engine.store.results import Changed, Changes, Claim, Gate, ReadyTask, Started
+from nexum_engine.store.results import Changes, Claim, Gate, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
 MAX_ERROR_CHARACTERS = 4000
@@ -316,7 +316,7 @@ def _check_may_report(row: Row) -> None:
         raise StaleTask(f"{what} is over ({row['outcome']}): {later}")
 
 
-def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
+def complete_task(db: Db, task_id: str, output_json: str) -> Changes:
     """Record a node's result. Make the next nodes ready, or end the execution after its last node.
 
     The result of a MAP or SUBWORKFLOW node's task starts executions, and the node waits for them. A second report with
@@ -327,7 +327,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     output = jsontext.parse(output_json, "output_json")
     row = _for_newest(_reported_attempt(db, task_id))
     if row["outcome"] == Outcome.COMPLETED and _was_reported(db, row, output, output_json):
-        return Changed()
+        return Changes()
     _check_may_report(row)
     changes = Changes()
     node_type = NodeType(row["node_type"])
@@ -337,7 +337,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
         _start_executions(db, row, output, changes)
     else:
         _record(db, row, output_json, changes)
-    return changes.freeze()
+    return changes
 
 
 def _was_reported(db: Db, row: Row, output: object, output_json: str) -> bool:
@@ -410,7 +410,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
     flow.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
-def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changed:
+def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changes:
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
     With `unknown`, the effect of an EFFECT node may have happened: the node waits for a person. But if a worker's next
@@ -422,7 +422,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
     error = _shortened(error) or "the worker gave no reason"
     unknown = unknown and row["node_type"] == NodeType.EFFECT
     if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN) and row["error"] == error:
-        return Changed()
+        return Changes()
     _check_may_report(row)
     changes = Changes()
     # If the worker of a lost attempt still reports, no longer count the attempt as lost. (See `_counted_losses`.)
@@ -434,10 +434,10 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
             retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error, lost=lost), changes)
             db.run("must_reconcile", node=row["node"])
             changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
-        return changes.freeze()
+        return changes
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     retry_or_fail(db, row, end, final, changes)
-    return changes.freeze()
+    return changes
 
 
 def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Changes) -> None:
@@ -526,12 +526,12 @@ def _shortened(error: str) -> str:
     return f"{error[:MAX_ERROR_CHARACTERS]} [cut: {MAX_ERROR_CHARACTERS:,} of {len(error):,} characters]"
 
 
-def release(db: Db, task_id: str, reason: str) -> Changed:
+def release(db: Db, task_id: str, reason: str) -> Changes:
     """Release a task that never reached its worker. The attempt counts as neither failed nor lost."""
     row = find_attempt(db, task_id, lock=True)
     if row is None or row["outcome"] != Outcome.RUNNING:
-        return Changed()
+        return Changes()
     # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
     changes = Changes([ReadyTask(row["version_hash"], 0)])
     retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason), changes)
-    return changes.freeze()
+    return changes

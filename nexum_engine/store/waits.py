@@ -26,7 +26,7 @@ from nexum_engine.store.db import Db, Row
 from nexum_engine.store.definitions import definition_of
 from nexum_engine.store.ids import new_task_id
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
-from nexum_engine.store.results import Changed, Changes, ReadyTask
+from nexum_engine.store.results import Changes, ReadyTask
 from nexum_engine.workflow import check_id
 
 MAX_ENDED_WAITS = 200
@@ -69,7 +69,7 @@ def _with_inputs(rows: list[Row]) -> Iterator[tuple[Row, str]]:
         yield row, row["input_json"] if is_shown else ""
 
 
-def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str = "") -> Changed:
+def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str = "") -> Changes:
     """Complete a HUMAN_APPROVAL node. If `answer_json` is given, it becomes the field `answer` of the node's output.
 
     Raises NotFound if there is no such node, Conflict if it does not wait for a decision now, InvalidRequest for an
@@ -84,16 +84,16 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     flow.check_outputs_fit(db, execution_id, output)
     _note_decision(db, node, approver, Outcome.COMPLETED, "")
     flow.complete_waiting(db, node, output, changes)
-    return changes.freeze()
+    return changes
 
 
-def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) -> Changed:
+def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) -> Changes:
     """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound and Conflict, as `approve` does."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
     _note_decision(db, node, approver, Outcome.FAILED, reason)
     flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
-    return changes.freeze()
+    return changes
 
 
 def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: str) -> Row:
@@ -143,7 +143,7 @@ def resolve(
     output_json: str | None = None,
     not_done: bool = False,
     failed: str = "",
-) -> Changed:
+) -> Changes:
     """Record a person's decision about a node whose effect is unknown.
 
     With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
@@ -185,10 +185,10 @@ def resolve(
             changes.ready.append(ReadyTask(node["version_hash"], node["task_bytes"]))
     else:
         flow.fail_waiting(db, node, reason, changes)
-    return changes.freeze()
+    return changes
 
 
-def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changed:
+def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changes:
     """Complete the first node that waits for the event, or keep the event until a node waits for it.
 
     A second event with the same key changes nothing. Raises ExecutionNotFound, NotFound if the workflow has no EVENT
@@ -209,7 +209,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
                     f"idempotency key {idempotency_key!r} belongs to another event of execution {execution_id}: use "
                     "another key for another event"
                 )
-            return Changed()
+            return Changes()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']}: it waits for no event any more")
     definitions = definition_of(db, row["workflow_id"], row["version_hash"])
@@ -240,7 +240,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
     waiting = db.one("node_of_event", execution=execution, name=name)
     if waiting is not None and flow.use_event(db, waiting["node"], name):
         flow.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
-    return changes.freeze()
+    return changes
 
 
 def end_waits(db: Db, changes: Changes) -> None:
