@@ -28,9 +28,8 @@ from psycopg.pq import TransactionStatus
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
-from nexum_engine.store.base import Space
+from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition, stopping
 from nexum_engine.store.db import Row
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.postgresql_connection import (
     Connection,
     connect,
@@ -74,13 +73,13 @@ class _Lost(Exception):
     """
 
 
-class PostgresStore(GroupCommitStore):
+class PostgresStore(Store):
     """A Nexum database in PostgreSQL. Any number of servers may have it open."""
 
     _reads_snapshots = True
 
     def __init__(self, url: str, clock: Clock, connection: Connection, server: int, database_id: str) -> None:
-        super().__init__()
+        super().__init__(without_password(url), database_id, None)
         self._url = url
         self._clock = clock
         self._queries = dialect()
@@ -88,8 +87,6 @@ class PostgresStore(GroupCommitStore):
             name for name, text in self._queries.items() if not text.startswith(("SELECT", "WITH"))
         )
         self._connection: Connection | None = connection
-        self._opened_as = without_password(url)
-        self._database_id = database_id
         self._next_comparison = 0.0
         self._server = server
         self._channel = channel_of(connection)
@@ -115,18 +112,6 @@ class PostgresStore(GroupCommitStore):
             raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
         return cls(database_url, clock, connection, server, database_id)
 
-    @property
-    def opened_as(self) -> str:
-        return self._opened_as
-
-    @property
-    def database_id(self) -> str:
-        return self._database_id
-
-    @property
-    def file(self) -> Path | None:
-        return None
-
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         """Return the size of the database. With `always`, first make the space of deleted rows usable for new rows.
 
@@ -144,7 +129,7 @@ class PostgresStore(GroupCommitStore):
         return Space(size["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
+        raise InvalidRequest(f"Nexum can't back up {self.opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
         # Forget the servers whose process has ended. If this server replaces a killed server, the workers of the killed
@@ -172,7 +157,7 @@ class PostgresStore(GroupCommitStore):
         self._writer.shutdown()
 
     async def _recover(self, error: CommitFailed) -> None:
-        self._log_failure(self._opened_as, error)
+        self._log_failure(error)
         self._look_again()
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------
@@ -238,7 +223,7 @@ class PostgresStore(GroupCommitStore):
                     self._disconnect()
                     if is_sent:
                         raise _Lost(f"the connection was lost: {line_of(error)}") from error
-                    logger.warning("database %s: %s; connecting again", self._opened_as, line_of(error))
+                    logger.warning("database %s: %s; connecting again", self.opened_as, line_of(error))
                     continue
                 self._roll_back(connection)
                 raise

@@ -38,8 +38,8 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import NexumError
 from nexum_engine.records import NodeStatus
 from nexum_engine.store import executions, leases, listing, open_store, reading, retry, tasks, waits
+from nexum_engine.store.base import Kind
 from nexum_engine.store.db import Db, load_queries
-from nexum_engine.store.group_commit import GroupCommitStore, Kind
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -171,9 +171,7 @@ class StoreEngine:
         self._open()
 
     def _open(self) -> None:
-        store = self._loop.run_until_complete(open_store(self._url, self._clock))
-        assert isinstance(store, GroupCommitStore)
-        self._store = store
+        self._store = store = self._loop.run_until_complete(open_store(self._url, self._clock))
         self.run(leases.restart, 1500, 60_000)
         self._records_changes = isinstance(store, SqliteStore)
         if isinstance(store, SqliteStore):
