@@ -22,7 +22,6 @@ from nexum_engine.connection import (
     RECONNECT_DELAY,
     Connection,
     Method,
-    Route,
     ServerInfo,
     explained,
     server_info_of,
@@ -128,14 +127,15 @@ class NexumClient:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        self._connection = Connection(address or os.environ.get("NEXUM_ADDRESS") or None)
-        self._call = self._connection.call
+        self.connection = Connection(address or os.environ.get("NEXUM_ADDRESS") or None)
+        """Finds the server, and makes the calls."""
+        self._call = self.connection.call
         self._has_get_execution = True
 
     @property
     def address(self) -> str:
         """HOST:PORT of the server, or the path of its database."""
-        return self._connection.address
+        return self.connection.address
 
     async def __aenter__(self) -> NexumClient:
         return self
@@ -145,32 +145,7 @@ class NexumClient:
 
     async def close(self) -> None:
         """Close the connections of the running event loop."""
-        await self._connection.close()
-
-    async def reach(self) -> None:
-        """If the server's address may change, look it up again.
-
-        Raises ServerUnavailable, NotANexumServer, AccessDenied.
-        """
-        await self._connection.reach()
-
-    @property
-    def targets(self) -> Sequence[str]:
-        """HOST:PORT of each named server. Empty if a database is named, or nothing."""
-        return self._connection.targets
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether several servers are named. If one of them refuses the client, another one may accept it."""
-        return self._connection.has_choice
-
-    def route(self) -> Route:
-        """Return the address, metadata and security settings of the present server.
-
-        With this route, another thread can open its own connection. Call `reach` once before `route`. Raises
-        ServerUnavailable.
-        """
-        return self._connection.route()
+        await self.connection.close()
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
         """Return the server's database, and whether the server is embedded. None for a published server."""
@@ -586,9 +561,9 @@ class NexumClient:
         complete when the iteration ends. Close the generator to stop the backup. Raises Conflict if the file exists and
         `overwrite` is false, and InvalidRequest if the file can't be written.
         """
-        await self.reach()
+        await self.connection.reach()
         # Open a separate channel: a backup has many answers, and a call on the shared stream has only one.
-        route = self.route()
+        route = self.connection.route()
         channel = Channel(*route, purpose="backup")
         try:
             stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))

@@ -190,11 +190,11 @@ async def _first_answer(client: NexumClient) -> None:
     same error in both cases.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + FIRST_ANSWER * max(len(client.targets), 1)
+    give_up = loop.time() + FIRST_ANSWER * max(len(client.connection.targets), 1)
     while True:
         # Run both checks in parallel: on Windows, each check is slow if nothing listens.
         refusal, listens = await asyncio.gather(
-            _refusal(client, give_up - loop.time()), asyncio.gather(*map(_somebody_listens, client.targets))
+            _refusal(client, give_up - loop.time()), asyncio.gather(*map(_somebody_listens, client.connection.targets))
         )
         if refusal is None:
             return

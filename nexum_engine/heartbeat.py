@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING
 import grpc
 
 from nexum_engine.channel import Channel
-from nexum_engine.client import NexumClient
 from nexum_engine.clock import wait_until_set
-from nexum_engine.connection import RECONNECT_DELAY, explained
+from nexum_engine.connection import RECONNECT_DELAY, Connection, explained
 from nexum_engine.errors import (
     AccessDenied,
     InvalidRequest,
@@ -81,7 +80,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        client: NexumClient,
+        connection: Connection,
         worker_id: str,
         *,
         prepare: Callable[[], Awaitable[None]] = _nothing,
@@ -95,7 +94,7 @@ class Heartbeat:
         """Set while a stream is open and the server has answered on it."""
         self.connected_once = False
         """Whether the server has ever answered a stream."""
-        self._client = client
+        self._connection = connection
         self._worker_id = worker_id
         self._prepare = prepare
         self._on_connected = on_connected
@@ -189,7 +188,7 @@ class Heartbeat:
         Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, AccessDenied, the
         errors of `prepare`, and InvalidRequest if the server refuses the worker id.
         """
-        await self._retry(self._client.reach)
+        await self._retry(self._connection.reach)
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[NexumError | None] = asyncio.Queue()
         ended = asyncio.Event()
@@ -206,12 +205,14 @@ class Heartbeat:
                 elif isinstance(lost, _NoWorkerStream):
                     await self._retry(self._prepare)
                     return
-                elif isinstance(lost, InvalidRequest if self._client.has_choice else (InvalidRequest, AccessDenied)):
+                elif isinstance(
+                    lost, InvalidRequest if self._connection.has_choice else (InvalidRequest, AccessDenied)
+                ):
                     raise lost
                 else:
                     self.connected.clear()
                     self._tell(lost)
-                    await self._retry(self._client.reach)
+                    await self._retry(self._connection.reach)
         finally:
             self.connected.clear()
             sending.cancel()
@@ -249,7 +250,7 @@ class Heartbeat:
         try:
             while True:
                 try:
-                    route = self._client.route()
+                    route = self._connection.route()
                     if channel is None or channel.target != route.target:
                         if channel is not None:
                             await channel.close()
@@ -257,7 +258,7 @@ class Heartbeat:
                         channel = Channel(*route, purpose="heartbeat")
                     await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
-                        f"the Nexum server on {self._client.address} ended the connection"
+                        f"the Nexum server on {self._connection.address} ended the connection"
                     )
                 except grpc.RpcError as rpc_error:
                     if rpc_error.details() == CUT_OFF and not self.connected.is_set():
@@ -355,10 +356,10 @@ class Heartbeat:
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
                 raise ServerError(
-                    f"the server on {self._client.address} did not answer a heartbeat within {timeout:g} s"
+                    f"the server on {self._connection.address} did not answer a heartbeat within {timeout:g} s"
                 )
             if exchanging.cancelled():
-                raise ServerUnavailable(f"the connection to {self._client.address} was closed")
+                raise ServerUnavailable(f"the connection to {self._connection.address} was closed")
             return exchanging.result()
         finally:
             exchanging.cancel()

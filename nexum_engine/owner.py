@@ -54,7 +54,7 @@ class Owner:
         self._client = client
         self._lost: NexumError | None = None
         self._on_lost = on_lost
-        self._heartbeat = Heartbeat(client, self.owner_id, on_lost=self._say_lost)
+        self._heartbeat = Heartbeat(client.connection, self.owner_id, on_lost=self._say_lost)
         self._beating: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Owner:

@@ -207,7 +207,7 @@ class Worker:
         self._describe = describe or (lambda task: task.node_id)
         self._after_report = after_report
         self._heartbeat = Heartbeat(
-            client,
+            client.connection,
             self.worker_id,
             prepare=self._register,
             on_connected=self._say_connected,
