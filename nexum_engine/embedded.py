@@ -26,6 +26,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
+from nexum_engine.event_loop import call_in
 from nexum_engine.host import LOOK_INTERVAL, WATCH_INTERVAL, Host, Restarts
 
 _log = logging.getLogger(__name__)
@@ -154,8 +155,7 @@ class EmbeddedNexum:
             await self._host.leave(self._on_given_up)
 
     def _on_given_up(self, error: Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._give_up, error)
+        call_in(self._loop, self._give_up, error)
 
     def _give_up(self, error: Exception) -> None:
         assert self._body is not None

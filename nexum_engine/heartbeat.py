@@ -31,7 +31,7 @@ from nexum_engine.errors import (
     ServerError,
     ServerUnavailable,
 )
-from nexum_engine.event_loop import LoopThread
+from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
@@ -244,7 +244,7 @@ class Heartbeat:
         """Send heartbeats. Put None into `news` when connected, the error when disconnected. Finally set `ended`."""
 
         def tell(lost: NexumError | None) -> None:
-            self._call_soon(loop, news.put_nowait, lost)
+            call_in(loop, news.put_nowait, lost)
 
         channel: Channel | None = None
         try:
@@ -278,7 +278,7 @@ class Heartbeat:
             self._held_until = 0.0
             if channel is not None:
                 await channel.close()
-            self._call_soon(loop, ended.set)
+            call_in(loop, ended.set)
 
     async def _keep_a_stream(
         self, call: StreamCall, loop: asyncio.AbstractEventLoop, tell: Callable[[NexumError | None], None]
@@ -372,7 +372,7 @@ class Heartbeat:
             self._is_blocked = True
             self._on_blocked(now - self._turn_due)
         self._sent += 1
-        self._call_soon(loop, self._note_turn, self._sent)
+        call_in(loop, self._note_turn, self._sent)
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
@@ -389,12 +389,7 @@ class Heartbeat:
                     future.set_result(task_id not in lost)
 
         if questions:
-            self._call_soon(loop, answer)
-
-    @staticmethod
-    def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(callback, *arguments)
+            call_in(loop, answer)
 
 
 # ---- The heartbeat loop ----------------------------------------------------------------------------------------------

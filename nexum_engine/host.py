@@ -20,7 +20,7 @@ from nexum_engine.channel import is_forked
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
-from nexum_engine.event_loop import LoopThread
+from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.location import (
     database_url,
     default_database_url,
@@ -122,8 +122,7 @@ class Host:
         self._thread.join()  # takes little time: the host has ended
 
     def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the thread has ended
-            self._thread.loop.call_soon_threadsafe(self._cancel)
+        call_in(self._thread.loop, self._cancel)
 
     def end_at_exit(self) -> None:
         """Wait for the threads that use the host, as the interpreter does at its end. Then end the host's thread."""

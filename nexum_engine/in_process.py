@@ -6,7 +6,6 @@ A server has a thread and an event loop of its own. A call goes to that event lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import ctypes
 import os
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import Message
 
+from nexum_engine.event_loop import call_in
 from nexum_engine.wire.status import rpc_error
 
 
@@ -110,8 +110,7 @@ class InProcessStream:
             yield await self._requests.get()
 
     def _answer(self, answer: Message) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
+        call_in(self._loop, self._answers.put_nowait, answer)
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Call `callback` when the stream is over."""
@@ -163,8 +162,7 @@ class _Exchange:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         error = None if task.cancelled() else task.exception()  # read the error even if the caller has gone
-        with contextlib.suppress(RuntimeError):  # the caller's loop is closed
-            self._loop.call_soon_threadsafe(self._deliver, task, error)
+        call_in(self._loop, self._deliver, task, error)
 
     def _deliver(self, task: asyncio.Task[Any], error: BaseException | None) -> None:
         if task.cancelled():
