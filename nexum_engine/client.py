@@ -205,9 +205,7 @@ class NexumClient:
                 input = workflow.input.model_validate(input)
             except ValidationError as error:
                 raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {error}") from error
-        input_json = (
-            jsontext.dump_model(input, "input") if isinstance(input, BaseModel) else jsontext.dump(input, "input")
-        )
+        input_json = jsontext.dump(input, "input")
         jsontext.check_size(output_json, "the result")
         request = pb.StartRequest(
             workflow_id=workflow.workflow_id,

@@ -166,7 +166,7 @@ class Owner:
 
         Raises Conflict as `start` does, and if the execution already has a result.
         """
-        text = _written(output)
+        text = jsontext.dump(output, "the result")
         started = await self._start(workflow, input, idempotency_key, holding, text)
         if started.ended is not None:
             raise Conflict(f"{idempotency_key!r} already has a result (execution {started.execution_id})")
@@ -222,7 +222,7 @@ class Owner:
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
         """Record the result of `task`. Raises StaleTask if another owner has taken over the execution."""
-        await self._complete(task, _written(output))
+        await self._complete(task, jsontext.dump(output, "the result"))
 
     async def _complete(self, task: Task, text: str) -> None:
         try:
@@ -247,8 +247,3 @@ class Owner:
             await self._client.fail_task(task.task_id, reason, patience=patience)
         finally:
             self._heartbeat.release(task.task_id)
-
-
-def _written(output: BaseModel | Mapping[str, Any]) -> str:
-    what = "the result"
-    return jsontext.dump_model(output, what) if isinstance(output, BaseModel) else jsontext.dump(output, what)

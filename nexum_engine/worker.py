@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
@@ -553,8 +553,8 @@ class Worker:
                     f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
                 ) from error
         if node.node_type is NodeType.SUBWORKFLOW:
-            result = {"subWorkflowId": node.sub_workflow_id, "childInput": _plain(result)}
-        text = jsontext.dump(_plain(result), "the result")
+            result = {"subWorkflowId": node.sub_workflow_id, "childInput": result}
+        text = jsontext.dump(result, "the result")
         jsontext.check_size(text, "the result")
         return text
 
@@ -657,15 +657,6 @@ def _node_of(task: Task) -> tuple[str, str, int | None]:
 def _index_of(task: Task) -> int | None:
     """Return the number of the item, or None if the task is not for an item of a MAP node."""
     return task.map_index if task.node_type == NodeType.MAP_SUBTASK else None
-
-
-def _plain(result: Any) -> Any:
-    """Convert each pydantic model in `result`, which may be a model or a list, to a JSON value."""
-    if isinstance(result, BaseModel):
-        return result.model_dump(mode="json")
-    if isinstance(result, list):
-        return [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in result]
-    return result
 
 
 def _context(task: Task, heartbeat: Callable[[Any], None]) -> TaskContext:

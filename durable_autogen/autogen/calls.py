@@ -48,7 +48,7 @@ from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model, escaped
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump, escaped
 from nexum_engine.policy import Policy
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
@@ -406,7 +406,7 @@ class Calls:
             written = unrecorded_value(value)
         try:
             content = Returned(value=written, streamed=[written_value(item) for item in streamed])
-            check_size(dump_model(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
+            check_size(dump(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
             raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
         return content
