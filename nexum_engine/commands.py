@@ -450,7 +450,7 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         return report.unknown(nodes, SystemClock().now_ms()) + _more(nodes)
     if args.command == "tools":
         declared = await source.tools()
-        return report.items_as_json(declared) if args.json else report.tools(declared)
+        return report.as_json(declared) if args.json else report.tools(declared)
     if args.command == "cancel":
         await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"
@@ -480,7 +480,7 @@ def _as_json(waiting: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
     if note := _more(waiting, ""):
         with contextlib.suppress(OSError):  # standard error itself may have failed
             print(note, file=sys.stderr, flush=True)
-    return report.items_as_json(waiting)
+    return report.as_json(waiting)
 
 
 async def _decide(
