@@ -167,17 +167,17 @@ def start_execution(
     for name, value in (attributes or {}).items():
         db.run("add_attribute", execution=added["sequence"], name=name, value=value)
     if owned:
-        _add_owned_node(db, added, workflow_id, version_hash, input_json, result)
+        _add_owned_node(db, added, workflow_id, version_hash, task_bytes, result)
         return Started(added["execution_id"], status, existing=False)
     changes = Changes()
-    begin(db, added, workflow_id, version_hash, input_json, changes)
+    begin(db, added, workflow_id, version_hash, task_bytes, changes)
     # If all nodes complete at once (for instance timers without a delay), the execution has already ended.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
     return Started(added["execution_id"], status, existing=False, changed=changes)
 
 
 def _add_owned_node(
-    db: Db, added: Row, workflow_id: str, version_hash: str, input_json: str, result: OwnedResult | None
+    db: Db, added: Row, workflow_id: str, version_hash: str, task_bytes: int, result: OwnedResult | None
 ) -> None:
     definition = parsed(added["ir_json"])
     if len(definition) != 1:
@@ -194,7 +194,7 @@ def _add_owned_node(
         "node_type": node.node_type.value,
         "dependencies": "[]",
         "version_hash": version_hash,
-        "task_bytes": jsontext.size_of(input_json) + TASK_FRAME_BYTES,
+        "task_bytes": task_bytes,
         "owned": True,
     }
     if result is None:
