@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import Conflict, ExecutionNotFound, WorkflowNotFound
+from nexum_engine.errors import Conflict, ExecutionNotFound
 from nexum_engine.policy import call_digest
 from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
@@ -163,15 +163,8 @@ async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: st
         if not _is_same(type(question), found.input_json, question):
             raise Conflict(f"execution {found.execution_id} asks another question under the key {key!r}")
         return found.execution_id
-
-    async def start() -> str:
-        return (await client.start_execution(asked, question, idempotency_key=key, patience=PATIENCE)).execution_id
-
-    try:
-        return await start()
-    except WorkflowNotFound:
-        await client.register_workflow(asked, patience=PATIENCE)
-        return await start()
+    started = await client.start_execution(asked, question, idempotency_key=key, register=True, patience=PATIENCE)
+    return started.execution_id
 
 
 async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execution | None:

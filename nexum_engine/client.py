@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,6 +177,7 @@ class NexumClient:
         input: BaseModel | Mapping[str, Any],
         *,
         idempotency_key: str = "",
+        register: bool = False,
         wait: float = 0.0,
         patience: float = 0.0,
         owner: str = "",
@@ -185,6 +187,7 @@ class NexumClient:
     ) -> Started:
         """Start an execution, or find the execution that has the idempotency key.
 
+        With `register`, register the workflow's version if the server doesn't know it.
         With `wait`, return when the execution ends, or after `wait` seconds. `owner` is the id of a connected worker:
         the caller gets the execution's only node, and no poll gets it. With `held_task_id`, the server refuses the
         start (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with
@@ -218,12 +221,20 @@ class NexumClient:
             output_json=output_json,
             attributes=attributes,
         )
+        start = partial(
+            self._call,
+            lambda stub: stub.StartExecution,
+            request,
+            wait=wait,
+            patience=patience if idempotency_key else 0.0,
+        )
         try:
-            answer = await self._call(
-                lambda stub: stub.StartExecution, request, wait=wait, patience=patience if idempotency_key else 0.0
-            )
+            answer = await start()
         except NotFound as error:
-            raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
+            if not register:
+                raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
+            await self.register_workflow(workflow, patience=patience)
+            answer = await start()
         ended = await self._whole(answer.ended, patience) if answer.HasField("ended") else None
         status = ExecutionStatus(answer.status or "RUNNING")
         task = _task(answer.task, [workflow.version_hash])

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -29,7 +30,6 @@ from nexum_engine.errors import (
     ServerError,
     ServerNotReady,
     ServerUnavailable,
-    WorkflowNotFound,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import DeclaredTool, Task
@@ -183,25 +183,20 @@ class Owner:
         holding: Task | None,
         output_json: str,
     ) -> Started:
-        async def start() -> Started:
-            return await self._client.start_execution(
-                workflow,
-                input,
-                idempotency_key=idempotency_key,
-                owner=self.owner_id,
-                held_task_id="" if holding is None else holding.task_id,
-                output_json=output_json,
-                wait=wait,
-                patience=PATIENCE,
-            )
-
-        # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
-        wait = MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0
-        try:
-            started = await start()
-        except WorkflowNotFound:
-            await self._client.register_workflow(workflow, patience=PATIENCE)
-            started = await start()
+        start = partial(
+            self._client.start_execution,
+            workflow,
+            input,
+            idempotency_key=idempotency_key,
+            register=True,
+            owner=self.owner_id,
+            held_task_id="" if holding is None else holding.task_id,
+            output_json=output_json,
+            # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
+            wait=MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0,
+            patience=PATIENCE,
+        )
+        started = await start()
         while started.retry_after:
             await asyncio.sleep(started.retry_after)
             started = await start()
