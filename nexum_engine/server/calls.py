@@ -71,8 +71,9 @@ class CallStreams:
     """
 
     def __init__(self, rpcs: Mapping[str, Rpc], max_calls: int) -> None:
-        self._rpcs = rpcs
-        self._places = _Places(max_calls)
+        self.rpcs = rpcs
+        self.free_places = max_calls
+        """How many more calls all streams together may run."""
         self._open: set[_Stream] = set()
         self._stopping = False
 
@@ -81,7 +82,7 @@ class CallStreams:
 
         If the stream breaks, its calls are cancelled. Raises InvalidRequest for a malformed frame.
         """
-        stream = _Stream(self._rpcs, metadata, self._places)
+        stream = _Stream(self, metadata)
         self._open.add(stream)
         if self._stopping:
             stream.finish()
@@ -103,17 +104,9 @@ class CallStreams:
             stream.finish()
 
 
-class _Places:
-    """How many more calls all streams of a server together may run."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-
-
 class _Stream:
-    def __init__(self, rpcs: Mapping[str, Rpc], metadata: Any, places: _Places) -> None:
-        self._rpcs = rpcs
-        self._places = places
+    def __init__(self, all_streams: CallStreams, metadata: Any) -> None:
+        self._all = all_streams
         self._metadata = metadata
         self._calls: dict[int, tuple[asyncio.Task[None], CallContext]] = {}
         self._unsent: list[pb.CallFrame] = []
@@ -131,7 +124,7 @@ class _Stream:
                         self._cancel(frame.call)
                     elif self._is_finishing:
                         continue
-                    elif len(self._calls) < MAX_STREAM_CALLS and self._places.free > 0:
+                    elif len(self._calls) < MAX_STREAM_CALLS and self._all.free_places > 0:
                         self._begin(frame)
                     else:
                         # Wait here until the client reads: refusals that nobody reads must not pile up.
@@ -146,14 +139,14 @@ class _Stream:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream already has a call with the number {frame.call}")
         context = CallContext(self._metadata)
-        self._places.free -= 1
+        self._all.free_places -= 1
         answering = asyncio.create_task(self._answer(frame, context))
         self._calls[frame.call] = answering, context
         answering.add_done_callback(partial(self._ended, frame.call))
 
     def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         _, context = self._calls.pop(call)
-        self._places.free += 1
+        self._all.free_places += 1
         context.end()
         if self._is_finishing and not self._calls:
             self._has_news.set()
@@ -204,7 +197,7 @@ class _Stream:
 
     async def _run(self, frame: pb.CallFrame, context: CallContext) -> None:
         """Run a call, and send its answer in parts. Raises Refused."""
-        rpc = self._rpcs.get(frame.method)
+        rpc = self._all.rpcs.get(frame.method)
         if rpc is None:
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
         answer = await rpc(Received(frame.message), context)

@@ -21,7 +21,7 @@ from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, NexumError, Overloaded
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
-from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
+from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Context, Limits, rpcs_of
 from nexum_engine.server.calls import CallStreams, Refused
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
@@ -56,7 +56,6 @@ PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext[Any, Any]
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
