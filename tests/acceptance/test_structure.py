@@ -121,7 +121,7 @@ ENGINE = {
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "event_loop", "client", "connection", "errors"),
-    "maintenance": ("client", "store", "report", "options", "location", "errors"),
+    "maintenance": ("commands", "client", "store", "report", "options", "location", "errors"),
     "commands": (
         "client",
         "connection",
