@@ -86,9 +86,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 async def prune(args: argparse.Namespace) -> str:
     """Run `prune`; return what to print."""
-    return _pruned(
-        args, await on_server_or_database(args, partial(_prune_on_server, args), partial(_prune_in_store, args))
-    )
+    found = await on_server_or_database(args, partial(_prune_on_server, args), partial(_prune_in_store, args))
+    return _pruned(args, found)
 
 
 async def _prune_on_server(args: argparse.Namespace, client: NexumClient) -> Pruned:
@@ -122,7 +121,7 @@ async def _prune_in_store(args: argparse.Namespace, store: Store) -> Pruned:
             pruned.after,
             space.total,
             space.free,
-            space.given_back,
+            space.released,
         )
 
     return await _all_parts(part)

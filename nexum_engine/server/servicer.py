@@ -542,7 +542,7 @@ class NexumServicer(NexumServiceServicer):
             after=part.pruned.after or 0,
             total_bytes=space.total,
             free_bytes=space.free,
-            released_bytes=space.given_back,
+            released_bytes=space.released,
         )
 
     async def Backup(

@@ -38,7 +38,7 @@ class Space:
     total: int
     free: int
     """The part of `total` that is not in use. New executions are stored in it."""
-    given_back: int = 0
+    released: int = 0
     """The bytes that `compact` has just released to the disk."""
 
 

@@ -96,7 +96,7 @@ class SqliteStore(Store):
                 logger.warning("database %s could not be compacted: %s", self._path, error)
                 return space
             left = self._database.space()
-            return Space(left.total, left.free, given_back=space.total - left.total)
+            return Space(left.total, left.free, released=space.total - left.total)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
         if self._closed or self.failed.done():
