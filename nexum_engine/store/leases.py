@@ -56,7 +56,7 @@ def _renewed(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 
 def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
-    row = find_attempt(db, task_id, lock=True)
+    row = find_attempt(db, task_id)
     if (
         row is None
         or row["worker_id"] != worker_id

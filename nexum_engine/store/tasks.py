@@ -111,7 +111,7 @@ def start_owned(
     if output_json:
         jsontext.parse(output_json, "output_json")
     if held_task_id:
-        held = find_attempt(db, held_task_id, lock=True)
+        held = find_attempt(db, held_task_id)
         if held is None:
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
@@ -262,20 +262,19 @@ def _task_input(db: Db, node: Row) -> str:
     return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
 
 
-def find_attempt(db: Db, task_id: str, *, lock: bool = False) -> Row | None:
+def find_attempt(db: Db, task_id: str) -> Row | None:
     """Return an attempt with its node and execution, or None if the task is unknown.
 
-    With `lock`, no other server changes the execution before the commit.
+    No other server changes the execution before the commit.
     """
     node = number_of(db, task_id)
-    if lock:
-        db.lock(node // 1000)
+    db.lock(node // 1000)
     return db.one("attempt", node=node, task_id=task_id)
 
 
 def _reported_attempt(db: Db, task_id: str) -> Row:
     check_id(task_id, "task_id")
-    row = find_attempt(db, task_id, lock=True)
+    row = find_attempt(db, task_id)
     if row is None:
         raise TaskNotFound(task_id)
     return row
@@ -528,7 +527,7 @@ def _shortened(error: str) -> str:
 
 def release(db: Db, task_id: str, reason: str) -> Changes:
     """Release a task that never reached its worker. The attempt counts as neither failed nor lost."""
-    row = find_attempt(db, task_id, lock=True)
+    row = find_attempt(db, task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changes()
     # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
