@@ -295,7 +295,7 @@ def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budg
             _check(received, limit)
             if received.size > SMALL_BYTES:
                 share = await budget.take(received.size * REQUEST_COPIES)
-            return await behaviour(_decoded(received, request_type, limit), context)
+            return await behaviour(_decoded(received, request_type), context)
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
         finally:
@@ -308,7 +308,8 @@ def _streaming(behaviour: Any, request_type: type[Message], limit: int) -> Any:
     async def handle(requests: Any, context: Context) -> Any:
         async def decoded() -> Any:
             async for received in requests:
-                yield _decoded(received, request_type, limit)
+                _check(received, limit)
+                yield _decoded(received, request_type)
 
         async with aclosing(behaviour(decoded(), context)) as answers:
             async for answer in answers:
@@ -322,8 +323,7 @@ def _check(received: Received, limit: int) -> None:
         raise TooLarge(f"the request is {received.size:,} bytes; the limit is {limit:,} bytes")
 
 
-def _decoded(received: Received, request_type: type[Message], limit: int) -> Message:
-    _check(received, limit)
+def _decoded(received: Received, request_type: type[Message]) -> Message:
     try:
         return request_type.FromString(received.take())
     except DecodeError as error:
