@@ -32,6 +32,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.event_loop import LoopThread, call_in
+from nexum_engine.forks import in_forked_process
 from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
@@ -407,11 +408,8 @@ def _heartbeat_loop() -> asyncio.AbstractEventLoop:
         return _shared.loop
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _forget_loop() -> None:
     """Forget the heartbeat loop: a forked process doesn't have the thread that runs the loop."""
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import ctypes
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from nexum_engine.event_loop import call_in
+from nexum_engine.forks import in_forked_process, never_free
 from nexum_engine.wire.status import rpc_error
 
 
@@ -190,12 +189,9 @@ class _Exchange:
             self._in_server_loop(self._cancel)
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _forget_servers() -> None:
     """Forget the servers: a forked process doesn't have their threads, and calls them over TCP."""
     global _servers
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_servers))
+    never_free(_servers)
     _servers = {}
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
