@@ -8,7 +8,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +62,7 @@ _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers witho
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Record = TypeVar("Record", UnknownNode, DeclaredTool, SessionSummary)
 
 
 @dataclass(frozen=True)
@@ -263,7 +264,7 @@ class NexumClient:
 
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
         """Return the execution that `answer` describes. Read the input and the outputs that `answer` leaves out."""
-        found = _execution(answer)
+        found = _execution(answer, answer.created_ms, input_bytes=answer.input_bytes)
         if not found.input_bytes and not any(node.output_bytes for node in found.nodes):
             return found
         if found.input_bytes:
@@ -364,24 +365,12 @@ class NexumClient:
         if (since_ms or until_ms or attributes) and any(not one.created_ms for one in answer.executions):
             raise ServerError(f"the server on {self.address} is a published one: it can't select by time or attributes")
         return [
-            Execution(
-                execution_id=summary.execution_id,
-                workflow_id=summary.workflow_id,
-                version_hash=summary.version_hash,
-                status=ExecutionStatus(summary.status),
-                input_json=summary.input_json,
-                idempotency_key=summary.idempotency_key,
-                created_ms=summary.created_ms or published.milliseconds(summary.created_at),
-                ended_ms=summary.ended_ms or None,
-                error=summary.error,
-                nodes=_nodes(summary.nodes),
-                parent_execution_id=summary.parent_execution_id,
-                parent_node_id=summary.parent_node_id,
-                child_index=summary.child_index if summary.HasField("child_index") else None,
-                attributes=dict(sorted(summary.attributes.items())),
-                session=_session(summary.session) if summary.HasField("session") else None,
+            _execution(
+                one,
+                one.created_ms or published.milliseconds(one.created_at),
+                session=_record(SessionSummary, one.session) if one.HasField("session") else None,
             )
-            for summary in answer.executions
+            for one in answer.executions
         ]
 
     async def cancel_execution(self, execution_id: str, *, by: str = "") -> None:
@@ -453,28 +442,12 @@ class NexumClient:
         answer = await self._of_this_project(
             "list unknown effects", lambda stub: stub.GetUnknown, pb.EmptyRequest(), patience
         )
-        return [
-            UnknownNode(
-                execution_id=item.execution_id,
-                node_id=item.node_id,
-                workflow_id=item.workflow_id,
-                since_ms=item.since_ms,
-                error=item.error,
-                input_json=item.input_json,
-                attempt=item.attempt,
-                worker_id=item.worker_id,
-                started_ms=item.started_ms,
-                heartbeat_ms=item.heartbeat_ms,
-            )
-            for item in answer.items
-        ]
+        return [_record(UnknownNode, item) for item in answer.items]
 
     async def tools(self, *, patience: float = 0.0) -> list[DeclaredTool]:
         """Return the tools, sorted by name, of the workers and owners that are connected to this server now."""
         answer = await self._of_this_project("list tools", lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
-        return [
-            DeclaredTool(one.name, one.signature, one.policy_json, one.session, one.senders) for one in answer.tools
-        ]
+        return [_record(DeclaredTool, tool) for tool in answer.tools]
 
     async def resolve(
         self,
@@ -677,7 +650,13 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
     )
 
 
-def _execution(answer: pb.GetExecutionResponse) -> Execution:
+def _execution(
+    answer: pb.GetExecutionResponse | pb.ExecutionSummary,
+    created_ms: int,
+    *,
+    input_bytes: int = 0,
+    session: SessionSummary | None = None,
+) -> Execution:
     return Execution(
         execution_id=answer.execution_id,
         workflow_id=answer.workflow_id,
@@ -685,7 +664,7 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         status=ExecutionStatus(answer.status),
         input_json=answer.input_json,
         idempotency_key=answer.idempotency_key,
-        created_ms=answer.created_ms,
+        created_ms=created_ms,
         ended_ms=answer.ended_ms or None,
         error=answer.error,
         nodes=_nodes(answer.nodes),
@@ -693,14 +672,14 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         parent_node_id=answer.parent_node_id,
         child_index=answer.child_index if answer.HasField("child_index") else None,
         attributes=dict(sorted(answer.attributes.items())),
-        input_bytes=answer.input_bytes,
+        input_bytes=input_bytes,
+        session=session,
     )
 
 
-def _session(summary: pb.SessionSummary) -> SessionSummary:
-    return SessionSummary(
-        summary.session, summary.events, summary.is_running, summary.question, summary.calls, summary.tokens
-    )
+def _record(kind: type[Record], message: Any) -> Record:
+    """Return a record whose fields have the same names and types as those of the message."""
+    return kind(**{field.name: getattr(message, field.name) for field in fields(kind)})
 
 
 def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:

@@ -382,21 +382,8 @@ class NexumServicer(NexumServiceServicer):
         return pb.ListResponse(
             executions=[
                 pb.ExecutionSummary(
-                    execution_id=execution.execution_id,
-                    workflow_id=execution.workflow_id,
-                    version_hash=execution.version_hash,
-                    status=execution.status.value,
+                    **_fields(execution),
                     created_at=_time(execution.created_ms),
-                    created_ms=execution.created_ms,
-                    ended_ms=execution.ended_ms or 0,
-                    idempotency_key=execution.idempotency_key,
-                    error=execution.error,
-                    input_json=execution.input_json,
-                    nodes=_node_messages(execution),
-                    parent_execution_id=execution.parent_execution_id,
-                    parent_node_id=execution.parent_node_id,
-                    child_index=execution.child_index,
-                    attributes=execution.attributes,
                     session=None if execution.session is None else pb.SessionSummary(**asdict(execution.session)),
                 )
                 for execution in found
@@ -630,24 +617,27 @@ def _size_of(execution: Execution) -> int:
 
 
 def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:
-    return pb.GetExecutionResponse(
-        execution_id=execution.execution_id,
-        workflow_id=execution.workflow_id,
-        version_hash=execution.version_hash,
-        status=execution.status.value,
-        input_json=execution.input_json,
-        idempotency_key=execution.idempotency_key,
-        created_ms=execution.created_ms,
-        ended_ms=execution.ended_ms or 0,
-        error=execution.error,
-        has_poller=has_poller,
-        nodes=_node_messages(execution),
-        parent_execution_id=execution.parent_execution_id,
-        parent_node_id=execution.parent_node_id,
-        child_index=execution.child_index,
-        attributes=execution.attributes,
-        input_bytes=execution.input_bytes,
-    )
+    return pb.GetExecutionResponse(**_fields(execution), has_poller=has_poller, input_bytes=execution.input_bytes)
+
+
+def _fields(execution: Execution) -> dict[str, Any]:
+    """Return the fields that GetExecutionResponse and ExecutionSummary have in common."""
+    return {
+        "execution_id": execution.execution_id,
+        "workflow_id": execution.workflow_id,
+        "version_hash": execution.version_hash,
+        "status": execution.status.value,
+        "input_json": execution.input_json,
+        "idempotency_key": execution.idempotency_key,
+        "created_ms": execution.created_ms,
+        "ended_ms": execution.ended_ms or 0,
+        "error": execution.error,
+        "nodes": _node_messages(execution),
+        "parent_execution_id": execution.parent_execution_id,
+        "parent_node_id": execution.parent_node_id,
+        "child_index": execution.child_index,
+        "attributes": execution.attributes,
+    }
 
 
 def _node_messages(execution: Execution) -> list[pb.NodeRecord]:
