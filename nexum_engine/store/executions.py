@@ -1,8 +1,4 @@
-"""Transitions of workflows and executions: register, start, cancel.
-
-Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
-function raises an error of `nexum_engine.errors`, and its changes are rolled back.
-"""
+"""Transitions of workflows and executions: register, start, cancel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The transition that continues a FAILED execution.
-
-The transition runs inside one transaction, and is the same for every database.
-"""
+"""The transition that continues a FAILED execution."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 """Transitions of nodes that wait for a time, a person or an event.
 
 These transitions approve or reject a node, resolve an unknown effect, send an event, and end the waits that are due.
-
-Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
-function raises an error of `nexum_engine.errors`, and its changes are rolled back.
 """
 
 from __future__ import annotations
