@@ -54,7 +54,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp = stamp_of(path)
-        self._holders = _parsed(read_file(path, "the token file", secret=True), path)
+        self._holders = _read(path)
         self._running: dict[asyncio.Task[Any], bytes] = {}
         """The calls that are under way, with the digests of their tokens."""
 
@@ -107,7 +107,7 @@ class Tokens:
             return
         self._stamp = stamp
         try:
-            self._holders = _parsed(read_file(self._path, "the token file", secret=True), self._path)
+            self._holders = _read(self._path)
         except InvalidRequest as error:
             logger.error("the former tokens stay valid, because the changed file is wrong: %s", error)
             return
@@ -128,10 +128,11 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
-    """Return the holders by the digests of their tokens. No error message contains a token."""
+def _read(path: Path) -> Mapping[bytes, Holder]:
+    """Return the holders in a token file, by the digests of their tokens. No error message contains a token."""
+    text = read_file(path, "the token file", secret=True).decode("utf-8", "replace")
     holders: dict[bytes, Holder] = {}
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
