@@ -29,7 +29,6 @@ from nexum_engine.server.queue import Queue
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
-from nexum_engine.store.base import Space
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
@@ -513,20 +512,19 @@ class NexumServicer(NexumServiceServicer):
 
     @_rpc
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
-        part = await self.retention.prune(
+        pruned, space = await self.retention.prune(
             request.older_than_ms,
             session=request.session,
             after=request.after,
             dry_run=request.dry_run,
             compact=request.compact,
         )
-        space = part.space or Space(0, 0)
         return pb.PruneResponse(
-            executions=part.pruned.executions,
-            sessions=part.pruned.sessions,
-            kept=part.pruned.kept,
-            more=part.pruned.after is not None,
-            after=part.pruned.after or 0,
+            executions=pruned.executions,
+            sessions=pruned.sessions,
+            kept=pruned.kept,
+            more=pruned.after is not None,
+            after=pruned.after or 0,
             total_bytes=space.total,
             free_bytes=space.free,
             released_bytes=space.released,
