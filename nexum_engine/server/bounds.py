@@ -255,16 +255,33 @@ def _prompt(handler: Any) -> Any:
     return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
 
 
-def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:
-    """Return the unary RPCs of the servicer by name. Each one checks the size of its request first."""
+def rpcs_of(servicer: Any, admit: Callable[[Context], Awaitable[None]], abort: Abort) -> dict[str, Rpc]:
+    """Return the unary RPCs of the servicer by name. Each one first checks the size of its request, and calls `admit`.
+
+    `admit` may refuse the call.
+    """
     budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
-    return {
-        method.name: _unary(
-            getattr(servicer, method.name), getattr(pb, method.input_type.name), _limit(method.name), budget, abort
-        )
-        for method in _SERVICE.methods
-        if not method.client_streaming
-    }
+
+    def unary(method: Any) -> Rpc:
+        behaviour, request_type = getattr(servicer, method.name), getattr(pb, method.input_type.name)
+        limit = _limit(method.name)
+
+        async def handle(received: Received, context: Context) -> Any:
+            share = 0
+            try:
+                _check(received, limit)
+                if received.size > SMALL_BYTES:
+                    share = await budget.take(received.size * REQUEST_COPIES)
+                await admit(context)
+                return await behaviour(_decoded(received, request_type), context)
+            except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+                await abort(context, error)
+            finally:
+                budget.give(share)
+
+        return handle
+
+    return {method.name: unary(method) for method in _SERVICE.methods if not method.client_streaming}
 
 
 def add_servicer(servicer: Any, server: grpc.aio.Server) -> None:
@@ -286,22 +303,6 @@ def add_servicer(servicer: Any, server: grpc.aio.Server) -> None:
 
 def _limit(method: str) -> int:
     return MAX_REQUEST_BYTES if method in _WITH_PAYLOAD else MAX_SMALL_REQUEST_BYTES
-
-
-def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budget, abort: Abort) -> Any:
-    async def handle(received: Received, context: Context) -> Any:
-        share = 0
-        try:
-            _check(received, limit)
-            if received.size > SMALL_BYTES:
-                share = await budget.take(received.size * REQUEST_COPIES)
-            return await behaviour(_decoded(received, request_type), context)
-        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
-            await abort(context, error)
-        finally:
-            budget.give(share)
-
-    return handle
 
 
 def _streaming(behaviour: Any, request_type: type[Message], limit: int) -> Any:

@@ -26,7 +26,6 @@ from nexum_engine.server.bounds import (
     MAX_REQUEST_BYTES,
     MAX_RPCS,
     SERVICE_NAME,
-    Answers,
     Limits,
     Reading,
     add_servicer,
@@ -124,9 +123,7 @@ async def run_server(
         waiters = Waiters()
         liveness = Liveness(store, polls, waiters, clock, lease_ms)
         store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(
-            store, polls, waiters, liveness, Answers(), embedded=embedded, tokens=tokens, limits=limits
-        )
+        servicer = NexumServicer(store, polls, waiters, liveness, embedded=embedded, tokens=tokens, limits=limits)
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"

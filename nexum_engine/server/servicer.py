@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn
 
 import grpc
 
@@ -55,7 +55,6 @@ PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
 MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
 
 logger = logging.getLogger(__name__)
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
 async def abort(context: Context, error: Exception) -> NoReturn:
@@ -76,17 +75,6 @@ def _cut(message: str) -> str:
     return message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]} [cut]"
 
 
-def _rpc(handler: Handler) -> Handler:
-    """Wrap the handler of an RPC: a call for another database is refused before the handler gets it."""
-
-    @wraps(handler)
-    async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
-        await self.refuse_call_for_another_database(context)
-        return await handler(self, request, context)
-
-    return cast(Handler, answer)
-
-
 def _time(ms: int) -> str:
     """Format a time in UTC, as the published Nexum server does."""
     return datetime.fromtimestamp(ms / 1000, tz=timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
@@ -101,7 +89,6 @@ class NexumServicer(NexumServiceServicer):
         polls: Polls,
         waiters: Waiters,
         liveness: Liveness,
-        answers: Answers,
         *,
         embedded: bool = False,
         tokens: Tokens | None = None,
@@ -109,16 +96,16 @@ class NexumServicer(NexumServiceServicer):
     ) -> None:
         self._tokens = tokens
         self.queue = Queue(store, limits.queue)
-        self._answers = answers
+        self._answers = Answers()
         self._embedded = embedded
         self._store = store
         self._polls = polls
         self._waiters = waiters
         self._liveness = liveness
         self.retention = Retention(store)
-        rpcs = rpcs_of(self, abort)
+        rpcs = rpcs_of(self, self.refuse_call_for_another_database, abort)
         self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens, abort)
-        """The unary RPCs by name. Each one first checks the caller's token, and the size of its request."""
+        """The unary RPCs by name. Each one first checks the caller's token, its database, and the request's size."""
         self._streams = CallStreams(self.rpcs, limits.calls)
 
     def stop(self) -> None:
@@ -141,12 +128,10 @@ class NexumServicer(NexumServiceServicer):
             return said
         return self._tokens.holder(context.invocation_metadata() or ()).name
 
-    @_rpc
     async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:
         store = self._store
         return pb.ServerInfo(database=store.opened_as, embedded=self._embedded, database_id=store.database_id)
 
-    @_rpc
     async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:
         result = await self._store.run(
             executions.register_workflow, request.workflow_id, request.version_hash, request.ir_json
@@ -159,7 +144,6 @@ class NexumServicer(NexumServiceServicer):
         }[result]
         return pb.AckResponse(ok=True, compatibility=result.value, message=message)
 
-    @_rpc
     async def StartExecution(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
         wait = _wait_seconds(request.wait_ms)
         check_id(request.version_hash, "version_hash")
@@ -247,7 +231,6 @@ class NexumServicer(NexumServiceServicer):
         # Leave out the first task: `StartExecution` has announced it.
         self._liveness.apply(replace(started.changed, ready=started.changed.ready[1:]))
 
-    @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
         worker_id, versions, max_bytes = _checked_poll(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
@@ -269,21 +252,18 @@ class NexumServicer(NexumServiceServicer):
             self._polls.release(task)
         return _task_message(task)
 
-    @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         # The published TypeScript SDK sends no output for a handler that returns nothing.
         output_json = request.output_json or "null"
         await self._liveness.carry_out(tasks.complete_task, request.task_id, output_json)
         return pb.AckResponse(ok=True)
 
-    @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
         await self._liveness.carry_out(
             tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown
         )
         return pb.AckResponse(ok=True)
 
-    @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
         execution = await self._get(request.execution_id, context)
@@ -297,7 +277,6 @@ class NexumServicer(NexumServiceServicer):
             status=execution.status.value, completed_nodes_json=f"{{{text}}}", error=execution.error
         )
 
-    @_rpc
     async def GetOutput(self, request: pb.GetOutputRequest, context: Context) -> pb.GetOutputResponse:
         check_id(request.execution_id, "execution_id")
         if request.offset < 0 or request.length < 0:
@@ -309,7 +288,6 @@ class NexumServicer(NexumServiceServicer):
         )
         return pb.GetOutputResponse(data=data, total_bytes=total)
 
-    @_rpc
     async def GetExecution(self, request: pb.GetExecutionRequest, context: Context) -> pb.GetExecutionResponse:
         check_id(request.execution_id, "execution_id")
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
@@ -360,7 +338,6 @@ class NexumServicer(NexumServiceServicer):
             finally:
                 timer.cancel()
 
-    @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
         await self._answers.reserve(context, listing.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
@@ -389,20 +366,17 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
         by = self._who(context, request.cancelled_by)
         await self._liveness.carry_out(executions.cancel_execution, request.execution_id, by)
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
-    @_rpc
     async def RetryExecution(self, request: pb.RetryRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
         await self._liveness.carry_out(retry.retry_execution, request.execution_id)
         return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
-    @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
         await self._answers.reserve(context, executions.MAX_VERSIONS * VERSION_BYTES)
         versions = await self._store.run(executions.workflow_versions, request.workflow_id)
@@ -419,7 +393,6 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    @_rpc
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
         await self._liveness.carry_out(
@@ -427,13 +400,11 @@ class NexumServicer(NexumServiceServicer):
         )
         return pb.AckResponse(ok=True, message="Approved")
 
-    @_rpc
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
         await self._liveness.carry_out(waits.reject, request.execution_id, request.node_id, by, request.reason)
         return pb.AckResponse(ok=True, message="Rejected")
 
-    @_rpc
     async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
         await self._answers.reserve(context, waits.MAX_WAITING * VERSION_BYTES + waits.MAX_SHOWN_INPUTS)
         return pb.PendingApprovalsResponse(
@@ -449,18 +420,15 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    @_rpc
     async def GetUnknown(self, request: pb.EmptyRequest, context: Context) -> pb.UnknownResponse:
         size = waits.MAX_WAITING * (VERSION_BYTES + tasks.MAX_ERROR_CHARACTERS) + waits.MAX_SHOWN_INPUTS
         await self._answers.reserve(context, size)
         found = await self._store.run(waits.unknown_nodes)
         return pb.UnknownResponse(items=[pb.UnknownItem(**asdict(one)) for one in found])
 
-    @_rpc
     async def GetTools(self, request: pb.EmptyRequest, context: Context) -> pb.ToolsResponse:
         return pb.ToolsResponse(tools=[pb.DeclaredTool(**asdict(one)) for one in self._liveness.tools()])
 
-    @_rpc
     async def ResolveNode(self, request: pb.ResolveRequest, context: Context) -> pb.AckResponse:
         decision = request.WhichOneof("decision")
         if decision is None or (decision == "not_done" and not request.not_done):
@@ -476,7 +444,6 @@ class NexumServicer(NexumServiceServicer):
         )
         return pb.AckResponse(ok=True)
 
-    @_rpc
     async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
         await self._liveness.carry_out(
             waits.send_event,
@@ -510,7 +477,6 @@ class NexumServicer(NexumServiceServicer):
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
 
-    @_rpc
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
         pruned, space = await self.retention.prune(
             request.older_than_ms,

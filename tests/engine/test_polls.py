@@ -21,7 +21,6 @@ from engine_server import Run, intercept
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.records import ExecutionStatus, Task
-from nexum_engine.server.bounds import Answers
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
 from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS, Polls
 from nexum_engine.server.servicer import NexumServicer
@@ -60,7 +59,7 @@ class Engine:
         self.polls = Polls(store, clock, LEASE_MS)
         self.waiters = Waiters()
         self.liveness = Liveness(store, self.polls, self.waiters, clock, LEASE_MS)
-        self.servicer = NexumServicer(store, self.polls, self.waiters, self.liveness, Answers())
+        self.servicer = NexumServicer(store, self.polls, self.waiters, self.liveness)
         store.on_unknown = [self.look_again]
         self.claims = 0
 

@@ -14,7 +14,7 @@ import harness
 
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.server.bounds import Answers, Reading, add_servicer
+from nexum_engine.server.bounds import Reading, add_servicer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
@@ -100,7 +100,7 @@ async def engine_server(folder: Path, *, lease: float = 30.0, port: int = 0) -> 
     liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
     store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[Reading()])
-    servicer = NexumServicer(store, polls, waiters, liveness, Answers())
+    servicer = NexumServicer(store, polls, waiters, liveness)
     add_servicer(servicer, server)
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await liveness.start()
