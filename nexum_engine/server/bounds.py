@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from nexum_engine import DEFAULT_MAX_CALLS, DEFAULT_MAX_QUEUE
 from nexum_engine.errors import InvalidRequest, Overloaded, TooLarge
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
+from nexum_engine.server.refusal import Context, abort
 from nexum_engine.wire import nexum_pb2 as pb
 
 MAX_RPCS = 10_000
@@ -79,8 +80,6 @@ _WITH_PAYLOAD = {
 _OVERLOADED = (
     "other calls use all the memory that the server may use for calls: retry, and end clients that don't read answers"
 )
-Context = grpc.aio.ServicerContext[Any, Any]
-Abort = Callable[[Context, Exception], Awaitable[Any]]
 Rpc = Callable[["Received", Any], Awaitable[Message]]
 """A unary RPC. It takes the encoded request and the call's context."""
 
@@ -255,7 +254,7 @@ def _prompt(handler: Any) -> Any:
     return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
 
 
-def rpcs_of(servicer: Any, admit: Callable[[Context], Awaitable[None]], abort: Abort) -> dict[str, Rpc]:
+def rpcs_of(servicer: Any, admit: Callable[[Context], Awaitable[None]]) -> dict[str, Rpc]:
     """Return the unary RPCs of the servicer by name. Each one first checks the size of its request, and calls `admit`.
 
     `admit` may refuse the call.

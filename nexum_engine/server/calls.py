@@ -11,6 +11,7 @@ import grpc
 
 from nexum_engine.errors import InvalidRequest, Overloaded
 from nexum_engine.server.bounds import MAX_SHOWN_METHOD, MAX_STREAM_CALLS, Budget, Received, Rpc
+from nexum_engine.server.refusal import Refused
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import take_batch
 from nexum_engine.wire.status import ANSWERED, RETRY_AFTER
@@ -22,18 +23,6 @@ UNSENT_BYTES = 128 * 1024
 """How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
 FRAME_BYTES = 256
 """The memory that a frame takes in addition to its content."""
-
-
-class Refused(Exception):
-    """A call was answered with a status other than OK."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, error: str, retry_after_ms: int = 0) -> None:
-        super().__init__(details)
-        self.retry_after_ms = retry_after_ms
-        self.code = code
-        self.details = details
-        self.error = error
-        """The name of the engine's error, or ""."""
 
 
 class CallContext:

@@ -10,7 +10,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from nexum_engine.server.bounds import Received
-from nexum_engine.server.calls import CallContext, Refused
+from nexum_engine.server.calls import CallContext
+from nexum_engine.server.refusal import Refused
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.wire.status import rpc_error, trailing_metadata
 

@@ -33,7 +33,7 @@ from nexum_engine.server.bounds import (
 from nexum_engine.server.direct import DirectServer
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer, abort
+from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.tls import ServerTls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
@@ -192,7 +192,7 @@ async def _bind(
         # Don't wait for the port. An ending server releases its port before its database, and this server has already
         # opened the database. So no ending server holds the port.
         address = f"{address.rpartition(':')[0]}:0"
-    interceptors = [Reading()] if tokens is None else [Gate(tokens, abort), Reading()]
+    interceptors = [Reading()] if tokens is None else [Gate(tokens), Reading()]
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_RPCS)
         add_servicer(servicer, server)

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError, Overloaded
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
-from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Context, Limits, rpcs_of
-from nexum_engine.server.calls import CallStreams, Refused
+from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
+from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.queue import Queue
+from nexum_engine.server.refusal import Context, abort, cut
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
@@ -34,7 +33,6 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
 from nexum_engine.wire.frames import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
-from nexum_engine.wire.status import status_of, trailing_metadata
 from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
@@ -52,27 +50,6 @@ SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
 PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
-MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
-
-logger = logging.getLogger(__name__)
-
-
-async def abort(context: Context, error: Exception) -> NoReturn:
-    """Answer a call with the gRPC status of an error. The details of an internal error are only logged."""
-    if isinstance(error, (grpc.aio.AbortError, Refused)):
-        raise error  # the call is answered already
-    status = status_of(error) if isinstance(error, NexumError) else None
-    if status is not None:
-        after_ms = round(error.retry_after * 1000) if isinstance(error, Overloaded) else 0
-        await context.abort(status, _cut(str(error)), trailing_metadata(type(error).__name__, after_ms))
-    fault = uuid.uuid4().hex[:8]
-    logger.error("fault %s", fault, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"the server had an internal error; see its log under {fault}")
-
-
-def _cut(message: str) -> str:
-    # Cut the message, because it is sent in a header, and headers have a size limit.
-    return message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]} [cut]"
 
 
 def _time(ms: int) -> str:
@@ -103,8 +80,8 @@ class NexumServicer(NexumServiceServicer):
         self._waiters = waiters
         self._liveness = liveness
         self.retention = Retention(store)
-        rpcs = rpcs_of(self, self.refuse_call_for_another_database, abort)
-        self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens, abort)
+        rpcs = rpcs_of(self, self.refuse_call_for_another_database)
+        self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens)
         """The unary RPCs by name. Each one first checks the caller's token, its database, and the request's size."""
         self._streams = CallStreams(self.rpcs, limits.calls)
 
@@ -120,7 +97,7 @@ class NexumServicer(NexumServiceServicer):
         # Use a thread: a client may name a path on a file system that doesn't answer.
         why = await asyncio.to_thread(refusal, metadata, database, embedded=self._embedded)
         if why is not None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, cut(why))
 
     def _who(self, context: Context, said: str) -> str:
         """Return who makes the call: the holder of its token or, if the server has no tokens, what the client says."""
