@@ -459,37 +459,29 @@ class AttemptEnd:
     lost: int = 0
 
 
+def _ended(db: Db, row: Row, end: AttemptEnd) -> dict[str, object]:
+    """Return what a query that ends the attempt in `row` must know."""
+    return {
+        "node": row["node"],
+        "attempt": row["attempt"],
+        "outcome": end.outcome.value,
+        "attempt_error": end.error,
+        "failed": end.failed,
+        "lost": end.lost,
+        "now": db.now_ms,
+    }
+
+
 def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd, changes: Changes) -> bool:
     """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
-    retried = db.changes(
-        "retry_node",
-        node=row["node"],
-        attempt=row["attempt"],
-        due_ms=due_ms,
-        outcome=end.outcome.value,
-        attempt_error=end.error,
-        failed=end.failed,
-        lost=end.lost,
-        now=db.now_ms,
-    )
+    retried = db.changes("retry_node", due_ms=due_ms, **_ended(db, row, end))
     place_freed(db, row, changes)
     return bool(retried)
 
 
 def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
     """End the attempt in `row`, and mark its node and execution as FAILED, unless the node has already ended."""
-    failed = db.changes(
-        "fail_node",
-        node=row["node"],
-        attempt=row["attempt"],
-        error=reason,
-        outcome=end.outcome.value,
-        attempt_error=end.error,
-        failed=end.failed,
-        lost=end.lost,
-        now=db.now_ms,
-    )
-    if failed:
+    if db.changes("fail_node", error=reason, **_ended(db, row, end)):
         place_freed(db, row, changes)
         end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
