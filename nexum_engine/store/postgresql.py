@@ -171,11 +171,11 @@ class PostgresStore(Store):
                     raise
                 except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
-            return [self._outcome(transition, kind) for transition in transitions]
+            return [self._in_own_transaction(transition, kind) for transition in transitions]
         except Exception as error:
             raise CommitFailed(error) from error
 
-    def _outcome(self, transition: Transition, kind: Kind) -> Any:
+    def _in_own_transaction(self, transition: Transition, kind: Kind) -> Any:
         """Run one transition in a transaction of its own. Return its result or exception."""
         end = time.monotonic() + CONFLICT_SECONDS
         while True:
@@ -210,7 +210,7 @@ class PostgresStore(Store):
                     db = _PostgresDb(
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
                     )
-                    outcomes = [_outcome_of(transition, db) for transition in transitions]
+                    outcomes = [_result_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
@@ -272,7 +272,7 @@ def _for_caller(error: psycopg.Error) -> Exception:
     return error
 
 
-def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:
+def _result_of(transition: Transition, db: _PostgresDb) -> Any:
     """Return a transition's result. Return its error if the transition has written nothing, else raise the error."""
     written = db.written
     try:
