@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, TooLarge, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
 from nexum_engine.store.limits import place_freed
@@ -210,13 +210,13 @@ def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: C
     latest = db.one("latest_version", workflow_id=workflow_id)
     if latest is None:
         raise WorkflowNotFound(workflow_id)
-    depth = db.one("depth", execution=node["execution"])
-    if depth is not None and depth["depth"] >= MAX_DEPTH:
+    if row_of(db, "depth", execution=node["execution"])["depth"] >= MAX_DEPTH:
         raise InvalidRequest(
             f"node {node['node_id']!r} can't start {workflow_id!r}: the execution is already nested {MAX_DEPTH} deep, "
             "which is the limit"
         )
-    added = db.one(
+    added = row_of(
+        db,
         "add_child",
         random=random_part(),
         workflow_id=workflow_id,
@@ -225,7 +225,6 @@ def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: C
         now=db.now_ms,
         parent_node=node["node"],
     )
-    assert added is not None
     child = {**added, "ir_json": latest["ir_json"]}
     task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     begin(db, child, workflow_id, latest["version_hash"], task_bytes, changes)
@@ -252,8 +251,8 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
         else:
             _fail_too_large(db, parent, changes)
     elif db.one("running_child", node=parent["node"]) is None:
-        size = db.one("item_result_bytes", node=parent["node"])
-        if size is None or outputs_fit(db, parent["execution_id"], size["bytes"]):
+        size = row_of(db, "item_result_bytes", node=parent["node"])["bytes"]
+        if outputs_fit(db, parent["execution_id"], size):
             results = [row["output_json"] for row in db.all("item_results", node=parent["node"])]
             complete_waiting(db, parent, f"[{','.join(results)}]", changes)
         else:
@@ -292,7 +291,8 @@ def end_execution(
     execution then read the payloads from the store. If the execution has only one node, and the node's output is not
     large, give the node as `only_node`: this saves three queries.
     """
-    row = db.one(
+    row = row_of(
+        db,
         "end_execution",
         execution=execution,
         status=status.value,
@@ -300,7 +300,6 @@ def end_execution(
         now=db.now_ms,
         max_inline=MAX_INLINE_BYTES,
     )
-    assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
         for node in db.all("cancel_nodes", execution=execution, now=db.now_ms):
             if node["outcome"] == Outcome.CANCELLED:

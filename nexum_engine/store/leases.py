@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.records import Effect, ExecutionStatus, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import TIMEOUT_GRACE_MS, retry_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.results import Changes, ReadyTask, Renewed, Swept
@@ -129,12 +129,8 @@ def sweep(db: Db, since_ms: int) -> Swept:
         if row is not None:  # else another server was first, or an earlier pass of this loop has ended the execution
             _expire(db, row, changes)
     end_waits(db, changes)
-    due = [
-        row["due"]
-        for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms), db.one("next_wait"))
-        if row is not None and row["due"] is not None
-    ]
-    return Swept(changes, min(due, default=None))
+    nexts = row_of(db, "next_lease"), row_of(db, "next_retry", now=db.now_ms), row_of(db, "next_wait")
+    return Swept(changes, min((row["due"] for row in nexts if row["due"] is not None), default=None))
 
 
 def _expire(db: Db, row: Row, changes: Changes) -> None:

@@ -29,7 +29,7 @@ from psycopg.pq import TransactionStatus
 from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition, stopping
-from nexum_engine.store.db import Row
+from nexum_engine.store.db import Row, row_of
 from nexum_engine.store.postgresql_connection import (
     Connection,
     connect,
@@ -124,8 +124,7 @@ class PostgresStore(Store):
                 await asyncio.to_thread(vacuum, self._url)
             except psycopg.Error as error:
                 raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
-        size = await self.run(lambda db: db.one("database_size"))
-        assert size is not None
+        size = await self.run(lambda db: row_of(db, "database_size"))
         return Space(size["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
-from nexum_engine.store.db import Db, Row, of_one_snapshot
+from nexum_engine.store.db import Db, Row, of_one_snapshot, row_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.limits import gate_of
 from nexum_engine.store.results import Gate, News
@@ -136,8 +136,7 @@ def missed(db: Db, version_hashes: Sequence[str], execution_ids: Sequence[str]) 
 
 def queued_tasks(db: Db, limit: int) -> int:
     """Return the number of tasks that wait for a worker, or `limit` if there are more."""
-    row = db.one("queued_tasks", limit=limit)
-    return int(row["tasks"]) if row is not None else 0
+    return int(row_of(db, "queued_tasks", limit=limit)["tasks"])
 
 
 def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: int) -> tuple[bytes, int]:
@@ -167,5 +166,4 @@ def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int
 
 def output_bytes(db: Db, execution_id: str) -> int:
     """Return an upper bound of the size of an execution's recorded outputs, including the nodes' names."""
-    row = db.one("output_bytes", execution=number_of(db, execution_id))
-    return int(row["bytes"]) if row is not None else 0
+    return int(row_of(db, "output_bytes", execution=number_of(db, execution_id))["bytes"])

@@ -13,7 +13,7 @@ from nexum_engine import jsontext
 from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound
 from nexum_engine.records import Effect, ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
 from nexum_engine.store import flow
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import OwnedResult, start_execution
 from nexum_engine.store.flow import end_execution
@@ -191,7 +191,7 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
     if node["node_type"] != NodeType.MAP_SUBTASK:
         return task
     # A worker sees one item's task as a task of the MAP node.
-    parent = _map_of(db, node)
+    parent = row_of(db, "map_of_item", item=node["execution"])
     return replace(
         task,
         execution_id=parent["execution_id"],
@@ -210,12 +210,6 @@ def _key_of(execution: Row, node_id: str) -> str:
         return f"{execution['workflow_id']}:{key}:{node_id}"
     # If the caller gave no key, make one in the format that published Nexum servers use (docs/wire.md).
     return f"{execution['execution_id']}:{node_id}:{execution['version_hash']}"
-
-
-def _map_of(db: Db, item: Row) -> Row:
-    parent = db.one("map_of_item", item=item["execution"])
-    assert parent is not None
-    return parent
 
 
 def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> ReadyTask | None:
@@ -246,7 +240,7 @@ def with_payload(db: Db, task: Task) -> Task:
 def _task_input(db: Db, node: Row) -> str:
     """Return `{"input": …, "deps": {…}}` as text. Its JSON parts were checked when they were stored."""
     if node["node_type"] == NodeType.MAP_SUBTASK:
-        node = _map_of(db, node)
+        node = row_of(db, "map_of_item", item=node["execution"])
     dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:

@@ -19,7 +19,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, Outcome, PendingApproval, UnknownNode
 from nexum_engine.store import flow
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of
 from nexum_engine.store.ids import new_task_id
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
@@ -214,15 +214,15 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         raise NotFound(f"execution {execution_id} is an item of a MAP node: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
-    kept = db.one("kept_event_bytes", execution=execution)
-    assert kept is not None
+    kept = row_of(db, "kept_event_bytes", execution=execution)["bytes"]
     size = jsontext.size_of(payload_json)
-    if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept["bytes"] + size):
+    if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept + size):
         raise TooLarge(
             f"with this event, the events and outputs of execution {execution_id} would be over the limit of "
             f"{flow.MAX_OUTPUT_BYTES:,} bytes"
         )
-    added = db.one(
+    added = row_of(
+        db,
         "add_event",
         execution=execution,
         name=name,
@@ -230,7 +230,6 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         payload_json=payload_json,
         now=db.now_ms,
     )
-    assert added is not None
     if added["number"] > MAX_EVENTS:
         raise InvalidRequest(f"execution {execution_id} has already had {MAX_EVENTS:,} events, which is the limit")
     changes = Changes()
