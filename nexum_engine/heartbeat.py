@@ -71,9 +71,9 @@ async def _nothing() -> None:
 class Heartbeat:
     """A WorkerStream that is reopened when it breaks or the server stops answering.
 
-    `prepare` is awaited after each connection, before `connected` is set and `on_connected` is called. `on_lost` is
-    called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
-    server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
+    After each connection, `prepare` is awaited, `on_connected` is called, and `connected` is set. `on_lost` is called
+    with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the server's
+    error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
     `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
     BLOCKED_AFTER seconds. Its argument is the number of seconds since the block began. Each block is reported once.
@@ -200,9 +200,9 @@ class Heartbeat:
                 if lost is None:
                     await self._retry(self._prepare)
                     self._told = None
+                    self._on_connected()
                     self.connected_once = True
                     self.connected.set()
-                    self._on_connected()
                 elif isinstance(lost, _NoWorkerStream):
                     await self._retry(self._prepare)
                     return

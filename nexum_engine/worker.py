@@ -215,7 +215,6 @@ class Worker:
             on_blocked=self._say_blocked,
         )
         self._heartbeat.declare(tools)
-        self._was_connected = False
         self._is_refusal_logged = False
         """Whether the log says that the server refuses polls. Reset at each connection."""
         self._streams = True
@@ -297,8 +296,7 @@ class Worker:
             await self._client.register_workflow(binding.workflow)
 
     def _say_connected(self) -> None:
-        again = "reconnected to" if self._was_connected else "connected to"
-        self._was_connected = True
+        again = "reconnected to" if self._heartbeat.connected_once else "connected to"
         self._is_refusal_logged = False
         logger.info("%s %s as worker %s", again, self._place(), self.worker_id)
 
@@ -309,7 +307,7 @@ class Worker:
 
     def _say_lost(self, error: NexumError) -> None:
         if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
-            gone = "lost the Nexum server" if self._was_connected else "no Nexum server"
+            gone = "lost the Nexum server" if self._heartbeat.connected_once else "no Nexum server"
             logger.warning(
                 "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address
             )
