@@ -160,7 +160,7 @@ async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: st
     # Look for the question first. A rejected question is a FAILED execution, and a start with its key would ask again.
     found = await asked_before(client, asked, key)
     if found is not None:
-        if not _is_same(type(question), found.input_json, question):
+        if not _is_same(found.input_json, question):
             raise Conflict(f"execution {found.execution_id} asks another question under the key {key!r}")
         return found.execution_id
     started = await client.start_execution(asked, question, idempotency_key=key, register=True, patience=PATIENCE)
@@ -179,9 +179,9 @@ async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execut
     return newest[0] if is_there else None
 
 
-def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bool:
+def _is_same(input_json: str, question: BaseModel) -> bool:
     try:
-        return model.model_validate_json(input_json) == question
+        return type(question).model_validate_json(input_json) == question
     except ValidationError:
         return False
 

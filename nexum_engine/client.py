@@ -188,12 +188,12 @@ class NexumClient:
     ) -> Started:
         """Start an execution, or find the execution that has the idempotency key.
 
-        With `register`, register the workflow's version if the server doesn't know it.
-        With `wait`, return when the execution ends, or after `wait` seconds. `owner` is the id of a connected worker:
-        the caller gets the execution's only node, and no poll gets it. With `held_task_id`, the server refuses the
-        start (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with
-        that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
-        `attributes` are names and values by which `list_executions` finds the execution.
+        With `register`, register the workflow's version first if the server doesn't know it. With `wait`, return when
+        the execution ends, or after `wait` seconds. `owner` is the id of a connected worker: the caller gets the
+        execution's only node, and no poll gets it. With `held_task_id`, the server refuses the start (Conflict) if
+        another owner has taken over that task. With `output_json`, the execution ends at once with that result, and the
+        answer has no task. A server that doesn't know `output_json` answers with the task. `attributes` are names and
+        values by which `list_executions` finds the execution.
 
         If a limit holds an owned node back, the call waits for up to `wait` seconds, and the answer may then have
         `retry_after` instead of a task. If the effect of an owned node is unknown, the execution waits for a person:
