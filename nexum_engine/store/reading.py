@@ -41,15 +41,15 @@ def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
     )
 
 
-def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
-    """Return the row of an execution, without its input. Raises ExecutionNotFound for an unknown id.
+def find_execution(db: Db, execution_id: str, *, lock: bool = False, with_input: bool = False) -> Row:
+    """Return the row of an execution. Raises ExecutionNotFound for an unknown id.
 
-    With `lock`, no other server changes the execution before the commit.
+    With `lock`, no other server changes the execution before the commit. Without `with_input`, the input is empty.
     """
     number = number_of(db, execution_id)
     if lock:
         db.lock(number)
-    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
+    row = db.one("execution", execution=number, execution_id=execution_id, with_input=with_input)
     if row is None:
         raise ExecutionNotFound(execution_id)
     return row
@@ -72,9 +72,7 @@ def get_execution(
     """
     if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
         return execution_of(find_execution(db, execution_id))
-    row = db.one("execution", execution=number_of(db, execution_id), execution_id=execution_id)
-    if row is None:
-        raise ExecutionNotFound(execution_id)
+    row = find_execution(db, execution_id, with_input=True)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
         for a in db.all("attempts", execution=row["sequence"], limit=MAX_ATTEMPTS):
