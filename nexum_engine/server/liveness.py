@@ -177,7 +177,7 @@ class Liveness:
     def hear(self, news: News) -> None:
         """Act on what another server on the same database has changed."""
         for version_hash in news.ready:
-            self._polls.task_ready(ReadyTask(version_hash, 0))
+            self._polls.task_ready(ReadyTask(version_hash))
         for execution_id in news.ended:
             self._waiters.ended_elsewhere(execution_id)
         if news.due_ms is not None:

@@ -247,7 +247,7 @@ class Polls:
 
     def _open(self, version_hash: str) -> None:
         del self._openings[version_hash]
-        self.task_ready(ReadyTask(version_hash, 0))
+        self.task_ready(ReadyTask(version_hash))
 
     async def under_limits(
         self, version_hash: str, start: Callable[[], Awaitable[Started]], wait: float

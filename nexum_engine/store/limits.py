@@ -87,5 +87,4 @@ def place_freed(db: Db, node: Row, changes: Changes) -> None:
     # next query would not see that task yet, so nobody would announce it.
     db.run("lock_limit", execution=node["execution"], node_id=node["node_id"])
     waiting = db.all("versions_of_limit", execution=node["execution"], now=db.now_ms)
-    # Announce tasks with size 0, so that any poll is woken. The poll's claim checks the true size.
-    changes.ready += [ReadyTask(row["version_hash"], 0) for row in waiting]
+    changes.ready += [ReadyTask(row["version_hash"]) for row in waiting]

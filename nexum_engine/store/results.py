@@ -14,7 +14,8 @@ class ReadyTask:
     """The version and size of a task that became due. The server offers the task to a waiting poll."""
 
     version_hash: str
-    task_bytes: int
+    task_bytes: int = 0
+    """With 0, any poll is woken, whatever it can receive. The claim of the poll checks the true size."""
 
 
 @dataclass

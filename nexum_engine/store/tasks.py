@@ -512,7 +512,6 @@ def release(db: Db, task_id: str, reason: str) -> Changes:
     row = find_attempt(db, task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changes()
-    # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
-    changes = Changes([ReadyTask(row["version_hash"], 0)])
+    changes = Changes([ReadyTask(row["version_hash"])])
     retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason), changes)
     return changes
