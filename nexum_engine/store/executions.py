@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from nexum_engine import jsontext
 from nexum_engine.errors import (
@@ -82,14 +81,6 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 # ---- Executions ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OwnedResult:
-    """A node's result that its owner sends with the start. `output_json` is valid JSON."""
-
-    owner: str
-    output_json: str
-
-
 def start_execution(
     db: Db,
     workflow_id: str,
@@ -97,18 +88,18 @@ def start_execution(
     input_json: str,
     idempotency_key: str,
     *,
-    owned: bool = False,
-    result: OwnedResult | None = None,
+    owner: str = "",
+    output_json: str = "",
     attributes: Mapping[str, str] | None = None,
     max_task_bytes: int | None = None,
     full_at: int | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
-    A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once.
-    An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
-    COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. `full_at` is the limit of
-    the queue if the queue is full, else None.
+    A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once. An
+    execution with an `owner` has one node, and no poll gets this node. With `output_json`, which is valid JSON, a new
+    owned execution is stored as COMPLETED. `max_task_bytes` is the size of the largest task that any worker can
+    receive. `full_at` is the limit of the queue if the queue is full, else None.
 
     Raises WorkflowNotFound for an unknown version, Overloaded for a new execution if the queue is full, InvalidRequest
     for an input that isn't JSON and for wrong attributes, TooLarge for an input that no worker can receive, and
@@ -146,7 +137,7 @@ def start_execution(
             f"receive more than {max_task_bytes - TASK_FRAME_BYTES:,}: put the data into a file, or start a worker "
             "with a larger limit (max_task_bytes) before this execution"
         )
-    status = ExecutionStatus.RUNNING if result is None else ExecutionStatus.COMPLETED
+    status = ExecutionStatus.COMPLETED if output_json else ExecutionStatus.RUNNING
     added = db.one(
         "add_execution",
         random=random_part(),
@@ -162,8 +153,8 @@ def start_execution(
         raise WorkflowNotFound(workflow_id, version_hash)
     for name, value in (attributes or {}).items():
         db.run("add_attribute", execution=added["sequence"], name=name, value=value)
-    if owned:
-        _add_owned_node(db, added, workflow_id, version_hash, task_bytes, result)
+    if owner:
+        _add_owned_node(db, added, workflow_id, version_hash, task_bytes, owner, output_json)
         return Started(added["execution_id"], status, existing=False)
     changes = Changes()
     begin(db, added, workflow_id, version_hash, task_bytes, changes)
@@ -173,7 +164,7 @@ def start_execution(
 
 
 def _add_owned_node(
-    db: Db, added: Row, workflow_id: str, version_hash: str, task_bytes: int, result: OwnedResult | None
+    db: Db, added: Row, workflow_id: str, version_hash: str, task_bytes: int, owner: str, output_json: str
 ) -> None:
     definition = parsed(added["ir_json"])
     if len(definition) != 1:
@@ -193,18 +184,18 @@ def _add_owned_node(
         "task_bytes": task_bytes,
         "owned": True,
     }
-    if result is None:
-        db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
-    else:
+    if output_json:
         db.run(
             "add_recorded_node",
             **fields,
             task_id=new_task_id(number),
-            worker_id=result.owner,
+            worker_id=owner,
             streamed=True,
             now=db.now_ms,
-            output_json=result.output_json,
+            output_json=output_json,
         )
+    else:
+        db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
 
 
 def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changes:

@@ -15,7 +15,7 @@ from nexum_engine.records import Effect, ExecutionStatus, Node, NodeStatus, Node
 from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of, retry_of
-from nexum_engine.store.executions import OwnedResult, start_execution
+from nexum_engine.store.executions import start_execution
 from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.limits import gate_of, pass_through, place_freed
@@ -112,9 +112,15 @@ def start_owned(
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
         lease_ms = min(lease_ms, max(0, (held["due_ms"] or 0) - db.now_ms))
-    result = OwnedResult(owner, output_json) if output_json else None
     started = start_execution(
-        db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result, attributes=attributes
+        db,
+        workflow_id,
+        version_hash,
+        input_json,
+        idempotency_key,
+        owner=owner,
+        output_json=output_json,
+        attributes=attributes,
     )
     if started.status.ended:
         if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
