@@ -31,11 +31,8 @@ from nexum_engine.server.bounds import (
     add_servicer,
 )
 from nexum_engine.server.direct import DirectServer
-from nexum_engine.server.liveness import Liveness
-from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.tls import ServerTls
-from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
@@ -118,19 +115,11 @@ async def run_server(
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
     try:
-        lease_ms = round(lease * 1000)
-        polls = Polls(store, clock, lease_ms)
-        waiters = Waiters()
-        liveness = Liveness(store, polls, waiters, clock, lease_ms)
-        store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(store, polls, waiters, liveness, embedded=embedded, tokens=tokens, limits=limits)
+        servicer = NexumServicer(store, clock, round(lease * 1000), embedded=embedded, tokens=tokens, limits=limits)
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
-        await liveness.start()
-        await servicer.queue.count()
-        if keep is not None:
-            servicer.retention.start(round(keep * 1000))
+        await servicer.start(None if keep is None else round(keep * 1000))
         await server.start()
         following = None if tokens is None else asyncio.create_task(tokens.follow(), name="follow the token file")
         try:
@@ -152,11 +141,7 @@ async def run_server(
                 remove_address(store.file, address)
             await health.enter_graceful_shutdown()
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
-            waiters.stop()
-            await servicer.retention.stop()
-            await polls.stop()
-            await liveness.stop()
-            servicer.stop()
+            await servicer.stop()
             await server.stop(STOP_GRACE)
             if following is not None:
                 following.cancel()

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from nexum_engine import jsontext
+from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
@@ -63,30 +64,44 @@ class NexumServicer(NexumServiceServicer):
     def __init__(
         self,
         store: Store,
-        polls: Polls,
-        waiters: Waiters,
-        liveness: Liveness,
+        clock: Clock,
+        lease_ms: int,
         *,
         embedded: bool = False,
         tokens: Tokens | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self._tokens = tokens
-        self.queue = Queue(store, limits.queue)
-        self._answers = Answers()
-        self._embedded = embedded
         self._store = store
-        self._polls = polls
-        self._waiters = waiters
-        self._liveness = liveness
-        self.retention = Retention(store)
+        self._tokens = tokens
+        self._embedded = embedded
+        self._answers = Answers()
+        self._queue = Queue(store, limits.queue)
+        self._retention = Retention(store)
+        self.polls = Polls(store, clock, lease_ms)
+        self.waiters = Waiters()
+        self.liveness = Liveness(store, self.polls, self.waiters, clock, lease_ms)
+        store.on_unknown = [self.polls.look_again, self.waiters.look_again]
         rpcs = rpcs_of(self, self.refuse_call_for_another_database)
         self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens)
         """The unary RPCs by name. Each one first checks the caller's token, its database, and the request's size."""
         self._streams = CallStreams(self.rpcs, limits.calls)
 
-    def stop(self) -> None:
-        """Begin no further calls on streams, and end the streams when their calls have been answered."""
+    async def start(self, keep_ms: int | None = None) -> None:
+        """Begin the work that no call asks for. Executions that ended more than `keep_ms` ago are deleted."""
+        await self.liveness.start()
+        await self._queue.count()
+        if keep_ms is not None:
+            self._retention.start(keep_ms)
+
+    async def stop(self) -> None:
+        """Answer the waiting calls, begin no further calls on streams, and end the work that no call asks for.
+
+        A stream ends when its calls have been answered.
+        """
+        self.waiters.stop()
+        await self._retention.stop()
+        await self.polls.stop()
+        await self.liveness.stop()
         self._streams.stop()
 
     async def refuse_call_for_another_database(self, context: Context) -> None:
@@ -133,8 +148,8 @@ class NexumServicer(NexumServiceServicer):
         # If the queue is full, a start succeeds only if its key already has an execution. Until the start is submitted,
         # await nothing but `full_at`, which rarely has to wait: a start should be submitted even if its caller is
         # cancelled at once.
-        full_at = await self.queue.full_at()
-        self.queue.add()
+        full_at = await self._queue.full_at()
+        self._queue.add()
         starting = self._store.run(
             executions.start_execution,
             request.workflow_id,
@@ -142,12 +157,12 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             attributes=dict(request.attributes),
-            max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
+            max_task_bytes=max(self.polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
             full_at=full_at,
         )
         starting.when_stored(self._started)
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
-        self._polls.task_ready(task)
+        self.polls.task_ready(task)
         started = await starting
         # If the input is large, don't wait for the execution's end: the request would stay in memory until then.
         ended = None
@@ -165,7 +180,7 @@ class NexumServicer(NexumServiceServicer):
         await self._answers.reserve(context, len(input_json))
         # If the input is large, don't wait for the limits: the request would stay in memory until then.
         wait = 0.0 if len(input_json) > SMALL_BYTES else _wait_seconds(request.wait_ms)
-        started, retry_after_ms = await self._polls.under_limits(
+        started, retry_after_ms = await self.polls.under_limits(
             request.version_hash, partial(self._submit_owned, request, input_json), wait
         )
         ended = None if request.output_json else started.ended
@@ -187,7 +202,7 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             request.owner,
-            self._liveness.lease_ms,
+            self.liveness.lease_ms,
             request.held_task_id,
             request.output_json,
             dict(request.attributes),
@@ -198,45 +213,45 @@ class NexumServicer(NexumServiceServicer):
 
     def _started_owned(self, started: Started) -> None:
         if started.lease_ends_ms is not None:
-            self._liveness.due_at(started.lease_ends_ms)
-        self._liveness.apply(started.changed)
+            self.liveness.due_at(started.lease_ends_ms)
+        self.liveness.apply(started.changed)
 
     def _started(self, started: Started) -> None:
         if started.existing:
             return
-        self._waiters.execution_started(started.execution_id)
+        self.waiters.execution_started(started.execution_id)
         # Leave out the first task: `StartExecution` has announced it.
-        self._liveness.apply(replace(started.changed, ready=started.changed.ready[1:]))
+        self.liveness.apply(replace(started.changed, ready=started.changed.ready[1:]))
 
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
         worker_id, versions, max_bytes = _checked_poll(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
-        task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms)
+        task = await self.polls.next_task(worker_id, versions, max_bytes, wait_ms)
         return await self._hand_out(task, context)
 
     async def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
         if task is None:
             return pb.PollResponse(has_task=False)
-        self._liveness.task_handed_out(task.timeout_ms)
+        self.liveness.task_handed_out(task.timeout_ms)
         try:
             await self._answers.reserve(context, task.input_bytes)
             if not task.input_json:
                 task = await self._store.run(tasks.with_payload, task)
         except BaseException:
-            self._polls.release(task)
+            self.polls.release(task)
             raise
         if context.cancelled():
-            self._polls.release(task)
+            self.polls.release(task)
         return _task_message(task)
 
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         # The published TypeScript SDK sends no output for a handler that returns nothing.
         output_json = request.output_json or "null"
-        await self._liveness.carry_out(tasks.complete_task, request.task_id, output_json)
+        await self.liveness.carry_out(tasks.complete_task, request.task_id, output_json)
         return pb.AckResponse(ok=True)
 
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(
+        await self.liveness.carry_out(
             tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown
         )
         return pb.AckResponse(ok=True)
@@ -273,7 +288,7 @@ class NexumServicer(NexumServiceServicer):
         else:
             execution = await self._whole(execution, context)
         # Use a thread for an execution with many nodes and attempts, so that it doesn't block the event loop.
-        has_poller = self._polls.has_poller(execution.version_hash)
+        has_poller = self.polls.has_poller(execution.version_hash)
         if sum(1 + len(node.attempts) for node in execution.nodes) > MAX_ITEMS_AT_ONCE:
             return await asyncio.to_thread(_execution_message, execution, has_poller)
         return _execution_message(execution, has_poller)
@@ -302,14 +317,14 @@ class NexumServicer(NexumServiceServicer):
         """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
         if not wait:
             return None
-        with self._waiters.watch(execution_id) as ended:
-            if not self._waiters.is_running(execution_id):
+        with self.waiters.watch(execution_id) as ended:
+            if not self.waiters.is_running(execution_id):
                 execution = await self._store.run(
                     reading.get_execution, execution_id, max_bytes=reading.MAX_INLINE_BYTES
                 )
                 if execution.status.ended:
                     return execution
-            timer = asyncio.get_running_loop().call_later(wait, self._waiters.give_up, ended)
+            timer = asyncio.get_running_loop().call_later(wait, self.waiters.give_up, ended)
             try:
                 return await ended
             finally:
@@ -346,12 +361,12 @@ class NexumServicer(NexumServiceServicer):
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
         by = self._who(context, request.cancelled_by)
-        await self._liveness.carry_out(executions.cancel_execution, request.execution_id, by)
+        await self.liveness.carry_out(executions.cancel_execution, request.execution_id, by)
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
     async def RetryExecution(self, request: pb.RetryRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        await self._liveness.carry_out(retry.retry_execution, request.execution_id)
+        await self.liveness.carry_out(retry.retry_execution, request.execution_id)
         return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
@@ -372,14 +387,14 @@ class NexumServicer(NexumServiceServicer):
 
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
-        await self._liveness.carry_out(
+        await self.liveness.carry_out(
             waits.approve, request.execution_id, request.node_id, by, request.comment, request.answer_json
         )
         return pb.AckResponse(ok=True, message="Approved")
 
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
-        await self._liveness.carry_out(waits.reject, request.execution_id, request.node_id, by, request.reason)
+        await self.liveness.carry_out(waits.reject, request.execution_id, request.node_id, by, request.reason)
         return pb.AckResponse(ok=True, message="Rejected")
 
     async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
@@ -404,13 +419,13 @@ class NexumServicer(NexumServiceServicer):
         return pb.UnknownResponse(items=[pb.UnknownItem(**asdict(one)) for one in found])
 
     async def GetTools(self, request: pb.EmptyRequest, context: Context) -> pb.ToolsResponse:
-        return pb.ToolsResponse(tools=[pb.DeclaredTool(**asdict(one)) for one in self._liveness.tools()])
+        return pb.ToolsResponse(tools=[pb.DeclaredTool(**asdict(one)) for one in self.liveness.tools()])
 
     async def ResolveNode(self, request: pb.ResolveRequest, context: Context) -> pb.AckResponse:
         decision = request.WhichOneof("decision")
         if decision is None or (decision == "not_done" and not request.not_done):
             raise InvalidRequest("the request has no decision: give output_json, not_done or failed")
-        await self._liveness.carry_out(
+        await self.liveness.carry_out(
             waits.resolve,
             request.execution_id,
             request.node_id,
@@ -422,7 +437,7 @@ class NexumServicer(NexumServiceServicer):
         return pb.AckResponse(ok=True)
 
     async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(
+        await self.liveness.carry_out(
             waits.send_event,
             request.execution_id,
             request.name,
@@ -437,7 +452,7 @@ class NexumServicer(NexumServiceServicer):
         try:
             await self.refuse_call_for_another_database(context)
             # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
-            async with aclosing(self._liveness.beats(request_iterator)) as acks:
+            async with aclosing(self.liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
                     yield ack
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
@@ -455,7 +470,7 @@ class NexumServicer(NexumServiceServicer):
             await abort(context, error)
 
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
-        pruned, space = await self.retention.prune(
+        pruned, space = await self._retention.prune(
             request.older_than_ms,
             session=request.session,
             after=request.after,
