@@ -110,10 +110,10 @@ async def run_server(
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = listen_address(listen, is_protected=tls is not None and tokens is not None)
-    is_found_by_file = tls is None and tokens is None
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # a second call adds nothing
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
+    database = store.file if tls is None and tokens is None else None
     try:
         servicer = NexumServicer(store, clock, round(lease * 1000), embedded=embedded, tokens=tokens, limits=limits)
         health = health_checks.HealthServicer()
@@ -124,7 +124,7 @@ async def run_server(
         following = None if tokens is None else asyncio.create_task(tokens.follow(), name="follow the token file")
         try:
             # Write the address to a file beside the database's file, where clients on this machine look for a server.
-            if is_found_by_file and (database := store.file) is not None:
+            if database is not None:
                 try:
                     write_address(database, address)
                 except OSError as error:
@@ -137,8 +137,8 @@ async def run_server(
                 await stop.wait()
         finally:
             # Remove the address file first, so that no new client connects to the ending server.
-            if is_found_by_file and store.file is not None:
-                remove_address(store.file, address)
+            if database is not None:
+                remove_address(database, address)
             await health.enter_graceful_shutdown()
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
             await servicer.stop()
