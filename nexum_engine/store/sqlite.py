@@ -57,22 +57,13 @@ class SqliteStore(Store):
                 f"{'.'.join(map(str, MINIMUM_SQLITE))} or newer: use a newer Python"
             )
         path = database_path(database_url)
-        return await asyncio.to_thread(cls._open, path, clock, lock_timeout, asyncio.get_running_loop())
-
-    @classmethod
-    def _open(cls, path: Path, clock: Clock, lock_timeout: float, loop: asyncio.AbstractEventLoop) -> SqliteStore:
-        check_file(path)
-        held = lock(path, lock_timeout)
+        opening = asyncio.get_running_loop().run_in_executor(None, _open, path, lock_timeout)
         try:
-            database = DatabaseFile.open(path, timeout=lock_timeout)
-        except BaseException:
-            held.release()
+            held, database = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)  # the thread opens the database all the same
             raise
-
-        async def build() -> SqliteStore:
-            return cls(path, clock, held, database)
-
-        return asyncio.run_coroutine_threadsafe(build(), loop).result()
+        return cls(path, clock, held, database)
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         if self._closed or self.failed.done():
@@ -224,6 +215,23 @@ class SqliteStore(Store):
             told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
             self._refuse_waiting(told)
         self._look_again()
+
+
+def _open(path: Path, timeout: float) -> tuple[FileLock, DatabaseFile]:
+    check_file(path)
+    held = lock(path, timeout)
+    try:
+        return held, DatabaseFile.open(path, timeout=timeout)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _close_opened(opening: asyncio.Future[tuple[FileLock, DatabaseFile]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        held, database = opening.result()
+        database.close()
+        held.release()
 
 
 class _Backup:
