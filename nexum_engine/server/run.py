@@ -18,7 +18,7 @@ from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.in_process import listed
-from nexum_engine.location import address_file, remove_address, write_address
+from nexum_engine.location import address_file, read_process, remove_address, write_address
 from nexum_engine.security import is_loopback
 from nexum_engine.server.access import Gate, Tokens
 from nexum_engine.server.bounds import (
@@ -130,7 +130,8 @@ async def run_server(
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
-        await liveness.start()
+        # Only a killed server leaves the address file behind. The workers and owners of its process died with it.
+        await liveness.start("" if store.file is None else read_process(store.file))
         await servicer.queue.count()
         if keep is not None:
             servicer.retention.start(round(keep * 1000))
