@@ -86,6 +86,33 @@ async def test_process_that_lost_session_records_nothing(server: ServerThread) -
         assert len(model.requests) == 2
 
 
+async def test_process_that_lost_session_executes_no_tool(server: ServerThread) -> None:
+    """Simulate a process that SIGSTOP stops for longer than its lease, while another process takes over its session."""
+    ran: list[str] = []
+
+    async def note(text: str) -> None:
+        ran.append(text)
+
+    tool = FunctionTool(note, description="Note.")
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address) as stopped:
+            with stopped.agent("me"):
+                await tool.run_json({"text": "one"}, CancellationToken())
+            await stopped.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            async with DurableSession("s", nexum=server.address) as again:
+                with again.agent("me"):
+                    await tool.run_json({"text": "one"}, CancellationToken())
+                with stopped.agent("me"), pytest.raises(SessionBusy):
+                    await tool.run_json({"text": "two, too late"}, CancellationToken())
+                with again.agent("me"):
+                    await tool.run_json({"text": "two"}, CancellationToken())
+
+    with pytest.raises(SessionBusy, match="session s: another process has taken over"):
+        await program()
+    assert ran == ["one", "two"]
+
+
 async def test_finished_session_stays_finished_after_refused_run(server: ServerThread) -> None:
     from durable_autogen import list_sessions
 
