@@ -641,6 +641,9 @@ class Recorder:
                     async with self._record_lock:
                         await self._record_apart()
             elif self._questions_to_people:
+                with self.servers_errors():
+                    # If the last event is a failure, show that it did not end the run: the program has handled it.
+                    await self.journal.before(Call(Kind.TURN, "", f"parked/{self.journal.next_seq}"))
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(self.journal.session, waits))
                 return
