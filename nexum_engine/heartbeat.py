@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import grpc
@@ -33,6 +30,7 @@ from nexum_engine.errors import (
 )
 from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.forks import in_forked_process
+from nexum_engine.location import process_name
 from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
@@ -53,11 +51,12 @@ BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds
 MAX_PROGRESS_AT_ONCE = 32  # one heartbeat has the progress of at most this many tasks
 MAX_TOOLS_AT_ONCE = 32  # one heartbeat declares at most this many tools
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
+_numbers = count(1)
 
 
 def new_worker_id() -> str:
     """Return a unique worker id that names the host and the process."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return f"{process_name()}{next(_numbers)}"
 
 
 class _NoWorkerStream(NexumError):

@@ -57,10 +57,13 @@ class Liveness:
         self._looking: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
-    async def start(self) -> None:
-        """Start the sweep. First reset the leases, so that workers have time to reconnect after a restart."""
+    async def start(self, dead_process: str = "") -> None:
+        """Start the sweep. First reset the leases, so that workers have time to reconnect after a restart.
+
+        The workers and owners in `dead_process` get no time (see `leases.restart`).
+        """
         self._store.join(self.hear)
-        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self.lease_ms)
+        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self.lease_ms, dead_process)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
     async def stop(self) -> None:

@@ -18,7 +18,7 @@ from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.in_process import listed
-from nexum_engine.location import address_file, remove_address, write_address
+from nexum_engine.location import address_file, read_process, remove_address, write_address
 from nexum_engine.security import is_loopback
 from nexum_engine.server.access import Gate, Tokens
 from nexum_engine.server.bounds import (
@@ -119,7 +119,9 @@ async def run_server(
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
-        await servicer.start(None if keep is None else round(keep * 1000))
+        # Only a killed server leaves the address file behind. The workers and owners of its process died with it.
+        dead_process = "" if store.file is None else read_process(store.file)
+        await servicer.start(dead_process, None if keep is None else round(keep * 1000))
         await server.start()
         following = None if tokens is None else asyncio.create_task(tokens.follow(), name="follow the token file")
         try:

@@ -86,9 +86,12 @@ class NexumServicer(NexumServiceServicer):
         """The unary RPCs by name. Each one first checks the caller's token, its database, and the request's size."""
         self._streams = CallStreams(self.rpcs, limits.calls)
 
-    async def start(self, keep_ms: int | None = None) -> None:
-        """Begin the work that no call asks for. Executions that ended more than `keep_ms` ago are deleted."""
-        await self.liveness.start()
+    async def start(self, dead_process: str = "", keep_ms: int | None = None) -> None:
+        """Begin the work that no call asks for. Executions that ended more than `keep_ms` ago are deleted.
+
+        The workers and owners in `dead_process` get no time to reconnect.
+        """
+        await self.liveness.start(dead_process)
         await self._queue.count()
         if keep_ms is not None:
             self._retention.start(keep_ms)

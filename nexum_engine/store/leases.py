@@ -98,14 +98,17 @@ def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
     db.run("shorten_leases", worker_id=worker_id, lease_expires_ms=db.now_ms + grace_ms)
 
 
-def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
+def restart(db: Db, grace_ms: int, unstreamed_ms: int, dead_process: str = "") -> None:
     """Reset all leases at the server's start, so that workers have time to reconnect and keep their tasks.
 
     `grace_ms` is the new lease of workers that had a worker stream, and `unstreamed_ms` that of workers without one.
+    The leases of workers and owners in `dead_process` end at once (see `process_name`).
     """
     db.run("restart_leases", streamed=True, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=False, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
+    if dead_process:
+        db.run("end_leases", process=dead_process, now=db.now_ms)
     # The clock may have been set back while no server ran. Let no wait be longer than a wait that begins now.
     db.run("restart_tasks", now=db.now_ms)
     for row in db.all("waiting_retries", now=db.now_ms):

@@ -756,6 +756,11 @@ WHERE queue = '' AND streamed = :streamed;
 -- The server was restarted: attempts of owners are interrupted unless their owners reconnect in time.
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND owned;
 
+-- name: end_leases
+--- The process died with the server: its attempts are interrupted.
+UPDATE nodes SET due_ms = :now, lease_loss = 'INTERRUPTED'
+WHERE queue = '' AND substr(worker_id, 1, length(:process)) = :process;
+
 -- name: restart_tasks
 -- Make first attempts due that seem to be due later, because the clock was set back.
 UPDATE nodes SET due_ms = :now WHERE queue IS NOT NULL AND status = 'READY' AND due_ms > :now AND attempts = 0;

@@ -117,7 +117,7 @@ ENGINE = {
     "channel": ("in_process", "wire", "security", "forks"),
     "connection": ("channel", "wire", "security", "location", "errors"),
     "client": ("published", "connection", "channel", "wire", "security", "workflow", "jsontext", "records", "errors"),
-    "heartbeat": ("event_loop", "forks", "connection", "channel", "wire", "errors", "clock", "records"),
+    "heartbeat": ("event_loop", "forks", "connection", "channel", "wire", "location", "errors", "clock", "records"),
     "approvals": ("client", "connection", "policy", "workflow", "jsontext", "records", "errors"),
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "forks", "client", "connection", "channel", "location", "errors"),

@@ -688,6 +688,25 @@ async def test_worker_keeps_its_task_across_a_restart(store: Store, reopen: Reop
     await again.run(tasks.complete_task, polling.task_id, "1")
 
 
+async def test_leases_in_the_process_of_a_killed_server_end_at_once(
+    store: Store, reopen: Reopen, clock: ManualClock
+) -> None:
+    await register(store, ONE)
+    for _ in range(2):
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
+    dead, other = await taken(store, "host-1-a"), await taken(store, "host-12-b")
+    owner = ("w", "v1", "{}", "owned")
+    assert (await store.run(tasks.start_owned, *owner, "host-1-c", LEASE_MS)).task is not None
+    again = await reopen()
+    await again.run(leases.restart, 5000, 2 * LEASE_MS, "host-1-")
+    assert await sweep(again) == (1, [])
+    assert (await taken(again, "host-12-b")).execution_id == dead.execution_id
+    taken_over = (await again.run(tasks.start_owned, *owner, "host-12-d", LEASE_MS)).task
+    assert taken_over is not None
+    assert taken_over.attempt == 2
+    await again.run(tasks.complete_task, other.task_id, "1")
+
+
 async def test_worker_that_hangs_after_restart_counts_as_lost(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
