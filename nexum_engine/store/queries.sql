@@ -757,7 +757,7 @@ WHERE queue = '' AND streamed = :streamed;
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND owned;
 
 -- name: end_leases
---- The process died with the server: its attempts are interrupted.
+-- The process died with the server: its attempts are interrupted.
 UPDATE nodes SET due_ms = :now, lease_loss = 'INTERRUPTED'
 WHERE queue = '' AND substr(worker_id, 1, length(:process)) = :process;
 
