@@ -121,7 +121,6 @@ ENGINE = {
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "client", "connection", "errors"),
-    "maintenance": ("client", "store", "report", "options", "location", "errors"),
     "commands": (
         "client",
         "connection",
@@ -135,6 +134,7 @@ ENGINE = {
         "clock",
         "errors",
     ),
+    "maintenance": ("commands", "client", "store", "report", "options", "location", "errors"),
     "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 
