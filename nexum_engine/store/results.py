@@ -46,6 +46,8 @@ class Started:
     """Whether the effect of the owned node is unknown. Then the execution waits for a person, without a task."""
     held: Gate | None = None
     """The gate of the owned node, if it is closed. There is no task then."""
+    held_version: str = ""
+    """The version of the node that `held` holds back. A start may name another version than its key's execution has."""
 
 
 @dataclass(frozen=True)
