@@ -61,8 +61,8 @@ class Waiters:
             if not future.done():
                 future.set_result(execution if execution.nodes else None)
 
-    def ended_elsewhere(self, execution_id: str) -> None:
-        """Make the callers that wait for the execution query the store: another server has ended it."""
+    def ended_by_id(self, execution_id: str) -> None:
+        """Make the callers that wait for an ended execution query the store: only its id is known here."""
         self._running.discard(execution_id)
         for future in self._waiting.get(execution_id, ()):
             if not future.done():

@@ -23,6 +23,8 @@ class Changed:
 
     ready: tuple[ReadyTask, ...] = ()
     ended: tuple[Execution, ...] = ()
+    ended_items: tuple[str, ...] = ()
+    """The ids of the executions of MAP nodes' items that ended. A MAP node may have 10,000 items, so only their ids."""
     due_ms: int | None = None
     """When the next retry is due, or the next wait is over."""
 
@@ -129,6 +131,7 @@ class Changes:
 
     ready: list[ReadyTask] = field(default_factory=list)
     ended: list[Execution] = field(default_factory=list)
+    ended_items: list[str] = field(default_factory=list)
     due_ms: int | None = None
 
     def due_at(self, due_ms: int) -> None:
@@ -137,4 +140,4 @@ class Changes:
 
     def freeze(self) -> Changed:
         """Return what the transition has changed, as its result."""
-        return Changed(tuple(self.ready), tuple(self.ended), self.due_ms)
+        return Changed(tuple(self.ready), tuple(self.ended), tuple(self.ended_items), self.due_ms)
