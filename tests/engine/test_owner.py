@@ -65,7 +65,7 @@ async def test_owner_gets_the_task_and_no_poll_does(store: Store, clock: ManualC
     assert await polled(store) is None
     await lose(store, clock, "one")
     clock.advance(3600)
-    assert (await store.run(leases.sweep, 0)).changed.ready == ()
+    assert (await store.run(leases.sweep, 0)).changed.ready == []
     assert await polled(store) is None
     (node,) = (await store.run(reading.get_execution, started.execution_id)).nodes
     assert node.status is NodeStatus.READY
@@ -170,7 +170,7 @@ async def test_start_with_result_records_the_result(store: Store) -> None:
     assert execution.status is ExecutionStatus.COMPLETED
     assert execution.outputs() == {"a": '{"n":1}'}
     assert [(one.worker_id, one.outcome) for one in execution.nodes[0].attempts] == [("one", Outcome.COMPLETED)]
-    assert started.changed.ended == ()  # nobody waits for the end of a new execution
+    assert started.changed.ended == []  # nobody waits for the end of a new execution
 
 
 async def test_repeated_start_with_result_is_acknowledged_only_if_equal(
@@ -178,7 +178,7 @@ async def test_repeated_start_with_result_is_acknowledged_only_if_equal(
 ) -> None:
     first = await record(store, '{"n":1}')
     again = await record(store, '{ "n": 1 }', "other")
-    assert (again.execution_id, again.status, again.changed.ended) == (first.execution_id, first.status, ())
+    assert (again.execution_id, again.status, again.changed.ended) == (first.execution_id, first.status, [])
     with pytest.raises(StaleTask, match="'k' has another result"):
         await record(store, '{"n":2}')
     with pytest.raises(InvalidRequest, match="output_json is not valid JSON"):

@@ -399,11 +399,11 @@ async def test_compacting_gives_space_back_and_keeps_the_rest(
     clock.advance(31 * 86_400)
     kept = await record(sqlite_store, "kept", json.dumps("z" * 20_000))
     before = await sqlite_store.compact(max_bytes=None, always=False)
-    assert (before.given_back, before.total > 1_000_000) == (0, True)
+    assert (before.released, before.total > 1_000_000) == (0, True)
     await prune(sqlite_store)
-    assert (await sqlite_store.compact(max_bytes=1000, always=True)).given_back == 0
+    assert (await sqlite_store.compact(max_bytes=1000, always=True)).released == 0
     space = await sqlite_store.compact(max_bytes=1_000_000, always=False)
-    assert space.given_back > 900_000
+    assert space.released > 900_000
     assert space.free == 0
     check_files(path, space.total)
     assert space.total < 200_000
@@ -453,7 +453,7 @@ async def test_failed_compaction_changes_nothing(
             raise sqlite3.OperationalError("database or disk is full")
 
         monkeypatch.setattr(sqlite_file, "checkpoint", is_full)
-    assert (await sqlite_store.compact(max_bytes=None, always=True)).given_back == 0
+    assert (await sqlite_store.compact(max_bytes=None, always=True)).released == 0
     assert "could not be compacted" in caplog.text
     monkeypatch.undo()
     # The large result makes SQLite copy the log into the file, so the next transaction starts the log again.
