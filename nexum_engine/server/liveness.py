@@ -174,6 +174,8 @@ class Liveness:
             self._polls.task_ready(ready)
         for execution in changed.ended:
             self._waiters.execution_ended(execution)
+        for execution_id in changed.ended_items:
+            self._waiters.ended_by_id(execution_id)
         if changed.due_ms is not None:
             self.due_at(changed.due_ms)
 
@@ -182,7 +184,7 @@ class Liveness:
         for version_hash in news.ready:
             self._polls.task_ready(ReadyTask(version_hash))
         for execution_id in news.ended:
-            self._waiters.ended_elsewhere(execution_id)
+            self._waiters.ended_by_id(execution_id)
         if news.due_ms is not None:
             self.due_at(news.due_ms)
         if news.anything and (self._looking is None or self._looking.done()):
