@@ -42,7 +42,6 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
     WaitTimeout,
-    WorkflowNotFound,
 )
 from nexum_engine.event_loop import LoopThread
 from nexum_engine.options import seconds
@@ -277,14 +276,11 @@ class Session:
             call.workflow,
             task,
             idempotency_key=key,
+            register=True,
             # Let the server wait briefly for the execution to end: a short call then needs no GetExecution.
             wait=min(deadline.left, BRIEFLY),
         )
-        try:
-            started = await self._ask(deadline, start)
-        except WorkflowNotFound:
-            await self._ask(deadline, partial(self._client.register_workflow, call.workflow))
-            started = await self._ask(deadline, start)
+        started = await self._ask(deadline, start)
         if not started.existing:
             self._tell(f"[Nexum] Submitted {started.execution_id} ({call.tool_name})")
             return started, Origin.EXECUTED

@@ -54,7 +54,7 @@ from nexum_engine import (
     report,
 )
 from nexum_engine import commands as about_executions
-from nexum_engine.commands import PartlyDecided, look, on_server_or_database, say, watch
+from nexum_engine.commands import PartlyDecided, look, say, watch
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     AccessDenied,
@@ -227,17 +227,6 @@ def restore(args: argparse.Namespace) -> str:
     return f"{database_path(url)} now has the contents of {args.backup}{kept}"
 
 
-async def maintain(args: argparse.Namespace) -> str:
-    """Run prune or backup; return what to print."""
-    on_server, in_store = {
-        "prune": (maintenance.prune_on_server, maintenance.prune_in_store),
-        "backup": (maintenance.backup_on_server, maintenance.backup_in_store),
-    }[args.command]
-    return await on_server_or_database(
-        args, lambda client: on_server(client, args), lambda store: in_store(store, args)
-    )
-
-
 def _session_hint(args: argparse.Namespace, error: NexumError) -> str:
     """Return the next step for a person who has given a session's id as the id of an execution."""
     name = getattr(args, "execution", None) or "exec-"
@@ -286,8 +275,10 @@ def _run(argv: list[str] | None) -> int:
             text, is_sound = asyncio.run(maintenance.check(args))
             say(text)
             return 0 if is_sound else 1
-        elif args.command in ("prune", "backup"):
-            say(asyncio.run(maintain(args)))
+        elif args.command == "prune":
+            say(asyncio.run(maintenance.prune(args)))
+        elif args.command == "backup":
+            say(asyncio.run(maintenance.backup(args)))
         elif getattr(args, "watch", False) or getattr(args, "follow", False):
             return asyncio.run(watch(args))
         else:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import MAX_SERVER_WAIT
-from nexum_engine.errors import Conflict, ExecutionNotFound, WorkflowNotFound
+from nexum_engine.errors import Conflict, ExecutionNotFound
 from nexum_engine.policy import call_digest
 from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
@@ -160,18 +160,11 @@ async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: st
     # Look for the question first. A rejected question is a FAILED execution, and a start with its key would ask again.
     found = await asked_before(client, asked, key)
     if found is not None:
-        if not _is_same(type(question), found.input_json, question):
+        if not _is_same(found.input_json, question):
             raise Conflict(f"execution {found.execution_id} asks another question under the key {key!r}")
         return found.execution_id
-
-    async def start() -> str:
-        return (await client.start_execution(asked, question, idempotency_key=key, patience=PATIENCE)).execution_id
-
-    try:
-        return await start()
-    except WorkflowNotFound:
-        await client.register_workflow(asked, patience=PATIENCE)
-        return await start()
+    started = await client.start_execution(asked, question, idempotency_key=key, register=True, patience=PATIENCE)
+    return started.execution_id
 
 
 async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execution | None:
@@ -186,9 +179,9 @@ async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execut
     return newest[0] if is_there else None
 
 
-def _is_same(model: type[BaseModel], input_json: str, question: BaseModel) -> bool:
+def _is_same(input_json: str, question: BaseModel) -> bool:
     try:
-        return model.model_validate_json(input_json) == question
+        return type(question).model_validate_json(input_json) == question
     except ValidationError:
         return False
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
-import os
 import traceback
 from collections.abc import Iterable
 from functools import partial
@@ -15,6 +13,7 @@ from weakref import WeakSet, ref
 
 import grpc
 
+from nexum_engine.forks import in_forked_process, never_free
 from nexum_engine.in_process import InProcessChannel, LocalServer, server_at
 from nexum_engine.security import Security
 from nexum_engine.wire.addressee import Metadata
@@ -106,8 +105,8 @@ class Channel:
 
     def forget(self) -> None:
         """Drop the channels in a forked process, without closing them: they belong to the parent process."""
-        # Never free these objects: the core of grpcio would wait for threads that this process doesn't have, or crash.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._by_loop))
+        # The core of grpcio would wait for threads that this process doesn't have, or crash.
+        never_free(self._by_loop)
         self._by_loop = {}
 
 
@@ -146,12 +145,9 @@ def is_forked() -> bool:
     return _is_forked
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _forget_channels() -> None:
     global _is_forked
     _is_forked = True
     for channel in list(_all):
         channel.forget()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

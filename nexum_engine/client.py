@@ -8,7 +8,8 @@ import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +23,6 @@ from nexum_engine.connection import (
     RECONNECT_DELAY,
     Connection,
     Method,
-    Route,
     ServerInfo,
     explained,
     server_info_of,
@@ -62,6 +62,7 @@ _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers witho
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
+Record = TypeVar("Record", UnknownNode, DeclaredTool, SessionSummary)
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,15 @@ class NexumClient:
     """
 
     def __init__(self, address: str | None = None) -> None:
-        self._connection = Connection(address or os.environ.get("NEXUM_ADDRESS") or None)
-        self._call = self._connection.call
+        self.connection = Connection(address or os.environ.get("NEXUM_ADDRESS") or None)
+        """Finds the server, and makes the calls."""
+        self._call = self.connection.call
         self._has_get_execution = True
 
     @property
     def address(self) -> str:
         """HOST:PORT of the server, or the path of its database."""
-        return self._connection.address
+        return self.connection.address
 
     async def __aenter__(self) -> NexumClient:
         return self
@@ -145,32 +147,7 @@ class NexumClient:
 
     async def close(self) -> None:
         """Close the connections of the running event loop."""
-        await self._connection.close()
-
-    async def reach(self) -> None:
-        """If the server's address may change, look it up again.
-
-        Raises ServerUnavailable, NotANexumServer, AccessDenied.
-        """
-        await self._connection.reach()
-
-    @property
-    def targets(self) -> Sequence[str]:
-        """HOST:PORT of each named server. Empty if a database is named, or nothing."""
-        return self._connection.targets
-
-    @property
-    def has_choice(self) -> bool:
-        """Whether several servers are named. If one of them refuses the client, another one may accept it."""
-        return self._connection.has_choice
-
-    def route(self) -> Route:
-        """Return the address, metadata and security settings of the present server.
-
-        With this route, another thread can open its own connection. Call `reach` once before `route`. Raises
-        ServerUnavailable.
-        """
-        return self._connection.route()
+        await self.connection.close()
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
         """Return the server's database, and whether the server is embedded. None for a published server."""
@@ -201,6 +178,7 @@ class NexumClient:
         input: BaseModel | Mapping[str, Any],
         *,
         idempotency_key: str = "",
+        register: bool = False,
         wait: float = 0.0,
         patience: float = 0.0,
         owner: str = "",
@@ -210,11 +188,12 @@ class NexumClient:
     ) -> Started:
         """Start an execution, or find the execution that has the idempotency key.
 
-        With `wait`, return when the execution ends, or after `wait` seconds. `owner` is the id of a connected worker:
-        the caller gets the execution's only node, and no poll gets it. With `held_task_id`, the server refuses the
-        start (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with
-        that result, and the answer has no task. A server that doesn't know `output_json` answers with the task.
-        `attributes` are names and values by which `list_executions` finds the execution.
+        With `register`, register the workflow's version first if the server doesn't know it. With `wait`, return when
+        the execution ends, or after `wait` seconds. `owner` is the id of a connected worker: the caller gets the
+        execution's only node, and no poll gets it. With `held_task_id`, the server refuses the start (Conflict) if
+        another owner has taken over that task. With `output_json`, the execution ends at once with that result, and the
+        answer has no task. A server that doesn't know `output_json` answers with the task. `attributes` are names and
+        values by which `list_executions` finds the execution.
 
         If a limit holds an owned node back, the call waits for up to `wait` seconds, and the answer may then have
         `retry_after` instead of a task. If the effect of an owned node is unknown, the execution waits for a person:
@@ -230,9 +209,7 @@ class NexumClient:
                 input = workflow.input.model_validate(input)
             except ValidationError as error:
                 raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {error}") from error
-        input_json = (
-            jsontext.dump_model(input, "input") if isinstance(input, BaseModel) else jsontext.dump(input, "input")
-        )
+        input_json = jsontext.dump(input, "input")
         jsontext.check_size(output_json, "the result")
         request = pb.StartRequest(
             workflow_id=workflow.workflow_id,
@@ -245,12 +222,20 @@ class NexumClient:
             output_json=output_json,
             attributes=attributes,
         )
+        start = partial(
+            self._call,
+            lambda stub: stub.StartExecution,
+            request,
+            wait=wait,
+            patience=patience if idempotency_key else 0.0,
+        )
         try:
-            answer = await self._call(
-                lambda stub: stub.StartExecution, request, wait=wait, patience=patience if idempotency_key else 0.0
-            )
+            answer = await start()
         except NotFound as error:
-            raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
+            if not register:
+                raise WorkflowNotFound(workflow.workflow_id, workflow.version_hash) from error
+            await self.register_workflow(workflow, patience=patience)
+            answer = await start()
         ended = await self._whole(answer.ended, patience) if answer.HasField("ended") else None
         status = ExecutionStatus(answer.status or "RUNNING")
         task = _task(answer.task, [workflow.version_hash])
@@ -279,7 +264,7 @@ class NexumClient:
 
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
         """Return the execution that `answer` describes. Read the input and the outputs that `answer` leaves out."""
-        found = _execution(answer)
+        found = _execution(answer, answer.created_ms, input_bytes=answer.input_bytes)
         if not found.input_bytes and not any(node.output_bytes for node in found.nodes):
             return found
         if found.input_bytes:
@@ -380,24 +365,12 @@ class NexumClient:
         if (since_ms or until_ms or attributes) and any(not one.created_ms for one in answer.executions):
             raise ServerError(f"the server on {self.address} is a published one: it can't select by time or attributes")
         return [
-            Execution(
-                execution_id=summary.execution_id,
-                workflow_id=summary.workflow_id,
-                version_hash=summary.version_hash,
-                status=ExecutionStatus(summary.status),
-                input_json=summary.input_json,
-                idempotency_key=summary.idempotency_key,
-                created_ms=summary.created_ms or published.milliseconds(summary.created_at),
-                ended_ms=summary.ended_ms or None,
-                error=summary.error,
-                nodes=_nodes(summary.nodes),
-                parent_execution_id=summary.parent_execution_id,
-                parent_node_id=summary.parent_node_id,
-                child_index=summary.child_index if summary.HasField("child_index") else None,
-                attributes=dict(sorted(summary.attributes.items())),
-                session=_session(summary.session) if summary.HasField("session") else None,
+            _execution(
+                one,
+                one.created_ms or published.milliseconds(one.created_at),
+                session=_record(SessionSummary, one.session) if one.HasField("session") else None,
             )
-            for summary in answer.executions
+            for one in answer.executions
         ]
 
     async def cancel_execution(self, execution_id: str, *, by: str = "") -> None:
@@ -421,13 +394,11 @@ class NexumClient:
         Raises ExecutionNotFound, and Conflict if the execution can't be retried: it has not failed, its key has a newer
         execution, or it is owned.
         """
+        request = pb.RetryRequest(execution_id=execution_id)
         try:
-            await self._call(lambda stub: stub.RetryExecution, pb.RetryRequest(execution_id=execution_id))
+            await self._of_this_project("retry executions", lambda stub: stub.RetryExecution, request)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
-        except NotANexumServer as error:
-            await self.ping()
-            raise ServerError(f"the server on {self.address} is a published one: it can't retry executions") from error
 
     # ---- Nodes that wait ---------------------------------------------------------------------------------------------
 
@@ -468,29 +439,15 @@ class NexumClient:
 
     async def unknown(self, *, patience: float = 0.0) -> list[UnknownNode]:
         """Return the EFFECT nodes that wait for a person because their effect is unknown, the longest waiting first."""
-        answer = await self._of_this_project(lambda stub: stub.GetUnknown, pb.EmptyRequest(), patience)
-        return [
-            UnknownNode(
-                execution_id=item.execution_id,
-                node_id=item.node_id,
-                workflow_id=item.workflow_id,
-                since_ms=item.since_ms,
-                error=item.error,
-                input_json=item.input_json,
-                attempt=item.attempt,
-                worker_id=item.worker_id,
-                started_ms=item.started_ms,
-                heartbeat_ms=item.heartbeat_ms,
-            )
-            for item in answer.items
-        ]
+        answer = await self._of_this_project(
+            "list unknown effects", lambda stub: stub.GetUnknown, pb.EmptyRequest(), patience
+        )
+        return [_record(UnknownNode, item) for item in answer.items]
 
     async def tools(self, *, patience: float = 0.0) -> list[DeclaredTool]:
         """Return the tools, sorted by name, of the workers and owners that are connected to this server now."""
-        answer = await self._of_this_project(lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
-        return [
-            DeclaredTool(one.name, one.signature, one.policy_json, one.session, one.senders) for one in answer.tools
-        ]
+        answer = await self._of_this_project("list tools", lambda stub: stub.GetTools, pb.EmptyRequest(), patience)
+        return [_record(DeclaredTool, tool) for tool in answer.tools]
 
     async def resolve(
         self,
@@ -518,16 +475,18 @@ class NexumClient:
             request.failed = failed
         else:
             request.output_json = jsontext.dump(output, "the result")
-        await self._of_this_project(lambda stub: stub.ResolveNode, request, 0.0)
+        await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request)
 
-    async def _of_this_project(self, method: Method[Request, Answer], request: Request, patience: float) -> Answer:
-        """Make a call that a published server doesn't know. Raises ServerError for such a server."""
+    async def _of_this_project(
+        self, what: str, method: Method[Request, Answer], request: Request, patience: float = 0.0
+    ) -> Answer:
+        """Make a call that a published server doesn't know. Raises ServerError, which says `what` it can't do."""
         try:
             return await self._call(method, request, patience=patience)
         except NotANexumServer as error:
             await self.ping()
             raise ServerError(
-                f"the server on {self.address} is a published one, or an older one: it knows no unknown effects"
+                f"the server on {self.address} is a published one, or an older one: it can't {what}"
             ) from error
 
     async def send_event(
@@ -584,9 +543,9 @@ class NexumClient:
         complete when the iteration ends. Close the generator to stop the backup. Raises Conflict if the file exists and
         `overwrite` is false, and InvalidRequest if the file can't be written.
         """
-        await self.reach()
+        await self.connection.reach()
         # Open a separate channel: a backup has many answers, and a call on the shared stream has only one.
-        route = self.route()
+        route = self.connection.route()
         channel = Channel(*route, purpose="backup")
         try:
             stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
@@ -691,7 +650,13 @@ def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None
     )
 
 
-def _execution(answer: pb.GetExecutionResponse) -> Execution:
+def _execution(
+    answer: pb.GetExecutionResponse | pb.ExecutionSummary,
+    created_ms: int,
+    *,
+    input_bytes: int = 0,
+    session: SessionSummary | None = None,
+) -> Execution:
     return Execution(
         execution_id=answer.execution_id,
         workflow_id=answer.workflow_id,
@@ -699,7 +664,7 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         status=ExecutionStatus(answer.status),
         input_json=answer.input_json,
         idempotency_key=answer.idempotency_key,
-        created_ms=answer.created_ms,
+        created_ms=created_ms,
         ended_ms=answer.ended_ms or None,
         error=answer.error,
         nodes=_nodes(answer.nodes),
@@ -707,14 +672,14 @@ def _execution(answer: pb.GetExecutionResponse) -> Execution:
         parent_node_id=answer.parent_node_id,
         child_index=answer.child_index if answer.HasField("child_index") else None,
         attributes=dict(sorted(answer.attributes.items())),
-        input_bytes=answer.input_bytes,
+        input_bytes=input_bytes,
+        session=session,
     )
 
 
-def _session(summary: pb.SessionSummary) -> SessionSummary:
-    return SessionSummary(
-        summary.session, summary.events, summary.is_running, summary.question, summary.calls, summary.tokens
-    )
+def _record(kind: type[Record], message: Any) -> Record:
+    """Return a record whose fields have the same names and types as those of the message."""
+    return kind(**{field.name: getattr(message, field.name) for field in fields(kind)})
 
 
 def _nodes(records: Iterable[pb.NodeRecord]) -> tuple[Node, ...]:

@@ -37,10 +37,6 @@ class SystemClock:
         return self._now_ns // 1_000_000
 
     def follow(self, earliest_ms: int, latest_ms: int) -> None:
-        """Adjust this clock to the clock that all servers of a database share.
-
-        The shared clock's time is now between `earliest_ms` and `latest_ms`.
-        """
         now_ns = self._offset_ns + time.monotonic_ns()
         self._offset_ns += max(earliest_ms * 1_000_000 - now_ns, 0) + min(latest_ms * 1_000_000 - now_ns, 0)
 

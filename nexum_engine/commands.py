@@ -11,10 +11,11 @@ import contextlib
 import errno
 import os
 import sys
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from nexum_engine import jsontext, report
 from nexum_engine.client import NexumClient
@@ -243,6 +244,9 @@ class PartlyDecided(Conflict):
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command of this module; return what to print."""
+    if args.command == "send" and not args.key:
+        # If the server ends before it answers, the command sends the event again, and the event must not count twice.
+        args.key = uuid.uuid4().hex
     return await on_server_or_database(
         args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
     )
@@ -259,7 +263,7 @@ async def on_server_or_database(
     if args.database_url is not None:
         if args.nexum is not None:
             raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
-        return await _when_released(lambda: _use_database(read, args.database_url))
+        return await when_released(lambda: _use_database(read, args.database_url))
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
 
     async def find() -> T:
@@ -273,10 +277,10 @@ async def on_server_or_database(
         why = str(failure) if isinstance(failure, ServerNotReady) else f"no server on {DEFAULT_ADDRESS}"
         return await _use_database(read, default_database_url(), f"{why}, and ")
 
-    return await _when_released(find)
+    return await when_released(find)
 
 
-async def _when_released(attempt: Callable[[], Awaitable[T]]) -> T:
+async def when_released(attempt: Callable[[], Awaitable[T]]) -> T:
     """Make attempts for LOOK_PATIENCE, as long as a server has the database open and can't be asked.
 
     Such a server is about to end, or a run has just opened the database and will answer soon.
@@ -305,39 +309,9 @@ async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: 
         await store.close()
 
 
-class _Executions(Protocol):
-    """The operations that the commands need. One class asks a server, and another one opens the database."""
-
-    async def find(self, args: argparse.Namespace) -> list[Execution]: ...
-
-    async def get(self, execution_id: str) -> Execution: ...
-
-    async def cancel(self, execution_id: str, *, by: str) -> None: ...
-
-    async def children(self, execution_id: str, before: str) -> list[Execution]: ...
-
-    async def retry(self, execution_id: str) -> None: ...
-
-    async def approvals(self) -> list[PendingApproval]: ...
-
-    async def approve(
-        self, execution_id: str, node_id: str, *, approver: str, comment: str, answer: object
-    ) -> None: ...
-
-    async def reject(self, execution_id: str, node_id: str, *, approver: str, reason: str) -> None: ...
-
-    async def unknown(self) -> list[UnknownNode]: ...
-
-    async def resolve(
-        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
-    ) -> None: ...
-
-    async def tools(self) -> list[DeclaredTool]: ...
-
-    async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None: ...
-
-
 class _OnServer:
+    """The operations that the commands need, on a server."""
+
     def __init__(self, client: NexumClient) -> None:
         self._client = client
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
@@ -358,6 +332,8 @@ class _OnServer:
 
 
 class _InDatabase:
+    """The same operations, in a database that no server has open."""
+
     def __init__(self, store: Store) -> None:
         self._store = store
 
@@ -421,6 +397,9 @@ class _InDatabase:
         await self._store.run(waits.send_event, execution_id, name, payload_json, idempotency_key)
 
 
+_Executions = _OnServer | _InDatabase
+
+
 def _conditions(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "key_prefix": args.key,
@@ -450,7 +429,7 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         return report.unknown(nodes, SystemClock().now_ms()) + _more(nodes)
     if args.command == "tools":
         declared = await source.tools()
-        return report.items_as_json(declared) if args.json else report.tools(declared)
+        return report.as_json(declared) if args.json else report.tools(declared)
     if args.command == "cancel":
         await source.cancel(args.execution, by=args.by)
         return f"{args.execution} is CANCELLED"
@@ -480,7 +459,7 @@ def _as_json(waiting: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
     if note := _more(waiting, ""):
         with contextlib.suppress(OSError):  # standard error itself may have failed
             print(note, file=sys.stderr, flush=True)
-    return report.items_as_json(waiting)
+    return report.as_json(waiting)
 
 
 async def _decide(

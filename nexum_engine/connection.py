@@ -84,7 +84,7 @@ class Connection:
         self._is_lost = False
         self._database: Path | None = None
         self.targets: list[str] = []
-        """HOST:PORT of each named server, in the order in which they are tried."""
+        """HOST:PORT of each named server, in the order in which they are tried. Empty if no server is named so."""
         self._database_ids: dict[str, str] = {}
         """The last known `database_id` of each named server."""
         self._is_searching = address is None
@@ -112,7 +112,7 @@ class Connection:
 
     @property
     def has_choice(self) -> bool:
-        """Whether several servers are named."""
+        """Whether several servers are named. If one of them refuses the client, another one may accept it."""
         return len(self.targets) > 1
 
     def _latest(self) -> Channel:
@@ -140,7 +140,11 @@ class Connection:
             self._connect(target, self._metadata)
 
     def route(self) -> Route:
-        """Return the server's present HOST:PORT, the metadata for each call, and the security settings."""
+        """Return the server's present HOST:PORT, the metadata for each call, and the security settings.
+
+        With this route, another thread can open its own channel. Call `reach` once before `route`. Raises
+        ServerUnavailable.
+        """
         target = read_address(self._database) if self._database is not None else None
         return Route(target or self._latest().target, self._metadata, self._security)
 

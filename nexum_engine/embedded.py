@@ -26,6 +26,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
+from nexum_engine.event_loop import call_in
 from nexum_engine.host import LOOK_INTERVAL, WATCH_INTERVAL, Host, Restarts
 
 _log = logging.getLogger(__name__)
@@ -154,8 +155,7 @@ class EmbeddedNexum:
             await self._host.leave(self._on_given_up)
 
     def _on_given_up(self, error: Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._give_up, error)
+        call_in(self._loop, self._give_up, error)
 
     def _give_up(self, error: Exception) -> None:
         assert self._body is not None
@@ -190,11 +190,11 @@ async def _first_answer(client: NexumClient) -> None:
     same error in both cases.
     """
     loop = asyncio.get_running_loop()
-    give_up = loop.time() + FIRST_ANSWER * max(len(client.targets), 1)
+    give_up = loop.time() + FIRST_ANSWER * max(len(client.connection.targets), 1)
     while True:
         # Run both checks in parallel: on Windows, each check is slow if nothing listens.
         refusal, listens = await asyncio.gather(
-            _refusal(client, give_up - loop.time()), asyncio.gather(*map(_somebody_listens, client.targets))
+            _refusal(client, give_up - loop.time()), asyncio.gather(*map(_somebody_listens, client.connection.targets))
         )
         if refusal is None:
             return

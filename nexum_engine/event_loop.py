@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -34,6 +35,12 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """
     result: T = _library().run(main)
     return result
+
+
+def call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:
+    """Call a function in the event loop of another thread. Do nothing if that loop is closed."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(callback, *arguments)
 
 
 class LoopThread(threading.Thread):

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import threading
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import grpc
 
 from nexum_engine.channel import Channel
-from nexum_engine.client import NexumClient
 from nexum_engine.clock import wait_until_set
-from nexum_engine.connection import RECONNECT_DELAY, explained
+from nexum_engine.connection import RECONNECT_DELAY, Connection, explained
 from nexum_engine.errors import (
     AccessDenied,
     InvalidRequest,
@@ -32,7 +28,9 @@ from nexum_engine.errors import (
     ServerError,
     ServerUnavailable,
 )
-from nexum_engine.event_loop import LoopThread
+from nexum_engine.event_loop import LoopThread, call_in
+from nexum_engine.forks import in_forked_process
+from nexum_engine.location import process_name
 from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.status import CUT_OFF
@@ -53,11 +51,12 @@ BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds
 MAX_PROGRESS_AT_ONCE = 32  # one heartbeat has the progress of at most this many tasks
 MAX_TOOLS_AT_ONCE = 32  # one heartbeat declares at most this many tools
 END_TIMEOUT = 1.0  # seconds to wait for the end of the stream
+_numbers = count(1)
 
 
 def new_worker_id() -> str:
     """Return a unique worker id that names the host and the process."""
-    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+    return f"{process_name()}{next(_numbers)}"
 
 
 class _NoWorkerStream(NexumError):
@@ -71,9 +70,9 @@ async def _nothing() -> None:
 class Heartbeat:
     """A WorkerStream that is reopened when it breaks or the server stops answering.
 
-    `prepare` is awaited after each connection, before `connected` is set and `on_connected` is called. `on_lost` is
-    called with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the
-    server's error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
+    After each connection, `prepare` is awaited, `on_connected` is called, and `connected` is set. `on_lost` is called
+    with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the server's
+    error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
     `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
     BLOCKED_AFTER seconds. Its argument is the number of seconds since the block began. Each block is reported once.
@@ -81,7 +80,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        client: NexumClient,
+        connection: Connection,
         worker_id: str,
         *,
         prepare: Callable[[], Awaitable[None]] = _nothing,
@@ -95,7 +94,7 @@ class Heartbeat:
         """Set while a stream is open and the server has answered on it."""
         self.connected_once = False
         """Whether the server has ever answered a stream."""
-        self._client = client
+        self._connection = connection
         self._worker_id = worker_id
         self._prepare = prepare
         self._on_connected = on_connected
@@ -189,7 +188,7 @@ class Heartbeat:
         Reconnect whenever the server doesn't answer or has an internal error. Raises NotANexumServer, AccessDenied, the
         errors of `prepare`, and InvalidRequest if the server refuses the worker id.
         """
-        await self._retry(self._client.reach)
+        await self._retry(self._connection.reach)
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[NexumError | None] = asyncio.Queue()
         ended = asyncio.Event()
@@ -200,18 +199,20 @@ class Heartbeat:
                 if lost is None:
                     await self._retry(self._prepare)
                     self._told = None
+                    self._on_connected()
                     self.connected_once = True
                     self.connected.set()
-                    self._on_connected()
                 elif isinstance(lost, _NoWorkerStream):
                     await self._retry(self._prepare)
                     return
-                elif isinstance(lost, InvalidRequest if self._client.has_choice else (InvalidRequest, AccessDenied)):
+                elif isinstance(
+                    lost, InvalidRequest if self._connection.has_choice else (InvalidRequest, AccessDenied)
+                ):
                     raise lost
                 else:
                     self.connected.clear()
                     self._tell(lost)
-                    await self._retry(self._client.reach)
+                    await self._retry(self._connection.reach)
         finally:
             self.connected.clear()
             sending.cancel()
@@ -243,13 +244,13 @@ class Heartbeat:
         """Send heartbeats. Put None into `news` when connected, the error when disconnected. Finally set `ended`."""
 
         def tell(lost: NexumError | None) -> None:
-            self._call_soon(loop, news.put_nowait, lost)
+            call_in(loop, news.put_nowait, lost)
 
         channel: Channel | None = None
         try:
             while True:
                 try:
-                    route = self._client.route()
+                    route = self._connection.route()
                     if channel is None or channel.target != route.target:
                         if channel is not None:
                             await channel.close()
@@ -257,7 +258,7 @@ class Heartbeat:
                         channel = Channel(*route, purpose="heartbeat")
                     await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
-                        f"the Nexum server on {self._client.address} ended the connection"
+                        f"the Nexum server on {self._connection.address} ended the connection"
                     )
                 except grpc.RpcError as rpc_error:
                     if rpc_error.details() == CUT_OFF and not self.connected.is_set():
@@ -277,7 +278,7 @@ class Heartbeat:
             self._held_until = 0.0
             if channel is not None:
                 await channel.close()
-            self._call_soon(loop, ended.set)
+            call_in(loop, ended.set)
 
     async def _keep_a_stream(
         self, call: StreamCall, loop: asyncio.AbstractEventLoop, tell: Callable[[NexumError | None], None]
@@ -355,10 +356,10 @@ class Heartbeat:
                 await asyncio.wait({exchanging}, timeout=timeout / 2)
             if not exchanging.done():
                 raise ServerError(
-                    f"the server on {self._client.address} did not answer a heartbeat within {timeout:g} s"
+                    f"the server on {self._connection.address} did not answer a heartbeat within {timeout:g} s"
                 )
             if exchanging.cancelled():
-                raise ServerUnavailable(f"the connection to {self._client.address} was closed")
+                raise ServerUnavailable(f"the connection to {self._connection.address} was closed")
             return exchanging.result()
         finally:
             exchanging.cancel()
@@ -371,7 +372,7 @@ class Heartbeat:
             self._is_blocked = True
             self._on_blocked(now - self._turn_due)
         self._sent += 1
-        self._call_soon(loop, self._note_turn, self._sent)
+        call_in(loop, self._note_turn, self._sent)
 
     def _note_turn(self, number: int) -> None:
         if self._sent > number:
@@ -388,12 +389,7 @@ class Heartbeat:
                     future.set_result(task_id not in lost)
 
         if questions:
-            self._call_soon(loop, answer)
-
-    @staticmethod
-    def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., None], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(callback, *arguments)
+            call_in(loop, answer)
 
 
 # ---- The heartbeat loop ----------------------------------------------------------------------------------------------
@@ -411,11 +407,8 @@ def _heartbeat_loop() -> asyncio.AbstractEventLoop:
         return _shared.loop
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _forget_loop() -> None:
     """Forget the heartbeat loop: a forked process doesn't have the thread that runs the loop."""
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

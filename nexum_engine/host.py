@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import ctypes
 import logging
 import os
 import threading
@@ -20,7 +19,8 @@ from nexum_engine.channel import is_forked
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
-from nexum_engine.event_loop import LoopThread
+from nexum_engine.event_loop import LoopThread, call_in
+from nexum_engine.forks import in_forked_process, never_free
 from nexum_engine.location import (
     database_url,
     default_database_url,
@@ -122,8 +122,7 @@ class Host:
         self._thread.join()  # takes little time: the host has ended
 
     def _end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the thread has ended
-            self._thread.loop.call_soon_threadsafe(self._cancel)
+        call_in(self._thread.loop, self._cancel)
 
     def end_at_exit(self) -> None:
         """Wait for the threads that use the host, as the interpreter does at its end. Then end the host's thread."""
@@ -312,13 +311,9 @@ if hasattr(threading, "_register_atexit"):
     threading._register_atexit(_end_at_exit)
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _forget_hosts() -> None:
     """Forget the hosts: a forked process doesn't have their threads."""
     global _hosts, _lock
-    # Never free these objects. SQLite would close a connection, and delete a log that the parent process still needs.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_hosts))
+    never_free(_hosts)  # SQLite would close a connection, and delete a log that the parent process still needs
     _hosts, _lock = {}, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -6,10 +6,7 @@ A server has a thread and an event loop of its own. A call goes to that event lo
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
-import ctypes
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +15,8 @@ from typing import Any, Protocol
 import grpc
 from google.protobuf.message import Message
 
+from nexum_engine.event_loop import call_in
+from nexum_engine.forks import in_forked_process, never_free
 from nexum_engine.wire.status import rpc_error
 
 
@@ -110,8 +109,7 @@ class InProcessStream:
             yield await self._requests.get()
 
     def _answer(self, answer: Message) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
+        call_in(self._loop, self._answers.put_nowait, answer)
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Call `callback` when the stream is over."""
@@ -163,8 +161,7 @@ class _Exchange:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         error = None if task.cancelled() else task.exception()  # read the error even if the caller has gone
-        with contextlib.suppress(RuntimeError):  # the caller's loop is closed
-            self._loop.call_soon_threadsafe(self._deliver, task, error)
+        call_in(self._loop, self._deliver, task, error)
 
     def _deliver(self, task: asyncio.Task[Any], error: BaseException | None) -> None:
         if task.cancelled():
@@ -192,12 +189,9 @@ class _Exchange:
             self._in_server_loop(self._cancel)
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _forget_servers() -> None:
     """Forget the servers: a forked process doesn't have their threads, and calls them over TCP."""
     global _servers
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_servers))
+    never_free(_servers)
     _servers = {}
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

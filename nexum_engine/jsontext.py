@@ -59,24 +59,29 @@ def size_of(text: str) -> int:
 
 
 def dump(value: object, what: str) -> str:
-    """Return `value` as compact JSON text. Raises InvalidRequest if it has, for example, NaN or a cycle."""
+    """Return `value`, which may be or contain pydantic models, as compact JSON text.
+
+    Raises InvalidRequest if `value` has, for example, NaN or a cycle.
+    """
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json")
+            # For long texts, `to_json` is much faster than `json.dumps`. But if the text contains NaN or Infinity, use
+            # `json.dumps`: it accepts the word in a string, and refuses the number.
+            text = to_json(value, inf_nan_mode="constants").decode()
+            if "NaN" not in text and "Infinity" not in text:
+                return text
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_fields)
         text.encode("utf-8")
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
     return text
 
 
-def dump_model(model: BaseModel, what: str) -> str:
-    """Return a model's fields as compact JSON text. For long texts, this is much faster than `dump`."""
-    try:
-        value = model.model_dump(mode="json")
-        text = to_json(value, inf_nan_mode="constants").decode()
-    except ValueError as error:
-        raise InvalidRequest(f"{what} can't be written as JSON: {error}") from error
-    # If the text contains NaN or Infinity, use `dump`: it accepts the word in a string, and refuses the number.
-    return dump(value, what) if "NaN" in text or "Infinity" in text else text
+def _fields(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")  # the words of json.dumps
 
 
 def escaped(text: str) -> str:

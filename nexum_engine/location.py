@@ -2,7 +2,8 @@
 
 A server writes its address into a file beside its database as soon as it listens, and removes the file when it ends. A
 killed server leaves the file behind, and another server may then listen on the address. So a client checks which
-database is open in the server that listens there.
+database is open in the server that listens there. The file names the server's process, too: whoever opens the database
+next knows that this process is dead.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import time
+import uuid
+from functools import cache
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -20,6 +24,7 @@ from nexum_engine.streams import NO_WORKING_FOLDER
 DEFAULT_FOLDER = ".nexum"
 DEFAULT_DATABASE_URL = f"sqlite:///{DEFAULT_FOLDER}/local.db"
 _REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # tries to replace an address file, and seconds between two tries
+MAX_ADDRESS_BYTES = 1000
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
 
@@ -91,22 +96,45 @@ def address_file(database: Path) -> Path:
 
 def read_address(database: Path) -> str | None:
     """Return the address in the database's address file; None if there is no file, or no address in it."""
-    try:
-        with address_file(database).open("rb") as file:
-            address = file.read(100).decode("ascii").strip()
-    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file isn't text
-        return None
+    address = _read_lines(database)[0]
     return address if _ADDRESS.fullmatch(address) else None
 
 
+def read_process(database: Path) -> str:
+    """Return the process that the database's address file names (see `process_name`); empty if it names none."""
+    return _read_lines(database)[1]
+
+
+def _read_lines(database: Path) -> tuple[str, str]:
+    """Return the two lines of the database's address file; empty lines if there is no such file."""
+    try:
+        with address_file(database).open("rb") as file:
+            lines = file.read(MAX_ADDRESS_BYTES).decode().splitlines()
+    except (OSError, ValueError):  # ValueError: the path has a zero byte, or the file isn't text
+        lines = []
+    address, process, *rest = (*lines, "", "")
+    return ("", "") if any(rest) else (address, process)
+
+
+def process_name() -> str:
+    """Return a unique name of this process. The ids of its workers and owners begin with it."""
+    return f"{socket.gethostname()}-{os.getpid()}-{_random(os.getpid())}-"
+
+
+@cache
+def _random(pid: int) -> str:
+    """Return characters that tell this process from others with its `pid`: in containers, many processes have pid 1."""
+    return uuid.uuid4().hex[:6]
+
+
 def write_address(database: Path, address: str) -> None:
-    """Write the database's address file atomically. Raises OSError.
+    """Write the database's address file atomically, with the name of this process. Raises OSError.
 
     The caller must hold the database's lock.
     """
     path = address_file(database)
     new = path.with_name(f"{path.name}.new")
-    new.write_text(f"{address}\n", encoding="ascii")
+    new.write_text(f"{address}\n{process_name()}\n", encoding="utf-8")
     for is_last in (False,) * _REPLACE_TRIES + (True,):
         try:
             new.replace(path)

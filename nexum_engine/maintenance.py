@@ -12,9 +12,11 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nexum_engine.client import NexumClient, Pruned
+from nexum_engine.commands import on_server_or_database, when_released
 from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
 from nexum_engine.location import database_path, default_database_url, read_address
 from nexum_engine.options import duration, not_empty
@@ -82,19 +84,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 # ---- prune -----------------------------------------------------------------------------------------------------------
 
 
-async def prune_on_server(client: NexumClient, args: argparse.Namespace) -> str:
-    """Run `prune` on a server; return what to print."""
+async def prune(args: argparse.Namespace) -> str:
+    """Run `prune`; return what to print."""
+    found = await on_server_or_database(args, partial(_prune_on_server, args), partial(_prune_in_store, args))
+    return _pruned(args, found)
 
+
+async def _prune_on_server(args: argparse.Namespace, client: NexumClient) -> Pruned:
     async def part(after: int) -> Pruned:
         return await client.prune(
             args.older_than, session=args.session or "", dry_run=args.dry_run, after=after, compact=args.compact
         )
 
-    return _pruned(args, await _all_parts(part))
+    return await _all_parts(part)
 
 
-async def prune_in_store(store: Store, args: argparse.Namespace) -> str:
-    """Run `prune` in a database that no server has open; return what to print."""
+async def _prune_in_store(args: argparse.Namespace, store: Store) -> Pruned:
     verdicts: dict[str, retention.Verdict] = {}
 
     async def part(after: int) -> Pruned:
@@ -116,10 +121,10 @@ async def prune_in_store(store: Store, args: argparse.Namespace) -> str:
             pruned.after,
             space.total,
             space.free,
-            space.given_back,
+            space.released,
         )
 
-    return _pruned(args, await _all_parts(part))
+    return await _all_parts(part)
 
 
 async def _all_parts(part: Callable[[int], Awaitable[Pruned]]) -> Pruned:
@@ -169,9 +174,17 @@ def _count(number: int, what: str) -> str:
 # ---- backup ----------------------------------------------------------------------------------------------------------
 
 
-async def backup_on_server(client: NexumClient, args: argparse.Namespace) -> str:
-    """Run `backup` on a server; return what to print."""
-    return _backed_up(args, await _copy_from_server(client, args.file.absolute(), overwrite=args.overwrite))
+async def backup(args: argparse.Namespace) -> str:
+    """Run `backup`; return what to print."""
+    file, progress = args.file.absolute(), _Progress()
+    total = await on_server_or_database(
+        args,
+        lambda client: _copy_from_server(client, file, overwrite=args.overwrite),
+        lambda store: store.backup(file, overwrite=args.overwrite, progress=progress.say_copied),
+    )
+    if args.json:
+        return json.dumps({"file": str(file), "bytes": total}, indent=2)
+    return f"{args.file}: {size(total)}"
 
 
 async def _copy_from_server(client: NexumClient, file: Path, *, overwrite: bool) -> int:
@@ -179,25 +192,8 @@ async def _copy_from_server(client: NexumClient, file: Path, *, overwrite: bool)
     total = 0
     async with aclosing(client.backup(file, overwrite=overwrite)) as steps:
         async for copied, total in steps:
-            progress.say(f"{size(copied)} of {size(total)} copied")
+            progress.say_copied(copied, total)
     return total
-
-
-async def backup_in_store(store: Store, args: argparse.Namespace) -> str:
-    """Run `backup` in a database that no server has open; return what to print."""
-    progress = _Progress()
-    total = await store.backup(
-        args.file.absolute(),
-        overwrite=args.overwrite,
-        progress=lambda copied, total: progress.say(f"{size(copied)} of {size(total)} copied"),
-    )
-    return _backed_up(args, total)
-
-
-def _backed_up(args: argparse.Namespace, total: int) -> str:
-    if args.json:
-        return json.dumps({"file": str(args.file.absolute()), "bytes": total}, indent=2)
-    return f"{args.file}: {size(total)}"
 
 
 # ---- check -----------------------------------------------------------------------------------------------------------
@@ -206,9 +202,7 @@ def _backed_up(args: argparse.Namespace, total: int) -> str:
 async def check(args: argparse.Namespace) -> tuple[str, bool]:
     """Run `check`; return what to print, and whether the database is sound."""
     file = _checked_file(args)
-    checked = await _checked_on_server(file)
-    if checked is None:
-        checked = await asyncio.to_thread(check_database, file)
+    checked = await when_released(lambda: _checked(file))
     if args.json:
         found = {"file": str(file), "executions": checked.executions, "findings": checked.findings}
         return json.dumps(found, indent=2), not checked.findings
@@ -220,6 +214,11 @@ async def check(args: argparse.Namespace) -> tuple[str, bool]:
 def _checked_file(args: argparse.Namespace) -> Path:
     file: Path | None = args.file
     return database_path(default_database_url()) if file is None else file.absolute()
+
+
+async def _checked(file: Path) -> Checked:
+    on_server = await _checked_on_server(file)
+    return await asyncio.to_thread(check_database, file) if on_server is None else on_server
 
 
 async def _checked_on_server(file: Path) -> Checked | None:
@@ -248,3 +247,7 @@ class _Progress:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + PROGRESS_INTERVAL
             print(text, file=sys.stderr, flush=True)
+
+    def say_copied(self, copied: int, total: int) -> None:
+        """Print how many bytes of a backup are copied."""
+        self.say(f"{size(copied)} of {size(total)} copied")

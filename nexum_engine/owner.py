@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -29,7 +30,6 @@ from nexum_engine.errors import (
     ServerError,
     ServerNotReady,
     ServerUnavailable,
-    WorkflowNotFound,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import DeclaredTool, Task
@@ -54,7 +54,7 @@ class Owner:
         self._client = client
         self._lost: NexumError | None = None
         self._on_lost = on_lost
-        self._heartbeat = Heartbeat(client, self.owner_id, on_lost=self._say_lost)
+        self._heartbeat = Heartbeat(client.connection, self.owner_id, on_lost=self._say_lost)
         self._beating: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Owner:
@@ -166,7 +166,7 @@ class Owner:
 
         Raises Conflict as `start` does, and if the execution already has a result.
         """
-        text = _written(output)
+        text = jsontext.dump(output, "the result")
         started = await self._start(workflow, input, idempotency_key, holding, text)
         if started.ended is not None:
             raise Conflict(f"{idempotency_key!r} already has a result (execution {started.execution_id})")
@@ -183,25 +183,20 @@ class Owner:
         holding: Task | None,
         output_json: str,
     ) -> Started:
-        async def start() -> Started:
-            return await self._client.start_execution(
-                workflow,
-                input,
-                idempotency_key=idempotency_key,
-                owner=self.owner_id,
-                held_task_id="" if holding is None else holding.task_id,
-                output_json=output_json,
-                wait=wait,
-                patience=PATIENCE,
-            )
-
-        # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
-        wait = MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0
-        try:
-            started = await start()
-        except WorkflowNotFound:
-            await self._client.register_workflow(workflow, patience=PATIENCE)
-            started = await start()
+        start = partial(
+            self._client.start_execution,
+            workflow,
+            input,
+            idempotency_key=idempotency_key,
+            register=True,
+            owner=self.owner_id,
+            held_task_id="" if holding is None else holding.task_id,
+            output_json=output_json,
+            # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
+            wait=MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0,
+            patience=PATIENCE,
+        )
+        started = await start()
         while started.retry_after:
             await asyncio.sleep(started.retry_after)
             started = await start()
@@ -222,7 +217,7 @@ class Owner:
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
         """Record the result of `task`. Raises StaleTask if another owner has taken over the execution."""
-        await self._complete(task, _written(output))
+        await self._complete(task, jsontext.dump(output, "the result"))
 
     async def _complete(self, task: Task, text: str) -> None:
         try:
@@ -247,8 +242,3 @@ class Owner:
             await self._client.fail_task(task.task_id, reason, patience=patience)
         finally:
             self._heartbeat.release(task.task_id)
-
-
-def _written(output: BaseModel | Mapping[str, Any]) -> str:
-    what = "the result"
-    return jsontext.dump_model(output, what) if isinstance(output, BaseModel) else jsontext.dump(output, what)

@@ -28,9 +28,11 @@ _EXCERPT_LINES = 4
 _SHOWN_ITEMS = 20
 
 
-def as_json(executions: Sequence[Execution] | Execution) -> str:
-    """Return the executions as indented JSON."""
-    value = asdict(executions) if isinstance(executions, Execution) else [asdict(one) for one in executions]
+def as_json(
+    shown: Execution | Sequence[Execution] | Sequence[PendingApproval] | Sequence[UnknownNode] | Sequence[DeclaredTool],
+) -> str:
+    """Return an execution or a list as indented JSON."""
+    value = asdict(shown) if isinstance(shown, Execution) else [asdict(one) for one in shown]
     return json.dumps(value, indent=2, ensure_ascii=True)
 
 
@@ -230,11 +232,6 @@ def _whole(name: str, value: str) -> list[str]:
     width = WIDTH - 6 - len(name)
     parts = [text[start : start + width] for start in range(0, len(text), width)] or [""]
     return [f"    {name} {parts[0]}", *(f"{' ' * (5 + len(name))}{part}" for part in parts[1:])]
-
-
-def items_as_json(items: Sequence[PendingApproval] | Sequence[UnknownNode] | Sequence[DeclaredTool]) -> str:
-    """Return the nodes that wait for a person, or the tools, as indented JSON."""
-    return json.dumps([asdict(one) for one in items], indent=2, ensure_ascii=True)
 
 
 def waits_for_person(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""The rules of an execution's nodes: which status can follow which, and when a node runs or is skipped."""
+"""The rules of an execution's nodes: when a node runs or is skipped, and how many of its attempts may be lost."""
 
 from __future__ import annotations
 
@@ -9,47 +9,6 @@ from nexum_engine.workflow import NodeDefinition
 
 MAX_LOST_ATTEMPTS = 10
 """The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
-
-TRANSITIONS: Mapping[NodeStatus, frozenset[NodeStatus]] = {
-    # The nodes that this node waits for have ended. The node becomes a task, waits for something else, or is skipped.
-    NodeStatus.PENDING: frozenset(
-        {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED, NodeStatus.CANCELLED},
-    ),
-    # The node is handed out, or its latest attempt reports late. A late report counts as if the node were RUNNING.
-    NodeStatus.READY: frozenset(
-        {NodeStatus.RUNNING, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
-    ),
-    # The attempt succeeds, fails, or is lost. After a success, a MAP or SUBWORKFLOW node waits for the executions that
-    # it started. If its effect is unknown, an EFFECT node waits for a person.
-    NodeStatus.RUNNING: frozenset(
-        {NodeStatus.READY, NodeStatus.WAITING, NodeStatus.COMPLETED, NodeStatus.FAILED, NodeStatus.CANCELLED},
-    ),
-    # The node's time has passed, the person has decided, the event has come or is late, or the executions that the node
-    # started have ended. If the node's effect is unknown: a person has decided, or the worker is back or reports late.
-    NodeStatus.WAITING: frozenset(
-        {
-            NodeStatus.READY,
-            NodeStatus.RUNNING,
-            NodeStatus.COMPLETED,
-            NodeStatus.SKIPPED,
-            NodeStatus.FAILED,
-            NodeStatus.CANCELLED,
-        },
-    ),
-    NodeStatus.COMPLETED: frozenset(),
-    NodeStatus.SKIPPED: frozenset(),
-    # The FAILED execution is retried: its FAILED and CANCELLED nodes begin again.
-    NodeStatus.FAILED: frozenset(
-        {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
-    ),
-    NodeStatus.CANCELLED: frozenset(
-        {NodeStatus.PENDING, NodeStatus.READY, NodeStatus.WAITING, NodeStatus.SKIPPED},
-    ),
-}
-"""The statuses that can follow a node's status. A comment says what ends the status.
-
-A node begins as PENDING. If the execution becomes CANCELLED or FAILED, its unfinished nodes become CANCELLED.
-"""
 
 DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})
 """The statuses in which a node no longer keeps other nodes waiting."""

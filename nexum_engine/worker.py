@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
@@ -207,7 +207,7 @@ class Worker:
         self._describe = describe or (lambda task: task.node_id)
         self._after_report = after_report
         self._heartbeat = Heartbeat(
-            client,
+            client.connection,
             self.worker_id,
             prepare=self._register,
             on_connected=self._say_connected,
@@ -215,7 +215,6 @@ class Worker:
             on_blocked=self._say_blocked,
         )
         self._heartbeat.declare(tools)
-        self._was_connected = False
         self._is_refusal_logged = False
         """Whether the log says that the server refuses polls. Reset at each connection."""
         self._streams = True
@@ -297,8 +296,7 @@ class Worker:
             await self._client.register_workflow(binding.workflow)
 
     def _say_connected(self) -> None:
-        again = "reconnected to" if self._was_connected else "connected to"
-        self._was_connected = True
+        again = "reconnected to" if self._heartbeat.connected_once else "connected to"
         self._is_refusal_logged = False
         logger.info("%s %s as worker %s", again, self._place(), self.worker_id)
 
@@ -309,7 +307,7 @@ class Worker:
 
     def _say_lost(self, error: NexumError) -> None:
         if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
-            gone = "lost the Nexum server" if self._was_connected else "no Nexum server"
+            gone = "lost the Nexum server" if self._heartbeat.connected_once else "no Nexum server"
             logger.warning(
                 "%s on %s: waiting for one (start it with: python -m nexum_engine)", gone, self._client.address
             )
@@ -553,8 +551,8 @@ class Worker:
                     f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
                 ) from error
         if node.node_type is NodeType.SUBWORKFLOW:
-            result = {"subWorkflowId": node.sub_workflow_id, "childInput": _plain(result)}
-        text = jsontext.dump(_plain(result), "the result")
+            result = {"subWorkflowId": node.sub_workflow_id, "childInput": result}
+        text = jsontext.dump(result, "the result")
         jsontext.check_size(text, "the result")
         return text
 
@@ -657,15 +655,6 @@ def _node_of(task: Task) -> tuple[str, str, int | None]:
 def _index_of(task: Task) -> int | None:
     """Return the number of the item, or None if the task is not for an item of a MAP node."""
     return task.map_index if task.node_type == NodeType.MAP_SUBTASK else None
-
-
-def _plain(result: Any) -> Any:
-    """Convert each pydantic model in `result`, which may be a model or a list, to a JSON value."""
-    if isinstance(result, BaseModel):
-        return result.model_dump(mode="json")
-    if isinstance(result, list):
-        return [one.model_dump(mode="json") if isinstance(one, BaseModel) else one for one in result]
-    return result
 
 
 def _context(task: Task, heartbeat: Callable[[Any], None]) -> TaskContext:

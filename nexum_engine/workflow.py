@@ -513,13 +513,6 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
     is_router, is_event = node_type is NodeType.ROUTER, node_type is NodeType.EVENT
     if is_router and not node.routes:
         raise InvalidRequest(f"ROUTER node {node_id!r} has no routes: give it routes, each with a target")
-    if is_router:
-        targets = [route.target for route in node.routes]
-    else:
-        targets = [node.on_timeout] if is_event and node.on_timeout else []
-    for target in targets:
-        if target not in nodes:
-            raise InvalidRequest(f"node {node_id!r} routes to {target!r}, which is not a node of the workflow")
     mapped = node.map_node_id if node_type is NodeType.REDUCE else ""
     if mapped and (mapped not in nodes or nodes[mapped].type != NodeType.MAP):
         raise InvalidRequest(f"REDUCE node {node_id!r} reduces {mapped!r}, which is not a MAP node of the workflow")
@@ -530,7 +523,7 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
     may_time_out = node_type is not NodeType.TIMER
     once = node_type is NodeType.EFFECT and node.effect == "once"
     may_be_limited = node_type in (NodeType.EFFECT, NodeType.COMPUTE)
-    return NodeDefinition(
+    definition = NodeDefinition(
         node_id,
         node_type,
         tuple(sorted({*node.dependencies, mapped} - {""})),  # the order has no meaning
@@ -547,6 +540,10 @@ def _definition(node_id: str, node: _NodeIr, nodes: Mapping[str, _NodeIr]) -> No
         rate=node.rate if may_be_limited else None,
         concurrency=node.concurrency if may_be_limited else None,
     )
+    for target in definition.targets:
+        if target not in nodes:
+            raise InvalidRequest(f"node {node_id!r} routes to {target!r}, which is not a node of the workflow")
+    return definition
 
 
 def compatibility(old: Mapping[str, NodeDefinition], new: Mapping[str, NodeDefinition]) -> Compatibility:

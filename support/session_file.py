@@ -21,6 +21,7 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.forks import in_forked_process
 from support.console import say
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -229,10 +230,7 @@ class SessionFile:
 _files: WeakSet[SessionFile] = WeakSet()
 
 
-def _after_fork() -> None:
+@in_forked_process
+def _make_new_locks() -> None:
     for file in list(_files):
         file.new_locks()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

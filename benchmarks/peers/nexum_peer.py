@@ -52,8 +52,9 @@ class SessionCaller:
         """Make the calls of a run, which is a session."""
         from durable_autogen import DurableSession
 
-        async with DurableSession(name):
-            return await self._tools.run(name, calls)
+        async with DurableSession(name) as session:
+            with session.agent("caller"):
+                return await self._tools.run(name, calls)
 
 
 class NexumSession(_WithoutServer):
@@ -62,7 +63,9 @@ class NexumSession(_WithoutServer):
     name = "nexum-session"
     title = "this project: AutoGen tool call in a DurableSession"
     pages = ("docs/durable-runs.md",)
-    setup = "No server, SQLite. The call's beginning and its result are recorded, each by a commit."
+    setup = (
+        "No server, SQLite. An agent's calls come one at a time, so only their results are recorded, each by a commit."
+    )
     imports = ("durable_autogen", "autogen_core.tools")
 
     @asynccontextmanager

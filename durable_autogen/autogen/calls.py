@@ -48,7 +48,7 @@ from durable_autogen.record.surrogates import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
-from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump_model, escaped
+from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump, escaped
 from nexum_engine.policy import Policy
 
 HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
@@ -272,8 +272,9 @@ class Calls:
     async def _tool(self, run: Run, made: ToolCall, stream: _Stream) -> Answer:
         name, token = made.name, made.token
         position = self._agent_state.position_of_call(made.call_id, name)
-        call = Call(Kind.TOOL, self._agent, position, describe_call(name, made.arguments), label=name)
         policy = self._guard.of_tool(*made.names, own=made.own_policy)
+        request = describe_call(name, made.arguments)
+        call = Call(Kind.TOOL, self._agent, position, request, label=name, has_policy=policy is not None)
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
@@ -406,7 +407,7 @@ class Calls:
             written = unrecorded_value(value)
         try:
             content = Returned(value=written, streamed=[written_value(item) for item in streamed])
-            check_size(dump_model(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
+            check_size(dump(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
             raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
         return content
@@ -430,8 +431,8 @@ class Calls:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._recorder.next_position(self._agent, "input")
         call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
-        # Start the callback that asks the person, and record the call's beginning after that. Recording takes time. If
-        # the callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
+        # Start the callback that asks the person at once, because the recorder may have to send requests first. If the
+        # callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
         asking = None
         if self._recorder.replay.recorded(call.address) is None:
             with at(dataclasses.replace(self._place, in_call=True)):

@@ -84,14 +84,6 @@ class Kind(str, Enum):
         return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
 
     @property
-    def acts(self) -> bool:
-        """Whether a call of this kind acts on the outside world or asks a person.
-
-        The beginning of such a call is recorded before the call is made.
-        """
-        return self in (Kind.TOOL, Kind.INPUT, Kind.CODE)
-
-    @property
     def is_asked_for(self) -> bool:
         """Whether the program causes events of this kind. The session itself records the other kinds."""
         return self not in (Kind.BEGIN, Kind.MESSAGE, Kind.REVOKE)
@@ -386,6 +378,8 @@ class Call(Requested):
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
     """The call's name in errors; empty for the default name."""
+    has_policy: bool = False
+    """Whether it is the call of a tool with a policy."""
 
 
 def call_id_of(session: str, scope: str, digest: str) -> str:

@@ -398,16 +398,17 @@ class Journal:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
         return sum(start < seq for start in self.recorded.programs)
 
-    async def before(self, call: Call, *, is_counted: bool = False) -> bool:
+    async def before(self, call: Call, *, must_be_known: bool = False, is_counted: bool = False) -> bool:
         """Record the beginning of a call if the next run must know it. Return whether it is recorded.
 
-        With `is_counted`, always record the beginning: each attempt at the call counts, even if it leaves no result.
-        Raises SessionBusy if another process owns the session.
+        The beginning is recorded if `must_be_known` is set, after a failure, and if another process may own the session
+        now. With `is_counted`, it is always recorded, also if an earlier run has recorded it: each
+        attempt at the call counts. Raises SessionBusy if another process owns the session.
         """
-        # After a failure or a broken reply, record the beginning to show that the run continued. Record the beginning,
-        # too, if another process may own the session now: if so, the server refuses before the call costs money.
+        # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
+        # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
-        if call.kind.acts or is_setback or is_counted or not self._owner.is_holding:
+        if must_be_known or is_counted or is_setback or not self._owner.is_holding:
             await self._begin(call, restart=is_counted)
             return True
         self._unrecorded.append(call.address)

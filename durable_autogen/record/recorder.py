@@ -534,7 +534,7 @@ class Recorder:
                 live.was_made = True
                 is_counted = self._budget is not None and call.kind is Kind.REPLY
                 with live.sending():
-                    await self.journal.before(call, is_counted=is_counted)
+                    await self.journal.before(call, must_be_known=self._must_be_known(live), is_counted=is_counted)
                 done = await self._performed(live, perform)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
@@ -557,6 +557,19 @@ class Recorder:
                 self.stop(error)
             if not live.answer.done():
                 live.answer.set_result(error)
+
+    def _must_be_known(self, live: _LiveCall) -> bool:
+        """Return whether the next run must know of a tool's call, even if the call leaves no result."""
+        call = live.call
+        if call.kind is not Kind.TOOL:
+            return False
+        # The next run may make calls in another order: simultaneous calls of an agent, and calls of parallel branches
+        # without an agent. Their recorded beginnings show which one is which, so that each call keeps its id.
+        is_in_order = call.agent and not any(
+            one is not live and (one.call.kind, one.call.agent) == (call.kind, call.agent)
+            for one in self._calls.values()
+        )
+        return not is_in_order or call.has_policy or self._budget is not None
 
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
@@ -630,6 +643,9 @@ class Recorder:
                     async with self._record_lock:
                         await self._record_apart()
             elif self._questions_to_people:
+                with self.servers_errors():
+                    # If the last event is a failure, show that it did not end the run: the program has handled it.
+                    await self.journal.before(Call(Kind.TURN, "", f"parked/{self.journal.next_seq}"))
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(self.journal.session, waits))
                 return

@@ -16,7 +16,7 @@ from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions,
 from durable_autogen.record.place import closing
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, WorkflowNotFound
+from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.workflow import workflow
 
@@ -52,16 +52,8 @@ def check_event_name(name: str) -> str:
 async def expect(client: NexumClient, session: str, name: str, number: int, *, patience: float) -> Started:
     """Start or find the execution of event `name` with this number. The execution completes when the event is sent."""
     input = SentEventInput(session=session, name=name, number=number)
-
-    async def start() -> Started:
-        key = f"{session}/{name}/{number}"
-        return await client.start_execution(SENT_EVENT, input, idempotency_key=key, patience=patience)
-
-    try:
-        return await start()
-    except WorkflowNotFound:
-        await client.register_workflow(SENT_EVENT, patience=patience)
-        return await start()
+    key = f"{session}/{name}/{number}"
+    return await client.start_execution(SENT_EVENT, input, idempotency_key=key, register=True, patience=patience)
 
 
 async def send(

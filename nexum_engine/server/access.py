@@ -17,7 +17,8 @@ import grpc
 
 from nexum_engine.errors import AccessDenied, InvalidRequest, RoleRefused, TokenRefused
 from nexum_engine.security import AUTHORIZATION, TOKEN, TOKEN_FILE, read_file, stamp_of
-from nexum_engine.server.bounds import MAX_SHOWN_METHOD, Abort, Context, Received, Rpc
+from nexum_engine.server.bounds import MAX_SHOWN_METHOD, Received, Rpc
+from nexum_engine.server.refusal import Context, abort
 
 USE, ADMINISTER = "use", "administer"
 ADMINISTRATION = frozenset(
@@ -54,7 +55,7 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._stamp = stamp_of(path)
-        self._holders = _parsed(read_file(path, "the token file", secret=True), path)
+        self._holders = _read(path)
         self._running: dict[asyncio.Task[Any], bytes] = {}
         """The calls that are under way, with the digests of their tokens."""
 
@@ -107,7 +108,7 @@ class Tokens:
             return
         self._stamp = stamp
         try:
-            self._holders = _parsed(read_file(self._path, "the token file", secret=True), self._path)
+            self._holders = _read(self._path)
         except InvalidRequest as error:
             logger.error("the former tokens stay valid, because the changed file is wrong: %s", error)
             return
@@ -128,10 +129,11 @@ def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
 
 
-def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
-    """Return the holders by the digests of their tokens. No error message contains a token."""
+def _read(path: Path) -> Mapping[bytes, Holder]:
+    """Return the holders in a token file, by the digests of their tokens. No error message contains a token."""
+    text = read_file(path, "the token file", secret=True).decode("utf-8", "replace")
     holders: dict[bytes, Holder] = {}
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+    for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
@@ -156,7 +158,7 @@ def _parsed(data: bytes, path: Path) -> Mapping[bytes, Holder]:
     return holders
 
 
-def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens, abort: Abort) -> dict[str, Rpc]:
+def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens) -> dict[str, Rpc]:
     """Wrap unary RPCs: each call first checks its token. A call on a stream has the token of the stream."""
 
     def guard(method: str, rpc: Rpc) -> Rpc:
@@ -180,9 +182,8 @@ class Gate(grpc.aio.ServerInterceptor):
     If a token is removed, a stream with this token is refused at its next message. `guarded` ends the unary calls.
     """
 
-    def __init__(self, tokens: Tokens, abort: Abort) -> None:
+    def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
-        self._abort = abort
         self._logged = float("-inf")
 
     async def intercept_service(
@@ -221,8 +222,7 @@ class Gate(grpc.aio.ServerInterceptor):
                 # The method can be any text. `ascii` escapes characters that control a terminal or begin a new line.
                 shown = ascii(method[:MAX_SHOWN_METHOD])
                 logger.warning("refused a call of %s from %s: %s", shown, context.peer(), error)
-            await self._abort(context, error)
-            yield  # makes this function a generator
+            yield await abort(context, error)  # `yield` makes this function a generator
 
         # Use a handler for streams: such a handler refuses calls of every kind, before it reads a request.
         return grpc.stream_stream_rpc_method_handler(refuse)

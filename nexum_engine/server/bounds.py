@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from nexum_engine import DEFAULT_MAX_CALLS, DEFAULT_MAX_QUEUE
 from nexum_engine.errors import InvalidRequest, Overloaded, TooLarge
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES
+from nexum_engine.server.refusal import Context, abort
 from nexum_engine.wire import nexum_pb2 as pb
 
 MAX_RPCS = 10_000
@@ -79,8 +80,6 @@ _WITH_PAYLOAD = {
 _OVERLOADED = (
     "other calls use all the memory that the server may use for calls: retry, and end clients that don't read answers"
 )
-Context = grpc.aio.ServicerContext[Any, Any]
-Abort = Callable[[Context, Exception], Awaitable[Any]]
 Rpc = Callable[["Received", Any], Awaitable[Message]]
 """A unary RPC. It takes the encoded request and the call's context."""
 
@@ -255,16 +254,33 @@ def _prompt(handler: Any) -> Any:
     return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
 
 
-def rpcs_of(servicer: Any, abort: Abort) -> dict[str, Rpc]:
-    """Return the unary RPCs of the servicer by name. Each one checks the size of its request first."""
+def rpcs_of(servicer: Any, admit: Callable[[Context], Awaitable[None]]) -> dict[str, Rpc]:
+    """Return the unary RPCs of the servicer by name. Each one first checks the size of its request, and calls `admit`.
+
+    `admit` may refuse the call.
+    """
     budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
-    return {
-        method.name: _unary(
-            getattr(servicer, method.name), getattr(pb, method.input_type.name), _limit(method.name), budget, abort
-        )
-        for method in _SERVICE.methods
-        if not method.client_streaming
-    }
+
+    def unary(method: Any) -> Rpc:
+        behaviour, request_type = getattr(servicer, method.name), getattr(pb, method.input_type.name)
+        limit = _limit(method.name)
+
+        async def handle(received: Received, context: Context) -> Any:
+            share = 0
+            try:
+                _check(received, limit)
+                if received.size > SMALL_BYTES:
+                    share = await budget.take(received.size * REQUEST_COPIES)
+                await admit(context)
+                return await behaviour(_decoded(received, request_type), context)
+            except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+                await abort(context, error)
+            finally:
+                budget.give(share)
+
+        return handle
+
+    return {method.name: unary(method) for method in _SERVICE.methods if not method.client_streaming}
 
 
 def add_servicer(servicer: Any, server: grpc.aio.Server) -> None:
@@ -288,27 +304,12 @@ def _limit(method: str) -> int:
     return MAX_REQUEST_BYTES if method in _WITH_PAYLOAD else MAX_SMALL_REQUEST_BYTES
 
 
-def _unary(behaviour: Any, request_type: type[Message], limit: int, budget: Budget, abort: Abort) -> Any:
-    async def handle(received: Received, context: Context) -> Any:
-        share = 0
-        try:
-            _check(received, limit)
-            if received.size > SMALL_BYTES:
-                share = await budget.take(received.size * REQUEST_COPIES)
-            return await behaviour(_decoded(received, request_type, limit), context)
-        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
-            await abort(context, error)
-        finally:
-            budget.give(share)
-
-    return handle
-
-
 def _streaming(behaviour: Any, request_type: type[Message], limit: int) -> Any:
     async def handle(requests: Any, context: Context) -> Any:
         async def decoded() -> Any:
             async for received in requests:
-                yield _decoded(received, request_type, limit)
+                _check(received, limit)
+                yield _decoded(received, request_type)
 
         async with aclosing(behaviour(decoded(), context)) as answers:
             async for answer in answers:
@@ -322,8 +323,7 @@ def _check(received: Received, limit: int) -> None:
         raise TooLarge(f"the request is {received.size:,} bytes; the limit is {limit:,} bytes")
 
 
-def _decoded(received: Received, request_type: type[Message], limit: int) -> Message:
-    _check(received, limit)
+def _decoded(received: Received, request_type: type[Message]) -> Message:
     try:
         return request_type.FromString(received.take())
     except DecodeError as error:

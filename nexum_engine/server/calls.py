@@ -11,6 +11,7 @@ import grpc
 
 from nexum_engine.errors import InvalidRequest, Overloaded
 from nexum_engine.server.bounds import MAX_SHOWN_METHOD, MAX_STREAM_CALLS, Budget, Received, Rpc
+from nexum_engine.server.refusal import Refused
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import take_batch
 from nexum_engine.wire.status import ANSWERED, RETRY_AFTER
@@ -22,18 +23,6 @@ UNSENT_BYTES = 128 * 1024
 """How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
 FRAME_BYTES = 256
 """The memory that a frame takes in addition to its content."""
-
-
-class Refused(Exception):
-    """A call was answered with a status other than OK."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, error: str, retry_after_ms: int = 0) -> None:
-        super().__init__(details)
-        self.retry_after_ms = retry_after_ms
-        self.code = code
-        self.details = details
-        self.error = error
-        """The name of the engine's error, or ""."""
 
 
 class CallContext:
@@ -71,8 +60,9 @@ class CallStreams:
     """
 
     def __init__(self, rpcs: Mapping[str, Rpc], max_calls: int) -> None:
-        self._rpcs = rpcs
-        self._places = _Places(max_calls)
+        self.rpcs = rpcs
+        self.free_places = max_calls
+        """How many more calls all streams together may run."""
         self._open: set[_Stream] = set()
         self._stopping = False
 
@@ -81,7 +71,7 @@ class CallStreams:
 
         If the stream breaks, its calls are cancelled. Raises InvalidRequest for a malformed frame.
         """
-        stream = _Stream(self._rpcs, metadata, self._places)
+        stream = _Stream(self, metadata)
         self._open.add(stream)
         if self._stopping:
             stream.finish()
@@ -103,17 +93,9 @@ class CallStreams:
             stream.finish()
 
 
-class _Places:
-    """How many more calls all streams of a server together may run."""
-
-    def __init__(self, free: int) -> None:
-        self.free = free
-
-
 class _Stream:
-    def __init__(self, rpcs: Mapping[str, Rpc], metadata: Any, places: _Places) -> None:
-        self._rpcs = rpcs
-        self._places = places
+    def __init__(self, all_streams: CallStreams, metadata: Any) -> None:
+        self._all = all_streams
         self._metadata = metadata
         self._calls: dict[int, tuple[asyncio.Task[None], CallContext]] = {}
         self._unsent: list[pb.CallFrame] = []
@@ -131,7 +113,7 @@ class _Stream:
                         self._cancel(frame.call)
                     elif self._is_finishing:
                         continue
-                    elif len(self._calls) < MAX_STREAM_CALLS and self._places.free > 0:
+                    elif len(self._calls) < MAX_STREAM_CALLS and self._all.free_places > 0:
                         self._begin(frame)
                     else:
                         # Wait here until the client reads: refusals that nobody reads must not pile up.
@@ -146,14 +128,14 @@ class _Stream:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream already has a call with the number {frame.call}")
         context = CallContext(self._metadata)
-        self._places.free -= 1
+        self._all.free_places -= 1
         answering = asyncio.create_task(self._answer(frame, context))
         self._calls[frame.call] = answering, context
         answering.add_done_callback(partial(self._ended, frame.call))
 
     def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         _, context = self._calls.pop(call)
-        self._places.free += 1
+        self._all.free_places += 1
         context.end()
         if self._is_finishing and not self._calls:
             self._has_news.set()
@@ -204,7 +186,7 @@ class _Stream:
 
     async def _run(self, frame: pb.CallFrame, context: CallContext) -> None:
         """Run a call, and send its answer in parts. Raises Refused."""
-        rpc = self._rpcs.get(frame.method)
+        rpc = self._all.rpcs.get(frame.method)
         if rpc is None:
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
         answer = await rpc(Received(frame.message), context)

@@ -10,7 +10,8 @@ from typing import Any
 from google.protobuf.message import Message
 
 from nexum_engine.server.bounds import Received
-from nexum_engine.server.calls import CallContext, Refused
+from nexum_engine.server.calls import CallContext
+from nexum_engine.server.refusal import Refused
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.wire.status import rpc_error, trailing_metadata
 
@@ -23,14 +24,12 @@ class DirectServer:
         self._servicer = servicer
 
     async def call(self, method: str, request: bytes, metadata: Sequence[Any]) -> Message:
-        """Answer a unary call."""
         with _context(metadata) as context:
             return await self._servicer.rpcs[method](Received(request), context)
 
     async def stream(
         self, method: str, requests: AsyncIterator[Message], metadata: Sequence[Any], answer: Callable[[Message], None]
     ) -> None:
-        """Call `answer` with each answer of a stream, until the stream is over."""
         with _context(metadata) as context:
             async with aclosing(getattr(self._servicer, method)(requests, context)) as answers:
                 async for message in answers:

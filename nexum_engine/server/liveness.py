@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import astuple, replace
+from typing import Concatenate, ParamSpec
 
 from nexum_engine import jsontext
 from nexum_engine.clock import Clock, wait_until_set
@@ -16,8 +17,8 @@ from nexum_engine.records import DeclaredTool
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, leases, reading
-from nexum_engine.store.results import Changed, News, ReadyTask
-from nexum_engine.store.submitted import Submitted
+from nexum_engine.store.db import Db
+from nexum_engine.store.results import Changes, News, ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.workflow import check_id
 
@@ -34,6 +35,7 @@ MAX_TOOL_BYTES = 2000
 MAX_LISTED_TOOLS = 1000
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 
 class Liveness:
@@ -55,10 +57,13 @@ class Liveness:
         self._looking: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
 
-    async def start(self) -> None:
-        """Start the sweep. First reset the leases, so that workers have time to reconnect after a restart."""
+    async def start(self, dead_process: str = "") -> None:
+        """Start the sweep. First reset the leases, so that workers have time to reconnect after a restart.
+
+        The workers and owners in `dead_process` get no time (see `leases.restart`).
+        """
         self._store.join(self.hear)
-        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self.lease_ms)
+        await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self.lease_ms, dead_process)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
     async def stop(self) -> None:
@@ -103,7 +108,7 @@ class Liveness:
                 # isn't enough, because the worker may send it before the task arrives. The worker sends the second one
                 # after the acknowledgement of the first one, and the server sends this acknowledgement after the task.
                 if never_arrived := unnamed & unnamed_before:
-                    await self.carry_out(self._store.run(leases.lose, worker_id, never_arrived))
+                    await self.carry_out(leases.lose, worker_id, never_arrived)
                 yield pb.WorkerBeatAck(lease_ms=self.lease_ms, lost_task_ids=renewed.lost)
         finally:
             # Do nothing if the worker has reconnected on a new stream: the worker keeps its tasks.
@@ -151,33 +156,35 @@ class Liveness:
         # Submit the shorter leases at once. If they were submitted later, they could come after the first heartbeat on
         # the worker's next stream, and shorten the leases of a worker that has reconnected.
         stored = self._store.run(leases.disconnect, worker_id, RECONNECT_GRACE_MS)
-        stored.when_stored(self._count_grace)
-
-    def _count_grace(self, _: None) -> None:
-        self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS)
+        stored.when_stored(lambda _: self.due_at(self._clock.now_ms() + RECONNECT_GRACE_MS))
 
     # ---- Sweeping ----------------------------------------------------------------------------------------------------
 
-    async def carry_out(self, submitted: Submitted[Changed]) -> None:
-        """Wait until a submitted transition is stored. Its effects are applied even if the caller is cancelled."""
+    async def carry_out(
+        self, transition: Callable[Concatenate[Db, P], Changes], *args: P.args, **kwargs: P.kwargs
+    ) -> None:
+        """Store a transition, and act on its effects, even if the caller is cancelled."""
+        submitted = self._store.run(transition, *args, **kwargs)
         submitted.when_stored(self.apply)
         await submitted
 
-    def apply(self, changed: Changed) -> None:
+    def apply(self, changed: Changes) -> None:
         """Wake the polls, the waiters and the sweep that must act after a stored transition."""
         for ready in changed.ready:
             self._polls.task_ready(ready)
         for execution in changed.ended:
             self._waiters.execution_ended(execution)
+        for execution_id in changed.ended_items:
+            self._waiters.ended_by_id(execution_id)
         if changed.due_ms is not None:
             self.due_at(changed.due_ms)
 
     def hear(self, news: News) -> None:
         """Act on what another server on the same database has changed."""
         for version_hash in news.ready:
-            self._polls.task_ready(ReadyTask(version_hash, 0))
+            self._polls.task_ready(ReadyTask(version_hash))
         for execution_id in news.ended:
-            self._waiters.ended_elsewhere(execution_id)
+            self._waiters.ended_by_id(execution_id)
         if news.due_ms is not None:
             self.due_at(news.due_ms)
         if news.anything and (self._looking is None or self._looking.done()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -247,7 +247,7 @@ class Polls:
 
     def _open(self, version_hash: str) -> None:
         del self._openings[version_hash]
-        self.task_ready(ReadyTask(version_hash, 0))
+        self.task_ready(ReadyTask(version_hash))
 
     async def under_limits(
         self, version_hash: str, start: Callable[[], Awaitable[Started]], wait: float
@@ -267,6 +267,9 @@ class Polls:
                 started = await start()
                 if started.held is None:
                     return started, 0
+                if started.held_version != version_hash:
+                    # The tasks of this version are announced. Start again: the place may have become free meanwhile.
+                    return await self.under_limits(started.held_version, start, end - loop.time())
                 left, opens_ms = end - loop.time(), started.held.opens_ms
                 left_ms = HELD_MS if opens_ms is None else max(1, opens_ms - self._clock.now_ms())
                 if left <= 0 or self._stopping:
@@ -320,7 +323,7 @@ class Polls:
         was_silent = self._is_silent(worker_id)
         self._last_beat_ms[worker_id] = came_ms
         if was_silent:
-            self._claim_again(lambda poll: poll.worker_id == worker_id)
+            self._claim_again(self._polls_of_worker.get(worker_id, ()))
 
     def _is_silent(self, worker_id: str) -> bool:
         """Return whether the worker's leases have run out although its stream is open.
@@ -378,16 +381,18 @@ class Polls:
         """Make every waiting poll claim again. Call this when it is unknown whether a transaction was stored."""
         self._due.clear()
         self._wake_owners()
-        self._claim_again(lambda _: True)
+        self._claim_again(self._all())
 
     def _wake_owners(self) -> None:
         for owners in self._owners.values():
             for owner in owners:
                 owner.set()
 
-    def _claim_again(self, which: Callable[[_WaitingPoll], bool]) -> None:
-        waiting = [poll for polls in self._polls_of_worker.values() for poll in polls]
-        for poll in filter(which, waiting):
+    def _all(self) -> list[_WaitingPoll]:
+        return [poll for polls in self._polls_of_worker.values() for poll in polls]
+
+    def _claim_again(self, polls: Iterable[_WaitingPoll]) -> None:
+        for poll in polls:
             if poll.claim is None:
                 self._submit_claim(poll)
             poll.wake()
@@ -398,8 +403,7 @@ class Polls:
         for _, timer in self._openings.values():
             timer.cancel()
         self._wake_owners()
-        for polls in self._polls_of_worker.values():
-            for poll in polls:
-                poll.wake()
+        for poll in self._all():
+            poll.wake()
         while self._releases:
             await asyncio.wait(self._releases)  # with gather, an ended task might never leave the set

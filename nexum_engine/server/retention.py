@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.store import Store, retention
@@ -30,14 +29,6 @@ During a compaction, the server answers no calls. A compaction takes about a sec
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one call of `Retention.prune` has done. `space` is given only if the call leaves nothing to prune."""
-
-    pruned: Pruned
-    space: Space | None = None
-
-
 class Retention:
     """The pruning of a server's database."""
 
@@ -57,8 +48,11 @@ class Retention:
 
     async def prune(
         self, older_than_ms: int, *, session: str = "", after: int = 0, dry_run: bool = False, compact: bool = False
-    ) -> Part:
-        """Prune for about PART_SECONDS. When nothing is left to prune, release free space to the disk."""
+    ) -> tuple[Pruned, Space]:
+        """Prune for about PART_SECONDS. When nothing is left to prune, release free space to the disk.
+
+        Return what was pruned, and the database's space: zeros if the call leaves something to prune, or in a dry run.
+        """
         loop = asyncio.get_running_loop()
         end = loop.time() + PART_SECONDS
         executions = sessions = kept = 0
@@ -82,9 +76,9 @@ class Retention:
                 await asyncio.sleep((REST - IDLE_REST) * took)
         total = Pruned(executions, sessions, kept, pruned.after)
         if pruned.after is not None or dry_run:
-            return Part(total)
+            return total, Space(0, 0)
         max_bytes = REQUESTED_BYTES if compact else QUICK_BYTES
-        return Part(total, await self._store.compact(max_bytes=max_bytes, always=compact))
+        return total, await self._store.compact(max_bytes=max_bytes, always=compact)
 
     async def _keep(self, keep_ms: int) -> None:
         while True:
@@ -92,9 +86,9 @@ class Retention:
                 after: int | None = 0
                 executions = 0
                 while after is not None:
-                    part = await self.prune(keep_ms, after=after)
-                    executions += part.pruned.executions
-                    after = part.pruned.after
+                    pruned, _ = await self.prune(keep_ms, after=after)
+                    executions += pruned.executions
+                    after = pruned.after
                 if executions:
                     logger.info("pruned %d executions", executions)
             except Exception as error:

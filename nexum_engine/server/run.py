@@ -18,7 +18,7 @@ from nexum_engine import DEFAULT_LISTEN
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.in_process import listed
-from nexum_engine.location import address_file, remove_address, write_address
+from nexum_engine.location import address_file, read_process, remove_address, write_address
 from nexum_engine.security import is_loopback
 from nexum_engine.server.access import Gate, Tokens
 from nexum_engine.server.bounds import (
@@ -26,17 +26,13 @@ from nexum_engine.server.bounds import (
     MAX_REQUEST_BYTES,
     MAX_RPCS,
     SERVICE_NAME,
-    Answers,
     Limits,
     Reading,
     add_servicer,
 )
 from nexum_engine.server.direct import DirectServer
-from nexum_engine.server.liveness import Liveness
-from nexum_engine.server.polls import Polls
-from nexum_engine.server.servicer import NexumServicer, abort
+from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.server.tls import ServerTls
-from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import open_store
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
@@ -114,31 +110,23 @@ async def run_server(
     can't be used, and StoreUnavailable if the database fails while the server is running.
     """
     address = listen_address(listen, is_protected=tls is not None and tokens is not None)
-    is_found_by_file = tls is None and tokens is None
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # a second call adds nothing
     clock = SystemClock()
     store = await open_store(database_url, clock, lock_timeout=patience)
+    database = store.file if tls is None and tokens is None else None
     try:
-        lease_ms = round(lease * 1000)
-        polls = Polls(store, clock, lease_ms)
-        waiters = Waiters()
-        liveness = Liveness(store, polls, waiters, clock, lease_ms)
-        store.on_unknown = [polls.look_again, waiters.look_again]
-        servicer = NexumServicer(
-            store, polls, waiters, liveness, Answers(), embedded=embedded, tokens=tokens, limits=limits
-        )
+        servicer = NexumServicer(store, clock, round(lease * 1000), embedded=embedded, tokens=tokens, limits=limits)
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
-        await liveness.start()
-        await servicer.queue.count()
-        if keep is not None:
-            servicer.retention.start(round(keep * 1000))
+        # Only a killed server leaves the address file behind. The workers and owners of its process died with it.
+        dead_process = "" if store.file is None else read_process(store.file)
+        await servicer.start(dead_process, None if keep is None else round(keep * 1000))
         await server.start()
         following = None if tokens is None else asyncio.create_task(tokens.follow(), name="follow the token file")
         try:
             # Write the address to a file beside the database's file, where clients on this machine look for a server.
-            if is_found_by_file and (database := store.file) is not None:
+            if database is not None:
                 try:
                     write_address(database, address)
                 except OSError as error:
@@ -151,15 +139,11 @@ async def run_server(
                 await stop.wait()
         finally:
             # Remove the address file first, so that no new client connects to the ending server.
-            if is_found_by_file and store.file is not None:
-                remove_address(store.file, address)
+            if database is not None:
+                remove_address(database, address)
             await health.enter_graceful_shutdown()
             # Answer the waiting calls before `server.stop`, which waits until all calls have ended.
-            waiters.stop()
-            await servicer.retention.stop()
-            await polls.stop()
-            await liveness.stop()
-            servicer.stop()
+            await servicer.stop()
             await server.stop(STOP_GRACE)
             if following is not None:
                 following.cancel()
@@ -195,7 +179,7 @@ async def _bind(
         # Don't wait for the port. An ending server releases its port before its database, and this server has already
         # opened the database. So no ending server holds the port.
         address = f"{address.rpartition(':')[0]}:0"
-    interceptors = [Reading()] if tokens is None else [Gate(tokens, abort), Reading()]
+    interceptors = [Reading()] if tokens is None else [Gate(tokens), Reading()]
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_RPCS)
         add_servicer(servicer, server)

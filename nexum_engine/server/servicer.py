@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any
 
 import grpc
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest, NexumError, Overloaded
+from nexum_engine.clock import Clock
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
 from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
-from nexum_engine.server.calls import CallStreams, Refused
+from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.queue import Queue
+from nexum_engine.server.refusal import Context, abort, cut
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
-from nexum_engine.store.base import Space
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import is_meant_for, refusal
 from nexum_engine.wire.frames import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
-from nexum_engine.wire.status import status_of, trailing_metadata
 from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
@@ -53,40 +51,6 @@ SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
 PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
-MAX_MESSAGE_CHARACTERS = 600  # in an error message, which is sent in a header of 8 KB, at up to 9 bytes a character
-
-logger = logging.getLogger(__name__)
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
-
-
-async def abort(context: Context, error: Exception) -> NoReturn:
-    """Answer a call with the gRPC status of an error. The details of an internal error are only logged."""
-    if isinstance(error, (grpc.aio.AbortError, Refused)):
-        raise error  # the call is answered already
-    status = status_of(error) if isinstance(error, NexumError) else None
-    if status is not None:
-        after_ms = round(error.retry_after * 1000) if isinstance(error, Overloaded) else 0
-        await context.abort(status, _cut(str(error)), trailing_metadata(type(error).__name__, after_ms))
-    fault = uuid.uuid4().hex[:8]
-    logger.error("fault %s", fault, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"the server had an internal error; see its log under {fault}")
-
-
-def _cut(message: str) -> str:
-    # Cut the message, because it is sent in a header, and headers have a size limit.
-    return message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[:MAX_MESSAGE_CHARACTERS]} [cut]"
-
-
-def _rpc(handler: Handler) -> Handler:
-    """Wrap the handler of an RPC: a call for another database is refused before the handler gets it."""
-
-    @wraps(handler)
-    async def answer(self: NexumServicer, request: Any, context: Context) -> Any:
-        await self.refuse_call_for_another_database(context)
-        return await handler(self, request, context)
-
-    return cast(Handler, answer)
 
 
 def _time(ms: int) -> str:
@@ -100,31 +64,47 @@ class NexumServicer(NexumServiceServicer):
     def __init__(
         self,
         store: Store,
-        polls: Polls,
-        waiters: Waiters,
-        liveness: Liveness,
-        answers: Answers,
+        clock: Clock,
+        lease_ms: int,
         *,
         embedded: bool = False,
         tokens: Tokens | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self._tokens = tokens
-        self.queue = Queue(store, limits.queue)
-        self._answers = answers
-        self._embedded = embedded
         self._store = store
-        self._polls = polls
-        self._waiters = waiters
-        self._liveness = liveness
-        self.retention = Retention(store)
-        rpcs = rpcs_of(self, abort)
-        self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens, abort)
-        """The unary RPCs by name. Each one first checks the caller's token, and the size of its request."""
+        self._tokens = tokens
+        self._embedded = embedded
+        self._answers = Answers()
+        self._queue = Queue(store, limits.queue)
+        self._retention = Retention(store)
+        self.polls = Polls(store, clock, lease_ms)
+        self.waiters = Waiters()
+        self.liveness = Liveness(store, self.polls, self.waiters, clock, lease_ms)
+        store.on_unknown = [self.polls.look_again, self.waiters.look_again]
+        rpcs = rpcs_of(self, self.refuse_call_for_another_database)
+        self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens)
+        """The unary RPCs by name. Each one first checks the caller's token, its database, and the request's size."""
         self._streams = CallStreams(self.rpcs, limits.calls)
 
-    def stop(self) -> None:
-        """Begin no further calls on streams, and end the streams when their calls have been answered."""
+    async def start(self, dead_process: str = "", keep_ms: int | None = None) -> None:
+        """Begin the work that no call asks for. Executions that ended more than `keep_ms` ago are deleted.
+
+        The workers and owners in `dead_process` get no time to reconnect.
+        """
+        await self.liveness.start(dead_process)
+        await self._queue.count()
+        if keep_ms is not None:
+            self._retention.start(keep_ms)
+
+    async def stop(self) -> None:
+        """Answer the waiting calls, begin no further calls on streams, and end the work that no call asks for.
+
+        A stream ends when its calls have been answered.
+        """
+        self.waiters.stop()
+        await self._retention.stop()
+        await self.polls.stop()
+        await self.liveness.stop()
         self._streams.stop()
 
     async def refuse_call_for_another_database(self, context: Context) -> None:
@@ -135,7 +115,7 @@ class NexumServicer(NexumServiceServicer):
         # Use a thread: a client may name a path on a file system that doesn't answer.
         why = await asyncio.to_thread(refusal, metadata, database, embedded=self._embedded)
         if why is not None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, _cut(why))
+            await context.abort(grpc.StatusCode.UNAVAILABLE, cut(why))
 
     def _who(self, context: Context, said: str) -> str:
         """Return who makes the call: the holder of its token or, if the server has no tokens, what the client says."""
@@ -143,12 +123,10 @@ class NexumServicer(NexumServiceServicer):
             return said
         return self._tokens.holder(context.invocation_metadata() or ()).name
 
-    @_rpc
     async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:
         store = self._store
         return pb.ServerInfo(database=store.opened_as, embedded=self._embedded, database_id=store.database_id)
 
-    @_rpc
     async def RegisterWorkflow(self, request: pb.WorkflowIR, context: Context) -> pb.AckResponse:
         result = await self._store.run(
             executions.register_workflow, request.workflow_id, request.version_hash, request.ir_json
@@ -161,7 +139,6 @@ class NexumServicer(NexumServiceServicer):
         }[result]
         return pb.AckResponse(ok=True, compatibility=result.value, message=message)
 
-    @_rpc
     async def StartExecution(self, request: pb.StartRequest, context: Context) -> pb.StartResponse:
         wait = _wait_seconds(request.wait_ms)
         check_id(request.version_hash, "version_hash")
@@ -174,8 +151,8 @@ class NexumServicer(NexumServiceServicer):
         # If the queue is full, a start succeeds only if its key already has an execution. Until the start is submitted,
         # await nothing but `full_at`, which rarely has to wait: a start should be submitted even if its caller is
         # cancelled at once.
-        full_at = await self.queue.full_at()
-        self.queue.add()
+        full_at = await self._queue.full_at()
+        self._queue.add()
         starting = self._store.run(
             executions.start_execution,
             request.workflow_id,
@@ -183,12 +160,12 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             attributes=dict(request.attributes),
-            max_task_bytes=max(self._polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
+            max_task_bytes=max(self.polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
             full_at=full_at,
         )
         starting.when_stored(self._started)
         # Announce the task right after the start is submitted: a waiting worker's claim then shares the transaction.
-        self._polls.task_ready(task)
+        self.polls.task_ready(task)
         started = await starting
         # If the input is large, don't wait for the execution's end: the request would stay in memory until then.
         ended = None
@@ -206,7 +183,7 @@ class NexumServicer(NexumServiceServicer):
         await self._answers.reserve(context, len(input_json))
         # If the input is large, don't wait for the limits: the request would stay in memory until then.
         wait = 0.0 if len(input_json) > SMALL_BYTES else _wait_seconds(request.wait_ms)
-        started, retry_after_ms = await self._polls.under_limits(
+        started, retry_after_ms = await self.polls.under_limits(
             request.version_hash, partial(self._submit_owned, request, input_json), wait
         )
         ended = None if request.output_json else started.ended
@@ -228,7 +205,7 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             request.owner,
-            self._liveness.lease_ms,
+            self.liveness.lease_ms,
             request.held_task_id,
             request.output_json,
             dict(request.attributes),
@@ -239,53 +216,49 @@ class NexumServicer(NexumServiceServicer):
 
     def _started_owned(self, started: Started) -> None:
         if started.lease_ends_ms is not None:
-            self._liveness.due_at(started.lease_ends_ms)
-        self._liveness.apply(started.changed)
+            self.liveness.due_at(started.lease_ends_ms)
+        self.liveness.apply(started.changed)
 
     def _started(self, started: Started) -> None:
         if started.existing:
             return
-        self._waiters.execution_started(started.execution_id)
+        self.waiters.execution_started(started.execution_id)
         # Leave out the first task: `StartExecution` has announced it.
-        self._liveness.apply(replace(started.changed, ready=started.changed.ready[1:]))
+        self.liveness.apply(replace(started.changed, ready=started.changed.ready[1:]))
 
-    @_rpc
     async def PollTask(self, request: pb.PollRequest, context: Context) -> pb.PollResponse:
         worker_id, versions, max_bytes = _checked_poll(request)
         wait_ms = round(_wait_seconds(request.wait_ms) * 1000)
-        task = await self._polls.next_task(worker_id, versions, max_bytes, wait_ms)
+        task = await self.polls.next_task(worker_id, versions, max_bytes, wait_ms)
         return await self._hand_out(task, context)
 
     async def _hand_out(self, task: Task | None, context: Context) -> pb.PollResponse:
         if task is None:
             return pb.PollResponse(has_task=False)
-        self._liveness.task_handed_out(task.timeout_ms)
+        self.liveness.task_handed_out(task.timeout_ms)
         try:
             await self._answers.reserve(context, task.input_bytes)
             if not task.input_json:
                 task = await self._store.run(tasks.with_payload, task)
         except BaseException:
-            self._polls.release(task)
+            self.polls.release(task)
             raise
         if context.cancelled():
-            self._polls.release(task)
+            self.polls.release(task)
         return _task_message(task)
 
-    @_rpc
     async def CompleteTask(self, request: pb.CompleteRequest, context: Context) -> pb.AckResponse:
         # The published TypeScript SDK sends no output for a handler that returns nothing.
         output_json = request.output_json or "null"
-        await self._liveness.carry_out(self._store.run(tasks.complete_task, request.task_id, output_json))
+        await self.liveness.carry_out(tasks.complete_task, request.task_id, output_json)
         return pb.AckResponse(ok=True)
 
-    @_rpc
     async def FailTask(self, request: pb.FailRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(
-            self._store.run(tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown)
+        await self.liveness.carry_out(
+            tasks.fail_task, request.task_id, request.error_message, request.final, request.unknown
         )
         return pb.AckResponse(ok=True)
 
-    @_rpc
     async def GetStatus(self, request: pb.StatusRequest, context: Context) -> pb.StatusResponse:
         check_id(request.execution_id, "execution_id")
         execution = await self._get(request.execution_id, context)
@@ -299,7 +272,6 @@ class NexumServicer(NexumServiceServicer):
             status=execution.status.value, completed_nodes_json=f"{{{text}}}", error=execution.error
         )
 
-    @_rpc
     async def GetOutput(self, request: pb.GetOutputRequest, context: Context) -> pb.GetOutputResponse:
         check_id(request.execution_id, "execution_id")
         if request.offset < 0 or request.length < 0:
@@ -311,7 +283,6 @@ class NexumServicer(NexumServiceServicer):
         )
         return pb.GetOutputResponse(data=data, total_bytes=total)
 
-    @_rpc
     async def GetExecution(self, request: pb.GetExecutionRequest, context: Context) -> pb.GetExecutionResponse:
         check_id(request.execution_id, "execution_id")
         execution = await self._end_of(request.execution_id, _wait_seconds(request.wait_ms))
@@ -320,7 +291,7 @@ class NexumServicer(NexumServiceServicer):
         else:
             execution = await self._whole(execution, context)
         # Use a thread for an execution with many nodes and attempts, so that it doesn't block the event loop.
-        has_poller = self._polls.has_poller(execution.version_hash)
+        has_poller = self.polls.has_poller(execution.version_hash)
         if sum(1 + len(node.attempts) for node in execution.nodes) > MAX_ITEMS_AT_ONCE:
             return await asyncio.to_thread(_execution_message, execution, has_poller)
         return _execution_message(execution, has_poller)
@@ -349,20 +320,19 @@ class NexumServicer(NexumServiceServicer):
         """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
         if not wait:
             return None
-        with self._waiters.watch(execution_id) as ended:
-            if not self._waiters.is_running(execution_id):
+        with self.waiters.watch(execution_id) as ended:
+            if not self.waiters.is_running(execution_id):
                 execution = await self._store.run(
                     reading.get_execution, execution_id, max_bytes=reading.MAX_INLINE_BYTES
                 )
                 if execution.status.ended:
                     return execution
-            timer = asyncio.get_running_loop().call_later(wait, self._waiters.give_up, ended)
+            timer = asyncio.get_running_loop().call_later(wait, self.waiters.give_up, ended)
             try:
                 return await ended
             finally:
                 timer.cancel()
 
-    @_rpc
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
         await self._answers.reserve(context, listing.MAX_LIST_BYTES if request.with_nodes else limit * SUMMARY_BYTES)
@@ -383,41 +353,25 @@ class NexumServicer(NexumServiceServicer):
         return pb.ListResponse(
             executions=[
                 pb.ExecutionSummary(
-                    execution_id=execution.execution_id,
-                    workflow_id=execution.workflow_id,
-                    version_hash=execution.version_hash,
-                    status=execution.status.value,
+                    **_fields(execution),
                     created_at=_time(execution.created_ms),
-                    created_ms=execution.created_ms,
-                    ended_ms=execution.ended_ms or 0,
-                    idempotency_key=execution.idempotency_key,
-                    error=execution.error,
-                    input_json=execution.input_json,
-                    nodes=_node_messages(execution),
-                    parent_execution_id=execution.parent_execution_id,
-                    parent_node_id=execution.parent_node_id,
-                    child_index=execution.child_index,
-                    attributes=execution.attributes,
                     session=None if execution.session is None else pb.SessionSummary(**asdict(execution.session)),
                 )
                 for execution in found
             ]
         )
 
-    @_rpc
     async def CancelExecution(self, request: pb.CancelRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
         by = self._who(context, request.cancelled_by)
-        await self._liveness.carry_out(self._store.run(executions.cancel_execution, request.execution_id, by))
+        await self.liveness.carry_out(executions.cancel_execution, request.execution_id, by)
         return pb.AckResponse(ok=True, message="Execution cancelled")
 
-    @_rpc
     async def RetryExecution(self, request: pb.RetryRequest, context: Context) -> pb.AckResponse:
         check_id(request.execution_id, "execution_id")
-        await self._liveness.carry_out(self._store.run(retry.retry_execution, request.execution_id))
+        await self.liveness.carry_out(retry.retry_execution, request.execution_id)
         return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
-    @_rpc
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
         await self._answers.reserve(context, executions.MAX_VERSIONS * VERSION_BYTES)
         versions = await self._store.run(executions.workflow_versions, request.workflow_id)
@@ -434,25 +388,18 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    @_rpc
     async def ApproveTask(self, request: pb.ApproveRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
-        await self._liveness.carry_out(
-            self._store.run(
-                waits.approve, request.execution_id, request.node_id, by, request.comment, request.answer_json
-            )
+        await self.liveness.carry_out(
+            waits.approve, request.execution_id, request.node_id, by, request.comment, request.answer_json
         )
         return pb.AckResponse(ok=True, message="Approved")
 
-    @_rpc
     async def RejectTask(self, request: pb.RejectRequest, context: Context) -> pb.AckResponse:
         by = self._who(context, request.approver)
-        await self._liveness.carry_out(
-            self._store.run(waits.reject, request.execution_id, request.node_id, by, request.reason)
-        )
+        await self.liveness.carry_out(waits.reject, request.execution_id, request.node_id, by, request.reason)
         return pb.AckResponse(ok=True, message="Rejected")
 
-    @_rpc
     async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
         await self._answers.reserve(context, waits.MAX_WAITING * VERSION_BYTES + waits.MAX_SHOWN_INPUTS)
         return pb.PendingApprovalsResponse(
@@ -468,45 +415,37 @@ class NexumServicer(NexumServiceServicer):
             ]
         )
 
-    @_rpc
     async def GetUnknown(self, request: pb.EmptyRequest, context: Context) -> pb.UnknownResponse:
         size = waits.MAX_WAITING * (VERSION_BYTES + tasks.MAX_ERROR_CHARACTERS) + waits.MAX_SHOWN_INPUTS
         await self._answers.reserve(context, size)
         found = await self._store.run(waits.unknown_nodes)
         return pb.UnknownResponse(items=[pb.UnknownItem(**asdict(one)) for one in found])
 
-    @_rpc
     async def GetTools(self, request: pb.EmptyRequest, context: Context) -> pb.ToolsResponse:
-        return pb.ToolsResponse(tools=[pb.DeclaredTool(**asdict(one)) for one in self._liveness.tools()])
+        return pb.ToolsResponse(tools=[pb.DeclaredTool(**asdict(one)) for one in self.liveness.tools()])
 
-    @_rpc
     async def ResolveNode(self, request: pb.ResolveRequest, context: Context) -> pb.AckResponse:
         decision = request.WhichOneof("decision")
         if decision is None or (decision == "not_done" and not request.not_done):
             raise InvalidRequest("the request has no decision: give output_json, not_done or failed")
-        await self._liveness.carry_out(
-            self._store.run(
-                waits.resolve,
-                request.execution_id,
-                request.node_id,
-                self._who(context, request.resolved_by),
-                output_json=request.output_json if decision == "output_json" else None,
-                not_done=request.not_done,
-                failed=request.failed,
-            )
+        await self.liveness.carry_out(
+            waits.resolve,
+            request.execution_id,
+            request.node_id,
+            self._who(context, request.resolved_by),
+            output_json=request.output_json if decision == "output_json" else None,
+            not_done=request.not_done,
+            failed=request.failed,
         )
         return pb.AckResponse(ok=True)
 
-    @_rpc
     async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
-        await self._liveness.carry_out(
-            self._store.run(
-                waits.send_event,
-                request.execution_id,
-                request.name,
-                request.payload_json,
-                request.idempotency_key,
-            )
+        await self.liveness.carry_out(
+            waits.send_event,
+            request.execution_id,
+            request.name,
+            request.payload_json,
+            request.idempotency_key,
         )
         return pb.AckResponse(ok=True)
 
@@ -516,7 +455,7 @@ class NexumServicer(NexumServiceServicer):
         try:
             await self.refuse_call_for_another_database(context)
             # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
-            async with aclosing(self._liveness.beats(request_iterator)) as acks:
+            async with aclosing(self.liveness.beats(request_iterator)) as acks:
                 async for ack in acks:
                     yield ack
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
@@ -533,25 +472,23 @@ class NexumServicer(NexumServiceServicer):
         except Exception as error:  # noqa: BLE001 - `abort` answers with a status
             await abort(context, error)
 
-    @_rpc
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
-        part = await self.retention.prune(
+        pruned, space = await self._retention.prune(
             request.older_than_ms,
             session=request.session,
             after=request.after,
             dry_run=request.dry_run,
             compact=request.compact,
         )
-        space = part.space or Space(0, 0)
         return pb.PruneResponse(
-            executions=part.pruned.executions,
-            sessions=part.pruned.sessions,
-            kept=part.pruned.kept,
-            more=part.pruned.after is not None,
-            after=part.pruned.after or 0,
+            executions=pruned.executions,
+            sessions=pruned.sessions,
+            kept=pruned.kept,
+            more=pruned.after is not None,
+            after=pruned.after or 0,
             total_bytes=space.total,
             free_bytes=space.free,
-            released_bytes=space.given_back,
+            released_bytes=space.released,
         )
 
     async def Backup(
@@ -639,24 +576,27 @@ def _size_of(execution: Execution) -> int:
 
 
 def _execution_message(execution: Execution, has_poller: bool) -> pb.GetExecutionResponse:
-    return pb.GetExecutionResponse(
-        execution_id=execution.execution_id,
-        workflow_id=execution.workflow_id,
-        version_hash=execution.version_hash,
-        status=execution.status.value,
-        input_json=execution.input_json,
-        idempotency_key=execution.idempotency_key,
-        created_ms=execution.created_ms,
-        ended_ms=execution.ended_ms or 0,
-        error=execution.error,
-        has_poller=has_poller,
-        nodes=_node_messages(execution),
-        parent_execution_id=execution.parent_execution_id,
-        parent_node_id=execution.parent_node_id,
-        child_index=execution.child_index,
-        attributes=execution.attributes,
-        input_bytes=execution.input_bytes,
-    )
+    return pb.GetExecutionResponse(**_fields(execution), has_poller=has_poller, input_bytes=execution.input_bytes)
+
+
+def _fields(execution: Execution) -> dict[str, Any]:
+    """Return the fields that GetExecutionResponse and ExecutionSummary have in common."""
+    return {
+        "execution_id": execution.execution_id,
+        "workflow_id": execution.workflow_id,
+        "version_hash": execution.version_hash,
+        "status": execution.status.value,
+        "input_json": execution.input_json,
+        "idempotency_key": execution.idempotency_key,
+        "created_ms": execution.created_ms,
+        "ended_ms": execution.ended_ms or 0,
+        "error": execution.error,
+        "nodes": _node_messages(execution),
+        "parent_execution_id": execution.parent_execution_id,
+        "parent_node_id": execution.parent_node_id,
+        "child_index": execution.child_index,
+        "attributes": execution.attributes,
+    }
 
 
 def _node_messages(execution: Execution) -> list[pb.NodeRecord]:

@@ -56,17 +56,17 @@ class Waiters:
 
     def execution_ended(self, execution: Execution) -> None:
         """Answer the callers that wait for the execution. If its payloads are large, the callers query the store."""
-        self._running.discard(execution.execution_id)
-        for future in self._waiting.get(execution.execution_id, ()):
-            if not future.done():
-                future.set_result(execution if execution.nodes else None)
+        self._answer(execution.execution_id, execution if execution.nodes else None)
 
-    def ended_elsewhere(self, execution_id: str) -> None:
-        """Make the callers that wait for the execution query the store: another server has ended it."""
+    def ended_by_id(self, execution_id: str) -> None:
+        """Make the callers that wait for an ended execution query the store: only its id is known here."""
+        self._answer(execution_id, None)
+
+    def _answer(self, execution_id: str, ended: Execution | None) -> None:
         self._running.discard(execution_id)
         for future in self._waiting.get(execution_id, ()):
             if not future.done():
-                future.set_result(None)
+                future.set_result(ended)
 
     def waited_for(self) -> list[str]:
         """Return the ids of the executions that have waiting callers."""
@@ -82,10 +82,8 @@ class Waiters:
     def look_again(self) -> None:
         """Make every waiting caller query the store. Call this when it is unknown whether a transaction was stored."""
         self._running.clear()
-        for waiting in self._waiting.values():
-            for future in waiting:
-                if not future.done():
-                    future.set_result(None)
+        for execution_id in self._waiting:
+            self._answer(execution_id, None)
 
     def stop(self) -> None:
         """Make every waiting caller query the store, and let no later caller wait."""

@@ -1,8 +1,11 @@
 """The store of executions. `open_store` picks the dialect from the database URL.
 
-Every change of state is a function in `executions.py`, `tasks.py`, `leases.py`, `waits.py`, `retry.py` or
-`retention.py`. What follows from a change is in `flow.py`. Every query is in `queries.sql`. A dialect's module has the
-code that only its database needs.
+Every change of state is a transition: a function in `executions.py`, `tasks.py`, `leases.py`, `waits.py`, `retry.py` or
+`retention.py`. It runs inside one transaction, and is the same for every database. If the state doesn't allow the
+change, the transition raises an error of `nexum_engine.errors`, and its changes are rolled back.
+
+What follows from a change is in `flow.py`. Every query is in `queries.sql`. A dialect's module has the code that only
+its database needs.
 """
 
 from __future__ import annotations

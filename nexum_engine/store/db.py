@@ -46,6 +46,13 @@ class Db(Protocol):
         ...
 
 
+def row_of(db: Db, query: str, **parameters: object) -> Row:
+    """Run a query that always has a row, such as a count, and return its first row."""
+    row = db.one(query, **parameters)
+    assert row is not None, f"the query {query} has found nothing: {parameters}"
+    return row
+
+
 def of_one_snapshot(reading: Reading) -> Reading:
     """Mark a transition that only reads. All its statements read one state, even if other servers write meanwhile."""
     SNAPSHOTS.add(reading)

@@ -1,13 +1,8 @@
-"""Transitions of workflows and executions: register, start, cancel.
-
-Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
-function raises an error of `nexum_engine.errors`, and its changes are rolled back.
-"""
+"""Transitions of workflows and executions: register, start, cancel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from nexum_engine import jsontext
 from nexum_engine.errors import (
@@ -25,7 +20,7 @@ from nexum_engine.store.definitions import parsed, policy_of
 from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution, get_execution
-from nexum_engine.store.results import Changed, Changes, Started
+from nexum_engine.store.results import Changes, Started
 from nexum_engine.workflow import check_attributes, check_id, compatibility
 
 QUEUE_RETRY_AFTER = 1.0  # seconds
@@ -86,14 +81,6 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 # ---- Executions ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OwnedResult:
-    """A node's result that its owner sends with the start. `output_json` is valid JSON."""
-
-    owner: str
-    output_json: str
-
-
 def start_execution(
     db: Db,
     workflow_id: str,
@@ -101,18 +88,18 @@ def start_execution(
     input_json: str,
     idempotency_key: str,
     *,
-    owned: bool = False,
-    result: OwnedResult | None = None,
+    owner: str = "",
+    output_json: str = "",
     attributes: Mapping[str, str] | None = None,
     max_task_bytes: int | None = None,
     full_at: int | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
-    A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once.
-    An `owned` execution has one node, and no poll gets this node. With `result`, a new owned execution is stored as
-    COMPLETED. `max_task_bytes` is the size of the largest task that any worker can receive. `full_at` is the limit of
-    the queue if the queue is full, else None.
+    A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once. An
+    execution with an `owner` has one node, and no poll gets this node. With `output_json`, which is valid JSON, a new
+    owned execution is stored as COMPLETED. `max_task_bytes` is the size of the largest task that any worker can
+    receive. `full_at` is the limit of the queue if the queue is full, else None.
 
     Raises WorkflowNotFound for an unknown version, Overloaded for a new execution if the queue is full, InvalidRequest
     for an input that isn't JSON and for wrong attributes, TooLarge for an input that no worker can receive, and
@@ -150,7 +137,7 @@ def start_execution(
             f"receive more than {max_task_bytes - TASK_FRAME_BYTES:,}: put the data into a file, or start a worker "
             "with a larger limit (max_task_bytes) before this execution"
         )
-    status = ExecutionStatus.RUNNING if result is None else ExecutionStatus.COMPLETED
+    status = ExecutionStatus.COMPLETED if output_json else ExecutionStatus.RUNNING
     added = db.one(
         "add_execution",
         random=random_part(),
@@ -166,18 +153,18 @@ def start_execution(
         raise WorkflowNotFound(workflow_id, version_hash)
     for name, value in (attributes or {}).items():
         db.run("add_attribute", execution=added["sequence"], name=name, value=value)
-    if owned:
-        _add_owned_node(db, added, workflow_id, version_hash, input_json, result)
+    if owner:
+        _add_owned_node(db, added, workflow_id, version_hash, task_bytes, owner, output_json)
         return Started(added["execution_id"], status, existing=False)
     changes = Changes()
-    begin(db, added, workflow_id, version_hash, input_json, changes)
+    begin(db, added, workflow_id, version_hash, task_bytes, changes)
     # If all nodes complete at once (for instance timers without a delay), the execution has already ended.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
-    return Started(added["execution_id"], status, existing=False, changed=changes.freeze())
+    return Started(added["execution_id"], status, existing=False, changed=changes)
 
 
 def _add_owned_node(
-    db: Db, added: Row, workflow_id: str, version_hash: str, input_json: str, result: OwnedResult | None
+    db: Db, added: Row, workflow_id: str, version_hash: str, task_bytes: int, owner: str, output_json: str
 ) -> None:
     definition = parsed(added["ir_json"])
     if len(definition) != 1:
@@ -194,24 +181,24 @@ def _add_owned_node(
         "node_type": node.node_type.value,
         "dependencies": "[]",
         "version_hash": version_hash,
-        "task_bytes": jsontext.size_of(input_json) + TASK_FRAME_BYTES,
+        "task_bytes": task_bytes,
         "owned": True,
     }
-    if result is None:
-        db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
-    else:
+    if output_json:
         db.run(
             "add_recorded_node",
             **fields,
             task_id=new_task_id(number),
-            worker_id=result.owner,
+            worker_id=owner,
             streamed=True,
             now=db.now_ms,
-            output_json=result.output_json,
+            output_json=output_json,
         )
+    else:
+        db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
 
 
-def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
+def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changes:
     """Cancel a running execution, and record who did. If the execution is already cancelled, nothing changes.
 
     Raises ExecutionNotFound for an unknown id, and Conflict if the execution has completed or failed.
@@ -220,10 +207,10 @@ def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changed:
         check_id(by, "cancelled_by")
     row = find_execution(db, execution_id, lock=True)
     if row["status"] == ExecutionStatus.CANCELLED:
-        return Changed()
+        return Changes()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']} and can't be cancelled any more")
     changes = Changes()
     reason = f"cancelled by {by}" if by else ""
     end_execution(db, row["sequence"], ExecutionStatus.CANCELLED, reason, changes)
-    return changes.freeze()
+    return changes

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, TooLarge, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
 from nexum_engine.store.limits import place_freed
@@ -35,15 +35,14 @@ MAX_DEPTH = 100
 # ---- The nodes that follow -------------------------------------------------------------------------------------------
 
 
-def begin(db: Db, added: Row, workflow_id: str, version_hash: str, input_json: str, changes: Changes) -> None:
+def begin(db: Db, added: Row, workflow_id: str, version_hash: str, task_bytes: int, changes: Changes) -> None:
     """Add the nodes of a new execution.
 
     A node that depends on no other node becomes a task, or begins to wait for a time, a person or an event. `added` is
-    the row of the execution, with the IR of its version.
+    the row of the execution, with the IR of its version. `task_bytes` is the size of a task that gets only the input.
     """
     definitions = parsed(added["ir_json"])
     settled = scheduling.settle(definitions, dict.fromkeys(definitions, NodeStatus.PENDING), {})
-    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     waiting: list[tuple[int, NodeDefinition]] = []
     for position, node in enumerate(definitions.values()):
         number = node_number(added["sequence"], position)
@@ -164,20 +163,16 @@ def use_event(db: Db, number: int, name: str) -> bool:
     return db.changes("complete_waiting", node=number, output_json=event["payload_json"], now=db.now_ms) > 0
 
 
-def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> bool:
-    """Record the output of a WAITING node, and advance its execution. Return False if the node no longer waits."""
-    if not db.changes("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
-        return False
-    advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
-    return True
+def complete_waiting(db: Db, node: Row, output_json: str, changes: Changes) -> None:
+    """Record the output of a WAITING node, and advance its execution. Do nothing if the node no longer waits."""
+    if db.changes("complete_waiting", node=node["node"], output_json=output_json, now=db.now_ms):
+        advance(db, node["execution"], node["workflow_id"], node["version_hash"], changes)
 
 
-def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> bool:
-    """Fail a WAITING node and its execution. Return False if the node no longer waits."""
-    if not db.changes("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
-        return False
-    end_execution(db, node["execution"], ExecutionStatus.FAILED, f"{node['node_id']}: {reason}", changes)
-    return True
+def fail_waiting(db: Db, node: Row, reason: str, changes: Changes) -> None:
+    """Fail a WAITING node and its execution. Do nothing if the node no longer waits."""
+    if db.changes("fail_waiting", node=node["node"], error=reason, now=db.now_ms):
+        end_execution(db, node["execution"], ExecutionStatus.FAILED, f"{node['node_id']}: {reason}", changes)
 
 
 # ---- Executions that a node starts -----------------------------------------------------------------------------------
@@ -215,13 +210,13 @@ def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: C
     latest = db.one("latest_version", workflow_id=workflow_id)
     if latest is None:
         raise WorkflowNotFound(workflow_id)
-    depth = db.one("depth", execution=node["execution"])
-    if depth is not None and depth["depth"] >= MAX_DEPTH:
+    if row_of(db, "depth", execution=node["execution"])["depth"] >= MAX_DEPTH:
         raise InvalidRequest(
             f"node {node['node_id']!r} can't start {workflow_id!r}: the execution is already nested {MAX_DEPTH} deep, "
             "which is the limit"
         )
-    added = db.one(
+    added = row_of(
+        db,
         "add_child",
         random=random_part(),
         workflow_id=workflow_id,
@@ -230,9 +225,9 @@ def start_child(db: Db, node: Row, workflow_id: str, input_json: str, changes: C
         now=db.now_ms,
         parent_node=node["node"],
     )
-    assert added is not None
     child = {**added, "ir_json": latest["ir_json"]}
-    begin(db, child, workflow_id, latest["version_hash"], input_json, changes)
+    task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
+    begin(db, child, workflow_id, latest["version_hash"], task_bytes, changes)
 
 
 def _child_ended(db: Db, child: Row, changes: Changes) -> None:
@@ -251,14 +246,17 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
     elif parent["node_type"] == NodeType.SUBWORKFLOW:
         last = db.one("last_output", execution=child["sequence"])
         output = "null" if last is None else last["output_json"]
-        if not _fail_too_large(db, parent, jsontext.size_of(output), changes):
+        if outputs_fit(db, parent["execution_id"], jsontext.size_of(output)):
             complete_waiting(db, parent, output, changes)
+        else:
+            _fail_too_large(db, parent, changes)
     elif db.one("running_child", node=parent["node"]) is None:
-        size = db.one("item_result_bytes", node=parent["node"])
-        if size is not None and _fail_too_large(db, parent, size["bytes"], changes):
-            return
-        results = [row["output_json"] for row in db.all("item_results", node=parent["node"])]
-        complete_waiting(db, parent, f"[{','.join(results)}]", changes)
+        size = row_of(db, "item_result_bytes", node=parent["node"])["bytes"]
+        if outputs_fit(db, parent["execution_id"], size):
+            results = [row["output_json"] for row in db.all("item_results", node=parent["node"])]
+            complete_waiting(db, parent, f"[{','.join(results)}]", changes)
+        else:
+            _fail_too_large(db, parent, changes)
 
 
 def outputs_fit(db: Db, execution_id: str, size: int) -> bool:
@@ -275,12 +273,10 @@ def check_outputs_fit(db: Db, execution_id: str, output_json: str) -> None:
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
 
 
-def _fail_too_large(db: Db, node: Row, size: int, changes: Changes) -> bool:
-    """Fail a WAITING node whose output of `size` bytes is too large for its execution. Return False if it fits."""
-    if outputs_fit(db, node["execution_id"], size):
-        return False
+def _fail_too_large(db: Db, node: Row, changes: Changes) -> None:
+    """Fail a WAITING node whose output is too large for its execution."""
     reason = f"with its result, the outputs of the execution are over the limit of {MAX_OUTPUT_BYTES:,} bytes"
-    return fail_waiting(db, node, reason, changes)
+    fail_waiting(db, node, reason, changes)
 
 
 # ---- The end ---------------------------------------------------------------------------------------------------------
@@ -295,7 +291,8 @@ def end_execution(
     execution then read the payloads from the store. If the execution has only one node, and the node's output is not
     large, give the node as `only_node`: this saves three queries.
     """
-    row = db.one(
+    row = row_of(
+        db,
         "end_execution",
         execution=execution,
         status=status.value,
@@ -303,17 +300,20 @@ def end_execution(
         now=db.now_ms,
         max_inline=MAX_INLINE_BYTES,
     )
-    assert row is not None, f"execution {execution} has ended before"
     if status is not ExecutionStatus.COMPLETED:
         for node in db.all("cancel_nodes", execution=execution, now=db.now_ms):
             if node["outcome"] == Outcome.CANCELLED:
                 place_freed(db, node, changes)
         db.run("cancel_item_nodes", execution=execution, now=db.now_ms)
-        db.run("cancel_items", execution=execution, now=db.now_ms)
+        changes.ended_items += [
+            item["execution_id"] for item in db.all("cancel_items", execution=execution, now=db.now_ms)
+        ]
         for child in db.all("running_children", execution=execution):
             end_execution(db, child["sequence"], ExecutionStatus.CANCELLED, "", changes)
     if row["child_index"] is None:
         changes.ended.append(_ended(db, row, only_node))
+    else:
+        changes.ended_items.append(row["execution_id"])
     if row["parent_node"] is not None:
         _child_ended(db, {**row, "sequence": execution}, changes)
 

@@ -1,8 +1,4 @@
-"""Transitions of leases: renew, shorten, expire.
-
-Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
-function raises an error of `nexum_engine.errors`, and its changes are rolled back.
-"""
+"""Transitions of leases: renew, shorten, expire."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ from collections.abc import Mapping
 
 from nexum_engine import jsontext, scheduling
 from nexum_engine.records import Effect, ExecutionStatus, Outcome
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import TIMEOUT_GRACE_MS, retry_of
 from nexum_engine.store.ids import number_of
-from nexum_engine.store.results import Changed, Changes, ReadyTask, Renewed, Swept
+from nexum_engine.store.results import Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail, wait_for_person
 from nexum_engine.store.waits import end_waits
 
@@ -56,7 +52,7 @@ def _renewed(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
 
 
 def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
-    row = find_attempt(db, task_id, lock=True)
+    row = find_attempt(db, task_id)
     if (
         row is None
         or row["worker_id"] != worker_id
@@ -78,7 +74,7 @@ def _counted_losses(outcome: Outcome, row: Row) -> int:
     return 0 if outcome in (Outcome.INTERRUPTED, Outcome.UNKNOWN) or row["owned"] else 1
 
 
-def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
+def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changes:
     """End the attempts at tasks that never reached the worker."""
     changes = Changes()
     reason = f"the task did not reach worker {worker_id}: two heartbeats in a row did not name it"
@@ -90,7 +86,7 @@ def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changed:
         db.lock(row["execution"])
     for row in found():  # another server may have ended some of the attempts before this server had the locks
         _lose(db, row, Outcome.LOST, reason, changes, may_have_begun=False)
-    return changes.freeze()
+    return changes
 
 
 def _handed_out(db: Db, worker_id: str) -> list[Row]:
@@ -102,14 +98,17 @@ def disconnect(db: Db, worker_id: str, grace_ms: int) -> None:
     db.run("shorten_leases", worker_id=worker_id, lease_expires_ms=db.now_ms + grace_ms)
 
 
-def restart(db: Db, grace_ms: int, unstreamed_ms: int) -> None:
+def restart(db: Db, grace_ms: int, unstreamed_ms: int, dead_process: str = "") -> None:
     """Reset all leases at the server's start, so that workers have time to reconnect and keep their tasks.
 
     `grace_ms` is the new lease of workers that had a worker stream, and `unstreamed_ms` that of workers without one.
+    The leases of workers and owners in `dead_process` end at once (see `process_name`).
     """
     db.run("restart_leases", streamed=True, lease_expires_ms=db.now_ms + grace_ms)
     db.run("restart_leases", streamed=False, lease_expires_ms=db.now_ms + unstreamed_ms)
     db.run("restart_owned_leases", lease_expires_ms=db.now_ms + min(grace_ms, OWNER_RESTART_GRACE_MS))
+    if dead_process:
+        db.run("end_leases", process=dead_process, now=db.now_ms)
     # The clock may have been set back while no server ran. Let no wait be longer than a wait that begins now.
     db.run("restart_tasks", now=db.now_ms)
     for row in db.all("waiting_retries", now=db.now_ms):
@@ -133,12 +132,8 @@ def sweep(db: Db, since_ms: int) -> Swept:
         if row is not None:  # else another server was first, or an earlier pass of this loop has ended the execution
             _expire(db, row, changes)
     end_waits(db, changes)
-    due = [
-        row["due"]
-        for row in (db.one("next_lease"), db.one("next_retry", now=db.now_ms), db.one("next_wait"))
-        if row is not None and row["due"] is not None
-    ]
-    return Swept(changes.freeze(), min(due, default=None))
+    nexts = row_of(db, "next_lease"), row_of(db, "next_retry", now=db.now_ms), row_of(db, "next_wait")
+    return Swept(changes, min((row["due"] for row in nexts if row["due"] is not None), default=None))
 
 
 def _expire(db: Db, row: Row, changes: Changes) -> None:

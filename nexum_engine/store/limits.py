@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from pydantic import BaseModel, ConfigDict
 
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.results import Changes, Gate, ReadyTask
 from nexum_engine.workflow import Concurrency, NodeDefinition, Rate
 
@@ -49,10 +49,9 @@ def gate_of(db: Db, node: Row, *, lock: bool = False) -> Gate:
     limits = _parse(node["limits"])
     of_node = {"execution": node["execution"], "node_id": node["node_id"]}
     bucket = db.one("lock_limit" if lock else "limit", **of_node)
-    if limits.concurrency is not None:
-        row = db.one("running_under_limit", **of_node)
-        if row is not None and row["running"] >= limits.concurrency:
-            return Gate(f"concurrency of {limits.concurrency}")
+    most = limits.concurrency
+    if most is not None and row_of(db, "running_under_limit", **of_node)["running"] >= most:
+        return Gate(f"concurrency of {most}")
     if limits.rate is None:
         return Gate()
     length_ms = 1000 * limits.rate.seconds
@@ -88,5 +87,4 @@ def place_freed(db: Db, node: Row, changes: Changes) -> None:
     # next query would not see that task yet, so nobody would announce it.
     db.run("lock_limit", execution=node["execution"], node_id=node["node_id"])
     waiting = db.all("versions_of_limit", execution=node["execution"], now=db.now_ms)
-    # Announce tasks with size 0, so that any poll is woken. The poll's claim checks the true size.
-    changes.ready += [ReadyTask(row["version_hash"], 0) for row in waiting]
+    changes.ready += [ReadyTask(row["version_hash"]) for row in waiting]

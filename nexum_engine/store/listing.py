@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, SessionSummary
-from nexum_engine.store.db import Db, Row, of_one_snapshot
+from nexum_engine.store.db import Db, Row, of_one_snapshot, row_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.reading import execution_of, get_execution, payload_bytes
 from nexum_engine.workflow import MAX_ATTRIBUTES
@@ -163,8 +163,7 @@ def _candidates(db: Db, wanted: _Filter) -> tuple[Callable[..., list[Row]], bool
 
 
 def _count(db: Db, query: str, **parameters: str) -> int:
-    row = db.one(query, **parameters, limit=_RARE)
-    return int(row["number"]) if row is not None else 0
+    return int(row_of(db, query, **parameters, limit=_RARE)["number"])
 
 
 def _first_since(db: Db, ms: int) -> int:
@@ -218,8 +217,8 @@ def _as_session(db: Db, run: Execution, listed: Row) -> Execution:
     keys = {"first_key": f"{session}/", "end_key": f"{session}0"}  # "0" is the character after "/"
     found: list[tuple[int, int, _Summary | None]] = []  # of each workflow: the last time, the number, and the summary
     for workflow in db.all("workflow_ids"):
-        row = db.one("session_events", workflow_id=workflow["workflow_id"], **keys)
-        if row is not None and row["number"]:
+        row = row_of(db, "session_events", workflow_id=workflow["workflow_id"], **keys)
+        if row["number"]:
             last = db.one("session_summary", workflow_id=workflow["workflow_id"], last_ms=row["last_ms"], **keys)
             found.append((row["last_ms"], row["number"], _summary_of(last)))
     # Executions without a summary, such as events that others have sent to the session, are not its recorded events.

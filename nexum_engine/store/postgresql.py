@@ -28,9 +28,8 @@ from psycopg.pq import TransactionStatus
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
-from nexum_engine.store.base import Space
-from nexum_engine.store.db import Row
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
+from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition, stopping
+from nexum_engine.store.db import Row, row_of
 from nexum_engine.store.postgresql_connection import (
     Connection,
     connect,
@@ -74,13 +73,13 @@ class _Lost(Exception):
     """
 
 
-class PostgresStore(GroupCommitStore):
+class PostgresStore(Store):
     """A Nexum database in PostgreSQL. Any number of servers may have it open."""
 
     _reads_snapshots = True
 
     def __init__(self, url: str, clock: Clock, connection: Connection, server: int, database_id: str) -> None:
-        super().__init__()
+        super().__init__(without_password(url), database_id, None)
         self._url = url
         self._clock = clock
         self._queries = dialect()
@@ -88,8 +87,6 @@ class PostgresStore(GroupCommitStore):
             name for name, text in self._queries.items() if not text.startswith(("SELECT", "WITH"))
         )
         self._connection: Connection | None = connection
-        self._opened_as = without_password(url)
-        self._database_id = database_id
         self._next_comparison = 0.0
         self._server = server
         self._channel = channel_of(connection)
@@ -115,18 +112,6 @@ class PostgresStore(GroupCommitStore):
             raise StoreRefused(f"can't open {without_password(database_url)}: {why}") from error
         return cls(database_url, clock, connection, server, database_id)
 
-    @property
-    def opened_as(self) -> str:
-        return self._opened_as
-
-    @property
-    def database_id(self) -> str:
-        return self._database_id
-
-    @property
-    def file(self) -> Path | None:
-        return None
-
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
         """Return the size of the database. With `always`, first make the space of deleted rows usable for new rows.
 
@@ -139,12 +124,11 @@ class PostgresStore(GroupCommitStore):
                 await asyncio.to_thread(vacuum, self._url)
             except psycopg.Error as error:
                 raise StoreUnavailable(f"the space could not be freed: {line_of(error)}") from error
-        size = await self.run(lambda db: db.one("database_size"))
-        assert size is not None
+        size = await self.run(lambda db: row_of(db, "database_size"))
         return Space(size["bytes"], 0)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        raise InvalidRequest(f"Nexum can't back up {self._opened_as}: use pg_dump, or PostgreSQL's archiving")
+        raise InvalidRequest(f"Nexum can't back up {self.opened_as}: use pg_dump, or PostgreSQL's archiving")
 
     def join(self, on_news: Callable[[News], None]) -> None:
         # Forget the servers whose process has ended. If this server replaces a killed server, the workers of the killed
@@ -172,7 +156,7 @@ class PostgresStore(GroupCommitStore):
         self._writer.shutdown()
 
     async def _recover(self, error: CommitFailed) -> None:
-        self._log_failure(self._opened_as, error)
+        self._log_failure(error)
         self._look_again()
 
     # ---- In the writer thread ----------------------------------------------------------------------------------------
@@ -186,11 +170,11 @@ class PostgresStore(GroupCommitStore):
                     raise
                 except Exception as error:  # noqa: BLE001 - when run separately, the failing transition raises it again
                     logger.debug("%d transitions get transactions of their own: %s", len(transitions), line_of(error))
-            return [self._outcome(transition, kind) for transition in transitions]
+            return [self._in_own_transaction(transition, kind) for transition in transitions]
         except Exception as error:
             raise CommitFailed(error) from error
 
-    def _outcome(self, transition: Transition, kind: Kind) -> Any:
+    def _in_own_transaction(self, transition: Transition, kind: Kind) -> Any:
         """Run one transition in a transaction of its own. Return its result or exception."""
         end = time.monotonic() + CONFLICT_SECONDS
         while True:
@@ -225,7 +209,7 @@ class PostgresStore(GroupCommitStore):
                     db = _PostgresDb(
                         connection, pipeline, self._queries, self._writes, self._clock.now_ms(), self._server
                     )
-                    outcomes = [_outcome_of(transition, db) for transition in transitions]
+                    outcomes = [_result_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
                     pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
@@ -238,7 +222,7 @@ class PostgresStore(GroupCommitStore):
                     self._disconnect()
                     if is_sent:
                         raise _Lost(f"the connection was lost: {line_of(error)}") from error
-                    logger.warning("database %s: %s; connecting again", self._opened_as, line_of(error))
+                    logger.warning("database %s: %s; connecting again", self.opened_as, line_of(error))
                     continue
                 self._roll_back(connection)
                 raise
@@ -287,7 +271,7 @@ def _for_caller(error: psycopg.Error) -> Exception:
     return error
 
 
-def _outcome_of(transition: Transition, db: _PostgresDb) -> Any:
+def _result_of(transition: Transition, db: _PostgresDb) -> Any:
     """Return a transition's result. Return its error if the transition has written nothing, else raise the error."""
     written = db.written
     try:

@@ -15,9 +15,10 @@ import psycopg
 from psycopg import sql
 
 from nexum_engine.clock import Clock
+from nexum_engine.event_loop import call_in
 from nexum_engine.store.postgresql_connection import Connection, connect, line_of
 from nexum_engine.store.postgresql_queries import dialect
-from nexum_engine.store.results import Changed, News
+from nexum_engine.store.results import Changes, News
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class OtherServers:
         connection.execute(sql.SQL("LISTEN {}").format(sql.Identifier(self._channel)))
         # Send empty news: from now on the other servers send their news, even before they next count the live servers.
         send(connection, self._channel, self._server, self._clock.now_ms(), News())
-        self._call(self._on_gap)
+        call_in(self._loop, self._on_gap)
         beaten = 0.0
         while not self._stopping.is_set():
             if time.monotonic() >= beaten + BEAT_SECONDS:
@@ -93,20 +94,15 @@ class OtherServers:
                 now_ms = self._clock.now_ms()
                 connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
                 connection.execute(queries["forget_dead"])
-                self._call(self._on_news, News(due_ms=now_ms, anything=True))
+                call_in(self._loop, self._on_news, News(due_ms=now_ms, anything=True))
             for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):
                 sender, sent_ms, news = _received(note.payload)
                 if sender != self._server:
                     # Let the clock follow the sender's: a task that is due at the sender must be due here, too.
                     self._clock.follow(sent_ms, max(sent_ms, self._clock.now_ms()))
                     self._on_alive()
-                    self._call(self._on_news, news)
+                    call_in(self._loop, self._on_news, news)
         connection.execute(queries["leave"], me)
-
-    def _call(self, callback: Callable[..., object], *args: object) -> None:
-        """Call a function on the event loop, unless the loop is closed."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(callback, *args)
 
 
 def hold_server(connection: Connection, server: int) -> None:
@@ -122,8 +118,9 @@ def channel_of(connection: Connection) -> str:
 
 def news_of(outcomes: list[Any]) -> News | None:
     """Return what the other servers must know of a transaction, or None if they need to know nothing."""
-    changes = [one if isinstance(one, Changed) else getattr(one, "changed", None) for one in outcomes]
-    found = [one for one in changes if isinstance(one, Changed) and one != Changed()]
+    changes = [one if isinstance(one, Changes) else getattr(one, "changed", None) for one in outcomes]
+    # Leave out the ended items: few callers wait for them, and the other servers look for missed ends every second.
+    found = [one for one in changes if isinstance(one, Changes) and (one.ready or one.ended or one.due_ms is not None)]
     if not found:
         return None
     due = [one.due_ms for one in found if one.due_ms is not None]

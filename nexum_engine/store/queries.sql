@@ -100,19 +100,9 @@ VALUES (:node, :node_id, :node_type, :dependencies, :version_hash, 'COMPLETED', 
         :worker_id, :streamed, :now, :now, 'COMPLETED', 'EXPIRED', :output_json);
 
 -- name: execution
--- One execution.
-SELECT sequence, execution_id, workflow_id, version_hash, status, input_json, idempotency_key, created_ms, ended_ms,
-       error,
-       (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
-       AS parent_execution_id,
-       (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index,
-       (SELECT json_group_object(name, value) FROM attributes WHERE execution = sequence) AS attributes
-FROM executions WHERE sequence = :execution AND execution_id = :execution_id;
-
--- name: execution_without_input
--- One execution without its input.
-SELECT sequence, execution_id, workflow_id, version_hash, status, '' AS input_json, idempotency_key, created_ms,
-       ended_ms, error,
+-- One execution. Its input is left out unless :with_input is true.
+SELECT sequence, execution_id, workflow_id, version_hash, status,
+       CASE WHEN :with_input THEN input_json ELSE '' END AS input_json, idempotency_key, created_ms, ended_ms, error,
        (SELECT execution_id FROM executions AS parents WHERE parents.sequence = executions.parent_node / 1000)
        AS parent_execution_id,
        (SELECT node_id FROM nodes WHERE node = parent_node) AS parent_node_id, child_index,
@@ -664,10 +654,11 @@ WHERE node IN (SELECT 1000 * sequence FROM executions
   AND status IN ('READY', 'RUNNING');
 
 -- name: cancel_items
--- End the running executions of the items of an execution's MAP nodes.
+-- End the running executions of the items of an execution's MAP nodes. Return their ids.
 UPDATE executions SET status = 'CANCELLED', ended_ms = :now
 WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND child_index IS NOT NULL
-  AND status = 'RUNNING';
+  AND status = 'RUNNING'
+RETURNING execution_id;
 
 -- name: reopen_execution
 -- Make an execution without a result run again.
@@ -765,6 +756,11 @@ WHERE queue = '' AND streamed = :streamed;
 -- name: restart_owned_leases
 -- The server was restarted: attempts of owners are interrupted unless their owners reconnect in time.
 UPDATE nodes SET due_ms = :lease_expires_ms WHERE queue = '' AND owned;
+
+-- name: end_leases
+-- The process died with the server: its attempts are interrupted.
+UPDATE nodes SET due_ms = :now, lease_loss = 'INTERRUPTED'
+WHERE queue = '' AND substr(worker_id, 1, length(:process)) = :process;
 
 -- name: restart_tasks
 -- Make first attempts due that seem to be due later, because the clock was set back.

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
-from nexum_engine.store.db import Db, Row, of_one_snapshot
+from nexum_engine.store.db import Db, Row, of_one_snapshot, row_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.limits import gate_of
 from nexum_engine.store.results import Gate, News
@@ -41,15 +41,15 @@ def execution_of(row: Row, nodes: tuple[Node, ...] = ()) -> Execution:
     )
 
 
-def find_execution(db: Db, execution_id: str, *, lock: bool = False) -> Row:
-    """Return the row of an execution, without its input. Raises ExecutionNotFound for an unknown id.
+def find_execution(db: Db, execution_id: str, *, lock: bool = False, with_input: bool = False) -> Row:
+    """Return the row of an execution. Raises ExecutionNotFound for an unknown id.
 
-    With `lock`, no other server changes the execution before the commit.
+    With `lock`, no other server changes the execution before the commit. Without `with_input`, the input is empty.
     """
     number = number_of(db, execution_id)
     if lock:
         db.lock(number)
-    row = db.one("execution_without_input", execution=number, execution_id=execution_id)
+    row = db.one("execution", execution=number, execution_id=execution_id, with_input=with_input)
     if row is None:
         raise ExecutionNotFound(execution_id)
     return row
@@ -72,9 +72,7 @@ def get_execution(
     """
     if max_bytes is not None and payload_bytes(db, execution_id, with_attempts) > max_bytes:
         return execution_of(find_execution(db, execution_id))
-    row = db.one("execution", execution=number_of(db, execution_id), execution_id=execution_id)
-    if row is None:
-        raise ExecutionNotFound(execution_id)
+    row = find_execution(db, execution_id, with_input=True)
     attempts: dict[str, list[Attempt]] = {}
     if with_attempts:
         for a in db.all("attempts", execution=row["sequence"], limit=MAX_ATTEMPTS):
@@ -136,8 +134,7 @@ def missed(db: Db, version_hashes: Sequence[str], execution_ids: Sequence[str]) 
 
 def queued_tasks(db: Db, limit: int) -> int:
     """Return the number of tasks that wait for a worker, or `limit` if there are more."""
-    row = db.one("queued_tasks", limit=limit)
-    return int(row["tasks"]) if row is not None else 0
+    return int(row_of(db, "queued_tasks", limit=limit)["tasks"])
 
 
 def payload_part(db: Db, execution_id: str, node_id: str, offset: int, length: int) -> tuple[bytes, int]:
@@ -167,5 +164,4 @@ def payload_bytes(db: Db, execution_id: str, with_attempts: bool = False) -> int
 
 def output_bytes(db: Db, execution_id: str) -> int:
     """Return an upper bound of the size of an execution's recorded outputs, including the nodes' names."""
-    row = db.one("output_bytes", execution=number_of(db, execution_id))
-    return int(row["bytes"]) if row is not None else 0
+    return int(row_of(db, "output_bytes", execution=number_of(db, execution_id))["bytes"])

@@ -14,17 +14,27 @@ class ReadyTask:
     """The version and size of a task that became due. The server offers the task to a waiting poll."""
 
     version_hash: str
-    task_bytes: int
+    task_bytes: int = 0
+    """With 0, any poll is woken, whatever it can receive. The claim of the poll checks the true size."""
 
 
-@dataclass(frozen=True)
-class Changed:
-    """The effects of a transition: the tasks that became due, the executions that ended, and when a node is due."""
+@dataclass
+class Changes:
+    """The effects of a transition: the tasks that became due, the executions that ended, and when a node is due.
 
-    ready: tuple[ReadyTask, ...] = ()
-    ended: tuple[Execution, ...] = ()
+    The transition adds them while it runs.
+    """
+
+    ready: list[ReadyTask] = field(default_factory=list)
+    ended: list[Execution] = field(default_factory=list)
+    ended_items: list[str] = field(default_factory=list)
+    """The ids of the executions of MAP nodes' items that ended. A MAP node may have 10,000 items, so only their ids."""
     due_ms: int | None = None
     """When the next retry is due, or the next wait is over."""
+
+    def due_at(self, due_ms: int) -> None:
+        """Remember that a node is due at `due_ms`. The earliest time counts."""
+        self.due_ms = due_ms if self.due_ms is None else min(self.due_ms, due_ms)
 
 
 @dataclass(frozen=True)
@@ -40,12 +50,14 @@ class Started:
     """The owner's task, if an owner started the execution."""
     lease_ends_ms: int | None = None
     """When the lease of `task` ends; None if the owner held the task already."""
-    changed: Changed = Changed()
+    changed: Changes = field(default_factory=Changes)
     """The effects of the start: the tasks with which the execution began, and the effects of an owner's output."""
     unknown: bool = False
     """Whether the effect of the owned node is unknown. Then the execution waits for a person, without a task."""
     held: Gate | None = None
     """The gate of the owned node, if it is closed. There is no task then."""
+    held_version: str = ""
+    """The version of the node that `held` holds back. A start may name another version than its key's execution has."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ class Renewed:
 class Swept:
     """The result of `sweep`."""
 
-    changed: Changed
+    changed: Changes
     next_ms: int | None
     """When the next lease runs out, the next retry is due, or the next wait is over."""
 
@@ -119,20 +131,3 @@ class News:
     """The earliest time at which a lease may run out, a retry may be due, or a wait may be over."""
     anything: bool = False
     """Whether the other server may have made more changes than those above."""
-
-
-@dataclass
-class Changes:
-    """A mutable `Changed` that a transition fills while it runs."""
-
-    ready: list[ReadyTask] = field(default_factory=list)
-    ended: list[Execution] = field(default_factory=list)
-    due_ms: int | None = None
-
-    def due_at(self, due_ms: int) -> None:
-        """Remember that a node is due at `due_ms`. The earliest time counts."""
-        self.due_ms = due_ms if self.due_ms is None else min(self.due_ms, due_ms)
-
-    def freeze(self) -> Changed:
-        """Return what the transition has changed, as its result."""
-        return Changed(tuple(self.ready), tuple(self.ended), self.due_ms)

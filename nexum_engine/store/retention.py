@@ -1,6 +1,4 @@
-"""Transitions of retention: delete the executions that ended long ago.
-
-Each function runs inside one transaction, and is the same for every database. Run them with `Store.run_alone`.
+"""Transitions of retention: delete the executions that ended long ago. Run them with `Store.run_alone`.
 
 An execution is deleted with all that belongs to it. The executions of a session are deleted together, in one
 transaction: a replay of half a session would make the calls of the other half again. A session's id is the part of the

@@ -1,20 +1,17 @@
-"""The transition that continues a FAILED execution.
-
-The transition runs inside one transaction, and is the same for every database.
-"""
+"""The transition that continues a FAILED execution."""
 
 from __future__ import annotations
 
 from nexum_engine.errors import Conflict
 from nexum_engine.records import ExecutionStatus
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.flow import advance
 from nexum_engine.store.ids import node_number
 from nexum_engine.store.reading import find_execution
-from nexum_engine.store.results import Changed, Changes, ReadyTask
+from nexum_engine.store.results import Changes, ReadyTask
 
 
-def retry_execution(db: Db, execution_id: str) -> Changed:
+def retry_execution(db: Db, execution_id: str) -> Changes:
     """Continue a FAILED execution at its failed node, with fresh counts of failures. Recorded results are kept.
 
     The nodes that the failure had cancelled wait again for their dependencies, and timers begin again. A node that had
@@ -26,8 +23,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
     if row["status"] != ExecutionStatus.FAILED:
         raise Conflict(f"execution {execution_id} is {row['status']}: only a FAILED one can be retried")
     if (key := row["idempotency_key"]) is not None:
-        newest = db.one("execution_of_key", workflow_id=row["workflow_id"], idempotency_key=key)
-        assert newest is not None, "the execution itself has the key"
+        newest = row_of(db, "execution_of_key", workflow_id=row["workflow_id"], idempotency_key=key)
         if newest["execution_id"] != execution_id:
             # Refuse, even if the newest execution has ended: a start with the key finds only the newest execution, so
             # an older one must not run again.
@@ -49,7 +45,7 @@ def retry_execution(db: Db, execution_id: str) -> Changed:
         )
     changes = Changes()
     _reopen(db, row, changes)
-    return changes.freeze()
+    return changes
 
 
 def _reopen(db: Db, execution: Row, changes: Changes) -> None:
@@ -57,8 +53,7 @@ def _reopen(db: Db, execution: Row, changes: Changes) -> None:
     number, version_hash = execution["sequence"], execution["version_hash"]
     db.run("reopen_execution", execution=number)
     if execution["child_index"] is not None:
-        item = db.one("reopen_item", node=node_number(number, 0), now=db.now_ms)
-        assert item is not None
+        item = row_of(db, "reopen_item", node=node_number(number, 0), now=db.now_ms)
         changes.ready.append(ReadyTask(version_hash, item["task_bytes"]))
         return
     db.run("reopen_waiting", execution=number)

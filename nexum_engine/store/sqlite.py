@@ -17,9 +17,8 @@ from filelock import FileLock
 from nexum_engine.clock import Clock
 from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store.base import Space
+from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition, stopping
 from nexum_engine.store.db import Row, load_queries
-from nexum_engine.store.group_commit import CommitFailed, GroupCommitStore, Kind, Transition, stopping
 from nexum_engine.store.sqlite_connection import check_file
 from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, lock, new_backup
 
@@ -30,7 +29,7 @@ WATCH_INTERVAL = 1.0  # seconds between checks of the files of an idle database
 BACKUP_STEP_PAGES = 256
 
 
-class SqliteStore(GroupCommitStore):
+class SqliteStore(Store):
     """A Nexum database in one SQLite file.
 
     SQLite before 3.51.3 has a bug when several connections write (WAL reset). The bug can't occur here, because the
@@ -38,9 +37,8 @@ class SqliteStore(GroupCommitStore):
     """
 
     def __init__(self, path: Path, clock: Clock, lock: FileLock, database: DatabaseFile) -> None:
-        super().__init__()
+        super().__init__(str(path), database.mark.hex(), path)
         self._path = path
-        self._opened_as = str(path)
         self._clock = clock
         self._lock = lock
         self._database = database
@@ -59,37 +57,16 @@ class SqliteStore(GroupCommitStore):
                 f"{'.'.join(map(str, MINIMUM_SQLITE))} or newer: use a newer Python"
             )
         path = database_path(database_url)
-        return await asyncio.to_thread(cls._open, path, clock, lock_timeout, asyncio.get_running_loop())
-
-    @classmethod
-    def _open(cls, path: Path, clock: Clock, lock_timeout: float, loop: asyncio.AbstractEventLoop) -> SqliteStore:
-        check_file(path)
-        held = lock(path, lock_timeout)
+        opening = asyncio.get_running_loop().run_in_executor(None, _open, path, lock_timeout)
         try:
-            database = DatabaseFile.open(path, timeout=lock_timeout)
-        except BaseException:
-            held.release()
+            held, database = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)  # the thread opens the database all the same
             raise
-
-        async def build() -> SqliteStore:
-            return cls(path, clock, held, database)
-
-        return asyncio.run_coroutine_threadsafe(build(), loop).result()
-
-    @property
-    def opened_as(self) -> str:
-        return self._opened_as
-
-    @property
-    def database_id(self) -> str:
-        return self._database.mark.hex()
-
-    @property
-    def file(self) -> Path | None:
-        return self._path
+        return cls(path, clock, held, database)
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        if self._closed or self._failed.done():
+        if self._closed or self.failed.done():
             raise stopping()
         return await self._loop.run_in_executor(self._writer, self._compact, max_bytes, always)
 
@@ -110,14 +87,14 @@ class SqliteStore(GroupCommitStore):
                 logger.warning("database %s could not be compacted: %s", self._path, error)
                 return space
             left = self._database.space()
-            return Space(left.total, left.free, given_back=space.total - left.total)
+            return Space(left.total, left.free, released=space.total - left.total)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        if self._closed or self._failed.done():
+        if self._closed or self.failed.done():
             raise stopping()
         if self._backup is not None:
             raise Conflict("another backup of this database is being made: wait until it is complete")
-        self._backup = backup = _Backup(self._turn, self._database.connection, progress)
+        self._backup = backup = _Backup(self._turn, self._database, progress)
         copying = self._loop.create_task(asyncio.to_thread(self._make_backup, backup, file, overwrite))
         try:
             return await asyncio.shield(copying)
@@ -147,14 +124,14 @@ class SqliteStore(GroupCommitStore):
         await asyncio.gather(self._watcher, return_exceptions=True)
         await self._end_waiting()
         await asyncio.to_thread(self._stop_backup)
-        close = self._database.abandon if self._failed.done() else self._database.close
+        close = self._database.abandon if self.failed.done() else self._database.close
         await self._loop.run_in_executor(self._writer, close)
         self._writer.shutdown()
         self._lock.release()
 
     async def _watch(self) -> None:
         """Check the files even if no call arrives. A server that has lost its files then ends, and frees its port."""
-        while not self._failed.done():
+        while not self.failed.done():
             await asyncio.sleep(WATCH_INTERVAL)
             try:
                 await self._loop.run_in_executor(self._writer, self._database.check)
@@ -229,24 +206,41 @@ class SqliteStore(GroupCommitStore):
             try:
                 await asyncio.to_thread(self._stop_backup)
                 await self._loop.run_in_executor(self._writer, self._database.reopen)
-                self._log_failure(self._path, error)
+                self._log_failure(error)
                 reason = None
             except (sqlite3.Error, OSError, NexumError) as failure:
                 reason = failure
         if reason is not None:
             names_database = isinstance(error.cause, FilesLost)
             told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
-            self._refuse_waiting(told, error)
+            self._refuse_waiting(told)
         self._look_again()
+
+
+def _open(path: Path, timeout: float) -> tuple[FileLock, DatabaseFile]:
+    check_file(path)
+    held = lock(path, timeout)
+    try:
+        return held, DatabaseFile.open(path, timeout=timeout)
+    except BaseException:
+        held.release()
+        raise
+
+
+def _close_opened(opening: asyncio.Future[tuple[FileLock, DatabaseFile]]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        held, database = opening.result()
+        database.close()
+        held.release()
 
 
 class _Backup:
     """The copying of a database in a thread of its own, which reads between the transactions of the writer thread."""
 
-    def __init__(self, turn: threading.RLock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, turn: threading.RLock, database: DatabaseFile, progress: Callable[[int, int], None]) -> None:
         self.ended = threading.Event()
         self._turn = turn
-        self._source = source
+        self._database = database
         self._progress = progress
         self._stopped = False
 
@@ -275,8 +269,10 @@ class _Backup:
         with self._turn:
             if self._stopped:
                 raise StoreUnavailable("the backup was stopped: make it again")
-            page_size = self._source.execute("PRAGMA page_size").fetchone()[0]
-            self._source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
+            # Read the connection only now: a compaction may have replaced it since the backup was requested.
+            source = self._database.connection
+            page_size = source.execute("PRAGMA page_size").fetchone()[0]
+            source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
 
 
 def _is_temporary(error: Exception) -> bool:

@@ -1,8 +1,4 @@
-"""Transitions of tasks: hand out, report, release.
-
-Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
-function raises an error of `nexum_engine.errors`, and its changes are rolled back.
-"""
+"""Transitions of tasks: hand out, report, release."""
 
 from __future__ import annotations
 
@@ -17,14 +13,14 @@ from nexum_engine import jsontext
 from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound
 from nexum_engine.records import Effect, ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
 from nexum_engine.store import flow
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of, retry_of
-from nexum_engine.store.executions import OwnedResult, start_execution
+from nexum_engine.store.executions import start_execution
 from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.limits import gate_of, pass_through, place_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
-from nexum_engine.store.results import Changed, Changes, Claim, Gate, ReadyTask, Started
+from nexum_engine.store.results import Changes, Claim, Gate, ReadyTask, Started
 from nexum_engine.workflow import check_id
 
 MAX_ERROR_CHARACTERS = 4000
@@ -111,18 +107,26 @@ def start_owned(
     if output_json:
         jsontext.parse(output_json, "output_json")
     if held_task_id:
-        held = find_attempt(db, held_task_id, lock=True)
+        held = find_attempt(db, held_task_id)
         if held is None:
             raise StaleTask(f"the owner says that it holds task {held_task_id}, but this server has no such task")
         _check_may_report(held)
         lease_ms = min(lease_ms, max(0, (held["due_ms"] or 0) - db.now_ms))
-    result = OwnedResult(owner, output_json) if output_json else None
     started = start_execution(
-        db, workflow_id, version_hash, input_json, idempotency_key, owned=True, result=result, attributes=attributes
+        db,
+        workflow_id,
+        version_hash,
+        input_json,
+        idempotency_key,
+        owner=owner,
+        output_json=output_json,
+        attributes=attributes,
     )
     if started.status.ended:
         if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
-            raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
+            is_completed = started.status is ExecutionStatus.COMPLETED
+            what = "has another result" if is_completed else f"is {started.status.value}, without a result"
+            raise StaleTask(f"{workflow_id} {idempotency_key!r} {what} (execution {started.execution_id})")
         return started
     number = number_of(db, started.execution_id)
     db.lock(number)
@@ -137,7 +141,7 @@ def start_owned(
         # With `output_json`, the work is already done: no limit applies.
         gate = Gate() if output_json else gate_of(db, node, lock=True)
         if not gate.is_open:
-            return replace(started, held=gate)
+            return replace(started, held=gate, held_version=node["version_hash"])
         task = _hand_out(db, node, gate, owner, lease_ms, streamed=True)
         started = replace(started, lease_ends_ms=db.now_ms + min(lease_ms, task.timeout_ms or lease_ms))
     elif node["worker_id"] == owner:
@@ -154,8 +158,8 @@ def start_owned(
 
 
 def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
-    (recorded,) = db.all("recorded_outputs", execution=number_of(db, execution_id))
-    return jsontext.same(recorded["output_json"], output_json)
+    recorded = [row["output_json"] for row in db.all("recorded_outputs", execution=number_of(db, execution_id))]
+    return len(recorded) == 1 and jsontext.same(recorded[0], output_json)
 
 
 def _hand_out(db: Db, row: Row, gate: Gate, worker_id: str, lease_ms: int, streamed: bool) -> Task:
@@ -195,7 +199,7 @@ def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
     if node["node_type"] != NodeType.MAP_SUBTASK:
         return task
     # A worker sees one item's task as a task of the MAP node.
-    parent = _map_of(db, node)
+    parent = row_of(db, "map_of_item", item=node["execution"])
     return replace(
         task,
         execution_id=parent["execution_id"],
@@ -214,12 +218,6 @@ def _key_of(execution: Row, node_id: str) -> str:
         return f"{execution['workflow_id']}:{key}:{node_id}"
     # If the caller gave no key, make one in the format that published Nexum servers use (docs/wire.md).
     return f"{execution['execution_id']}:{node_id}:{execution['version_hash']}"
-
-
-def _map_of(db: Db, item: Row) -> Row:
-    parent = db.one("map_of_item", item=item["execution"])
-    assert parent is not None
-    return parent
 
 
 def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int) -> ReadyTask | None:
@@ -250,7 +248,7 @@ def with_payload(db: Db, task: Task) -> Task:
 def _task_input(db: Db, node: Row) -> str:
     """Return `{"input": …, "deps": {…}}` as text. Its JSON parts were checked when they were stored."""
     if node["node_type"] == NodeType.MAP_SUBTASK:
-        node = _map_of(db, node)
+        node = row_of(db, "map_of_item", item=node["execution"])
     dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:
@@ -262,20 +260,19 @@ def _task_input(db: Db, node: Row) -> str:
     return f'{{"input":{node["input_json"]},"deps":{{{deps}}}}}'
 
 
-def find_attempt(db: Db, task_id: str, *, lock: bool = False) -> Row | None:
+def find_attempt(db: Db, task_id: str) -> Row | None:
     """Return an attempt with its node and execution, or None if the task is unknown.
 
-    With `lock`, no other server changes the execution before the commit.
+    No other server changes the execution before the commit.
     """
     node = number_of(db, task_id)
-    if lock:
-        db.lock(node // 1000)
+    db.lock(node // 1000)
     return db.one("attempt", node=node, task_id=task_id)
 
 
 def _reported_attempt(db: Db, task_id: str) -> Row:
     check_id(task_id, "task_id")
-    row = find_attempt(db, task_id, lock=True)
+    row = find_attempt(db, task_id)
     if row is None:
         raise TaskNotFound(task_id)
     return row
@@ -316,7 +313,7 @@ def _check_may_report(row: Row) -> None:
         raise StaleTask(f"{what} is over ({row['outcome']}): {later}")
 
 
-def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
+def complete_task(db: Db, task_id: str, output_json: str) -> Changes:
     """Record a node's result. Make the next nodes ready, or end the execution after its last node.
 
     The result of a MAP or SUBWORKFLOW node's task starts executions, and the node waits for them. A second report with
@@ -327,7 +324,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
     output = jsontext.parse(output_json, "output_json")
     row = _for_newest(_reported_attempt(db, task_id))
     if row["outcome"] == Outcome.COMPLETED and _was_reported(db, row, output, output_json):
-        return Changed()
+        return Changes()
     _check_may_report(row)
     changes = Changes()
     node_type = NodeType(row["node_type"])
@@ -337,7 +334,7 @@ def complete_task(db: Db, task_id: str, output_json: str) -> Changed:
         _start_executions(db, row, output, changes)
     else:
         _record(db, row, output_json, changes)
-    return changes.freeze()
+    return changes
 
 
 def _was_reported(db: Db, row: Row, output: object, output_json: str) -> bool:
@@ -410,7 +407,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
     flow.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
-def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changed:
+def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changes:
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 
     With `unknown`, the effect of an EFFECT node may have happened: the node waits for a person. But if a worker's next
@@ -422,7 +419,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
     error = _shortened(error) or "the worker gave no reason"
     unknown = unknown and row["node_type"] == NodeType.EFFECT
     if row["outcome"] in (Outcome.FAILED, Outcome.UNKNOWN) and row["error"] == error:
-        return Changed()
+        return Changes()
     _check_may_report(row)
     changes = Changes()
     # If the worker of a lost attempt still reports, no longer count the attempt as lost. (See `_counted_losses`.)
@@ -434,10 +431,10 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
             retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error, lost=lost), changes)
             db.run("must_reconcile", node=row["node"])
             changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
-        return changes.freeze()
+        return changes
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     retry_or_fail(db, row, end, final, changes)
-    return changes.freeze()
+    return changes
 
 
 def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Changes) -> None:
@@ -464,37 +461,29 @@ class AttemptEnd:
     lost: int = 0
 
 
+def _ended(db: Db, row: Row, end: AttemptEnd) -> dict[str, object]:
+    """Return what a query that ends the attempt in `row` must know."""
+    return {
+        "node": row["node"],
+        "attempt": row["attempt"],
+        "outcome": end.outcome.value,
+        "attempt_error": end.error,
+        "failed": end.failed,
+        "lost": end.lost,
+        "now": db.now_ms,
+    }
+
+
 def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd, changes: Changes) -> bool:
     """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
-    retried = db.changes(
-        "retry_node",
-        node=row["node"],
-        attempt=row["attempt"],
-        due_ms=due_ms,
-        outcome=end.outcome.value,
-        attempt_error=end.error,
-        failed=end.failed,
-        lost=end.lost,
-        now=db.now_ms,
-    )
+    retried = db.changes("retry_node", due_ms=due_ms, **_ended(db, row, end))
     place_freed(db, row, changes)
     return bool(retried)
 
 
 def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
     """End the attempt in `row`, and mark its node and execution as FAILED, unless the node has already ended."""
-    failed = db.changes(
-        "fail_node",
-        node=row["node"],
-        attempt=row["attempt"],
-        error=reason,
-        outcome=end.outcome.value,
-        attempt_error=end.error,
-        failed=end.failed,
-        lost=end.lost,
-        now=db.now_ms,
-    )
-    if failed:
+    if db.changes("fail_node", error=reason, **_ended(db, row, end)):
         place_freed(db, row, changes)
         end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
@@ -526,12 +515,11 @@ def _shortened(error: str) -> str:
     return f"{error[:MAX_ERROR_CHARACTERS]} [cut: {MAX_ERROR_CHARACTERS:,} of {len(error):,} characters]"
 
 
-def release(db: Db, task_id: str, reason: str) -> Changed:
+def release(db: Db, task_id: str, reason: str) -> Changes:
     """Release a task that never reached its worker. The attempt counts as neither failed nor lost."""
-    row = find_attempt(db, task_id, lock=True)
+    row = find_attempt(db, task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
-        return Changed()
-    # Announce the task with size 0, so that any poll is woken. The poll's claim checks the true size.
-    changes = Changes([ReadyTask(row["version_hash"], 0)])
+        return Changes()
+    changes = Changes([ReadyTask(row["version_hash"])])
     retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason), changes)
-    return changes.freeze()
+    return changes

@@ -1,9 +1,6 @@
 """Transitions of nodes that wait for a time, a person or an event.
 
 These transitions approve or reject a node, resolve an unknown effect, send an event, and end the waits that are due.
-
-Each function runs inside one transaction, and is the same for every database. If the state doesn't allow a change, the
-function raises an error of `nexum_engine.errors`, and its changes are rolled back.
 """
 
 from __future__ import annotations
@@ -22,11 +19,11 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, Outcome, PendingApproval, UnknownNode
 from nexum_engine.store import flow
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of
 from nexum_engine.store.ids import new_task_id
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution
-from nexum_engine.store.results import Changed, Changes, ReadyTask
+from nexum_engine.store.results import Changes, ReadyTask
 from nexum_engine.workflow import check_id
 
 MAX_ENDED_WAITS = 200
@@ -69,7 +66,7 @@ def _with_inputs(rows: list[Row]) -> Iterator[tuple[Row, str]]:
         yield row, row["input_json"] if is_shown else ""
 
 
-def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str = "") -> Changed:
+def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str = "") -> Changes:
     """Complete a HUMAN_APPROVAL node. If `answer_json` is given, it becomes the field `answer` of the node's output.
 
     Raises NotFound if there is no such node, Conflict if it does not wait for a decision now, InvalidRequest for an
@@ -84,16 +81,16 @@ def approve(db: Db, execution_id: str, node_id: str, approver: str, comment: str
     flow.check_outputs_fit(db, execution_id, output)
     _note_decision(db, node, approver, Outcome.COMPLETED, "")
     flow.complete_waiting(db, node, output, changes)
-    return changes.freeze()
+    return changes
 
 
-def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) -> Changed:
+def reject(db: Db, execution_id: str, node_id: str, approver: str, reason: str) -> Changes:
     """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound and Conflict, as `approve` does."""
     node, changes = _undecided(db, execution_id, node_id, approver, reason), Changes()
     by = f" by {approver}" if approver else ""
     _note_decision(db, node, approver, Outcome.FAILED, reason)
     flow.fail_waiting(db, node, f"rejected{by}: {reason}" if reason else f"rejected{by}", changes)
-    return changes.freeze()
+    return changes
 
 
 def _undecided(db: Db, execution_id: str, node_id: str, approver: str, comment: str) -> Row:
@@ -143,7 +140,7 @@ def resolve(
     output_json: str | None = None,
     not_done: bool = False,
     failed: str = "",
-) -> Changed:
+) -> Changes:
     """Record a person's decision about a node whose effect is unknown.
 
     With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
@@ -185,10 +182,10 @@ def resolve(
             changes.ready.append(ReadyTask(node["version_hash"], node["task_bytes"]))
     else:
         flow.fail_waiting(db, node, reason, changes)
-    return changes.freeze()
+    return changes
 
 
-def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changed:
+def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changes:
     """Complete the first node that waits for the event, or keep the event until a node waits for it.
 
     A second event with the same key changes nothing. Raises ExecutionNotFound, NotFound if the workflow has no EVENT
@@ -209,7 +206,7 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
                     f"idempotency key {idempotency_key!r} belongs to another event of execution {execution_id}: use "
                     "another key for another event"
                 )
-            return Changed()
+            return Changes()
     if row["status"] != ExecutionStatus.RUNNING:
         raise Conflict(f"execution {execution_id} is {row['status']}: it waits for no event any more")
     definitions = definition_of(db, row["workflow_id"], row["version_hash"])
@@ -217,15 +214,15 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         raise NotFound(f"execution {execution_id} is an item of a MAP node: it waits for no event")
     if name not in {node.event for node in definitions.values()}:
         raise NotFound(f"workflow {row['workflow_id']!r} has no EVENT node that waits for {name!r}")
-    kept = db.one("kept_event_bytes", execution=execution)
-    assert kept is not None
+    kept = row_of(db, "kept_event_bytes", execution=execution)["bytes"]
     size = jsontext.size_of(payload_json)
-    if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept["bytes"] + size):
+    if size > MAX_INLINE_BYTES and not flow.outputs_fit(db, execution_id, kept + size):
         raise TooLarge(
             f"with this event, the events and outputs of execution {execution_id} would be over the limit of "
             f"{flow.MAX_OUTPUT_BYTES:,} bytes"
         )
-    added = db.one(
+    added = row_of(
+        db,
         "add_event",
         execution=execution,
         name=name,
@@ -233,14 +230,13 @@ def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempote
         payload_json=payload_json,
         now=db.now_ms,
     )
-    assert added is not None
     if added["number"] > MAX_EVENTS:
         raise InvalidRequest(f"execution {execution_id} has already had {MAX_EVENTS:,} events, which is the limit")
     changes = Changes()
     waiting = db.one("node_of_event", execution=execution, name=name)
     if waiting is not None and flow.use_event(db, waiting["node"], name):
         flow.advance(db, execution, row["workflow_id"], row["version_hash"], changes)
-    return changes.freeze()
+    return changes
 
 
 def end_waits(db: Db, changes: Changes) -> None:

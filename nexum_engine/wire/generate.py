@@ -50,17 +50,10 @@ def generate(target: Path) -> None:
     )
     if status != 0:
         raise RuntimeError(f"protoc refused {PROTO_DIR / 'nexum.proto'} (exit status {status})")
-    stub = target / "nexum_pb2_grpc.py"
-    # Fix the import: protoc's absolute import resolves only if the folder itself is on sys.path.
-    text = stub.read_text(encoding="utf-8").replace("import nexum_pb2 as", "from nexum_engine.wire import nexum_pb2 as")
-    stub.write_text(text, encoding="utf-8")
-    for name in GENERATED:
-        path = target / name
-        if name.endswith("_grpc.pyi"):
-            stubs = path.read_text(encoding="utf-8").replace(
-                "import nexum_pb2", "from nexum_engine.wire import nexum_pb2"
-            )
-            path.write_text(stubs, encoding="utf-8")
+    for stub in (target / "nexum_pb2_grpc.py", target / "nexum_pb2_grpc.pyi"):
+        # Fix the import: protoc's absolute import resolves only if the folder itself is on sys.path.
+        text = stub.read_text(encoding="utf-8").replace("import nexum_pb2", "from nexum_engine.wire import nexum_pb2")
+        stub.write_text(text, encoding="utf-8")
 
 
 def _plugin(name: str) -> list[str]:

@@ -100,8 +100,8 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
 
 def trailing_metadata(error: str, retry_after_ms: int) -> tuple[tuple[str, str], ...]:
     """Return the trailing metadata of a call that a server answers with an error."""
-    after = ((RETRY_AFTER, str(retry_after_ms)),) if retry_after_ms else ()
-    return (*(((ANSWERED, error),) if error else ()), *after)
+    pairs = (ANSWERED, error), (RETRY_AFTER, str(retry_after_ms or ""))
+    return tuple((key, value) for key, value in pairs if value)
 
 
 def rpc_error(code: grpc.StatusCode, details: str, trailing: Any = None) -> grpc.aio.AioRpcError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import contextvars
 import inspect
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from nexum_engine.deadline import Deadline
+from nexum_engine.event_loop import call_in
 
 
 class StillRunning(Exception):
@@ -74,8 +74,7 @@ def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Out
             outcome = _Outcome(value=context.run(function))
         except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
             outcome = _Outcome(error=error)
-        with contextlib.suppress(RuntimeError):  # if the loop is closed, no caller waits for the outcome
-            loop.call_soon_threadsafe(deliver, outcome)
+        call_in(loop, deliver, outcome)  # if the loop is closed, no caller waits for the outcome
 
     # Start a daemon thread instead of using a pool: a hung call must not keep the process alive or block other calls.
     threading.Thread(target=body, name=f"tool {name}", daemon=True).start()

@@ -20,7 +20,7 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_core import CancellationToken
 from autogen_core.tools import FunctionTool
-from durable_agents import QUESTION, HasAddress, Scripted, agent, answer, is_after_a_tool, run
+from durable_agents import QUESTION, HasAddress, Offline, Scripted, agent, answer, is_after_a_tool, run
 from harness import Process, environment, free_port, nexum_server, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread, server_thread
@@ -605,6 +605,33 @@ async def test_parked_run_has_recorded_the_calls_that_the_program_gave_up(server
         with pytest.raises(Parked):
             await program()
     assert begun == ["look"]
+
+
+async def test_failure_that_the_program_handled_is_not_made_again_by_the_run_after_a_parked_one(
+    server: ServerThread,
+) -> None:
+    shop, tried = Shop(approval="always"), list[str]()
+
+    async def look() -> str:
+        tried.append("look")
+        async with NexumClient(server.address) as client:
+            while not await client.pending_approvals():  # noqa: ASYNC110 - nothing sets an event
+                await asyncio.sleep(0.01)
+        raise Offline("no network")
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address, park=True) as session:
+
+            async def handles() -> None:
+                with session.agent("looks"), pytest.raises(Offline):
+                    await FunctionTool(look, "Look.").run_json({}, CancellationToken())
+
+            await asyncio.gather(handles(), shop.tool.run_json({"cents": 1}, CancellationToken()))
+
+    for _ in range(3):
+        with pytest.raises(Parked):
+            await program()
+    assert tried == ["look"]
 
 
 async def test_questions_and_waits_of_an_earlier_run_are_withdrawn_when_a_run_ends_without_them(

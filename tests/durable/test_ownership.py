@@ -31,12 +31,13 @@ from harness import logged, nexum_server
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import DriftError, DurableSession, SessionBusy, list_sessions
+from durable_autogen import Budget, DriftError, DurableSession, SessionBusy, list_sessions
 from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
 from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
+from nexum_engine.policy import Policy
 from nexum_engine.workflow import Workflow
 
 
@@ -85,6 +86,33 @@ async def test_process_that_lost_session_records_nothing(server: ServerThread) -
         assert len(model.requests) == 2
 
 
+async def test_process_that_lost_session_executes_no_tool(server: ServerThread) -> None:
+    """Simulate a process that SIGSTOP stops for longer than its lease, while another process takes over its session."""
+    ran: list[str] = []
+
+    async def note(text: str) -> None:
+        ran.append(text)
+
+    tool = FunctionTool(note, description="Note.")
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address) as stopped:
+            with stopped.agent("me"):
+                await tool.run_json({"text": "one"}, CancellationToken())
+            await stopped.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            async with DurableSession("s", nexum=server.address) as again:
+                with again.agent("me"):
+                    await tool.run_json({"text": "one"}, CancellationToken())
+                with stopped.agent("me"), pytest.raises(SessionBusy):
+                    await tool.run_json({"text": "two, too late"}, CancellationToken())
+                with again.agent("me"):
+                    await tool.run_json({"text": "two"}, CancellationToken())
+
+    with pytest.raises(SessionBusy, match="session s: another process has taken over"):
+        await program()
+    assert ran == ["one", "two"]
+
+
 async def test_finished_session_stays_finished_after_refused_run(server: ServerThread) -> None:
     from durable_autogen import list_sessions
 
@@ -124,7 +152,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
 
     monkeypatch.setattr(Owner, "start", slow)
     loop = asyncio.get_running_loop()
-    async with DurableSession("s", nexum=server.address):
+    async with DurableSession("s", nexum=server.address, policies={"note": Policy(timeout=TIMEOUT)}):
         tool = FunctionTool(note, description="Note.")
         asking = asyncio.create_task(tool.run_json({}, CancellationToken()))
         await asyncio.wait_for(begun.wait(), TIMEOUT)
@@ -164,23 +192,37 @@ REPLIES = [Call(Kind.REPLY, "a", f"reply/{number}") for number in range(1, 4)]
 TOOL = Call(Kind.TOOL, "a", "reply/1/tool/1")
 
 
-async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
-    server: ServerThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[str] = []
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets a line for each request of the test's sessions."""
+    lines: list[str] = []
     start, complete = NexumClient.start_execution, NexumClient.complete_task
 
     async def started(self: NexumClient, workflow: Any, input: Any, **more: Any) -> Started:
-        sent.append(f"start {getattr(input, 'position', 'run')}")
+        lines.append(f"start {getattr(input, 'position', 'run')}")
         return await start(self, workflow, input, **more)
 
     async def completed(self: NexumClient, task_id: str, output_json: str, **more: Any) -> None:
-        sent.append("complete")
+        lines.append("complete")
         await complete(self, task_id, output_json, **more)
 
     monkeypatch.setattr(NexumClient, "start_execution", started)
     monkeypatch.setattr(NexumClient, "complete_task", completed)
+    return lines
 
+
+@pytest.mark.parametrize(
+    ("options", "tool"),
+    [
+        ({}, ["start reply/1/tool/1"]),
+        ({"policies": {"note": Policy(timeout=TIMEOUT)}}, ["start reply/1/tool/1", "complete"]),
+        ({"budget": Budget(tool_calls={"note": 1})}, ["start reply/1/tool/1", "complete"]),
+    ],
+    ids=["plain", "policy", "budget"],
+)
+async def test_only_call_that_next_run_must_know_is_begun_first(
+    server: ServerThread, sent: list[str], options: dict[str, Any], tool: list[str]
+) -> None:
     def note() -> str:
         return "noted"
 
@@ -188,12 +230,47 @@ async def test_reply_takes_one_round_trip_and_tool_call_is_begun_first(
         return answer("end") if is_after_a_tool(body) else Reply(calls=[("note", {})])
 
     with OpenAIServer(reply) as model:
-        for session in ("registers the workflows", "s"):
-            sent.clear()
-            async with DurableSession(session.replace(" ", "-"), nexum=server.address):
-                await agent(model, "a", [note]).run(task="Q")
-    tool = ["start reply/1/tool/1", "complete"]
-    assert sent == ["start run", "start begin", "start reply/1", *tool, "start reply/2", "complete"]
+        async with DurableSession("registers-the-workflows", nexum=server.address):
+            await agent(model, "a", [note]).run(task="Q")
+        sent.clear()
+        async with DurableSession("s", nexum=server.address, **options):
+            await agent(model, "a", [note]).run(task="Q")
+    at = sent.index(tool[0])
+    assert sent[at : at + len(tool)] == tool
+    assert sent[:2] == ["start run", "start begin"]
+    if not options:
+        assert sent == ["start run", "start begin", "start reply/1", *tool, "start reply/2", "complete"]
+
+
+async def test_simultaneous_calls_and_calls_without_agent_are_begun_first(
+    server: ServerThread, sent: list[str]
+) -> None:
+    at_work: list[int] = []
+
+    async def note(number: int) -> None:
+        at_work.append(number)
+        await asyncio.sleep(0)
+
+    tool = FunctionTool(note, description="Note.")
+
+    async def call(number: int) -> None:
+        await tool.run_json({"number": number}, CancellationToken())
+
+    async with DurableSession("registers-the-workflows", nexum=server.address):
+        await call(0)
+    sent.clear()
+    async with DurableSession("s", nexum=server.address) as session:
+        with session.agent("named"):
+            await call(1)
+            await asyncio.gather(call(2), call(3))
+        await call(4)
+    assert sorted(at_work) == [0, 1, 2, 3, 4]
+    assert [line for line in sent if "tool" in line or line == "complete"] == [
+        "start reply/0/tool/1",
+        *["start reply/0/tool/2", "start reply/0/tool/3", "complete", "complete"],
+        *["start reply/0/tool/1", "complete"],
+        "complete",  # the run
+    ]
 
 
 async def test_failure_at_end_of_killed_run_is_retried(server: ServerThread) -> None:
@@ -229,7 +306,7 @@ async def test_call_in_flight_at_kill_is_known_from_later_event(server: ServerTh
             assert not await dead.before(call)
         await dead.record(REPLIES[1], Returned(value="yes"))
         await dead.record(Call(Kind.TURN, "a", "turn/1"), Returned())
-        assert await dead.before(TOOL)
+        assert await dead.before(TOOL, must_be_known=True)
     async with next_run(server) as journal:
         tried = [call.position for call in (*REPLIES, TOOL) if journal.was_tried(call.address)]
         assert tried == ["reply/1", "reply/3", TOOL.position]

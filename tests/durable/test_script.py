@@ -458,14 +458,17 @@ def test_run_without_a_server_survives_a_kill(tmp_path: Path, model: OpenAIServe
     folder.write(f"{AGENT}\nasyncio.run(main('Q'))\n")
     folder.forked = True
     (folder.path / "hang").touch()
-    with running(folder.command(), cwd=folder.path, env=folder.env, forked=True) as process:
-        process.wait_for("this program opened the database")
-        process.wait_for("hanging")
-        process.kill()
+    for _ in range(2):
+        with running(folder.command(), cwd=folder.path, env=folder.env, forked=True) as process:
+            process.wait_for("this program opened the database")
+            process.wait_for("hanging")
+            process.kill()
+    assert "the previous run died; taking over" in process.output
+    assert "is in use by another run" not in process.output, "the killed run was in the killed server's process"
     with running(["-m", "durable_autogen", "ls"], cwd=folder.path, env=folder.env, forked=True) as listing:
         listing.wait_for("interrupted")
     (folder.path / "hang").unlink()
     done = folder.durable()
-    assert (done.returncode, done.stdout[:4], folder.log) == (0, "end ", ["first", "second", "second"])
+    assert (done.returncode, done.stdout[:4], folder.log) == (0, "end ", ["first", "second", "second", "second"])
     assert len(model.requests) == 3
     assert not (tmp_path / ".nexum" / "local.db.address").exists()

@@ -398,7 +398,7 @@ async def test_owner_finds_an_unknown_effect_and_gets_the_task_after_the_decisio
     with pytest.raises(Conflict, match="waits for a person"):
         await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS, "", "1")
     changed = await store.run(waits.resolve, execution_id, "pay", "Ann", not_done=True)
-    assert changed.ready == ()
+    assert changed.ready == []
     assert await take(store) is None
     found = await store.run(tasks.start_owned, "pay", "v1", "{}", "k", "two", LEASE_MS)
     assert found.task is not None

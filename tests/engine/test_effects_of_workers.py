@@ -306,9 +306,9 @@ async def test_empty_reason_does_not_complete_the_node(client: NexumClient) -> N
 async def test_published_server_says_that_it_knows_no_unknown_effects(tmp_path: Path) -> None:
     with published_server(tmp_path) as address:
         async with NexumClient(address) as client:
-            with pytest.raises(ServerError, match="knows no unknown effects"):
+            with pytest.raises(ServerError, match="can't list unknown effects"):
                 await client.unknown()
-            with pytest.raises(ServerError, match="knows no unknown effects"):
+            with pytest.raises(ServerError, match="can't resolve unknown effects"):
                 await client.resolve("exec-1", "pay", not_done=True)
 
 

@@ -44,7 +44,7 @@ class Beating:
 
     def __init__(self, client: NexumClient, worker_id: str = "w1") -> None:
         self.lost: list[NexumError] = []
-        self.heart = Heartbeat(client, worker_id, on_lost=self.lost.append)
+        self.heart = Heartbeat(client.connection, worker_id, on_lost=self.lost.append)
         self.run = asyncio.create_task(self.heart.run())
 
     async def connected(self) -> None:

@@ -140,7 +140,7 @@ class Holder(BaseModel):
 @settings(max_examples=200, deadline=None)
 @given(JSON | st.sampled_from(["NaN", "to Infinity", {"NaN": [1.0]}]))
 def test_model_is_dumped_like_its_fields(value: object) -> None:
-    parsed = jsontext.parse(jsontext.dump_model(Holder(value=value), "it"), "it")
+    parsed = jsontext.parse(jsontext.dump(Holder(value=value), "it"), "it")
     assert json.dumps(parsed) == json.dumps({"value": value, "number": 0.5})
 
 
@@ -149,6 +149,12 @@ def test_model_is_dumped_like_its_fields(value: object) -> None:
     [Holder(number=float("nan")), Holder(number=float("-inf")), Holder(value="\ud800"), Holder(value=object())],
     ids=["nan", "infinity", "a lone surrogate", "an object"],
 )
-def test_dump_model_refuses_values_that_json_lacks(model: Holder) -> None:
+def test_dumping_a_model_refuses_values_that_json_lacks(model: Holder) -> None:
     with pytest.raises(InvalidRequest, match="the result can't be written as JSON"):
-        jsontext.dump_model(model, "the result")
+        jsontext.dump(model, "the result")
+
+
+def test_models_within_a_value_are_dumped_like_their_fields() -> None:
+    assert jsontext.dump({"all": [Holder(value=Holder())]}, "it") == (
+        '{"all":[{"value":{"value":null,"number":0.5},"number":0.5}]}'
+    )

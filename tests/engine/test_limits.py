@@ -14,7 +14,7 @@ from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import ExecutionStatus, NodeStatus, Task
 from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
 from nexum_engine.store.db import Db
-from nexum_engine.store.results import Changed, Claim, Started
+from nexum_engine.store.results import Changes, Claim, Started
 from nexum_engine.workflow import Rate, Workflow, WorkflowBuilder, parse_ir, workflow
 
 LEASE_MS = 30_000
@@ -228,39 +228,39 @@ async def test_concurrency_holds_the_third_task_back(store: Store, reopen: Reope
     assert len(await take_all(store, built)) == 1
 
 
-async def completed(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def completed(store: Store, task: Task, clock: ManualClock) -> Changes:
     return await store.run(tasks.complete_task, task.task_id, "1")
 
 
-async def failed(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def failed(store: Store, task: Task, clock: ManualClock) -> Changes:
     return await store.run(tasks.fail_task, task.task_id, "no", False)
 
 
-async def failed_finally(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def failed_finally(store: Store, task: Task, clock: ManualClock) -> Changes:
     return await store.run(tasks.fail_task, task.task_id, "no", True)
 
 
-async def unknown(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def unknown(store: Store, task: Task, clock: ManualClock) -> Changes:
     changed = await store.run(tasks.fail_task, task.task_id, "who knows", True, True)
     (node,) = (await store.run(reading.get_execution, task.execution_id)).nodes
     assert node.status is NodeStatus.WAITING
     return changed
 
 
-async def cancelled(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def cancelled(store: Store, task: Task, clock: ManualClock) -> Changes:
     return await store.run(executions.cancel_execution, task.execution_id)
 
 
-async def released(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def released(store: Store, task: Task, clock: ManualClock) -> Changes:
     return await store.run(tasks.release, task.task_id, "the poll was cancelled")
 
 
-async def never_arrived(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def never_arrived(store: Store, task: Task, clock: ManualClock) -> Changes:
     clock.advance(1)
     return await store.run(leases.lose, "w1", frozenset([task.task_id]))
 
 
-async def expired(store: Store, task: Task, clock: ManualClock) -> Changed:
+async def expired(store: Store, task: Task, clock: ManualClock) -> Changes:
     clock.advance(LEASE_MS / 1000 - 0.001)
     early = await store.run(leases.sweep, NO_RETRIES)
     assert not early.changed.ready  # a silent attempt counts until its lease runs out
@@ -274,7 +274,7 @@ ENDS = [completed, failed, failed_finally, unknown, cancelled, released, never_a
 @both_stores
 @pytest.mark.parametrize("end", ENDS)
 async def test_each_end_of_an_attempt_announces_the_tasks_held_back(
-    store: Store, clock: ManualClock, end: Callable[[Store, Task, ManualClock], Awaitable[Changed]]
+    store: Store, clock: ManualClock, end: Callable[[Store, Task, ManualClock], Awaitable[Changes]]
 ) -> None:
     built, other = limited(concurrency=1), limited("100/s", 1)
     await start(store, built)
@@ -291,7 +291,7 @@ async def test_each_end_of_an_attempt_announces_the_tasks_held_back(
 async def test_end_of_an_attempt_announces_nothing_while_no_task_waits(store: Store) -> None:
     built = limited(concurrency=1)
     await start(store, built)
-    assert (await store.run(tasks.complete_task, (await taken(store, built)).task_id, "1")).ready == ()
+    assert (await store.run(tasks.complete_task, (await taken(store, built)).task_id, "1")).ready == []
 
 
 @both_stores

@@ -16,12 +16,14 @@ from harness import free_port, logged, nexum_server
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerError, ServerUnavailable
+from nexum_engine.heartbeat import new_worker_id
 from nexum_engine.location import (
     address_file,
     database_path,
     database_url,
     is_same_database,
     read_address,
+    read_process,
     write_address,
 )
 from nexum_engine.owner import Owner
@@ -90,12 +92,12 @@ async def test_address_file_exists_while_the_server_runs(tmp_path: Path) -> None
     database = tmp_path / "nexum.db"
     async with serving(database) as address:
         assert read_address(database) == address
+        assert new_worker_id().startswith(read_process(database))
     assert not address_file(database).exists()
+    assert (read_address(database), read_process(database)) == (None, "")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "localhost", "example.com:80", "127.0.0.1:0", "127.0.0.1:80\n10.0.0.1:80", "\xff"]
-)
+@pytest.mark.parametrize("text", ["", "localhost", "example.com:80", "127.0.0.1:0", "127.0.0.1:80\na\nb", "\xff"])
 def test_file_without_loopback_address_is_ignored(tmp_path: Path, text: str) -> None:
     database = tmp_path / "nexum.db"
     address_file(database).write_bytes(text.encode("latin-1"))

@@ -16,7 +16,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StaleTask
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
-from nexum_engine.store.results import Changed
+from nexum_engine.store.results import Changes
 from nexum_engine.store.sqlite import SqliteStore
 
 pytestmark = pytest.mark.every_python
@@ -137,7 +137,7 @@ async def test_workers_keep_their_tasks(old: Path) -> None:
     for task_id in (running_task, third, lost):
         changed = await store.run(tasks.complete_task, task_id, '"late"')
         assert [one.status for one in changed.ended] == [ExecutionStatus.COMPLETED]
-        assert await store.run(tasks.complete_task, task_id, '"late"') == Changed()  # reported twice
+        assert await store.run(tasks.complete_task, task_id, '"late"') == Changes()  # reported twice
     with pytest.raises(StaleTask):
         await store.run(tasks.complete_task, stale, '"stale"')
     with pytest.raises(StaleTask):

@@ -129,7 +129,7 @@ async def test_token_is_not_sent_to_a_server_that_was_found(tmp_path: Path, monk
     with server_thread(tmp_path):
         async with NexumClient(str(tmp_path / "nexum.db")) as client:
             await client.ping()
-            assert client.route().security is None
+            assert client.connection.route().security is None
 
 
 @pytest.mark.parametrize(

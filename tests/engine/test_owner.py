@@ -65,7 +65,7 @@ async def test_owner_gets_the_task_and_no_poll_does(store: Store, clock: ManualC
     assert await polled(store) is None
     await lose(store, clock, "one")
     clock.advance(3600)
-    assert (await store.run(leases.sweep, 0)).changed.ready == ()
+    assert (await store.run(leases.sweep, 0)).changed.ready == []
     assert await polled(store) is None
     (node,) = (await store.run(reading.get_execution, started.execution_id)).nodes
     assert node.status is NodeStatus.READY
@@ -170,7 +170,7 @@ async def test_start_with_result_records_the_result(store: Store) -> None:
     assert execution.status is ExecutionStatus.COMPLETED
     assert execution.outputs() == {"a": '{"n":1}'}
     assert [(one.worker_id, one.outcome) for one in execution.nodes[0].attempts] == [("one", Outcome.COMPLETED)]
-    assert started.changed.ended == ()  # nobody waits for the end of a new execution
+    assert started.changed.ended == []  # nobody waits for the end of a new execution
 
 
 async def test_repeated_start_with_result_is_acknowledged_only_if_equal(
@@ -178,12 +178,28 @@ async def test_repeated_start_with_result_is_acknowledged_only_if_equal(
 ) -> None:
     first = await record(store, '{"n":1}')
     again = await record(store, '{ "n": 1 }', "other")
-    assert (again.execution_id, again.status, again.changed.ended) == (first.execution_id, first.status, ())
+    assert (again.execution_id, again.status, again.changed.ended) == (first.execution_id, first.status, [])
     with pytest.raises(StaleTask, match="'k' has another result"):
         await record(store, '{"n":2}')
     with pytest.raises(InvalidRequest, match="output_json is not valid JSON"):
         await record(store, "{")
     assert (await store.run(reading.get_execution, first.execution_id)).outputs() == {"a": '{"n":1}'}
+
+
+async def test_start_with_result_finds_an_execution_without_one_result(store: Store) -> None:
+    once = {"a": {"type": "EFFECT", "effect": "once"}}
+    await store.run(executions.register_workflow, "once", "v1", json.dumps({"nodes": once}))
+    one = ("once", "v1", "{}", "k", "one", LEASE_MS)
+    started = await store.run(tasks.start_owned, *one)
+    await store.run(executions.cancel_execution, started.execution_id)
+    with pytest.raises(StaleTask, match=r"once 'k' is CANCELLED, without a result \(execution"):
+        await store.run(tasks.start_owned, *one, "", "1")
+
+    two_timers = {name: {"type": "TIMER", "delay_seconds": 0} for name in "ab"}
+    await store.run(executions.register_workflow, "two", "v1", json.dumps({"nodes": two_timers}))
+    await store.run(executions.start_execution, "two", "v1", "{}", "k")
+    with pytest.raises(StaleTask, match="two 'k' has another result"):
+        await store.run(tasks.start_owned, "two", "v1", "{}", "k", "one", LEASE_MS, "", "1")
 
 
 async def test_start_with_result_completes_own_and_dead_owners_execution(store: Store, clock: ManualClock) -> None:

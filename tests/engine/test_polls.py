@@ -21,11 +21,9 @@ from engine_server import Run, intercept
 from nexum_engine.clock import Clock, ManualClock, SystemClock
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.records import ExecutionStatus, Task
-from nexum_engine.server.bounds import Answers
-from nexum_engine.server.liveness import RECONNECT_GRACE_MS, Liveness
-from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS, Polls
+from nexum_engine.server.liveness import RECONNECT_GRACE_MS
+from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS
 from nexum_engine.server.servicer import NexumServicer
-from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
@@ -57,11 +55,8 @@ class Engine:
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self.store = store
-        self.polls = Polls(store, clock, LEASE_MS)
-        self.waiters = Waiters()
-        self.liveness = Liveness(store, self.polls, self.waiters, clock, LEASE_MS)
-        self.servicer = NexumServicer(store, self.polls, self.waiters, self.liveness, Answers())
-        store.on_unknown = [self.look_again]
+        self.servicer = NexumServicer(store, clock, LEASE_MS)
+        self.polls, self.waiters, self.liveness = self.servicer.polls, self.servicer.waiters, self.servicer.liveness
         self.claims = 0
 
         def counted(run: Run) -> Awaitable[Any]:

@@ -146,8 +146,10 @@ async def test_what_published_server_lacks_is_named(old: Proxy) -> None:
         for filters in ({"attributes": {"customer": "c-17"}}, {"since_ms": 1}, {"until_ms": 2**50}):
             with pytest.raises(ServerError, match="is a published one: it can't select by time or attributes"):
                 await client.list_executions(**filters)
-        with pytest.raises(ServerError, match="is a published one: it can't retry executions"):
+        with pytest.raises(ServerError, match="is a published one, or an older one: it can't retry executions"):
             await client.retry_execution(started.execution_id)
+        with pytest.raises(ServerError, match="is a published one, or an older one: it can't list tools"):
+            await client.tools()
 
 
 async def test_fallback_waits_no_longer_than_requested(old: Proxy) -> None:

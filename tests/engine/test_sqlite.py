@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +27,13 @@ from nexum_engine.store import database_exists, executions, listing, open_store,
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.store.sqlite_connection import APPLICATION_ID
+from nexum_engine.store.sqlite_file import DatabaseFile
 from nexum_engine.workflow import workflow
 
 pytestmark = [pytest.mark.every_python, pytest.mark.sqlite]
 
 NOOP = workflow("noop").effect("a").build()
+SOON = 10.0  # seconds
 ONE_NODE = '{"nodes": {"a": {"type": "EFFECT"}}}'
 MIGRATIONS = sorted((ROOT / "nexum_engine" / "store" / "sqlite_migrations").glob("*.sql"))
 
@@ -302,6 +305,26 @@ async def test_second_server_on_one_file_is_refused(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {tmp_path / 'nexum.db'} is in use by another Nexum server" in run.stderr
+
+
+async def test_cancelled_opening_closes_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_open = threading.Event(), threading.Event()
+    really_open = DatabaseFile.open
+
+    def slowly(path: Path, *, timeout: float) -> DatabaseFile:
+        begun.set()
+        assert may_open.wait(SOON)
+        return really_open(path, timeout=timeout)
+
+    monkeypatch.setattr(DatabaseFile, "open", slowly)
+    opening = asyncio.create_task(opened(tmp_path / "nexum.db"))
+    assert await asyncio.to_thread(begun.wait, SOON)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    may_open.set()
+    again = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", ManualClock(), lock_timeout=SOON)
+    await again.close()
 
 
 def test_second_server_on_one_port_is_refused(tmp_path: Path) -> None:

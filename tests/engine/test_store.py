@@ -24,7 +24,7 @@ from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionSta
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, executions, flow, leases, listing, reading, tasks, waits
 from nexum_engine.store.leases import SLOW_LINE
-from nexum_engine.store.results import Changed, Renewed, Started
+from nexum_engine.store.results import Changes, Renewed, Started
 
 pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
 
@@ -243,7 +243,7 @@ async def test_diamond_runs_in_order_with_direct_dependencies(store: Store) -> N
 async def test_node_waits_for_its_second_dependency(store: Store) -> None:
     await start(store, {"a": [], "b": [], "c": ["a", "b"]})
     first, second = await taken(store), await taken(store)
-    assert (await store.run(tasks.complete_task, first.task_id, "1")).ready == ()
+    assert (await store.run(tasks.complete_task, first.task_id, "1")).ready == []
     assert await take(store) is None
     changed = await store.run(tasks.complete_task, second.task_id, "2")
     assert len(changed.ready) == 1
@@ -256,7 +256,7 @@ async def test_recorded_result_never_changes(store: Store) -> None:
     changed = await store.run(tasks.complete_task, task.task_id, '{"a": 1, "b": 2}')
     assert [one.execution_id for one in changed.ended] == [started.execution_id]
     again = await store.run(tasks.complete_task, task.task_id, '{"b":2,"a":1}')
-    assert (again.ready, again.ended) == ((), ())
+    assert (again.ready, again.ended) == ([], [])
     for other in ('{"a": 1}', '{"a": 1.0, "b": 2}'):
         with pytest.raises(StaleTask):
             await store.run(tasks.complete_task, task.task_id, other)
@@ -338,10 +338,10 @@ async def test_due_retry_is_announced_once(store: Store, clock: ManualClock) -> 
     since = clock.now_ms()
     clock.advance(0.999)
     swept = await store.run(leases.sweep, since)
-    assert (swept.changed.ready, swept.next_ms) == ((), since + 1000)
+    assert (swept.changed.ready, swept.next_ms) == ([], since + 1000)
     clock.advance(0.001)
     assert len((await store.run(leases.sweep, since)).changed.ready) == 1
-    assert (await store.run(leases.sweep, clock.now_ms())).changed.ready == ()
+    assert (await store.run(leases.sweep, clock.now_ms())).changed.ready == []
 
 
 async def test_final_failure_ends_the_execution(store: Store, clock: ManualClock) -> None:
@@ -447,7 +447,7 @@ async def test_lease_ends_at_its_exact_millisecond(store: Store, clock: ManualCl
     first = await taken(store)
     clock.advance((LEASE_MS - 1) / 1000)
     swept = await store.run(leases.sweep, NO_RETRIES)
-    assert (swept.changed.ready, swept.next_ms) == ((), clock.now_ms() + 1)
+    assert (swept.changed.ready, swept.next_ms) == ([], clock.now_ms() + 1)
     assert await take(store, "w2") is None
     clock.advance(0.001)
     swept = await store.run(leases.sweep, clock.now_ms() - 1)
@@ -581,7 +581,7 @@ async def test_first_result_of_a_worker_without_a_stream_counts(store: Store, cl
     with pytest.raises(StaleTask, match="attempt 2 was handed out later"):
         await store.run(tasks.fail_task, first.task_id, "late", False)
     await store.run(tasks.complete_task, first.task_id, '"first"')
-    assert await store.run(tasks.complete_task, second.task_id, '"first"') == Changed()
+    assert await store.run(tasks.complete_task, second.task_id, '"first"') == Changes()
     with pytest.raises(StaleTask, match="the execution is COMPLETED"):
         await store.run(tasks.complete_task, second.task_id, '"second"')
     execution = await store.run(reading.get_execution, started.execution_id)
@@ -688,6 +688,25 @@ async def test_worker_keeps_its_task_across_a_restart(store: Store, reopen: Reop
     await again.run(tasks.complete_task, polling.task_id, "1")
 
 
+async def test_leases_in_the_process_of_a_killed_server_end_at_once(
+    store: Store, reopen: Reopen, clock: ManualClock
+) -> None:
+    await register(store, ONE)
+    for _ in range(2):
+        await store.run(executions.start_execution, "w", "v1", "{}", "")
+    dead, other = await taken(store, "host-1-a"), await taken(store, "host-12-b")
+    owner = ("w", "v1", "{}", "owned")
+    assert (await store.run(tasks.start_owned, *owner, "host-1-c", LEASE_MS)).task is not None
+    again = await reopen()
+    await again.run(leases.restart, 5000, 2 * LEASE_MS, "host-1-")
+    assert await sweep(again) == (1, [])
+    assert (await taken(again, "host-12-b")).execution_id == dead.execution_id
+    taken_over = (await again.run(tasks.start_owned, *owner, "host-12-d", LEASE_MS)).task
+    assert taken_over is not None
+    assert taken_over.attempt == 2
+    await again.run(tasks.complete_task, other.task_id, "1")
+
+
 async def test_worker_that_hangs_after_restart_counts_as_lost(store: Store, reopen: Reopen, clock: ManualClock) -> None:
     started = await start(store)
     task = await taken(store)
@@ -706,8 +725,8 @@ async def test_released_task_is_not_counted_as_lost(store: Store) -> None:
         assert len(changed.ready) == 1
     task = await taken(store)
     await store.run(tasks.complete_task, task.task_id, "1")
-    assert (await store.run(tasks.release, task.task_id, "gone")).ready == ()
-    assert (await store.run(tasks.release, "task-unknown", "gone")).ready == ()
+    assert (await store.run(tasks.release, task.task_id, "gone")).ready == []
+    assert (await store.run(tasks.release, "task-unknown", "gone")).ready == []
     assert (await store.run(reading.get_execution, started.execution_id)).status is ExecutionStatus.COMPLETED
 
 
@@ -736,17 +755,17 @@ async def test_task_that_never_arrived_counts_as_lost_and_is_retried(store: Stor
     started = await start(store)
     for _ in range(MAX_LOST_ATTEMPTS - 1):
         changed = await store.run(leases.lose, "w1", frozenset({(await taken(store)).task_id}))
-        assert (len(changed.ready), changed.ended) == (1, ())
+        assert (len(changed.ready), changed.ended) == (1, [])
     lost = await attempts(store, started.execution_id)
     assert {(one.outcome, one.error) for one in lost} == {
         (Outcome.LOST, "the task did not reach worker w1: two heartbeats in a row did not name it")
     }
     last = await taken(store)
-    assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changed()
+    assert await store.run(leases.lose, "w2", frozenset({last.task_id})) == Changes()
     # The number of losses is limited, because some tasks can never arrive.
     (ended,) = (await store.run(leases.lose, "w1", frozenset({last.task_id}))).ended
     assert ended.status is ExecutionStatus.FAILED
-    assert await store.run(leases.lose, "w1", frozenset({last.task_id})) == Changed()
+    assert await store.run(leases.lose, "w1", frozenset({last.task_id})) == Changes()
 
 
 # ---- Cancelling ------------------------------------------------------------------------------------------------------
@@ -778,7 +797,7 @@ async def test_cancel_keeps_recorded_results(store: Store) -> None:
 async def test_second_cancel_is_accepted_but_not_after_another_end(store: Store) -> None:
     started = await start(store)
     await store.run(executions.cancel_execution, started.execution_id)
-    assert (await store.run(executions.cancel_execution, started.execution_id)).ended == ()
+    assert (await store.run(executions.cancel_execution, started.execution_id)).ended == []
     done = await store.run(executions.start_execution, "w", "v1", "{}", "")
     await store.run(tasks.complete_task, (await taken(store)).task_id, "1")
     with pytest.raises(Conflict, match="is COMPLETED and can't be cancelled any more"):

@@ -14,11 +14,9 @@ import harness
 
 from nexum_engine.clock import SystemClock
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.server.bounds import Answers, Reading, add_servicer
-from nexum_engine.server.liveness import Liveness
+from nexum_engine.server.bounds import Reading, add_servicer
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.servicer import NexumServicer
-from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, open_store
 from nexum_engine.store.submitted import Submitted
 
@@ -95,22 +93,15 @@ async def engine_server(folder: Path, *, lease: float = 30.0, port: int = 0) -> 
     """Run a server on the folder's database; yield it when it is ready for calls. `lease` is in seconds."""
     clock = SystemClock()
     store = await open_store(harness.url_of(folder), clock)
-    polls = Polls(store, clock, round(lease * 1000))
-    waiters = Waiters()
-    liveness = Liveness(store, polls, waiters, clock, round(lease * 1000))
-    store.on_unknown = [polls.look_again, waiters.look_again]
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[Reading()])
-    servicer = NexumServicer(store, polls, waiters, liveness, Answers())
+    servicer = NexumServicer(store, clock, round(lease * 1000))
     add_servicer(servicer, server)
     port = server.add_insecure_port(f"127.0.0.1:{port}")
-    await liveness.start()
+    await servicer.start()
     await server.start()
     try:
-        yield EngineServer(store, polls, f"127.0.0.1:{port}")
+        yield EngineServer(store, servicer.polls, f"127.0.0.1:{port}")
     finally:
-        waiters.stop()
-        await polls.stop()
-        await liveness.stop()
-        servicer.stop()
+        await servicer.stop()
         await server.stop(0)
         await store.close()

@@ -38,5 +38,5 @@ class LossyClient(NexumClient):
             raise rpc_error(grpc.StatusCode.UNAVAILABLE, "the connection broke")
 
         losing: Any = lambda stub: partial(lose, method(stub))  # noqa: E731
-        answer: Answer = await self._connection.call(losing, request, wait=wait, patience=patience)
+        answer: Answer = await self.connection.call(losing, request, wait=wait, patience=patience)
         return answer
