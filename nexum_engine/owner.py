@@ -38,6 +38,12 @@ from nexum_engine.workflow import Workflow
 CONNECT_TIMEOUT = 30.0  # seconds
 GIVE_UP_PATIENCE = 5.0  # seconds for the server to free a call's place after the caller was cancelled
 PATIENCE = 300.0  # seconds to retry a call while no server answers
+HELD_FOR = 1.0
+"""For how many seconds after an accepted start the owner counts as holding its tasks.
+
+The server lets another owner take over a second after it has lost the connection. The first owner may not notice the
+loss for much longer, for instance if only its half of the connection is open. So its heartbeats prove nothing.
+"""
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +62,7 @@ class Owner:
         self._on_lost = on_lost
         self._heartbeat = Heartbeat(client.connection, self.owner_id, on_lost=self._say_lost)
         self._beating: asyncio.Task[None] | None = None
+        self._held_until = 0.0
 
     async def __aenter__(self) -> Owner:
         self._beating = asyncio.create_task(self._heartbeat.run(), name="owner's heartbeat")
@@ -93,7 +100,7 @@ class Owner:
     @property
     def is_holding(self) -> bool:
         """Whether it is certain that this owner still holds its tasks. If False, another owner may have taken over."""
-        return self._heartbeat.is_holding
+        return time.monotonic() < self._held_until
 
     def declare(self, tools: Iterable[DeclaredTool]) -> None:
         """Tell the server about tools of this process: `nexum tools` lists them while the owner is connected."""
@@ -196,10 +203,14 @@ class Owner:
             wait=MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0,
             patience=PATIENCE,
         )
+        sent = time.monotonic()
         started = await start()
         while started.retry_after:
             await asyncio.sleep(started.retry_after)
+            sent = time.monotonic()
             started = await start()
+        if holding is not None or started.task is not None:
+            self._held_until = sent + HELD_FOR
         if started.task is not None:
             self._heartbeat.hold(started.task.task_id)
         elif not started.status.ended and not started.unknown:

@@ -27,8 +27,10 @@ from durable_agents import (
     texts,
     whole,
 )
+from faulty_proxy import FaultyProxy
 from harness import logged, nexum_server
 from openai_server import OpenAIServer, Reply
+from proxy import DIRECTIONS, TO_SERVER
 from server_thread import ServerThread
 
 from durable_autogen import Budget, DriftError, DurableSession, SessionBusy, list_sessions
@@ -86,8 +88,8 @@ async def test_process_that_lost_session_records_nothing(server: ServerThread) -
         assert len(model.requests) == 2
 
 
-async def test_process_that_lost_session_executes_no_tool(server: ServerThread) -> None:
-    """Simulate a process that SIGSTOP stops for longer than its lease, while another process takes over its session."""
+async def test_process_that_lost_session_executes_no_tool(server: ServerThread, sent: list[str]) -> None:
+    """The process doesn't notice that its connection is broken, while another process takes over its session."""
     ran: list[str] = []
 
     async def note(text: str) -> None:
@@ -95,21 +97,29 @@ async def test_process_that_lost_session_executes_no_tool(server: ServerThread) 
 
     tool = FunctionTool(note, description="Note.")
 
-    async def program() -> None:
-        async with DurableSession("s", nexum=server.address) as stopped:
-            with stopped.agent("me"):
+    async def program(proxy: FaultyProxy) -> None:
+        async with DurableSession("s", nexum=proxy.address) as cut_off:
+            with cut_off.agent("me"):
                 await tool.run_json({"text": "one"}, CancellationToken())
-            await stopped.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            proxy.hold(*DIRECTIONS)
+            proxy.break_connections(TO_SERVER)
             async with DurableSession("s", nexum=server.address) as again:
                 with again.agent("me"):
                     await tool.run_json({"text": "one"}, CancellationToken())
-                with stopped.agent("me"), pytest.raises(SessionBusy):
-                    await tool.run_json({"text": "two, too late"}, CancellationToken())
+                assert cut_off.recorder.journal._owner._heartbeat.is_holding, "it doesn't notice"
+                requests = len(sent)
+                with cut_off.agent("me"):
+                    late = asyncio.create_task(tool.run_json({"text": "two, too late"}, CancellationToken()))
+                while len(sent) == requests:  # noqa: ASYNC110 - nothing sets an event
+                    await asyncio.sleep(0.01)
+                proxy.release()
+                with pytest.raises(SessionBusy):
+                    await late
                 with again.agent("me"):
                     await tool.run_json({"text": "two"}, CancellationToken())
 
-    with pytest.raises(SessionBusy, match="session s: another process has taken over"):
-        await program()
+    with FaultyProxy(server.address) as proxy, pytest.raises(SessionBusy, match="another process has taken over"):
+        await program(proxy)
     assert ran == ["one", "two"]
 
 

@@ -76,7 +76,7 @@ async def test_client_waits_with_jitter_and_starts_when_there_is_room(
             await asyncio.to_thread(complete, stub, task)
             assert not (await asyncio.wait_for(waiting, 20)).existing
             async with Owner(client) as owner:  # the full server still answers heartbeats
-                assert owner.is_holding
+                assert owner._heartbeat.is_holding
     assert all(0.5 <= pause <= 1.5 * 2**number for number, pause in enumerate(pauses))
 
 

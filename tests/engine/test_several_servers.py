@@ -66,7 +66,7 @@ async def test_calls_and_worker_continue_with_another_server(tmp_path: Path) -> 
             async with idle:
                 first.process.kill()
                 # The owner makes no call: its heartbeat finds the other server.
-                await asyncio.wait_for(until(lambda: idle.is_holding and other.address in servers), 20)
+                await asyncio.wait_for(until(lambda: idle._heartbeat.is_holding and other.address in servers), 20)
                 await other.register_workflow(ONE, patience=20)
                 started = await other.start_execution(ONE, {}, idempotency_key="k", patience=20)
                 observed = await other.get_execution(started.execution_id, wait=20, patience=20)

@@ -255,7 +255,7 @@ async def test_owner_with_blocked_event_loop_keeps_its_task(server: Server) -> N
         owned = await owner.start(ONE, {}, idempotency_key="k")
         assert owned.task is not None
         time.sleep(PAST_THE_LEASE)  # noqa: ASYNC251 - the fault under test
-        assert owner.is_holding
+        assert owner._heartbeat.is_holding
         execution = (await client.get_execution(owned.execution_id, with_attempts=True)).execution
         assert [one.outcome for one in execution.nodes[0].attempts] == [Outcome.RUNNING]
 
@@ -268,6 +268,6 @@ async def test_blocked_event_loop_does_not_delay_reconnection(tmp_path: Path, se
         with nexum_server(tmp_path) as again:
             assert again.address != server.address
             time.sleep(PAST_THE_LEASE)  # noqa: ASYNC251 - the fault under test
-            assert owner.is_holding
+            assert owner._heartbeat.is_holding
             observed = await client.get_execution(owned.execution_id, with_attempts=True, patience=SOON)
             assert [one.outcome for one in observed.execution.nodes[0].attempts] == [Outcome.RUNNING]

@@ -20,19 +20,22 @@ class FaultyProxy(Proxy):
         self.hits = 0
         """The number of connections that were broken, and of times that data was held back or delayed."""
 
-    def break_connections(self) -> None:
-        """Reset every open connection."""
+    def break_connections(self, *directions: str) -> None:
+        """Reset every open connection, or only its halves in these directions."""
 
         async def reset() -> None:
-            for writer in list(self._writers):
-                if not writer.is_closing():
+            for writer, direction in list(self._writers.items()):
+                if direction in (directions or DIRECTIONS) and not writer.is_closing():
                     self.hits += 1
                     writer.transport.abort()
 
         asyncio.run_coroutine_threadsafe(reset(), self._loop).result()
 
     def hold(self, *directions: str) -> None:
-        """Send nothing in these directions until `release`, as a partition of the network does."""
+        """Send nothing in these directions until `release`, as a partition of the network does.
+
+        If one end closes or resets a connection meanwhile, the other end doesn't notice.
+        """
         for direction in directions:
             self._loop.call_soon_threadsafe(self._open[direction].clear)
 

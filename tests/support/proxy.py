@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import suppress
 from typing import TypeVar
 
 TO_SERVER, TO_CLIENT = "to the server", "to the client"
@@ -18,7 +19,8 @@ class Proxy:
         self._upstream = upstream
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
-        self._writers: set[asyncio.StreamWriter] = set()
+        self._writers: dict[asyncio.StreamWriter, str] = {}
+        """The direction of each open writer."""
         self.port = 0
 
     @property
@@ -31,7 +33,10 @@ class Proxy:
         return bool(self._writers)
 
     async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
-        """Do something with data before it is sent through `writer`. A subclass may override this."""
+        """Do something with data before it is sent through `writer`. A subclass may override this.
+
+        `chunk` is empty at the end of the data.
+        """
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -43,18 +48,18 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, server_writer}
+        self._writers |= {writer: TO_CLIENT, server_writer: TO_SERVER}
         await asyncio.gather(self._pump(reader, server_writer, TO_SERVER), self._pump(server_reader, writer, TO_CLIENT))
-        self._writers -= {writer, server_writer}
+        del self._writers[writer], self._writers[server_writer]
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
         try:
-            while chunk := await reader.read(65536):
-                await self.before_sending(writer, direction, chunk)
-                writer.write(chunk)
-                await writer.drain()
-        except OSError:
-            pass  # one end has closed the connection
+            with suppress(OSError):  # one end has closed the connection
+                while chunk := await reader.read(65536):
+                    await self.before_sending(writer, direction, chunk)
+                    writer.write(chunk)
+                    await writer.drain()
+            await self.before_sending(writer, direction, b"")
         finally:
             writer.close()
 
