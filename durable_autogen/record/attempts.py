@@ -92,6 +92,7 @@ class Attempts:
         while True:
             number += 1
             await self.take()
+            await self._recorder.before_attempt(self._call)
             try:
                 try:
                     return await _in_time(policy, what, attempt)

@@ -408,24 +408,29 @@ class Journal:
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
-        if must_be_known or is_counted or is_setback or not self._owner.is_holding:
-            await self._begin(call, restart=is_counted)
+        if must_be_known or is_counted or is_setback or not self.is_holding:
+            await self.begin(call, restart=is_counted)
             return True
         self._unrecorded.append(call.address)
         return False
 
-    async def _begin(self, call: Call, *, restart: bool) -> None:
-        """Record the beginning of a call.
+    @property
+    def is_holding(self) -> bool:
+        """Whether it is certain that this process still owns the session."""
+        return self._owner.is_holding
 
-        If an earlier run began the call, continue its execution. With `restart`, end that execution as failed, and
-        begin another one.
+    async def begin(self, call: Call, *, restart: bool = False) -> None:
+        """Record the beginning of a call. Raises SessionBusy if another process owns the session.
+
+        If the beginning is recorded already, continue the call's execution. With `restart`, end that execution as
+        failed, and begin another one.
         """
         input = self._input(call)
         key = self._key(input)
-        if key in self._open:
-            if not restart:
-                return
+        if key in self._open and restart:
             await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
+        elif key in self._open and self.is_holding:
+            return
         if not await self._start(input):
             raise self._busy(f"another process has recorded {call}")
 

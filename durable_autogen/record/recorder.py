@@ -56,6 +56,19 @@ COUNTED_AS = {
 """The name under which a run counts its calls, by their kind. It counts no other calls."""
 
 
+async def _answered(request: Coroutine[Any, Any, None]) -> None:
+    """Make a request. If the caller is cancelled, wait for the answer first: the journal needs it.
+
+    Otherwise the server could have a beginning that the journal doesn't know of, and would refuse the next one.
+    """
+    asking = asyncio.ensure_future(request)
+    try:
+        await asyncio.shield(asking)
+    except asyncio.CancelledError:
+        await asyncio.wait({asking})
+        raise
+
+
 def _nothing(_: bool) -> list[Any]:
     """Return the items of a call that isn't a stream."""
     return []
@@ -231,6 +244,16 @@ class Recorder:
             self.stop(error)
             raise
 
+    async def before_attempt(self, call: Call) -> None:
+        """Record the beginning of a call before an attempt at it, if another process may own the session now.
+
+        Since the call was made, the run may have waited for a person, for a limit or for a retry. If another process
+        owns the session, the run ends with SessionBusy.
+        """
+        if not self.journal.is_holding:
+            with self.servers_errors():
+                await _answered(self.journal.begin(call))
+
     @property
     def programs(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
@@ -260,14 +283,7 @@ class Recorder:
         """Record that a new session begins, or that a changed program continues the session."""
         if request is None and self.journal.events:
             return  # without waiting for the lock: in a replay, too, the agent begins at once
-        beginning = asyncio.ensure_future(self._begin(content, request))
-        try:
-            await asyncio.shield(beginning)
-        except asyncio.CancelledError:
-            # The journal needs the server's answer. Otherwise the next run of an agent would record a second beginning,
-            # and the server would refuse it.
-            await asyncio.wait({beginning})
-            raise
+        await _answered(self._begin(content, request))
 
     async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:

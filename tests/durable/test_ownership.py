@@ -33,7 +33,7 @@ from openai_server import OpenAIServer, Reply
 from proxy import DIRECTIONS, TO_SERVER
 from server_thread import ServerThread
 
-from durable_autogen import Budget, DriftError, DurableSession, SessionBusy, list_sessions
+from durable_autogen import NOT_DONE, Budget, DriftError, DurableSession, SessionBusy, durable_tool, list_sessions
 from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
 from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
@@ -121,6 +121,58 @@ async def test_process_that_lost_session_executes_no_tool(server: ServerThread, 
     with FaultyProxy(server.address) as proxy, pytest.raises(SessionBusy, match="another process has taken over"):
         await program(proxy)
     assert ran == ["one", "two"]
+
+
+WAITING = {
+    "approval": {"approval": "always"},
+    "retry": {"retry": {"max_attempts": 2, "first_delay_seconds": 0.01}},
+    "once": {
+        "retry": {"max_attempts": 2, "first_delay_seconds": 0.01},
+        "effect": "once",
+        "reconcile": lambda *_: NOT_DONE,
+    },
+}
+
+
+@pytest.mark.parametrize("policy", WAITING.values(), ids=WAITING)
+async def test_process_that_lost_session_while_its_call_waited_executes_no_tool(
+    server: ServerThread, policy: dict[str, Any]
+) -> None:
+    """The call waits for a person or for a retry, while another process takes over the session and makes the call."""
+    ran: list[str] = []
+    has_failed, may_fail = asyncio.Event(), asyncio.Event()
+
+    async def act() -> str:
+        if "retry" in policy and not has_failed.is_set():
+            has_failed.set()
+            await may_fail.wait()
+            raise Offline("no")
+        ran.append("act")
+        return "done"
+
+    tool = durable_tool(FunctionTool(act, description="Act."), **policy)
+
+    async def program(nexum: NexumClient) -> None:
+        async with DurableSession("s", nexum=server.address) as former:
+            with former.agent("me"):
+                waiting = asyncio.create_task(tool.run_json({}, CancellationToken()))
+            while not (has_failed.is_set() or await nexum.pending_approvals()):  # noqa: ASYNC110 - nothing sets an event
+                await asyncio.sleep(0.01)
+            await former.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            async with DurableSession("s", nexum=server.address) as again:
+                with again.agent("me"):
+                    asking = asyncio.create_task(tool.run_json({}, CancellationToken()))
+                for question in await nexum.pending_approvals():
+                    await nexum.approve(question.execution_id, question.node_id)
+                assert await asking == "done"
+                may_fail.set()
+                with pytest.raises(SessionBusy):
+                    await waiting
+
+    async with NexumClient(server.address) as nexum:
+        with pytest.raises(SessionBusy, match="another process has taken over"):
+            await program(nexum)
+    assert ran == ["act"]
 
 
 async def test_finished_session_stays_finished_after_refused_run(server: ServerThread) -> None:
