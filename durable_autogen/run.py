@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,6 +27,7 @@ from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.surrogates import representable
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
+from nexum_engine.event_loop import call_in
 from nexum_engine.policy import Policy
 
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
@@ -193,14 +195,8 @@ class _Run:
     def _heed_the_token(self) -> None:
         if self.token is None:
             return
-        loop = asyncio.get_running_loop()
         # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
-
-        def cancelled() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._cancelled)
-
-        self.token.add_callback(cancelled)
+        self.token.add_callback(partial(call_in, self.session.loop, self._cancelled))
 
     def _cancelled(self) -> None:
         line = (

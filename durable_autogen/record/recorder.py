@@ -38,6 +38,7 @@ from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
+from nexum_engine.event_loop import call_in
 
 OnDrift = Literal["stop", "continue"]
 
@@ -486,7 +487,7 @@ class Recorder:
         loop = asyncio.get_running_loop()
         given_up = loop.create_future()
         if token is not None:
-            token.add_callback(partial(loop.call_soon_threadsafe, given_up.cancel))
+            token.add_callback(partial(call_in, loop, given_up.cancel))
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the

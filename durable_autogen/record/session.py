@@ -30,6 +30,7 @@ from nexum_engine.approvals import NODE, approval_workflow, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.event_loop import call_in
 from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
@@ -94,8 +95,8 @@ class Session:
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
-        if self._recorder is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._recorder.stop, error)
+        if self._recorder is not None:
+            call_in(self.loop, self._recorder.stop, error)
 
     # ---- What a framework adds ---------------------------------------------------------------------------------------
 
@@ -265,7 +266,7 @@ class Session:
         self._left[did] += 1
         if self._on_unrecorded == "stop":
             error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")
-            self.loop.call_soon_threadsafe(self.recorder.stop, error)
+            call_in(self.loop, self.recorder.stop, error)
             raise error
         if self._left[did] == 1:
             self.log.warning("%s", line)
