@@ -21,6 +21,7 @@ from durable_autogen.autogen.transcript import Item, Message, Task, marked, mess
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind
+from durable_autogen.record.failures import end
 from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
@@ -176,9 +177,7 @@ class _Run:
             if not running.done():
                 self._cancelled()
                 await asyncio.wait({running}, timeout=END_PATIENCE)
-                running.cancel()
-            if running.done() and not running.cancelled():
-                running.exception()  # mark the team's error as retrieved: the run raises another error instead
+            await end(running, 0)
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         result = TaskResult(messages=[])
