@@ -398,32 +398,22 @@ class Journal:
         """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
         return sum(start < seq for start in self.recorded.programs)
 
-    async def before(self, call: Call, *, must_be_known: bool = False, is_counted: bool = False) -> bool:
-        """Record the beginning of a call if the next run must know it. Return whether it is recorded.
+    async def before(self, call: Call, *, must_be_known: bool = False) -> None:
+        """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.
 
-        The beginning is recorded if `must_be_known` is set, after a failure, and if another process may own the session
-        now. With `is_counted`, it is always recorded, also if an earlier run has recorded it: each
-        attempt at the call counts. Raises SessionBusy if another process owns the session.
+        If an earlier run began the call, continue its execution. But each request to a model counts: end the execution
+        of the earlier request as failed, and begin another one. Raises SessionBusy if another process owns the session.
         """
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
-        if must_be_known or is_counted or is_setback or not self._owner.is_holding:
-            await self._begin(call, restart=is_counted)
-            return True
-        self._unrecorded.append(call.address)
-        return False
-
-    async def _begin(self, call: Call, *, restart: bool) -> None:
-        """Record the beginning of a call.
-
-        If an earlier run began the call, continue its execution. With `restart`, end that execution as failed, and
-        begin another one.
-        """
+        if not must_be_known and not is_setback and self._owner.is_holding:
+            self._unrecorded.append(call.address)
+            return
         input = self._input(call)
         key = self._key(input)
         if key in self._open:
-            if not restart:
+            if call.kind is not Kind.REPLY:
                 return
             await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
         if not await self._start(input):

@@ -531,9 +531,8 @@ class Recorder:
                 if self._budget is not None:
                     await self._wait_for_budget(self._budget, call)
                 live.was_made = True
-                is_counted = self._budget is not None and call.kind is Kind.REPLY
                 with live.sending():
-                    await self.journal.before(call, must_be_known=self._must_be_known(live), is_counted=is_counted)
+                    await self.journal.before(call, must_be_known=self._must_be_known(live))
                 done = await self._performed(live, perform)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
@@ -558,10 +557,10 @@ class Recorder:
                 live.answer.set_result(error)
 
     def _must_be_known(self, live: _LiveCall) -> bool:
-        """Return whether the next run must know of a tool's call, even if the call leaves no result."""
+        """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
         call = live.call
         if call.kind is not Kind.TOOL:
-            return False
+            return call.kind is Kind.REPLY and self._budget is not None
         # The next run may make calls in another order: simultaneous calls of an agent, and calls of parallel branches
         # without an agent. Their recorded beginnings show which one is which, so that each call keeps its id.
         is_in_order = call.agent and not any(
