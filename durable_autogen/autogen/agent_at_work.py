@@ -18,7 +18,6 @@ from autogen_core import CancellationToken
 from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.transcript import messages_of
-from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at
 from durable_autogen.record.recorder import Recorder
@@ -106,7 +105,7 @@ class AtWork:
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(self.place):
                     position = self._recorder.next_position(self._label, "turn")
-                    await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
+                    await self._recorder.mark(self._label, position, describe_turn(_words(item)))
         if isinstance(item, TaskResult) and not self._outer.is_inside:
             return self._session_state.transcript.result(item)
         return item

@@ -189,7 +189,7 @@ class Calls:
                 stream.passed_on.append(piece)
                 if is_first:
                     is_first = False
-                    await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
+                    await self._recorder.mark(self._agent, f"{call.position}/begun", {})
                 yield piece
         result = self._received(client, await running)
         for text in filter(None, held):

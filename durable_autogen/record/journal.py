@@ -382,10 +382,6 @@ class Journal:
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
-    def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of this address, but left no result that counts."""
-        return address in self.recorded.tried
-
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
         return self.recorded.scope_of(address)
@@ -393,10 +389,6 @@ class Journal:
     def call_id_of(self, call: Call) -> str:
         """Return the id of a tool's call."""
         return call_id_of(self.session, self.scope_of(call.address), call.digest)
-
-    def programs_before(self, seq: int) -> int:
-        """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
-        return sum(start < seq for start in self.recorded.programs)
 
     async def before(self, call: Call, *, must_be_known: bool = False) -> None:
         """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.
@@ -437,14 +429,14 @@ class Journal:
             asked_ms=asked_ms,
             active_ms=active_ms,
             recorded_ms=round(time.time() * 1000),
-            under_way=[address for address in self._unrecorded if address != call.address],
         )
         return await self._write(call, event)
 
     async def _write(self, call: Call, event: Event) -> Event:
         self.next_seq = event.seq + 1
+        under_way = [address for address in self._unrecorded if address != call.address]
         self._unrecorded = []
-        event = event.model_copy(update={"summary": self._summary.plus(event)})
+        event = event.model_copy(update={"under_way": under_way, "summary": self._summary.plus(event)})
         input = self._input(call)
         key, run = self._key(input), self._run
         task = self._open.get(key)
@@ -476,7 +468,7 @@ class Journal:
         """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
         call = Call(event.kind, event.agent, event.position)
         # `asked_after` is a number of the other session: here, it could name an event that came after the copy.
-        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": [], "asked_after": 0})
+        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "asked_after": 0})
         await self._write(call, copy)
 
     async def add_message(self, text: str) -> None:

@@ -235,7 +235,7 @@ class Recorder:
     @property
     def programs(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
-        return self.journal.programs_before(self.replay.last_seq)
+        return sum(start < self.replay.last_seq for start in self.journal.recorded.programs)
 
     def was_checked(self, condition: str, look: int) -> bool:
         """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
@@ -273,9 +273,7 @@ class Recorder:
     async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:
             if request is not None or not self.journal.events:
-                position = "begin"
-                if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
-                    position = f"begin/{number}"
+                position = f"begin/{len(programs)}" if (programs := self.journal.recorded.programs) else "begin"
                 self.replay.delivered(
                     await self.journal.record(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
                 )
@@ -340,9 +338,9 @@ class Recorder:
         self._counts[agent, what] += 1
         return f"{what}/{self._counts[agent, what]}"
 
-    async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
-        """Record a mark; in a replay, wait until the recorded mark is delivered."""
-        await self.call(Call(kind, agent, position, request), None)
+    async def mark(self, agent: str, position: str, request: Mapping[str, Any]) -> None:
+        """Record a mark of an agent's turn; in a replay, wait until the recorded mark is delivered."""
+        await self.call(Call(Kind.TURN, agent, position, request), None)
 
     async def call(
         self,
