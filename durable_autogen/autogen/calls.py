@@ -412,10 +412,16 @@ class Calls:
             raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
         return content
 
-    def check_no_policy(self, name: str) -> None:
-        """Raise InvalidRequest if an agent or a team that is used as a tool has a policy."""
+    def is_recorded_inside(self, tool: object, name: str) -> bool:
+        """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result.
+
+        Raises InvalidRequest if the session has a policy for such a tool.
+        """
+        if not isinstance(tool, (AgentTool, TeamTool)):
+            return False
         if self._guard.of_tool(name) is not None:
             raise InvalidRequest(f"{name} is an agent or team as a tool: give the policies to the tools inside it")
+        return True
 
     def agent_as_tool(self, made: ToolCall) -> Place:
         """Return the place for an agent or team that a reply calls as a tool.
@@ -490,11 +496,6 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
             stream.passed_on.append(item)
             yield item
     yield await running
-
-
-def is_recorded_inside(tool: object) -> bool:
-    """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result."""
-    return isinstance(tool, (AgentTool, TeamTool))
 
 
 def _name(tool: Tool | ToolSchema) -> str:
