@@ -21,7 +21,6 @@ from durable_autogen.record.events import (
     Revoked,
     Said,
     Waiting,
-    all_executions,
     call_id_of,
     check_session_id,
     end_of,
@@ -72,8 +71,8 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
     """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
-    async for run in all_executions(
-        client, workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
+    async for run in client.all_executions(
+        workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
@@ -380,7 +379,7 @@ async def _effects_of_workers(client: NexumClient, source: str, before: Sequence
     """Whether the executions of a workflow version have an effect that must happen only once."""
     found: list[Execution] = []
     for separator in ":/":  # what follows the session in a key of submit_task.py, and in a call's id
-        async for one in all_executions(client, key_prefix=f"{source}{separator}", patience=PATIENCE):
+        async for one in client.all_executions(key_prefix=f"{source}{separator}", patience=PATIENCE):
             if one.version_hash not in has_effect:
                 whole = await client.get_execution(one.execution_id, patience=PATIENCE)
                 has_effect[one.version_hash] = any(node.once for node in whole.execution.nodes)

@@ -111,16 +111,12 @@ async def ask(
 
 async def _begun(client: NexumClient, workflow: str, key: str) -> ApprovedCall | None:
     """Return the call whose execution has this key, or None."""
-    before = ""
-    while page := await client.list_executions(  # by prefix, so the pages also hold longer keys
-        workflow_id=workflow, key_prefix=key, before=before, with_nodes=True, patience=PATIENCE
-    ):
-        for execution in page:
-            if execution.idempotency_key == key:
-                call = ToolCallInput.model_validate_json(execution.input_json)
-                return ApprovedCall(call.tool_args, call.approval, key)
-        before = page[-1].execution_id
-    return None
+    found = client.all_executions(workflow_id=workflow, key_prefix=key, with_nodes=True, patience=PATIENCE)
+    newest_first = [one async for one in found if one.idempotency_key == key]  # longer keys begin with `key`, too
+    if not newest_first:
+        return None
+    call = ToolCallInput.model_validate_json(newest_first[0].input_json)
+    return ApprovedCall(call.tool_args, call.approval, key)
 
 
 async def check(

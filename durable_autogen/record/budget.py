@@ -26,7 +26,6 @@ from durable_autogen.record.events import (
     Record,
     Returned,
     Revoked,
-    all_executions,
     scope_of,
     usage_of,
 )
@@ -242,8 +241,7 @@ async def questions_of(
 ) -> list[tuple[BudgetQuestion, Execution]]:
     """Return a session's questions with their newest executions, ordered by number."""
     found: dict[int, tuple[BudgetQuestion, Execution]] = {}
-    async for execution in all_executions(
-        client,
+    async for execution in client.all_executions(
         workflow_id=BUDGET_QUESTION.workflow_id,
         key_prefix=budget_prefix(session),
         with_nodes=True,

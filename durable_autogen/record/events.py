@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -26,7 +26,6 @@ from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
-PAGE = 100  # executions to ask the server for at a time
 MAX_QUESTION = 200  # characters; a longer question is cut in a summary
 DIGITS = 12  # of a call's digest, in ids and keys
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
@@ -523,22 +522,12 @@ class Record:
         return scope_of(address, self.times_replaced[address])
 
 
-async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any) -> AsyncGenerator[Execution, None]:
-    """Yield all executions that a query of `list_executions` finds, the newest first. Read `limit` at a time."""
-    before = ""
-    while page := await client.list_executions(**query, before=before, limit=limit):
-        for execution in page:
-            yield execution
-        before = page[-1].execution_id
-
-
 async def read_record(client: NexumClient, session: str) -> Record:
     """Return everything that a session has recorded."""
     found = Record()
     ended_ms: dict[int, int] = {}  # when each event was recorded, by the server's clock
     last_begun_ms = 0  # when the last call without a recorded result began
-    async for execution in all_executions(
-        client,
+    async for execution in client.all_executions(
         workflow_id=AGENT_EVENT.workflow_id,
         key_prefix=f"{session}/",
         with_nodes=True,

@@ -31,7 +31,6 @@ from durable_autogen.record.events import (
     RunSummary,
     Said,
     Summary,
-    all_executions,
     call_id_of,
     end_of,
     read_record,
@@ -525,8 +524,7 @@ class Journal:
 
     async def cancel_running(self, workflow: Workflow, key_prefix: str) -> None:
         """Cancel the running executions of a workflow whose keys begin with `key_prefix`."""
-        async for execution in all_executions(
-            self.client,
+        async for execution in self.client.all_executions(
             workflow_id=workflow.workflow_id,
             status=ExecutionStatus.RUNNING.value,
             key_prefix=key_prefix,

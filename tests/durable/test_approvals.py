@@ -36,9 +36,8 @@ from durable_autogen import (
     list_sessions,
 )
 from durable_autogen.autogen.fingerprints import describe_call
-from durable_autogen.record.events import PAGE
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
-from nexum_engine.client import NexumClient
+from nexum_engine.client import PAGE, NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict, InvalidRequest
 from nexum_engine.policy import call_digest
