@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import Child, start_child
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
-from support.launcher import ROOT, Child, death_in_words, start_child
+from support.launcher import ROOT, death_in_words
 from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 from support.pipeline.published import attempts_of_effects
