@@ -375,20 +375,14 @@ async def _effects_of_workers(client: NexumClient, source: str, before: Sequence
     `before` has the ids of calls whose results the fork copies. Leave out the executions with such an id in their key.
     """
     is_copied = _contains_any(before)
-    has_effect: dict[str, bool] = {}
-    """Whether the executions of a workflow version have an effect that must happen only once."""
-    found: list[Execution] = []
-    for separator in ":/":  # what follows the session in a key of submit_task.py, and in a call's id
-        async for one in client.all_executions(key_prefix=f"{source}{separator}", patience=PATIENCE):
-            if one.version_hash not in has_effect:
-                whole = await client.get_execution(one.execution_id, patience=PATIENCE)
-                has_effect[one.version_hash] = any(node.once for node in whole.execution.nodes)
-            if (
-                has_effect[one.version_hash]
-                and one.workflow_id != TOOL_EFFECT.workflow_id
-                and not is_copied(one.idempotency_key)
-            ):
-                found.append((await client.get_execution(one.execution_id, patience=PATIENCE)).execution)
+    found = [
+        one
+        for separator in ":/"  # what follows the session in a key of submit_task.py, and in a call's id
+        async for one in client.all_executions(key_prefix=f"{source}{separator}", with_nodes=True, patience=PATIENCE)
+        if any(node.once for node in one.nodes)
+        and one.workflow_id != TOOL_EFFECT.workflow_id
+        and not is_copied(one.idempotency_key)
+    ]
     return sorted(found, key=lambda one: one.created_ms)
 
 
