@@ -102,7 +102,7 @@ class Calls:
         policy = self._guard.of_model(model).model_copy(update={"heartbeat": None})
 
         async def perform() -> Performed:
-            replied = await Attempts(self._recorder, call, model, policy).make(str(call), lambda: ask(messages))
+            replied = await Attempts(self._recorder, call, model, policy).make(lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -158,7 +158,7 @@ class Calls:
 
         async def perform() -> Performed:
             # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-            result = await attempts.make(str(call), attempt, lambda: not stream.produced)
+            result = await attempts.make(attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             pieces = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
@@ -369,7 +369,7 @@ class Calls:
                 value = await guard.once(guarded, once)
             else:
                 attempts = Attempts(self._recorder, call, name, policy)
-                value = await attempts.make(name, partial(once, shown), lambda: not streamed)
+                value = await attempts.make(partial(once, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)

@@ -80,15 +80,13 @@ class Attempts:
         self._policy = policy
         self._task: Task | None = None
 
-    async def make(
-        self, what: str, attempt: Callable[[], Awaitable[T]], may_retry: Callable[[], bool] = lambda: True
-    ) -> T:
-        """Make the call, and retry it as the policy says. `what` names the call in the log and in errors.
+    async def make(self, attempt: Callable[[], Awaitable[T]], may_retry: Callable[[], bool] = lambda: True) -> T:
+        """Make the call, and retry it as the policy says.
 
         If an attempt exceeds a time limit of the policy, it fails with TookTooLong. During each attempt, the call holds
         a place under the policy's rate and concurrency.
         """
-        policy, number = self._policy, 0
+        policy, what, number = self._policy, self._call.name, 0
         while True:
             number += 1
             await self.take()

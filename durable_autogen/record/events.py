@@ -376,9 +376,14 @@ class Call(Requested):
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
-    """The call's name in errors; empty for the default name."""
+    """The call's name in errors and in the log, if it has another one than `str` returns."""
     has_policy: bool = False
     """Whether it is the call of a tool with a policy."""
+
+    @property
+    def name(self) -> str:
+        """The call's name in errors and in the log."""
+        return self.label or str(self)
 
 
 def call_id_of(session: str, scope: str, digest: str) -> str:

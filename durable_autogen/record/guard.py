@@ -361,7 +361,7 @@ class Guard:
         if task.must_reconcile and (value := await self._reconciled(guarded)) is not NOT_DONE:
             return value
         try:
-            return await attempts.make(guarded.tool, partial(attempt, guarded.arguments))
+            return await attempts.make(partial(attempt, guarded.arguments))
         except Exception as error:
             if guarded.policy.reconcile is None or not is_unknown(cause_of(error)):
                 raise

@@ -576,7 +576,7 @@ class Recorder:
     async def _performed(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
         place = current.get()
         assert place is not None
-        name = live.call.label or str(live.call)
+        name = live.call.name
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
