@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import Attempts, cause_of, is_unknown
@@ -45,8 +45,6 @@ from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefuse
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
-
-T = TypeVar("T")
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
@@ -120,7 +118,7 @@ class Guard:
     """The policies of one run, and the calls under them. `nexum` is the server's address, if the program named one."""
 
     def __init__(
-        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None = None, ask: Ask | None = None
+        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None, ask: Ask | None
     ) -> None:
         self._recorder = recorder
         self._journal = recorder.journal

@@ -360,7 +360,7 @@ class Journal:
         with self._held("its effect"), contextlib.suppress(TaskNotFound):  # the server's database was replaced
             await self._owner.complete(task, output)
 
-    async def fail_effect(self, task: Task, error: str, *, unknown: bool = False) -> None:
+    async def fail_effect(self, task: Task, error: str, *, unknown: bool) -> None:
         """Record that an effect failed, or that it is unknown whether it happened."""
         with self._held("its effect"), contextlib.suppress(TaskNotFound):
             await self._owner.fail(task, error, unknown=unknown)
