@@ -109,11 +109,7 @@ class _Sessions:
             )
             async with session:
                 found = await main
-            if not (session.recorder.live or session.recorder.replayed):
-                _log.warning(
-                    "session %s: nothing was recorded: the script called no model, tool or person through AutoGen",
-                    name,
-                )
+            session.warn_if_unused("the script")
             return found
         finally:
             main.close()

@@ -271,6 +271,12 @@ class Session:
         if self._left[did] == 1:
             self.log.warning("%s", line)
 
+    def warn_if_unused(self, program: str) -> None:
+        """Log a warning if the session has recorded and replayed no call of `program`, such as "the script"."""
+        if not (self.recorder.live or self.recorder.replayed):
+            line = "session %s: nothing was recorded: %s called no model, tool or person through AutoGen"
+            self.log.warning(line, self.session_id, program)
+
     def _log_counts(self) -> None:
         recorder = self.recorder
         if recorder.live or recorder.replayed:
