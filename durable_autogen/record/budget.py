@@ -79,6 +79,8 @@ class Budget(BaseModel):
 class Spent:
     """What a session has spent, over all of its runs."""
 
+    is_in_usd: bool
+    """Whether the cost is counted, too."""
     model_calls: int = 0
     tokens: int = 0
     usd: float = 0.0
@@ -97,8 +99,8 @@ class Spent:
 
     @classmethod
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
-        """Count what a session has spent, from its record. Without `is_in_usd`, leave out the cost."""
-        spent, replaced = cls(), Counter[str]()
+        """Count what a session has spent, from its record."""
+        spent, replaced = cls(is_in_usd), Counter[str]()
         events = {one.seq: one for one in record.made if isinstance(one, Event)}
         for event in events.values():
             spent._note_model(event)  # of all events first: an agent's replies may be recorded in another order
@@ -109,7 +111,7 @@ class Spent:
             elif not isinstance(content, GivenUp) or content.was_made:
                 spent.begun(one, scope_of(one.address, replaced[one.address]))
             if isinstance(one, Event):
-                spent.recorded(one, is_in_usd=is_in_usd)
+                spent.recorded(one)
         spent.active_ms = _active_ms(events.values())
         return spent
 
@@ -122,8 +124,8 @@ class Spent:
         elif call.kind is Kind.TOOL:
             self.tool_calls[call.tool].add(scope)
 
-    def recorded(self, event: Event, *, is_in_usd: bool) -> None:
-        """Add the tokens of a model's reply and, with `is_in_usd`, what they cost."""
+    def recorded(self, event: Event) -> None:
+        """Add the tokens of a model's reply, and what they cost."""
         if event.kind is not Kind.REPLY:
             return
         model = self._models[event.address] = self._model_of(event.address)
@@ -133,7 +135,7 @@ class Spent:
         self.tokens += prompt + completion
         if not prompt + completion:
             self.unmetered.add(model)
-        elif is_in_usd:
+        elif self.is_in_usd:
             price = price_of(model, prompt, completion, event.recorded_ms)
             if price is None:
                 self.unpriced.add(model)
@@ -285,8 +287,7 @@ class BudgetCheck:
         self._client = journal.client
         self._journal = journal
         self._command = command
-        self._is_in_usd = budget.usd is not None
-        self._spent = Spent.of(journal.recorded, is_in_usd=self._is_in_usd)
+        self._spent = Spent.of(journal.recorded, is_in_usd=budget.usd is not None)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
         self._near: set[str] = set()
@@ -332,7 +333,7 @@ class BudgetCheck:
 
     def recorded(self, event: Event) -> None:
         """Count the tokens and the cost of a call whose outcome has just been recorded."""
-        self._spent.recorded(event, is_in_usd=self._is_in_usd)
+        self._spent.recorded(event)
         self._warn_of_models()
 
     def _warn_of_models(self) -> None:
@@ -341,7 +342,7 @@ class BudgetCheck:
                 f"no price is known for the model {model!r}: the budget's limit in dollars doesn't count its replies. "
                 "Limit the tokens or the model calls, too"
             )
-        if self._is_in_usd or self._budget.tokens is not None:
+        if self._spent.is_in_usd or self._budget.tokens is not None:
             for model in self._spent.unmetered:
                 self._warn(
                     f"the model {model!r} doesn't say how many tokens its replies take, so they don't count. If it "
