@@ -23,7 +23,6 @@ from durable_autogen.record.events import (
     Waiting,
     call_id_of,
     check_session_id,
-    end_of,
     end_of_wait,
     read_record,
     text_asked,
@@ -107,11 +106,12 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
 async def _info(client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]) -> SessionInfo:
     """Return the summary of a session. `runs` are its runs, the newest first."""
     completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
-    events = (await read_record(client, session)).events
+    record = await read_record(client, session)
+    events = record.events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
     task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
-    status = _status(runs[0], is_finished=end_of(completed, events) is not None)
+    status = _status(runs[0], is_finished=record.end_of(completed) is not None)
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,

@@ -495,8 +495,6 @@ class Record:
     For a given-up call, this is the last event before the call was made."""
     programs: list[int] = field(default_factory=list)
     """The numbers of the events with which a changed program took over the session."""
-    last_seq: int = 0
-    """The highest event number, including revoked events."""
     at_end: list[Event] = field(default_factory=list)
     """The events that `read_record` found after the beginning of the last call without a recorded result, in order.
 
@@ -505,7 +503,6 @@ class Record:
 
     def add(self, event: Event) -> None:
         """Add the session's next event. If it revokes earlier events, remove those."""
-        self.last_seq = event.seq
         self.tried.update(event.under_way)
         if isinstance(event.content, Revoked):
             seqs, is_another_program = set(event.content.seqs), event.content.is_another_program
@@ -521,6 +518,18 @@ class Record:
             if is_another_program:
                 self.programs.append(event.seq)
         self.events.append(event)
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the session's last event. That event is not revoked: a later event would have revoked it."""
+        return self.events[-1].seq if self.events else 0
+
+    def end_of(self, completed: Execution | None) -> RunSummary | None:
+        """Return the summary of the last completed run; None if there is no such run, or if a later event exists."""
+        if completed is None:
+            return None
+        summary = RunSummary.model_validate_json(completed.outputs()["run"])
+        return summary if summary.last == self.last_seq else None
 
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the place of the call at `address` (see the function `scope_of`)."""
@@ -554,11 +563,3 @@ async def read_record(client: NexumClient, session: str) -> Record:
         found.add(event)
     found.at_end = [event for event in found.events if ended_ms[event.seq] > last_begun_ms]
     return found
-
-
-def end_of(completed: Execution | None, events: list[Event]) -> RunSummary | None:
-    """Return the summary of the last completed run; None if there is no such run, or if a later event exists."""
-    if completed is None:
-        return None
-    summary = RunSummary.model_validate_json(completed.outputs()["run"])
-    return summary if summary.last == max((event.seq for event in events), default=0) else None

@@ -32,7 +32,6 @@ from durable_autogen.record.events import (
     Said,
     Summary,
     call_id_of,
-    end_of,
     read_record,
 )
 from durable_autogen.record.log import LOG
@@ -102,7 +101,7 @@ class Journal:
                 await self._read_and_take_over()
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
-                self.ended = end_of(latest, self.events)
+                self.ended = self.recorded.end_of(latest)
                 self.may_have_asked = self.ended is None
                 if self.ended is None:
                     await self._revoke_failures_at_end()
@@ -502,7 +501,7 @@ class Journal:
             "the run that made this call died, and a later run did not make it again", OWNER_PATIENCE
         )
         if self._run is not None:
-            last = max((event.seq for event in self.events), default=0) if is_finished else -1
+            last = self.recorded.last_seq if is_finished else -1
             summary = RunSummary(
                 stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
             )
