@@ -30,7 +30,7 @@ from nexum_engine.workflow import Workflow, workflow
 T = TypeVar("T")
 
 SAY_AFTER = 1.0  # seconds; if a call waits longer, a log line says so
-MAX_SCOPE = 100  # characters; in a key, a longer scope is replaced by its hash
+MAX_SCOPE = 100  # characters; in a key, a longer or unprintable scope is replaced by its hash
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
@@ -113,7 +113,7 @@ class Attempts:
             return
         journal, scope = self._journal, self._journal.scope_of(self._call.address)
         input = LimitedCall(session=journal.session, agent=self._call.agent, call=scope)
-        if len(scope) > MAX_SCOPE:
+        if len(scope) > MAX_SCOPE or not scope.isprintable():
             scope = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).hexdigest()
         key = f"{journal.session}:limited/{scope}"
         saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)

@@ -24,6 +24,7 @@ from durable_autogen.record.place import Activity, Compare, Place, at, current, 
 from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
+from durable_autogen.record.surrogates import representable
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
 from nexum_engine.approvals import NODE, approval_workflow, server_option
@@ -136,7 +137,7 @@ class Session:
         Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
         place = self._place()
-        label = place.inside(name)
+        label = place.inside(representable(name))
         with at(Place(self, agent=label, path=label, in_call=place.in_call, around=place.around)):
             yield
 
