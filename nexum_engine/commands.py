@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import sys
+import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -243,6 +244,9 @@ class PartlyDecided(Conflict):
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command of this module; return what to print."""
+    if args.command == "send" and not args.key:
+        # If the server ends before it answers, the command sends the event again, and the event must not count twice.
+        args.key = uuid.uuid4().hex
     return await on_server_or_database(
         args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
     )
@@ -259,7 +263,7 @@ async def on_server_or_database(
     if args.database_url is not None:
         if args.nexum is not None:
             raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
-        return await _when_released(lambda: _use_database(read, args.database_url))
+        return await when_released(lambda: _use_database(read, args.database_url))
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
 
     async def find() -> T:
@@ -273,10 +277,10 @@ async def on_server_or_database(
         why = str(failure) if isinstance(failure, ServerNotReady) else f"no server on {DEFAULT_ADDRESS}"
         return await _use_database(read, default_database_url(), f"{why}, and ")
 
-    return await _when_released(find)
+    return await when_released(find)
 
 
-async def _when_released(attempt: Callable[[], Awaitable[T]]) -> T:
+async def when_released(attempt: Callable[[], Awaitable[T]]) -> T:
     """Make attempts for LOOK_PATIENCE, as long as a server has the database open and can't be asked.
 
     Such a server is about to end, or a run has just opened the database and will answer soon.

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from nexum_engine.client import NexumClient, Pruned
-from nexum_engine.commands import on_server_or_database
+from nexum_engine.commands import on_server_or_database, when_released
 from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
 from nexum_engine.location import database_path, default_database_url, read_address
 from nexum_engine.options import duration, not_empty
@@ -202,9 +202,7 @@ async def _copy_from_server(client: NexumClient, file: Path, *, overwrite: bool)
 async def check(args: argparse.Namespace) -> tuple[str, bool]:
     """Run `check`; return what to print, and whether the database is sound."""
     file = _checked_file(args)
-    checked = await _checked_on_server(file)
-    if checked is None:
-        checked = await asyncio.to_thread(check_database, file)
+    checked = await when_released(lambda: _checked(file))
     if args.json:
         found = {"file": str(file), "executions": checked.executions, "findings": checked.findings}
         return json.dumps(found, indent=2), not checked.findings
@@ -216,6 +214,11 @@ async def check(args: argparse.Namespace) -> tuple[str, bool]:
 def _checked_file(args: argparse.Namespace) -> Path:
     file: Path | None = args.file
     return database_path(default_database_url()) if file is None else file.absolute()
+
+
+async def _checked(file: Path) -> Checked:
+    on_server = await _checked_on_server(file)
+    return await asyncio.to_thread(check_database, file) if on_server is None else on_server
 
 
 async def _checked_on_server(file: Path) -> Checked | None:

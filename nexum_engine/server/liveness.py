@@ -47,9 +47,8 @@ class Liveness:
         self._waiters = waiters
         self._clock = clock
         self.lease_ms = lease_ms
-        self._streams: dict[str, object] = {}
-        self._tools: dict[str, list[DeclaredTool]] = {}
-        """The tools that each connected worker or owner has declared."""
+        self._connected: dict[str, list[DeclaredTool]] = {}
+        """The tools that each connected worker or owner has declared on its newest stream."""
         self._due_ms: int | None = None
         self._due_changed = asyncio.Event()
         self._swept_until_ms = clock.now_ms()
@@ -77,7 +76,7 @@ class Liveness:
     async def beats(self, requests: AsyncIterable[pb.WorkerBeat]) -> AsyncGenerator[pb.WorkerBeatAck, None]:
         """Acknowledge the heartbeats of one worker until its stream breaks or the server stops."""
         worker_id = ""
-        token = object()
+        declared: list[DeclaredTool] = []
         unnamed: frozenset[str] = frozenset()
         incoming = aiter(requests)
         try:
@@ -87,14 +86,13 @@ class Liveness:
                     return
                 if not worker_id:
                     worker_id = check_id(beat.worker_id, "worker_id")
-                    self._streams[worker_id] = token
-                    self._tools[worker_id] = []
+                    self._connected[worker_id] = declared
                     self._polls.worker_connected(worker_id)
                 if len(beat.task_ids) > MAX_BEAT_TASKS:
                     raise InvalidRequest(
                         f"the heartbeat names {len(beat.task_ids):,} tasks; the limit is {MAX_BEAT_TASKS:,}"
                     )
-                self._declare(worker_id, beat)
+                _declare(beat, declared)
                 if beat.draining:
                     self._polls.drain(worker_id)
                 came_ms = self._clock.now_ms()
@@ -112,28 +110,18 @@ class Liveness:
                 yield pb.WorkerBeatAck(lease_ms=self.lease_ms, lost_task_ids=renewed.lost)
         finally:
             # Do nothing if the worker has reconnected on a new stream: the worker keeps its tasks.
-            if worker_id and self._streams.get(worker_id) is token:
-                del self._streams[worker_id], self._tools[worker_id]
+            if worker_id and self._connected.get(worker_id) is declared:
+                del self._connected[worker_id]
                 self._polls.worker_disconnected(worker_id)
                 if not self._stopping.is_set():
                     self._disconnected(worker_id)
-
-    def _declare(self, worker_id: str, beat: pb.WorkerBeat) -> None:
-        """Keep the tools that a heartbeat declares. Ignore wrong ones, and those above the limits."""
-        for one in beat.tools:
-            if len(self._tools[worker_id]) >= MAX_TOOLS or one.ByteSize() > MAX_TOOL_BYTES:
-                continue
-            with suppress(InvalidRequest):
-                if isinstance(jsontext.parse(one.policy_json, "policy_json"), dict):
-                    tool = DeclaredTool(one.name, one.signature, one.policy_json, one.session)
-                    self._tools[worker_id].append(tool)
 
     def tools(self) -> list[DeclaredTool]:
         """Return the tools that connected workers and owners have declared, sorted by name.
 
         If several of them have declared a tool in the same way, the tool is listed once, with their number.
         """
-        counted = Counter(tool for tools in self._tools.values() for tool in set(tools))
+        counted = Counter(tool for declared in self._connected.values() for tool in set(declared))
         listed = sorted(counted, key=astuple)[:MAX_LISTED_TOOLS]
         return [replace(tool, senders=counted[tool]) for tool in listed]
 
@@ -174,6 +162,8 @@ class Liveness:
             self._polls.task_ready(ready)
         for execution in changed.ended:
             self._waiters.execution_ended(execution)
+        for execution_id in changed.ended_items:
+            self._waiters.ended_by_id(execution_id)
         if changed.due_ms is not None:
             self.due_at(changed.due_ms)
 
@@ -182,7 +172,7 @@ class Liveness:
         for version_hash in news.ready:
             self._polls.task_ready(ReadyTask(version_hash))
         for execution_id in news.ended:
-            self._waiters.ended_elsewhere(execution_id)
+            self._waiters.ended_by_id(execution_id)
         if news.due_ms is not None:
             self.due_at(news.due_ms)
         if news.anything and (self._looking is None or self._looking.done()):
@@ -239,3 +229,13 @@ class Liveness:
             else:
                 await wait_until_set(self._due_changed, (self._due_ms - self._clock.now_ms()) / 1000)
             self._due_changed.clear()
+
+
+def _declare(beat: pb.WorkerBeat, declared: list[DeclaredTool]) -> None:
+    """Add the tools that a heartbeat declares to `declared`. Ignore wrong ones, and those above the limits."""
+    for one in beat.tools:
+        if len(declared) >= MAX_TOOLS or one.ByteSize() > MAX_TOOL_BYTES:
+            continue
+        with suppress(InvalidRequest):
+            if isinstance(jsontext.parse(one.policy_json, "policy_json"), dict):
+                declared.append(DeclaredTool(one.name, one.signature, one.policy_json, one.session))

@@ -58,8 +58,8 @@ class Waiters:
         """Answer the callers that wait for the execution. If its payloads are large, the callers query the store."""
         self._answer(execution.execution_id, execution if execution.nodes else None)
 
-    def ended_elsewhere(self, execution_id: str) -> None:
-        """Make the callers that wait for the execution query the store: another server has ended it."""
+    def ended_by_id(self, execution_id: str) -> None:
+        """Make the callers that wait for an ended execution query the store: only its id is known here."""
         self._answer(execution_id, None)
 
     def _answer(self, execution_id: str, ended: Execution | None) -> None:

@@ -305,11 +305,15 @@ def end_execution(
             if node["outcome"] == Outcome.CANCELLED:
                 place_freed(db, node, changes)
         db.run("cancel_item_nodes", execution=execution, now=db.now_ms)
-        db.run("cancel_items", execution=execution, now=db.now_ms)
+        changes.ended_items += [
+            item["execution_id"] for item in db.all("cancel_items", execution=execution, now=db.now_ms)
+        ]
         for child in db.all("running_children", execution=execution):
             end_execution(db, child["sequence"], ExecutionStatus.CANCELLED, "", changes)
     if row["child_index"] is None:
         changes.ended.append(_ended(db, row, only_node))
+    else:
+        changes.ended_items.append(row["execution_id"])
     if row["parent_node"] is not None:
         _child_ended(db, {**row, "sequence": execution}, changes)
 

@@ -119,7 +119,8 @@ def channel_of(connection: Connection) -> str:
 def news_of(outcomes: list[Any]) -> News | None:
     """Return what the other servers must know of a transaction, or None if they need to know nothing."""
     changes = [one if isinstance(one, Changes) else getattr(one, "changed", None) for one in outcomes]
-    found = [one for one in changes if isinstance(one, Changes) and one != Changes()]
+    # Leave out the ended items: few callers wait for them, and the other servers look for missed ends every second.
+    found = [one for one in changes if isinstance(one, Changes) and (one.ready or one.ended or one.due_ms is not None)]
     if not found:
         return None
     due = [one.due_ms for one in found if one.due_ms is not None]

@@ -654,10 +654,11 @@ WHERE node IN (SELECT 1000 * sequence FROM executions
   AND status IN ('READY', 'RUNNING');
 
 -- name: cancel_items
--- End the running executions of the items of an execution's MAP nodes.
+-- End the running executions of the items of an execution's MAP nodes. Return their ids.
 UPDATE executions SET status = 'CANCELLED', ended_ms = :now
 WHERE parent_node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND child_index IS NOT NULL
-  AND status = 'RUNNING';
+  AND status = 'RUNNING'
+RETURNING execution_id;
 
 -- name: reopen_execution
 -- Make an execution without a result run again.

@@ -27,6 +27,8 @@ class Changes:
 
     ready: list[ReadyTask] = field(default_factory=list)
     ended: list[Execution] = field(default_factory=list)
+    ended_items: list[str] = field(default_factory=list)
+    """The ids of the executions of MAP nodes' items that ended. A MAP node may have 10,000 items, so only their ids."""
     due_ms: int | None = None
     """When the next retry is due, or the next wait is over."""
 
@@ -54,6 +56,8 @@ class Started:
     """Whether the effect of the owned node is unknown. Then the execution waits for a person, without a task."""
     held: Gate | None = None
     """The gate of the owned node, if it is closed. There is no task then."""
+    held_version: str = ""
+    """The version of the node that `held` holds back. A start may name another version than its key's execution has."""
 
 
 @dataclass(frozen=True)

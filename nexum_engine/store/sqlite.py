@@ -94,7 +94,7 @@ class SqliteStore(Store):
             raise stopping()
         if self._backup is not None:
             raise Conflict("another backup of this database is being made: wait until it is complete")
-        self._backup = backup = _Backup(self._turn, self._database.connection, progress)
+        self._backup = backup = _Backup(self._turn, self._database, progress)
         copying = self._loop.create_task(asyncio.to_thread(self._make_backup, backup, file, overwrite))
         try:
             return await asyncio.shield(copying)
@@ -237,10 +237,10 @@ def _close_opened(opening: asyncio.Future[tuple[FileLock, DatabaseFile]]) -> Non
 class _Backup:
     """The copying of a database in a thread of its own, which reads between the transactions of the writer thread."""
 
-    def __init__(self, turn: threading.RLock, source: sqlite3.Connection, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, turn: threading.RLock, database: DatabaseFile, progress: Callable[[int, int], None]) -> None:
         self.ended = threading.Event()
         self._turn = turn
-        self._source = source
+        self._database = database
         self._progress = progress
         self._stopped = False
 
@@ -269,8 +269,10 @@ class _Backup:
         with self._turn:
             if self._stopped:
                 raise StoreUnavailable("the backup was stopped: make it again")
-            page_size = self._source.execute("PRAGMA page_size").fetchone()[0]
-            self._source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
+            # Read the connection only now: a compaction may have replaced it since the backup was requested.
+            source = self._database.connection
+            page_size = source.execute("PRAGMA page_size").fetchone()[0]
+            source.backup(target, pages=BACKUP_STEP_PAGES, progress=between_steps)
 
 
 def _is_temporary(error: Exception) -> bool:

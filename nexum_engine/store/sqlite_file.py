@@ -140,7 +140,9 @@ class DatabaseFile:
 
     def _complete(self) -> None:
         """Copy the log into the file, and mark the file as closed."""
-        write_stamp(self.connection, Stamp(os.urandom(STAMP_BYTES), self._stamp_in_file, closed=True))
+        stamp = Stamp(os.urandom(STAMP_BYTES), self._stamp_in_file, closed=True)
+        write_stamp(self.connection, stamp)
+        self._stamp = stamp  # if the checkpoint fails, a compaction gives up, and the database stays open
         checkpoint(self.connection)
 
     def _detach(self) -> None:

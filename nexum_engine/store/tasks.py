@@ -124,7 +124,9 @@ def start_owned(
     )
     if started.status.ended:
         if started.existing and output_json and not _has_result(db, started.execution_id, output_json):
-            raise StaleTask(f"{workflow_id} {idempotency_key!r} has another result (execution {started.execution_id})")
+            is_completed = started.status is ExecutionStatus.COMPLETED
+            what = "has another result" if is_completed else f"is {started.status.value}, without a result"
+            raise StaleTask(f"{workflow_id} {idempotency_key!r} {what} (execution {started.execution_id})")
         return started
     number = number_of(db, started.execution_id)
     db.lock(number)
@@ -139,7 +141,7 @@ def start_owned(
         # With `output_json`, the work is already done: no limit applies.
         gate = Gate() if output_json else gate_of(db, node, lock=True)
         if not gate.is_open:
-            return replace(started, held=gate)
+            return replace(started, held=gate, held_version=node["version_hash"])
         task = _hand_out(db, node, gate, owner, lease_ms, streamed=True)
         started = replace(started, lease_ends_ms=db.now_ms + min(lease_ms, task.timeout_ms or lease_ms))
     elif node["worker_id"] == owner:
@@ -156,8 +158,8 @@ def start_owned(
 
 
 def _has_result(db: Db, execution_id: str, output_json: str) -> bool:
-    (recorded,) = db.all("recorded_outputs", execution=number_of(db, execution_id))
-    return jsontext.same(recorded["output_json"], output_json)
+    recorded = [row["output_json"] for row in db.all("recorded_outputs", execution=number_of(db, execution_id))]
+    return len(recorded) == 1 and jsontext.same(recorded[0], output_json)
 
 
 def _hand_out(db: Db, row: Row, gate: Gate, worker_id: str, lease_ms: int, streamed: bool) -> Task:

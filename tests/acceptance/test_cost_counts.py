@@ -23,23 +23,24 @@ from harness import ROOT, running
 ROUNDS, CALLS = 5, 10  # of each kind of call
 TRIES = 3
 COUNTED = str(ROOT / "tests" / "support" / "counted.py")
-KINDS = ("tool call", "replayed call", "owned call", "recorded reply")
+KINDS = ("tool call", "replayed call", "owned call", "recorded reply", "recorded tool call")
+"""The last two kinds are the calls of an agent in a durable run."""
 
-# For each count: its values for the four KINDS, and then its margin in percent.
+# For each count: its values for the KINDS, and then its margin in percent.
 COSTS = {
-    "RPCs": (0, 0, 0, 0, 0),
-    "messages": (5, 2, 4, 2, 0),
-    "statements": (12, 5, 12, 6, 0),
-    "commits": (2, 1, 2, 1, 0),
-    "WAL pages": (8.1, 0, 8.1, 4.2, 6),
-    "server's fsyncs": (2, 0, 2, 1, 0),
-    "server's loop turns": (19.2, 8.8, 17.4, 8.8, 10),
-    "server's loop callbacks": (30.6, 11, 22, 11, 3),
-    "worker's loop turns": (16.4, 0, 0, 0, 10),
-    "worker's loop callbacks": (20.2, 0, 0, 0, 6),
-    "client's fsyncs": (0, 0, 0, 0, 0),
-    "client's loop turns": (6, 5.8, 15.1, 9.6, 10),
-    "client's loop callbacks": (6, 6, 17.9, 12, 8),
+    "RPCs": (0, 0, 0, 0, 0, 0),
+    "messages": (5, 2, 4, 2, 2, 0),
+    "statements": (12, 5, 12, 6, 6, 0),
+    "commits": (2, 1, 2, 1, 1, 0),
+    "WAL pages": (8.1, 0, 8.1, 4.2, 4.2, 6),
+    "server's fsyncs": (2, 0, 2, 1, 1, 0),
+    "server's loop turns": (19.2, 8.8, 17.4, 8.8, 8.8, 10),
+    "server's loop callbacks": (30.6, 11, 22, 11, 11, 3),
+    "worker's loop turns": (16.4, 0, 0, 0, 0, 10),
+    "worker's loop callbacks": (20.2, 0, 0, 0, 0, 6),
+    "client's fsyncs": (0, 0, 0, 0, 0, 0),
+    "client's loop turns": (6, 5.8, 15.1, 9.6, 12.5, 10),
+    "client's loop callbacks": (6, 6, 17.9, 12, 14.8, 8),
 }
 
 

@@ -122,7 +122,6 @@ ENGINE = {
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "forks", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "event_loop", "client", "connection", "errors"),
-    "maintenance": ("commands", "client", "store", "report", "options", "location", "errors"),
     "commands": (
         "client",
         "connection",
@@ -136,6 +135,7 @@ ENGINE = {
         "clock",
         "errors",
     ),
+    "maintenance": ("commands", "client", "store", "report", "options", "location", "errors"),
     "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 

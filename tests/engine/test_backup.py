@@ -18,7 +18,18 @@ from server_thread import ServerThread
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, InvalidRequest, StoreUnavailable
-from nexum_engine.store import check_database, executions, listing, open_store, reading, restore_database, sqlite, tasks
+from nexum_engine.store import (
+    Checked,
+    check_database,
+    executions,
+    listing,
+    open_store,
+    reading,
+    restore_database,
+    retention,
+    sqlite,
+    tasks,
+)
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.workflow import workflow
 
@@ -76,6 +87,31 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     monkeypatch.setattr(sqlite, "BACKUP_STEP_PAGES", 5)
     return Gate()
+
+
+async def test_backup_that_is_requested_during_a_compaction_is_made(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await record(store, "old", 50_000)
+    await store.run_alone(retention.prune, 0)
+    kept = await record(store, "kept")
+    begun, requested, compact = threading.Event(), threading.Event(), store._database.compact
+
+    def wait_and_compact() -> None:
+        begun.set()
+        assert requested.wait(30)
+        compact()
+
+    monkeypatch.setattr(store._database, "compact", wait_and_compact)
+    compacting = asyncio.create_task(store.compact(max_bytes=None, always=True))
+    await asyncio.to_thread(begun.wait)
+    making = asyncio.create_task(store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing))
+    await asyncio.sleep(0)  # the task runs until it waits for the compaction
+    requested.set()
+    assert (await compacting).released > 0
+    await making
+    assert check_database(tmp_path / "b.db") == Checked(1, ())
+    assert await ids(store) == {kept}
 
 
 @pytest.mark.every_python

@@ -8,12 +8,15 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from processes import run_script
+from processes import InProcess, run_script
 from server_thread import ServerThread
 
+from nexum_engine import maintenance
+from nexum_engine.__main__ import main
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused
-from nexum_engine.store import check_database, executions, leases, open_store, retry, tasks, waits
+from nexum_engine.location import remove_address, write_address
+from nexum_engine.store import Checked, check_database, executions, leases, open_store, retry, tasks, waits
 from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite import SqliteStore
 
@@ -320,6 +323,26 @@ async def test_copy_with_its_log_and_an_older_schema_are_checked(tmp_path: Path)
     before = contents(copies)
     assert check_database(older).findings == ()
     assert contents(copies) == before
+
+
+@pytest.mark.sqlite
+def test_check_command_asks_the_server_of_a_run_that_is_just_opening_the_database(
+    tmp_path: Path, server: ServerThread, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, refusals = tmp_path / "nexum.db", []
+    remove_address(path, server.address)  # as if the server didn't listen yet
+
+    def checked(file: Path) -> Checked:
+        try:
+            return check_database(file)
+        except StoreLocked as refusal:
+            refusals.append(refusal)
+            write_address(path, server.address)
+            raise
+
+    monkeypatch.setattr(maintenance, "check_database", checked)
+    assert in_process(main, "check", str(path)) == (0, f"{path} is sound: 0 executions")
+    assert len(refusals) == 1
 
 
 @pytest.mark.sqlite

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import nexum_server
 from nexum_wire import DEADLINE, complete, connected, poll, start, status
-from processes import Command
+from processes import Command, InProcess
+from server_thread import server_thread
 
+from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
+from nexum_engine.errors import ServerUnavailable
 from nexum_engine.store import waits
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -260,6 +265,33 @@ def test_person_rejects_without_a_server(tmp_path: Path, nexum: Command) -> None
     assert (code, output) == (0, f"boss of {execution_id} is rejected")
     code, output = terminal("show", execution_id)
     assert "error      boss: rejected by Bob: too much" in output
+
+
+@pytest.mark.sqlite
+def test_event_counts_once_although_the_server_ends_before_it_answers(
+    tmp_path: Path, in_process: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'nexum.db'}")
+    first = {"type": "EVENT", "event": "payment"}
+    sent, send_event = [], NexumClient.send_event
+    with ExitStack() as stack:
+        server = stack.enter_context(server_thread(tmp_path))
+        with connected(server.address) as stub:
+            register(stub, {"first": first, "second": {**first, "dependencies": ["first"]}})
+            execution_id = start(stub)
+
+        async def send_and_end(*args: Any, **options: Any) -> None:
+            await send_event(*args, **options)
+            sent.append(args)
+            stack.close()
+            raise ServerUnavailable("the server ended before it answered")
+
+        monkeypatch.setattr(NexumClient, "send_event", send_and_end)
+        assert in_process(main, "send", execution_id, "payment") == (0, f"sent payment to {execution_id}")
+    assert len(sent) == 1
+    _, output = in_process(main, "show", execution_id, "--json")
+    nodes = json.loads(output)["nodes"]
+    assert {node["node_id"]: node["status"] for node in nodes} == {"first": "COMPLETED", "second": "WAITING"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_server import engine_server
 from harness import ROOT, Process, nexum_server, running
 from programs.limited_worker import limited
 from server_thread import ServerThread
@@ -17,6 +18,7 @@ from server_thread import ServerThread
 from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from nexum_engine.records import Attempt, ExecutionStatus, Outcome
+from nexum_engine.store import tasks
 from nexum_engine.workflow import Rate, Workflow
 
 PROGRAM = str(ROOT / "tests" / "programs" / "limited_worker.py")
@@ -151,6 +153,23 @@ async def test_owners_get_their_places_in_the_order_of_their_starts(
             assert not any(later.done() for _, later in waiting[index:])
             await holder.complete(task, {})
             task, holder = await asyncio.wait_for(place, SOON), owner
+
+
+async def test_owner_gets_the_place_of_an_execution_that_another_version_started(tmp_path: Path) -> None:
+    older, newer = limited(None, 1), limited("100/s", 1)
+    async with engine_server(tmp_path) as server, NexumClient(server.address) as client, Owner(client) as owner:
+        task = await owner.take_place(older, {}, key="first")
+        started = asyncio.create_task(owner.start(older, {}, idempotency_key="second"))
+        await until_running(client, 2)
+        started.cancel()
+        server.watch(tasks.start_owned)
+        waiting = asyncio.create_task(owner.start(newer, {}, idempotency_key="second"))
+        while not server.calls[tasks.start_owned]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await owner.complete(task, {})
+        got = (await asyncio.wait_for(waiting, SOON)).task
+        assert got is not None
+        assert got.version_hash == older.version_hash
 
 
 async def test_place_of_a_lost_owner_becomes_free(owners: Callable[[], Owner]) -> None:

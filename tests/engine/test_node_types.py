@@ -437,6 +437,22 @@ def test_item_is_retried_alone_and_its_last_failure_fails_the_execution(stub: Ne
     assert refused(lambda: complete(stub, slow))[0] is Code.FAILED_PRECONDITION
 
 
+@pytest.mark.both_stores
+def test_waiting_caller_is_told_of_the_end_of_an_item(stub: NexumServiceStub) -> None:
+    execution_id = began(stub, {"each": node("MAP")})
+    run_task(stub, "each", ["a", "b"])
+    items = [one.execution_id for one in children(stub, execution_id)]
+    waiting = [
+        stub.GetExecution.future(pb.GetExecutionRequest(execution_id=item, wait_ms=30_000), timeout=DEADLINE)
+        for item in items
+    ]
+    complete(stub, poll(stub))
+    assert waiting[0].result().status == "COMPLETED"
+    assert not waiting[1].done()
+    stub.CancelExecution(pb.CancelRequest(execution_id=execution_id), timeout=DEADLINE)
+    assert waiting[1].result().status == "CANCELLED"
+
+
 def test_map_of_300_items_over_300_kb_reported_twelve_at_once(stub: NexumServiceStub) -> None:
     execution_id = began(stub, {"each": node("MAP"), "sum": node("REDUCE", "each")}, json.dumps("x" * 300_000))
     items = [f"{index}:{'y' * 1000}" for index in range(300)]

@@ -186,6 +186,22 @@ async def test_repeated_start_with_result_is_acknowledged_only_if_equal(
     assert (await store.run(reading.get_execution, first.execution_id)).outputs() == {"a": '{"n":1}'}
 
 
+async def test_start_with_result_finds_an_execution_without_one_result(store: Store) -> None:
+    once = {"a": {"type": "EFFECT", "effect": "once"}}
+    await store.run(executions.register_workflow, "once", "v1", json.dumps({"nodes": once}))
+    one = ("once", "v1", "{}", "k", "one", LEASE_MS)
+    started = await store.run(tasks.start_owned, *one)
+    await store.run(executions.cancel_execution, started.execution_id)
+    with pytest.raises(StaleTask, match=r"once 'k' is CANCELLED, without a result \(execution"):
+        await store.run(tasks.start_owned, *one, "", "1")
+
+    two_timers = {name: {"type": "TIMER", "delay_seconds": 0} for name in "ab"}
+    await store.run(executions.register_workflow, "two", "v1", json.dumps({"nodes": two_timers}))
+    await store.run(executions.start_execution, "two", "v1", "{}", "k")
+    with pytest.raises(StaleTask, match="two 'k' has another result"):
+        await store.run(tasks.start_owned, "two", "v1", "{}", "k", "one", LEASE_MS, "", "1")
+
+
 async def test_start_with_result_completes_own_and_dead_owners_execution(store: Store, clock: ManualClock) -> None:
     begun, left = await own(store, "one"), await own(store, "dead", "l")
     with pytest.raises(Conflict, match="is in use by one"):

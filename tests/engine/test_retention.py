@@ -23,7 +23,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NotFound, StoreUnavailable, TaskNotFound
 from nexum_engine.options import duration
 from nexum_engine.records import ExecutionStatus
-from nexum_engine.store import Store, executions, listing, open_store, reading, retention, tasks
+from nexum_engine.store import Store, executions, listing, open_store, reading, retention, sqlite_file, tasks
 from nexum_engine.store.retention import Pruned
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.workflow import workflow
@@ -428,7 +428,7 @@ def check_files(path: Path, total: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows can't link an open file")
-@pytest.mark.parametrize("fault", ["hard link", "rename"])
+@pytest.mark.parametrize("fault", ["hard link", "rename", "full disk"])
 async def test_failed_compaction_changes_nothing(
     tmp_path: Path,
     sqlite_store: SqliteStore,
@@ -441,19 +441,26 @@ async def test_failed_compaction_changes_nothing(
     await prune(sqlite_store, 0)
     if fault == "hard link":
         os.link(path, tmp_path / "other.db")
-    else:
+    elif fault == "rename":
 
         def refuse(*_: object) -> None:
             raise PermissionError(13, "in use by another program")
 
         monkeypatch.setattr(Path, "replace", refuse)
+    else:
+
+        def is_full(*_: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(sqlite_file, "checkpoint", is_full)
     assert (await sqlite_store.compact(max_bytes=None, always=True)).released == 0
     assert "could not be compacted" in caplog.text
     monkeypatch.undo()
-    execution_id = await record(sqlite_store, "next")
+    # The large result makes SQLite copy the log into the file, so the next transaction starts the log again.
+    kept = {await record(sqlite_store, "next", json.dumps("z" * 5_000_000)), await record(sqlite_store, "last")}
     await sqlite_store.close()
     again = await opened(path, ManualClock())
-    assert await ids(again) == {execution_id}
+    assert await ids(again) == kept
     await again.close()
 
 

@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 from processes import Command
 from server_thread import ServerThread, server_thread
@@ -15,6 +17,8 @@ from nexum_engine.client import NexumClient
 from nexum_engine.owner import Owner
 from nexum_engine.records import DeclaredTool
 from nexum_engine.server.liveness import MAX_TOOL_BYTES, MAX_TOOLS
+from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
 
@@ -81,6 +85,20 @@ async def test_tools_are_declared_on_each_connection_and_wrong_or_too_many_are_i
                 tools = await listed(client, lambda tools: len(tools) == MAX_TOOLS)
             assert [one.name for one in tools] == [one.name for one in many[:MAX_TOOLS]]
             await listed(client, lambda tools: not tools)
+
+
+async def test_older_stream_of_a_worker_may_declare_tools_after_the_newer_one_has_ended(server: ServerThread) -> None:
+    beat = pb.WorkerBeat(worker_id="w", tools=[pb.DeclaredTool(name="search", policy_json="{}")])
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = NexumServiceStub(channel)
+        older, newer = stub.WorkerStream(), stub.WorkerStream()
+        for stream in (older, newer):
+            await stream.write(beat)
+            assert (await stream.read()).lease_ms
+        await newer.done_writing()
+        assert await newer.read() is grpc.aio.EOF
+        await older.write(beat)
+        assert (await older.read()).lease_ms
 
 
 @pytest.mark.sqlite

@@ -17,7 +17,9 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
+from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
+from autogen_core.tools import FunctionTool
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from counted import Counts
 
@@ -122,13 +124,23 @@ async def main(address: str, folder: str, rounds: int, calls: int) -> None:
         found["owned call"] = await _least(watch, owned_call, rounds, calls)
 
     model = ReplayChatCompletionClient(["y" * 1024] * (rounds + 1) * calls)
-    async with DurableSession("s", nexum=address):
+    tool = FunctionTool(_tool, description="Return a text.")
+    async with DurableSession("s", nexum=address) as session_of_agent:
 
         async def reply() -> None:
             await model.create([UserMessage(content="x" * 280, source="user")])
 
-        found["recorded reply"] = await _least(watch, reply, rounds, calls)
+        async def recorded_tool_call() -> None:
+            await tool.run_json({"argument": "x" * 280}, CancellationToken())
+
+        with session_of_agent.agent("agent"):
+            found["recorded reply"] = await _least(watch, reply, rounds, calls)
+            found["recorded tool call"] = await _least(watch, recorded_tool_call, rounds, calls)
     print(json.dumps(found), flush=True)
+
+
+async def _tool(argument: str) -> str:
+    return "y" * 1024
 
 
 async def _least(watch: Watch, call: Call, rounds: int, calls: int) -> dict[str, float]:
