@@ -428,14 +428,14 @@ class Journal:
             active_ms=active_ms,
             recorded_ms=round(time.time() * 1000),
         )
-        return await self._write(call, event)
+        return await self._write(event)
 
-    async def _write(self, call: Call, event: Event) -> Event:
+    async def _write(self, event: Event) -> Event:
         self.next_seq = event.seq + 1
-        under_way = [address for address in self._unrecorded if address != call.address]
+        under_way = [address for address in self._unrecorded if address != event.address]
         self._unrecorded = []
         event = event.model_copy(update={"under_way": under_way, "summary": self._summary.plus(event)})
-        input = self._input(call)
+        input = self._input(event)
         key, run = self._key(input), self._run
         task = self._open.get(key)
         try:
@@ -464,15 +464,13 @@ class Journal:
 
     async def add_copy(self, event: Event) -> None:
         """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
-        call = Call(event.kind, event.agent, event.position)
         # `asked_after` is a number of the other session: here, it could name an event that came after the copy.
-        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "asked_after": 0})
-        await self._write(call, copy)
+        await self._write(event.model_copy(update={"seq": self.next_seq, "accepted": True, "asked_after": 0}))
 
     async def add_message(self, text: str) -> None:
         """Record a user message for the agents of a fork."""
-        taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
-        await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
+        number = sum(event.kind is Kind.MESSAGE for event in self.events) + 1
+        await self.record(Call(Kind.MESSAGE, "", f"message/{number}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
         """Revoke the events with numbers above `seq`. Keep added user messages: agents still get them."""
