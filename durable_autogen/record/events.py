@@ -519,6 +519,15 @@ class Record:
                 self.programs.append(event.seq)
         self.events.append(event)
 
+    def summary_with(self, event: Event) -> Summary:
+        """Return the summary of the session up to `event`, its next event."""
+        summary = (self.events[-1].summary if self.events else None) or Summary()
+        if isinstance(event.content, Revoked):
+            seqs = set(event.content.seqs)
+            for revoked in (one for one in self.events if one.seq in seqs):
+                summary = summary.minus(revoked)
+        return summary.plus(event)
+
     @property
     def last_seq(self) -> int:
         """The number of the session's last event. That event is not revoked: a later event would have revoked it."""

@@ -30,7 +30,6 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
-    Summary,
     call_id_of,
     read_record,
 )
@@ -75,7 +74,6 @@ class Journal:
         self._moving = asyncio.Lock()
         self.next_seq = 1
         """The number of the next event."""
-        self._summary = Summary()
         self._in_background: set[asyncio.Task[None]] = set()
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
@@ -187,8 +185,6 @@ class Journal:
                 if not await self._start(input):
                     break  # the event was recorded in the meantime: read the record again
             else:
-                for event in record.events:
-                    self._summary = self._summary.plus(event)
                 self.next_seq = record.last_seq + 1
                 return
 
@@ -434,7 +430,7 @@ class Journal:
         self.next_seq = event.seq + 1
         under_way = [address for address in self._unrecorded if address != event.address]
         self._unrecorded = []
-        event = event.model_copy(update={"under_way": under_way, "summary": self._summary.plus(event)})
+        event = event.model_copy(update={"under_way": under_way, "summary": self.recorded.summary_with(event)})
         input = self._input(event)
         key, run = self._key(input), self._run
         task = self._open.get(key)
@@ -449,7 +445,6 @@ class Journal:
         if task is None:
             await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
         self.recorded.add(event)
-        self._summary = self._summary.plus(event)
         return event
 
     def _input(self, call: Call | Event) -> EventInput:
@@ -479,10 +474,7 @@ class Journal:
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
         """Record that `events` no longer count. If the program makes the same calls again, they are made live."""
-        revoked = list(events)
-        content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
-        for event in revoked:
-            self._summary = self._summary.minus(event)
+        content = Revoked(why=why, seqs=[event.seq for event in events], is_another_program=is_another_program)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
 
     async def end(
