@@ -151,7 +151,11 @@ class _Run:
             finally:
                 _at_work.pop(runnable, None)
             session.stop_reason = result.stop_reason or ""
-            session.warn_if_unused("the run")
+            if not (recorder.live or recorder.replayed):
+                session.log.warning(
+                    "session %s: nothing was recorded: the run called no model, tool or person through AutoGen",
+                    session.session_id,
+                )
         return result
 
     async def _run(self, runnable: Runnable, task: Task) -> TaskResult:

@@ -34,7 +34,6 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.place import OpenSession, current
 from durable_autogen.record.replay import Replay
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import DEFAULT_ADDRESS
 
 pytestmark = pytest.mark.every_python
 
@@ -425,7 +424,7 @@ def positions_of(recorded: str, begun: str, asked_for: str) -> list[int]:
     def one(number: int, letter: str) -> Call:
         return Call(Kind.TOOL, "a", f"reply/1/tool/{number}", {"tool": "t", "hash": letter})
 
-    journal = Journal(NexumClient(DEFAULT_ADDRESS), "s")
+    journal = Journal(NexumClient("127.0.0.1:1"), "s")
     for number, letter in enumerate(recorded, 1):
         if letter != ".":
             made = one(number, letter)
