@@ -31,7 +31,7 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.prices import price_of
-from nexum_engine.approvals import NODE, PATIENCE, ask, decided
+from nexum_engine.approvals import NODE, PATIENCE, Decision, ask, decided
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, first_problem
 from nexum_engine.jsontext import escaped
@@ -387,15 +387,18 @@ class BudgetCheck:
             except Conflict:
                 return  # another call or a person began a different question of this number: the next `ask` reads it
         self._decided = max(self._decided, question.number)
-        if not decision.approved:
-            if ahead[1:]:
-                return  # a later decision replaces this one: the next `ask` applies it
+        if decision.approved:
+            self._raise_limits(decision)
+        elif not ahead[1:]:  # else a later decision replaces this one: the next `ask` applies it
             reason = f": {decision.reason}" if decision.reason else ""
             stopped = escaped(f"{decision.by or 'a person'} stopped it{reason}")
             raise BudgetExceeded(
                 f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
                 f"({self._command} {options}), and run the session again"
             )
+
+    def _raise_limits(self, decision: Decision) -> None:
+        """Raise the limits to those of a person's decision. Log a warning if the decision has none."""
         if not decision.answer:  # `nexum approve ID` without --args
             self._journal.log.warning(
                 "the decision %s about the budget gives no new limits, so nothing has changed", decision.execution_id
