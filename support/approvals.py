@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,16 +93,14 @@ async def ask(
         return None
 
     asked = approval_workflow(tool.policy.approval_timeout)
-    with ExitStack() as waiting:
 
-        def wait(execution_id: str) -> None:
-            waiting.close()
-            text = json.dumps(complete, ensure_ascii=False)
-            shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-            line = f"waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}"
-            waiting.enter_context(waiting_for_a_person(line, tell))
+    def waiting(execution_id: str) -> AbstractContextManager[None]:
+        text = json.dumps(complete, ensure_ascii=False)
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        line = f"waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}"
+        return waiting_for_a_person(line, tell)
 
-        decision = await decided(client, asked, question, key, on_waiting=wait)
+    decision = await decided(client, asked, question, key, waiting=waiting)
     if not decision.approved:
         raise FinalError(decision.refusal)
     approved = complete if decision.answer is None else tool.complete(decision.answer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -376,16 +376,12 @@ class BudgetCheck:
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
         self._journal.may_have_asked = True
-        with ExitStack() as stack:
-
-            def on_waiting(_: str) -> None:
-                stack.close()
-                stack.enter_context(waiting(line))
-
-            try:
-                decision = await decided(self._client, BUDGET_QUESTION, question, question.key, on_waiting=on_waiting)
-            except Conflict:
-                return  # another call or a person began a different question of this number: the next `ask` reads it
+        try:
+            decision = await decided(
+                self._client, BUDGET_QUESTION, question, question.key, waiting=lambda _: waiting(line)
+            )
+        except Conflict:
+            return  # another call or a person began a different question of this number: the next `ask` reads it
         self._decided = max(self._decided, question.number)
         if decision.approved:
             self._raise_limits(decision)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -210,21 +210,22 @@ class Guard:
         The edited arguments are None if the person has not edited them. The name is the person's. Raises CallRejected
         if a person rejects the call, or if nobody approves it in time.
         """
-        call, waiting = guarded.call, ExitStack()
+        call = guarded.call
         question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
         asked = approval_workflow(guarded.policy.approval_timeout)
         key = key_of(question.session, NODE, self._journal.scope_of(call.address), guarded.asked_digest)
 
-        def wait(execution_id: str) -> None:
-            waiting.close()
+        @contextmanager
+        def waiting(execution_id: str) -> Iterator[None]:
             line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._nexum)}"
-            waiting.enter_context(self._recorder.waiting_for_a_person(call.address, line))
-            if self._ask is not None:
-                asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
-                waiting.callback(asking.cancel)
+            with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
+                if self._ask is not None:
+                    asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
+                    stack.callback(asking.cancel)
+                yield
 
         self._journal.may_have_asked = True
-        with waiting, self._recorder.servers_errors():
+        with self._recorder.servers_errors():
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
             if (earlier := await asked_before(self._client, asked, key)) is not None:
@@ -232,7 +233,7 @@ class Guard:
                 if guarded.fits(arguments):
                     guarded = guarded.edited(arguments)
                     question = Approval.of(question.session, call.agent, guarded.tool, arguments, guarded.reason)
-            decision = await decided(self._client, asked, question, key, on_waiting=wait)
+            decision = await decided(self._client, asked, question, key, waiting=waiting)
         if not decision.approved:
             self._log.warning("%s: %s", guarded, jsontext.escaped(decision.refusal))
             raise CallRejected(decision.refusal)
