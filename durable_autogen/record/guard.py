@@ -384,31 +384,23 @@ class Guard:
 
         If an earlier run has left the effect unknown, `reconcile` is asked first, then a person.
         """
-        with ExitStack() as waiting, self._recorder.servers_errors():
-            told = False
-            while True:
-                observed = await self._client.get_execution(
-                    execution_id, wait=RESOLVE_INTERVAL if told else 0.0, with_attempts=True, patience=PATIENCE
+        look = partial(self._client.get_execution, execution_id, with_attempts=True, patience=PATIENCE)
+        with self._recorder.servers_errors():
+            execution = (await look()).execution
+            if _is_unresolved(execution) and execution_id not in self._attempted_effects:
+                self._attempted_effects.add(execution_id)
+                if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
+                    execution = (await look()).execution
+            if _is_unresolved(execution):
+                why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
+                line = (
+                    f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
+                    f"{how_to_resolve(execution_id, self._nexum)}"
                 )
-                execution = observed.execution
-                if execution.status.ended:
-                    return execution
-                if execution.nodes[0].status is not NodeStatus.WAITING:
-                    return None
-                if execution_id not in self._attempted_effects:
-                    self._attempted_effects.add(execution_id)
-                    if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
-                        continue
-                if not told:
-                    told = True
-                    why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
-                    waiting.enter_context(
-                        self._recorder.waiting_for_a_person(
-                            guarded.call.address,
-                            f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
-                            f"{how_to_resolve(execution_id, self._nexum)}",
-                        )
-                    )
+                with self._recorder.waiting_for_a_person(guarded.call.address, line):
+                    while _is_unresolved(execution):
+                        execution = (await look(wait=RESOLVE_INTERVAL)).execution
+        return execution if execution.status.ended else None
 
     async def _resolve(self, guarded: GuardedCall, execution_id: str) -> bool:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
@@ -461,6 +453,10 @@ class Guard:
                 await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded)
+
+
+def _is_unresolved(execution: Execution) -> bool:
+    return not execution.status.ended and execution.nodes[0].status is NodeStatus.WAITING
 
 
 def _result(ended: Execution, guarded: GuardedCall) -> Any:
