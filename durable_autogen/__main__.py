@@ -246,12 +246,27 @@ def _with_dashes(arguments: Sequence[str], command_line: Sequence[str]) -> list[
     return ["--", *arguments] if before[-1] == "--" else [*arguments]
 
 
+class _OwnLogger(logging.Logger):
+    """A logger that a script can't turn off. The script knows nothing of its lines, and the user needs them."""
+
+    disabled = property(lambda _: False, lambda *_: None)
+    """False: `logging.config` would set it to True, because the script's configuration doesn't name the logger."""
+
+    def isEnabledFor(self, level: int) -> bool:
+        """Return whether the level is logged, also after `logging.disable`."""
+        return level >= self.getEffectiveLevel()
+
+
 def _print_what_is_logged() -> None:
-    for name in ("durable_autogen", "nexum_engine"):
+    packages = ("durable_autogen", "nexum_engine")
+    for name in packages:
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
         logger.addHandler(Teller(complain))
         logger.propagate = False  # otherwise the script's own handlers would print these lines again
+    for name, found in logging.root.manager.loggerDict.items():
+        if isinstance(found, logging.Logger) and name.partition(".")[0] in packages:
+            found.__class__ = _OwnLogger
 
 
 if __name__ == "__main__":

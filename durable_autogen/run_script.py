@@ -22,14 +22,14 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from contextvars import Context
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
-from durable_autogen.record.idle import has_interpreters
+from durable_autogen.record.idle import has_interpreters, without_stop_iteration
 from durable_autogen.record.place import current
 from durable_autogen.record.while_open import replaced
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
@@ -43,10 +43,8 @@ PARKED = 75
 """The exit code of a run that waits for a person (EX_TEMPFAIL of sysexits.h: try again later)."""
 MAX_STEM = 40  # characters; a longer script name is cut in the session id
 MAX_FUNCTION = 8  # characters; a longer name of a thread's function is cut in the session id
-_thread: ContextVar[str] = ContextVar("_thread", default="")
-"""The part of a session's id that names the script's thread, such as `-ask-2`. Empty in the main thread."""
-_is_inside: ContextVar[bool] = ContextVar("_is_inside", default=False)
-"""Whether `asyncio.run` calls `run_until_complete` (Python 3.10)."""
+_thread = threading.local()
+"""Its attribute `name` is the part of a session's id that names the thread's function, such as `-ask-2`."""
 
 
 def default_session(script: Path, arguments: Sequence[str]) -> str:
@@ -79,21 +77,42 @@ class _Sessions:
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         """How many main coroutines each thread of the script has run."""
+        self.has_recorded = False
+        """Whether a session has recorded or replayed a call."""
         self._functions: Counter[str] = Counter()
         """How often the script has given each function to a thread."""
 
-    def inside(self, main: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-        """Return a coroutine that runs `main` in the thread's next session. In a forked process, return `main`."""
+    def _inside(self, main: Any) -> Any:
+        """Return a coroutine that runs `main` in the thread's next session. Return `main` if it needs no session.
+
+        A coroutine that a tool runs needs none: only the tool's result is recorded. With nest_asyncio, a coroutine of
+        a session may run another one in the session's loop. asyncio itself passes tasks, its own shutdown coroutines,
+        and a coroutine that another wrapper has returned.
+        """
+        if (
+            not inspect.iscoroutine(main)
+            or asyncio._get_running_loop() is not None
+            or main.cr_code is _Sessions._run.__code__
+            or main.__qualname__.rpartition(".")[2] in ("shutdown_asyncgens", "shutdown_default_executor")
+            or _is_in_call()
+        ):
+            return main
+        return self._run(self._next_name(), main)
+
+    def _next_name(self) -> str:
+        """Return the id of the thread's next session. In a forked process, return no id."""
         if os.getpid() != self._process:
             _log.warning("nothing is recorded in a process that the script forks: make the calls in a tool")
-            return main
-        thread = _thread.get()
+            return ""
+        thread = _thread_name()
         with self._lock:
             self.counts[thread] += 1
             count = self.counts[thread]
-        return self._run(f"{self._session}{thread}{f'-{count}' if count > 1 else ''}", main)
+        return f"{self._session}{thread}{f'-{count}' if count > 1 else ''}"
 
     async def _run(self, name: str, main: Coroutine[Any, Any, T]) -> T:
+        if not name:
+            return await main
         from durable_autogen.session import DurableSession
 
         try:
@@ -109,11 +128,7 @@ class _Sessions:
             )
             async with session:
                 found = await main
-            if not (session.recorder.live or session.recorder.replayed):
-                _log.warning(
-                    "session %s: nothing was recorded: the script called no model, tool or person through AutoGen",
-                    name,
-                )
+            self.has_recorded |= bool(session.recorder.live or session.recorder.replayed)
             return found
         finally:
             main.close()
@@ -123,59 +138,67 @@ class _Sessions:
         """Run each main coroutine in its own session, for the length of a `with`."""
         with ExitStack() as stack:
             if sys.version_info >= (3, 11):
-                stack.enter_context(replaced(asyncio.Runner, "run", self._runner_run))
+                stack.enter_context(replaced(asyncio.Runner, "run", self._method))
             else:
                 for module in (asyncio, asyncio.runners):
-                    stack.enter_context(replaced(module, "run", self._run_function))
-            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_until_complete", self._run_until_complete))
+                    stack.enter_context(replaced(module, "run", self._call))
+            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_until_complete", self._method))
+            stack.enter_context(replaced(asyncio.BaseEventLoop, "run_forever", _watching))
+            if importlib.util.find_spec("nest_asyncio") is not None:
+                stack.enter_context(replaced(importlib.import_module("nest_asyncio"), "apply", self._apply))
             stack.enter_context(replaced(threading.Thread, "start", self._start))
             stack.enter_context(replaced(ThreadPoolExecutor, "submit", self._submit))
             yield
 
-    def _runner_run(self, original: Any) -> Any:
-        def run(runner: Any, main: Any, **options: Any) -> Any:
-            return original(runner, self.inside(main) if inspect.iscoroutine(main) else main, **options)
+    def _call(self, original: Any) -> Any:
+        """Return a wrapper of `asyncio.run`."""
 
-        return run
-
-    def _run_function(self, original: Any) -> Any:
         def run(main: Any, **options: Any) -> Any:
-            before = _is_inside.set(True)
-            try:
-                return original(self.inside(main) if inspect.iscoroutine(main) else main, **options)
-            finally:
-                _is_inside.reset(before)
+            return original(self._inside(main), **options)
 
         return run
 
-    def _run_until_complete(self, original: Any) -> Any:
-        def run_until_complete(loop: Any, future: Any) -> Any:
-            # Only a coroutine that the script itself passes to this method is a main coroutine. asyncio also calls this
-            # method, with tasks and with its own shutdown coroutines. Exclude the shutdown coroutines by name.
-            is_main = (
-                inspect.iscoroutine(future)
-                and not _is_inside.get()
-                and future.__qualname__.rpartition(".")[2] not in ("shutdown_asyncgens", "shutdown_default_executor")
-            )
-            return original(loop, self.inside(future) if is_main else future)
+    def _method(self, original: Any) -> Any:
+        """Return a wrapper of `asyncio.Runner.run`, or of `run_until_complete` of an event loop."""
 
-        return run_until_complete
+        def run(runner: Any, main: Any, **options: Any) -> Any:
+            return original(runner, self._inside(main), **options)
+
+        return run
+
+    def _apply(self, original: Any) -> Any:
+        """Return a wrapper of `nest_asyncio.apply`, which replaces asyncio's functions that are wrapped here."""
+
+        def apply(loop: Any = None) -> None:
+            original(loop)
+            kind: Any = type(loop or asyncio.get_event_loop())
+            asyncio.run = self._call(asyncio.run)
+            kind.run_until_complete = self._method(kind.run_until_complete)
+
+        return apply
 
     # Threads reach `asyncio.run` in any order. So name a thread's sessions by the order in which the script starts the
-    # threads, and gives functions to pools: that order is the same in the next run.
+    # threads, and gives functions to pools: that order is the same in the next run. Don't count what a tool starts: a
+    # replay doesn't run the tool.
 
-    def _name_thread(self, function: Any) -> str:
-        while isinstance(function, functools.partial):
-            function = function.func
+    def _name_thread(self, function: Any, args: Sequence[Any] = ()) -> str:
+        # asyncio.to_thread and an open session pass the function to other functions, which call it in a context.
+        while True:
+            if isinstance(function, functools.partial):
+                function, args = function.func, (*function.args, *args)
+            elif function is without_stop_iteration or isinstance(getattr(function, "__self__", None), Context):
+                function, args = args[0], args[1:]
+            else:
+                break
         name = getattr(function, "__qualname__", type(function).__qualname__).rpartition(".")[2]
-        name = f"{_thread.get()}-{re.sub('[^A-Za-z0-9_]+', '', name)[:MAX_FUNCTION] or 'thread'}"
+        name = f"{_thread_name()}-{re.sub('[^A-Za-z0-9_]+', '', name)[:MAX_FUNCTION] or 'thread'}"
         with self._lock:
             self._functions[name] += 1
             return f"{name}-{self._functions[name]}"
 
     def _start(self, original: Any) -> Any:
         def start(thread: threading.Thread) -> None:
-            if current.get() is None:  # otherwise the thread belongs to a session
+            if not _is_in_call():
                 run = thread.run
                 name = self._name_thread(getattr(thread, "_target", None) or type(thread))
                 thread.run = lambda: _in_thread(name, run)  # type: ignore[method-assign]
@@ -185,19 +208,45 @@ class _Sessions:
 
     def _submit(self, original: Any) -> Any:
         def submit(pool: ThreadPoolExecutor, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
-            if current.get() is not None or has_interpreters(pool):
+            if _is_in_call() or has_interpreters(pool):
                 return original(pool, fn, *args, **kwargs)
-            return original(pool, _in_thread, self._name_thread(fn), fn, *args, **kwargs)
+            return original(pool, _in_thread, self._name_thread(fn, args), fn, *args, **kwargs)
 
         return submit
 
 
+def _watching(original: Any) -> Any:
+    """Return a wrapper of `run_forever` that warns of AutoGen calls without a session, while the loop runs."""
+
+    def run_forever(loop: Any) -> None:
+        if "autogen_core" not in sys.modules:  # don't import AutoGen for a script that doesn't need it
+            original(loop)
+            return
+        from durable_autogen.autogen.entry_points import wrapped_classes
+
+        with wrapped_classes():
+            original(loop)
+
+    return run_forever
+
+
+def _thread_name() -> str:
+    return getattr(_thread, "name", "")
+
+
+def _is_in_call() -> bool:
+    """Return whether the caller is part of a recorded call, such as a tool."""
+    place = current.get()
+    return place is not None and place.in_call
+
+
 def _in_thread(name: str, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-    before = _thread.set(name)
+    before = _thread_name()
+    _thread.name = name
     try:
         return fn(*args, **kwargs)
     finally:
-        _thread.reset(before)
+        _thread.name = before
 
 
 def run_script(args: argparse.Namespace) -> int:
@@ -239,11 +288,13 @@ def run_script(args: argparse.Namespace) -> int:
         except Exception as error:  # noqa: BLE001 - any error of the script
             _print_traceback(error)
             return 1
-    if not sessions.counts:
-        _log.warning(
-            "nothing was recorded: the script ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio "
-            "event loop's run_until_complete"
+    if not sessions.has_recorded:
+        why = (
+            "called no model, tool or person through AutoGen"
+            if sessions.counts
+            else "ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio event loop's run_until_complete"
         )
+        _log.warning("nothing was recorded: the script %s", why)
     return 0
 
 

@@ -98,10 +98,10 @@ def _warn_once(called: Any) -> None:
     if not _has_warned and not isinstance(called, StaticWorkbench):  # name the tool in the workbench instead
         _has_warned = True
         LOG.warning(
-            "a call of %s was made while a session is open, but outside of it, so the call is not recorded. If it "
-            "belongs to the session, make it in the code inside `async with DurableSession(...)`, or in a task that "
-            "this code starts. A task that was started before the session is outside, and so is another cell of a "
-            "notebook. (Further such calls are not reported.)",
+            "a call of %s was made outside every session, so the call is not recorded. A session holds the code inside "
+            "`async with DurableSession(...)`, or the coroutine that a script passes to asyncio.run, and the tasks "
+            "that this code starts. A task that was started before the session is outside, and so are another cell of "
+            "a notebook and the event loop of run_forever. (Further such calls are not reported.)",
             called.name if isinstance(called, BaseTool) else type(called).__name__,
         )
 
@@ -377,7 +377,7 @@ def entry_points(session: Session) -> Iterator[None]:
 
     log.addFilter(is_news)
     try:
-        with _wrapped_classes():
+        with wrapped_classes():
             yield
     finally:
         log.removeFilter(is_news)
@@ -386,7 +386,8 @@ def entry_points(session: Session) -> Iterator[None]:
 
 
 @while_open
-def _wrapped_classes() -> Iterator[None]:
+def wrapped_classes() -> Iterator[None]:
+    """Wrap AutoGen's methods, for the length of a `with`. Calls inside a session are recorded, others reported."""
     with _lock:
         for base, methods in ENTRY_POINTS:
             _watch_subclasses(base, methods)

@@ -36,10 +36,10 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 def check_session_id(session_id: str) -> str:
     """Return the session id. Raises InvalidRequest if it isn't valid."""
-    if not _SESSION_ID.fullmatch(session_id):
+    if not isinstance(session_id, str) or not _SESSION_ID.fullmatch(session_id):
         raise InvalidRequest(
-            f"{session_id!r} is not a session id: use up to 64 letters, digits, - and _, beginning with a letter or "
-            "digit"
+            f"{session_id!r} is not a session id: use a text of up to 64 letters, digits, - and _, beginning with a "
+            "letter or digit"
         )
     return session_id
 

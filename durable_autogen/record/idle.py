@@ -171,7 +171,7 @@ def _submit(original: Callable[..., Future[Any]]) -> Callable[..., Future[Any]]:
         if has_interpreters(self):
             future = original(self, fn, *args, **kwargs)
         else:
-            future = original(self, context.run, _without_stop_iteration, fn, *args, **kwargs)
+            future = original(self, context.run, without_stop_iteration, fn, *args, **kwargs)
         if not place.in_call:
             _count_until_done(future, place.session)
         return future
@@ -232,7 +232,7 @@ def _start(original: Callable[[threading.Thread], None]) -> Callable[[threading.
     return start
 
 
-def _without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     try:
         return fn(*args, **kwargs)
     except StopIteration as error:

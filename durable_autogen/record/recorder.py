@@ -208,7 +208,7 @@ class Recorder:
 
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
-        self.stop(NexumError("the run is over"))
+        self.stop(has_ended(self._session))
         others = [self._replaying, *([] if self._parking is None else [self._parking])]
         for one in others:
             one.cancel()
@@ -446,6 +446,8 @@ class Recorder:
             return
         if self.failed.done():
             live.answer.set_result(self.failed.result())
+        elif self._session.is_over:
+            live.answer.set_result(has_ended(self._session))
         elif live.setback is not None:
             live.answer.cancel()
         else:

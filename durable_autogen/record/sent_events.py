@@ -41,10 +41,10 @@ SENT_EVENT = workflow("agent-sent-event", input=SentEventInput).event("event", "
 
 def check_event_name(name: str) -> str:
     """Return the name of a sent event. Raises InvalidRequest if it isn't valid."""
-    if not _EVENT_NAME.fullmatch(name):
+    if not isinstance(name, str) or not _EVENT_NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{name!r} is not an event's name: use up to 100 letters, digits, and - _ . : beginning with a letter or "
-            "digit"
+            f"{name!r} is not an event's name: use a text of up to 100 letters, digits, and - _ . : beginning with a "
+            "letter or digit"
         )
     return name
 

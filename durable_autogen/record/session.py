@@ -216,6 +216,8 @@ class Session:
     ) -> None:
         recorder = self.recorder
         failure = recorder.failed.result() if recorder.failed.done() else None
+        if error is not None and _is_successful_exit(error):
+            error = None
         if error is not None and (failure is None or error is failure or not isinstance(error, Exception)):
             self.is_over = True
             try:
@@ -261,7 +263,7 @@ class Session:
     def left_the_record(self, agent: str, what: str) -> None:
         """Report a connection or process that isn't recorded. With `on_unrecorded="stop"`, raise NotDurable."""
         did = f"{agent or 'the program'} {what}"
-        line = f"{did} outside the record: a re-run does it again; make it a tool"
+        line = f"{did} outside the record: a re-run does it again, unless you make it a tool"
         self._left[did] += 1
         if self._on_unrecorded == "stop":
             error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")
@@ -287,6 +289,11 @@ def _opened(value: T | None) -> T:
     if value is None:
         raise RuntimeError("the session is not open: use it inside `async with`")
     return value
+
+
+def _is_successful_exit(error: BaseException) -> bool:
+    """Return whether a program has called `sys.exit` at its end. It may also do so to end because of an error."""
+    return isinstance(error, SystemExit) and not error.code and error.__context__ is None
 
 
 def _counts(counts: Mapping[str, int]) -> str:

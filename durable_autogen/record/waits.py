@@ -154,6 +154,6 @@ class Waits:
 
 
 def _checked(seconds: float, what: str) -> float:
-    if not 0 <= seconds <= MAX_SECONDS:  # NaN fails this check, too
-        raise InvalidRequest(f"{what} must be a number from 0 to {MAX_SECONDS:,.0f}, not {seconds}")
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds <= MAX_SECONDS:  # NaN fails this check, too
+        raise InvalidRequest(f"{what} must be a number from 0 to {MAX_SECONDS:,.0f}, not {seconds!r}")
     return float(seconds)

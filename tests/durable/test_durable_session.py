@@ -21,8 +21,10 @@ from harness import ROOT
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import DriftError, DurableSession, SessionBusy, run_durable, run_durable_stream
+from durable_autogen import DriftError, DurableSession, SessionBusy, list_sessions, run_durable, run_durable_stream
+from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
+from support.models.vendors import ModelFailed
 
 pytestmark = pytest.mark.every_python
 
@@ -42,6 +44,40 @@ async def test_calls_of_bare_model_client_are_recorded(server: ServerThread) -> 
         first = await program()
         assert first[0] != first[1]
         assert await program() == first
+        assert len(model.requests) == 2
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, "finished"), (None, "finished"), (3, "stopped"), ("no", "stopped")])
+async def test_session_that_sys_exit_ends_is_finished_if_the_code_means_success(
+    server: ServerThread, code: Any, status: str
+) -> None:
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address):
+            await named(client(model), "me").create(said("Q"))
+            sys.exit(code)
+
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                await program()
+        assert len(model.requests) == 1
+    async with NexumClient(server.address) as nexum:
+        assert [one.status for one in await list_sessions(nexum)] == [status]
+
+
+async def test_failure_before_sys_exit_is_retried(server: ServerThread) -> None:
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address):
+            try:
+                await named(client(model), "me").create(said("Q"))
+            except ModelFailed:
+                sys.exit()
+
+    replies = iter([Reply(status=400), answer("yes")])
+    with OpenAIServer(lambda _: next(replies)) as model:
+        with pytest.raises(SystemExit):
+            await program()
+        await program()
         assert len(model.requests) == 2
 
 

@@ -287,8 +287,30 @@ async def test_call_left_running_at_session_end_is_given_up(shared_server: Serve
 
     await asyncio.wait_for(twice(shared_server, program, happened), TIMEOUT)
     assert sorted(happened) == ["last", "left"]
-    done, _ = await asyncio.wait(left, timeout=TIMEOUT)
-    assert len(done) == 2
+    found = await asyncio.gather(*left, return_exceptions=True)
+    assert [type(one) for one in found] == [NotDurable] * 2
+    assert all("has ended, and this call was started inside it: await the call before" in str(one) for one in found)
+
+
+async def test_call_left_running_by_a_failed_program_gets_an_error_that_says_so(
+    shared_server: Server, happened: list[str]
+) -> None:
+    begun = asyncio.Event()
+    left: list[asyncio.Task[str]] = []
+
+    async def hangs_after_its_beginning() -> str:
+        begun.set()
+        return await hangs()
+
+    async def program() -> None:
+        left.append(asyncio.create_task(asked(Scripted(happened, hangs_after_its_beginning))))
+        await begun.wait()
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await inside(shared_server, program, new_session())
+    with pytest.raises(NotDurable, match="has ended, and this call was started inside it: await the call before"):
+        await asyncio.wait_for(left[0], TIMEOUT)
 
 
 @pytest.mark.parametrize("is_team", [True, False])

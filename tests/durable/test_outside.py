@@ -112,7 +112,7 @@ async def test_connection_is_reported_once_and_in_summary(shared_server: Server,
     (line,) = named[0]
     assert named[1] == [line]
     assert line.startswith(f"reporter {target(way, world)}")
-    assert line.endswith("outside the record: a re-run does it again; make it a tool")
+    assert line.endswith("outside the record: a re-run does it again, unless you make it a tool")
     summary = about_outside(lines)[1:]
     assert len(summary) == 1
     assert f"outside the record: reporter {target(way, world)}" in summary[0]
@@ -224,7 +224,7 @@ async def test_first_call_of_task_from_before_session_is_reported(
     answering.cancel()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert warnings[0].startswith("a call of Scripted was made while a session is open, but outside of it, so the call")
+    assert warnings[0].startswith("a call of Scripted was made outside every session, so the call is not recorded")
 
 
 async def test_console_input_is_recorded_and_not_reported(

@@ -533,7 +533,7 @@ async def test_connection_of_custom_agent_is_reported(server: ServerThread, on_u
 
     with OpenAIServer(lambda _: answer("yes")) as model:
         target = model.base_url.partition("//")[2].partition("/")[0]
-        named = f"own connected to {target} outside the record: a re-run does it again; make it a tool"
+        named = f"own connected to {target} outside the record: a re-run does it again, unless you make it a tool"
         if on_unrecorded == "stop":
             with pytest.raises(NotDurable) as error:
                 await running()

@@ -275,18 +275,20 @@ def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:
 async def test_each_asyncio_run_has_its_own_session(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
     folder.write(
         f"{AGENT}\nasyncio.run(main('one'))\nloop = asyncio.new_event_loop()\nasyncio.set_event_loop(loop)\n"
+        "loop.run_until_complete(asyncio.sleep(0))\n"
         "loop.run_until_complete(main('two'))\nloop.run_until_complete(loop.shutdown_asyncgens())\nloop.close()\n"
     )
     folder.forked = True
     first = folder.durable(session="both")
     assert first.returncode == 0, first.stderr
     assert len(first.stdout.splitlines()) == 2
+    assert "nothing was recorded" not in first.stderr
     again = folder.durable(session="both")
     assert (again.returncode, again.stdout) == (0, first.stdout)
     assert (len(model.requests), folder.log) == (6, ["first", "second"] * 2)
     async with NexumClient(server.address) as client:
         found = {one.session: one.status for one in await list_sessions(client) if one.session.startswith("both")}
-    assert found == {"both": "finished", "both-2": "finished"}
+    assert found == {"both": "finished", "both-2": "finished", "both-3": "finished"}
 
 
 THREADS = """
@@ -302,7 +304,13 @@ with ThreadPoolExecutor(4) as pool:
 thread = threading.Thread(target=lambda: asyncio.run(main("i")))
 thread.start()
 thread.join()
-asyncio.run(main("j"))
+
+async def beside(task):
+    loop = asyncio.get_running_loop()
+    in_pool = [loop.run_in_executor(None, ask, n) for n in "kl"]
+    await asyncio.gather(*in_pool, *(asyncio.to_thread(ask, n) for n in "mn"), main(task))
+
+asyncio.run(beside("j"))
 """
 
 
@@ -313,11 +321,121 @@ async def test_threads_replay_their_own_sessions_in_whatever_order_they_run(
     folder.forked = True
     runs = [folder.durable(session="threads") for _ in range(4)]
     assert [run.returncode for run in runs] == [0] * 4, runs[-1].stderr
-    assert (len(model.requests), len(folder.log)) == (30, 20)
+    assert (len(model.requests), len(folder.log)) == (42, 28)
     async with NexumClient(server.address) as client:
         found = {one.session: one.question for one in await list_sessions(client) if one.session.startswith("threads")}
-    of_pool = {f"threads-ask-{n}": question for n, question in enumerate("abcdefgh", 1)}
+    of_pool = {f"threads-ask-{n}": question for n, question in enumerate("abcdefghklmn", 1)}
     assert found == {**of_pool, "threads-lambda-1": "i", "threads": "j"}
+
+
+RUNS_IN_TOOLS = """
+from concurrent.futures import ThreadPoolExecutor
+
+async def ask_model(text):
+    client = OpenAIChatCompletionClient(model="gpt-4o")
+    await client.create([UserMessage(content=text, source="user")])
+    await client.close()
+
+def note(text: str) -> str:
+    '''Note it.'''
+    with Path("log").open("a") as log:
+        log.write(text + "\\n")
+    if text == "first":
+        asyncio.run(ask_model("in the tool's thread"))
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(asyncio.run, ask_model("in a pool")).result()
+    return "noted"
+
+asyncio.run(main("one"))
+asyncio.run(main("two"))
+"""
+
+
+async def test_asyncio_run_in_a_tool_has_no_session(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
+    folder.write(f"from autogen_core.models import UserMessage\n{AGENT}\n{RUNS_IN_TOOLS}")
+    folder.forked = True
+    first = folder.durable(session="tools")
+    assert first.returncode == 0, first.stderr
+    again = folder.durable(session="tools")
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    assert (len(model.requests), folder.log) == (10, ["first", "second"] * 2)
+    async with NexumClient(server.address) as client:
+        found = {one.session for one in await list_sessions(client) if one.session.startswith("tools")}
+    assert found == {"tools", "tools-2"}
+
+
+NEST_ASYNCIO = """
+import asyncio, threading
+
+def apply(loop=None):
+    def run(main, *, debug=False):
+        loop = asyncio.get_event_loop()
+        return loop.run_until_complete(asyncio.ensure_future(main, loop=loop))
+
+    def run_until_complete(self, future):
+        outer = asyncio._get_running_loop()
+        asyncio._set_running_loop(self)
+        self._thread_id = threading.get_ident()
+        try:
+            future = asyncio.ensure_future(future, loop=self)
+            while not future.done():
+                self._run_once()
+            return future.result()
+        finally:
+            asyncio._set_running_loop(outer)
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    asyncio.run = run
+    type(loop).run_until_complete = run_until_complete
+"""
+
+
+async def test_script_with_nest_asyncio_is_recorded(folder: Folder, server: ServerThread, model: OpenAIServer) -> None:
+    folder.write(NEST_ASYNCIO, "nest_asyncio.py")
+    folder.write(
+        f"import nest_asyncio; nest_asyncio.apply()\n{AGENT}\n"
+        "asyncio.run(main('one'))\nasyncio.get_event_loop().run_until_complete(main('two'))\n"
+    )
+    folder.forked = True
+    first = folder.durable(session="nested")
+    assert first.returncode == 0, first.stderr
+    again = folder.durable(session="nested")
+    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
+    assert (len(model.requests), folder.log) == (6, ["first", "second"] * 2)
+
+
+IN_ANOTHER_LOOP = """
+import threading
+
+loop = asyncio.new_event_loop()
+thread = threading.Thread(target=loop.run_forever)
+thread.start()
+asyncio.run_coroutine_threadsafe(main("Q"), loop).result()
+loop.call_soon_threadsafe(loop.stop)
+thread.join()
+"""
+
+
+def test_first_call_in_a_loop_that_has_no_session_is_reported(folder: Folder, model: OpenAIServer) -> None:
+    folder.write(f"{AGENT}\n{IN_ANOTHER_LOOP}")
+    folder.forked = True
+    done = folder.durable()
+    assert (done.returncode, len(model.requests)) == (0, 3), done.stderr
+    (warning,) = (line for line in done.stderr.splitlines() if "outside every session" in line)
+    assert warning.startswith("[Nexum] a call of OpenAIChatCompletionClient was made outside every session")
+
+
+def test_logging_of_script_does_not_turn_off_the_lines_of_the_command(folder: Folder, model: OpenAIServer) -> None:
+    folder.write(
+        "import logging, logging.config\nlogging.config.dictConfig({'version': 1})\nlogging.disable()\n"
+        f"{AGENT}\nasyncio.run(main('Q'))\n"
+    )
+    folder.forked = True
+    done = folder.durable()
+    assert done.returncode == 0, done.stderr
+    assert "live: 3 model call(s)" in done.stderr
 
 
 def test_default_session_is_reported_and_depends_on_arguments(folder: Folder) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -126,8 +127,8 @@ async def test_cancelled_sleep_ends_at_the_recorded_time_in_next_run(
     assert [event.content for event in await recorded(client, name, Kind.WAIT)] == [wait.content]
 
 
-@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, 1e12])
-async def test_wrong_number_of_seconds_is_refused(shared_server: Server, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, 1e12, "3", timedelta(hours=1)])
+async def test_wrong_number_of_seconds_is_refused(shared_server: Server, seconds: Any) -> None:
     async def program() -> None:
         with pytest.raises(InvalidRequest, match="seconds must be a number from 0 to"):
             await session().sleep(seconds)
@@ -569,14 +570,18 @@ async def test_waits_outside_a_session_are_refused(shared_server: Server) -> Non
 
 async def test_wrong_names_and_payloads_are_refused(shared_server: Server) -> None:
     async def program() -> None:
-        with pytest.raises(InvalidRequest, match="'a/b' is not an event's name"):
-            await session().wait_for_event("a/b")
+        wrong: Any
+        for wrong in ("a/b", 1):
+            with pytest.raises(InvalidRequest, match=f"{wrong!r} is not an event's name"):
+                await session().wait_for_event(wrong)
 
     await inside(shared_server, program, new_session())
     with pytest.raises(InvalidRequest, match="'' is not an event's name"):
         await send(shared_server, new_session(), "")
-    with pytest.raises(InvalidRequest, match="is not a session id"):
-        await send(shared_server, "a/b")
+    wrong: Any
+    for wrong in ("a/b", 4711):
+        with pytest.raises(InvalidRequest, match=f"^{wrong!r} is not a session id: use a text of up to 64 letters"):
+            await send(shared_server, wrong)
     with pytest.raises(InvalidRequest, match="the payload can't be written as JSON"):
         await send(shared_server, new_session(), payload=math.nan)
     with pytest.raises(InvalidRequest, match=r"the payload is .* bytes; the limit is 1,048,576 bytes"):
