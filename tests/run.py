@@ -3,7 +3,7 @@
     python tests/run.py                    on this Python
     python tests/run.py --every-python     also some tests on the oldest and the newest Python of the machine
 
-The first failed step ends the run with its exit code.
+A failed step ends the run with its exit code. Some steps run at the same time: then the run ends after all of them.
 """
 
 from __future__ import annotations
@@ -152,13 +152,14 @@ def main() -> int:
         run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
         run([python, "-m", "ruff", "check", "."])
         run([python, "-m", "ruff", "format", "--check", "."])
+        # mypy keeps one processor busy, and the tests wait now and then.
+        typed = beside.submit(run_quietly, [python, "-m", "mypy", "."])
         # pytest rewrites the assertions of all test files, and keeps the results. Without this step, each of its
         # processes would do that for itself.
-        rewriting = beside.submit(run_quietly, [python, "-m", "pytest", "--collect-only", "-qq"])
-        run([python, "-m", "mypy", "."])
-        rewriting.result()
+        run_quietly([python, "-m", "pytest", "--collect-only", "-qq"])
         tested = beside.submit(test_on, environments)
         run([python, "-m", "pytest", "-q", "-n", str(TESTS_AT_ONCE), "--dist", "worksteal"])
+        typed.result()
         tested.result()
     return 0
 
