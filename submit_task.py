@@ -44,6 +44,7 @@ from nexum_engine.errors import (
     WaitTimeout,
 )
 from nexum_engine.event_loop import LoopThread
+from nexum_engine.forks import in_forked_process
 from nexum_engine.options import seconds
 from nexum_engine.records import Attempt, Execution, ExecutionStatus
 from nexum_engine.workflow import Workflow
@@ -446,17 +447,14 @@ _background: LoopThread | None = None
 _background_lock = threading.Lock()
 
 
+@in_forked_process
 def _forget_background_loop() -> None:
-    """Forget the loop, and make a new lock. A forked process calls this.
+    """Forget the loop, and make a new lock.
 
     The loop's thread runs only in the parent process. The old lock may have been held by another thread at the fork.
     """
     global _background, _background_lock
     _background, _background_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_background_loop)
 
 
 def _background_loop() -> asyncio.AbstractEventLoop:

@@ -21,10 +21,8 @@ from durable_autogen.record.events import (
     Revoked,
     Said,
     Waiting,
-    all_executions,
     call_id_of,
     check_session_id,
-    end_of,
     end_of_wait,
     read_record,
     text_asked,
@@ -40,6 +38,7 @@ from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
+Effect = tuple[EffectInput, Execution]
 SHOWN_INPUT = 200  # characters of the input of a worker's call in a message
 
 
@@ -72,8 +71,8 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
     """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
-    async for run in all_executions(
-        client, workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
+    async for run in client.all_executions(
+        workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
@@ -108,11 +107,12 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
 async def _info(client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]) -> SessionInfo:
     """Return the summary of a session. `runs` are its runs, the newest first."""
     completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
-    events = (await read_record(client, session)).events
+    record = await read_record(client, session)
+    events = record.events
     messages = [event.content.text for event in events if isinstance(event.content, Said)]
     models = [str(event.request["model"]) for event in events if "model" in event.request]
     task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
-    status = _status(runs[0], is_finished=end_of(completed, events) is not None)
+    status = _status(runs[0], is_finished=record.end_of(completed) is not None)
     addresses = {event.address for event in events}
     return SessionInfo(
         session=session,
@@ -236,11 +236,18 @@ async def fork_session(
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
     record = await read_record(client, source)
     kept = _first_events(record.events, source, count)
-    later = await _later_effects(client, source, count, record, kept, effects, nexum)
+    reused: list[Effect] = []
+    if effects != "again":
+        later = await _later_effects(client, source, record, kept)
+        of_workers = await _effects_of_workers(client, source, record, kept)
+        if effects == "refuse":
+            _refuse(source, count, later, of_workers)
+        else:
+            reused = _reusable(source, later, of_workers, nexum)
     async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
-        if effects == "reuse" and is_new:
-            await _keep_results(journal, later)
+        if reused and is_new:
+            await _keep_results(journal, reused)
         await journal.release()
     return kept
 
@@ -290,20 +297,8 @@ async def _copy(journal: Journal, source: str, kept: Sequence[Event], message: s
     return not continued
 
 
-async def _later_effects(
-    client: NexumClient,
-    source: str,
-    count: int,
-    record: Record,
-    copied: Sequence[Event],
-    effects: OnEffects,
-    nexum: str | None,
-) -> list[tuple[EffectInput, Execution]]:
-    """Return the effects that have a result and that a session made after the events that a fork copies.
-
-    Raises InvalidRequest if `effects` forbids one of them. "refuse" forbids all, also the failed ones, because an error
-    doesn't prove that nothing happened. "reuse" forbids those that have not ended.
-    """
+async def _later_effects(client: NexumClient, source: str, record: Record, copied: Sequence[Event]) -> list[Effect]:
+    """Return the effects that a session has begun after the events that a fork copies."""
     later = []
     for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
         execution = found
@@ -312,36 +307,37 @@ async def _later_effects(
             execution = observed.execution
         if not _has_not_begun(execution):
             later.append((input, execution))
-    calls = [
-        call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
-    ]
-    of_workers = await _effects_of_workers(client, source, calls)
-    if effects == "refuse" and (later or of_workers):
-        made = [(str(input), one) for input, one in later] + [(_in_words(one), one) for one in of_workers]
-        failed = (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED)
-        listed = ", ".join(f"{call}{' (failed)' if one.status in failed else ''}" for call, one in made)
-        reuse = "" if of_workers else "Reuse their results (--effects reuse), or make "
-        raise InvalidRequest(
-            f"after call {count}, session {source} has made {len(made)} call(s) whose effect must happen only once: "
-            f"{listed}. {reuse or 'Make '}the calls again (--effects again)"
-        )
-    if effects == "reuse" and of_workers:
+    return later
+
+
+def _refuse(source: str, count: int, later: Sequence[Effect], of_workers: Sequence[Execution]) -> None:
+    """Raise InvalidRequest if there is a later effect, even a failed one: it may have happened before the error."""
+    made = [(str(input), one) for input, one in later] + [(_in_words(one), one) for one in of_workers]
+    if not made:
+        return
+    failed = (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED)
+    listed = ", ".join(f"{call}{' (failed)' if one.status in failed else ''}" for call, one in made)
+    reuse = "" if of_workers else "Reuse their results (--effects reuse), or make "
+    raise InvalidRequest(
+        f"after call {count}, session {source} has made {len(made)} call(s) whose effect must happen only once: "
+        f"{listed}. {reuse or 'Make '}the calls again (--effects again)"
+    )
+
+
+def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Execution], nexum: str | None) -> list[Effect]:
+    """Return the later effects that have a result. Raises InvalidRequest if one has not ended, or is a worker's."""
+    if of_workers:
         raise InvalidRequest(
             f"the result of a worker's call can't be reused: {_in_words(of_workers[0])}. Fork after this call, or make "
             "the call again (--effects again)"
         )
-    if effects == "reuse":
-        for input, execution in later:
-            if not execution.status.ended:
-                is_unknown = execution.nodes[0].status is NodeStatus.WAITING
-                raise InvalidRequest(
-                    f"a call of session {source} has no result to reuse: {input} may or may not have happened. "
-                    + (
-                        how_to_resolve(execution.execution_id, nexum)
-                        if is_unknown
-                        else "Let the session continue first"
-                    )
-                )
+    for input, execution in later:
+        if not execution.status.ended:
+            is_unknown = execution.nodes[0].status is NodeStatus.WAITING
+            raise InvalidRequest(
+                f"a call of session {source} has no result to reuse: {input} may or may not have happened. "
+                + (how_to_resolve(execution.execution_id, nexum) if is_unknown else "Let the session continue first")
+            )
     return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
 
 
@@ -351,13 +347,13 @@ def _has_not_begun(execution: Execution) -> bool:
     return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
 
 
-async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tuple[EffectInput, Execution]]:
+async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Effect]:
     """Return a session's effects, except those of the calls in `before`.
 
     If the session is itself a fork that may reuse results, include these results, except those that the calls in
     `before` have reused. If a later call has reused a result, include the result only once.
     """
-    kept: defaultdict[str, list[tuple[EffectInput, Execution]]] = defaultdict(list)
+    kept: defaultdict[str, list[Effect]] = defaultdict(list)
     for input, execution in await recorded_effects(client, kept_for(source)):
         kept[input.asked_digest].append((input, execution))
     later = []
@@ -370,39 +366,37 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[tu
     return [*later, *(one for left in kept.values() for one in left)]
 
 
-async def _effects_of_workers(client: NexumClient, source: str, before: Sequence[str]) -> list[Execution]:
+async def _effects_of_workers(
+    client: NexumClient, source: str, record: Record, copied: Sequence[Event]
+) -> list[Execution]:
     """Return the executions that workers ran for a session's calls, and whose effect must happen only once.
 
-    `before` has the ids of calls whose results the fork copies. Leave out the executions with such an id in their key.
+    Leave out the executions whose keys contain the id of a copied call.
     """
-    is_copied = _contains_any(before)
-    has_effect: dict[str, bool] = {}
-    """Whether the executions of a workflow version have an effect that must happen only once."""
-    found: list[Execution] = []
-    for separator in ":/":  # what follows the session in a key of submit_task.py, and in a call's id
-        async for one in all_executions(client, key_prefix=f"{source}{separator}", patience=PATIENCE):
-            if one.version_hash not in has_effect:
-                whole = await client.get_execution(one.execution_id, patience=PATIENCE)
-                has_effect[one.version_hash] = any(node.once for node in whole.execution.nodes)
-            if (
-                has_effect[one.version_hash]
-                and one.workflow_id != TOOL_EFFECT.workflow_id
-                and not is_copied(one.idempotency_key)
-            ):
-                found.append((await client.get_execution(one.execution_id, patience=PATIENCE)).execution)
+    calls = [
+        call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
+    ]
+    found = [
+        one
+        for separator in ":/"  # what follows the session in a key of submit_task.py, and in a call's id
+        async for one in client.all_executions(key_prefix=f"{source}{separator}", with_nodes=True, patience=PATIENCE)
+        if any(node.once for node in one.nodes)
+        and one.workflow_id != TOOL_EFFECT.workflow_id
+        and not any(_names(one.idempotency_key, call) for call in calls)
+    ]
     return sorted(found, key=lambda one: one.created_ms)
 
 
-def _contains_any(calls: Sequence[str]) -> Callable[[str], bool]:
-    """Return a function that says whether a key of a worker's execution contains the id of one of these calls."""
-    return lambda key: any(f":{call}:" in f":{key}:" or f"/{call}/" in key for call in calls)
+def _names(key: str, call: str) -> bool:
+    """Return whether the key of a worker's execution contains this call id."""
+    return f":{call}:" in f":{key}:" or f"/{call}/" in key
 
 
 def _in_words(execution: Execution) -> str:
     return f"{execution.workflow_id} {textwrap.shorten(execution.input_json, SHOWN_INPUT)} ({execution.execution_id})"
 
 
-async def _keep_results(journal: Journal, later: Sequence[tuple[EffectInput, Execution]]) -> None:
+async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
     """Record the results of another session's effects, so that the journal's session may reuse them."""
     recorded = await recorded_effects(journal.client, kept_for(journal.session))
     taken = {execution.idempotency_key for _, execution in recorded}

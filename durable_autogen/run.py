@@ -6,6 +6,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -20,12 +21,14 @@ from durable_autogen.autogen.transcript import Item, Message, Task, marked, mess
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun, Kind
+from durable_autogen.record.failures import end
 from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.surrogates import representable
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
+from nexum_engine.event_loop import call_in
 from nexum_engine.policy import Policy
 
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
@@ -174,9 +177,7 @@ class _Run:
             if not running.done():
                 self._cancelled()
                 await asyncio.wait({running}, timeout=END_PATIENCE)
-                running.cancel()
-            if running.done() and not running.cancelled():
-                running.exception()  # mark the team's error as retrieved: the run raises another error instead
+            await end(running, 0)
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         result = TaskResult(messages=[])
@@ -193,14 +194,8 @@ class _Run:
     def _heed_the_token(self) -> None:
         if self.token is None:
             return
-        loop = asyncio.get_running_loop()
         # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
-
-        def cancelled() -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._cancelled)
-
-        self.token.add_callback(cancelled)
+        self.token.add_callback(partial(call_in, self.session.loop, self._cancelled))
 
     def _cancelled(self) -> None:
         line = (

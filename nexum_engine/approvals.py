@@ -1,7 +1,7 @@
 """Ask a person a question that outlives every process. Each question is an execution with one HUMAN_APPROVAL node.
 
     question = Approval(session="order-4711", agent="clerk", tool="charge", arguments={"cents": 990}, ...)
-    decision = await decided(client, approval_workflow(), question, question.key("reply/1/charge"), on_waiting=...)
+    decision = await decided(client, approval_workflow(), question, question.key("reply/1/charge"), waiting=...)
 
 A person decides with `nexum approve ID` or `nexum reject ID`, now or while no program runs. The execution's key names
 the session, the call and the digest of the tool and its arguments. So a decision counts for that one call only, and not
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -127,32 +128,28 @@ async def decided(
     question: BaseModel,
     key: str,
     *,
-    on_waiting: Callable[[str], object],
+    waiting: Callable[[str], AbstractContextManager[None]],
 ) -> Decision:
     """Ask the question, unless it was asked before. Wait for the decision, however long it takes, and return it.
 
-    `asked` is the workflow of the question: one HUMAN_APPROVAL node, named `approval`. If nobody has decided yet,
-    `on_waiting` is called with the execution's id, and may raise an error to stop waiting. If a decision was made while
-    no program waited for it, it counts, too. Raises Conflict if the key belongs to another question, and the server's
-    errors.
+    `asked` is the workflow of the question: one HUMAN_APPROVAL node, named `approval`. If nobody has decided yet, the
+    wait takes place inside `with waiting(EXECUTION_ID)`, which may raise an error to stop waiting. If a decision was
+    made while no program waited for it, it counts, too. Raises Conflict if the key belongs to another question, and the
+    server's errors.
     """
-    told = ""
     while True:
         execution_id = await ask(client, asked, question, key)
+        look = partial(client.get_execution, execution_id, with_attempts=True, patience=PATIENCE)
         try:
-            while True:
-                wait = MAX_SERVER_WAIT if told == execution_id else 0.0
-                observed = await client.get_execution(execution_id, wait=wait, with_attempts=True, patience=PATIENCE)
-                execution = observed.execution
-                if execution.status is ExecutionStatus.CANCELLED:
-                    break  # the question was withdrawn: ask again
-                if execution.status.ended:
-                    return decision_of(execution)
-                if told != execution_id:
-                    told = execution_id
-                    on_waiting(execution_id)
+            execution = (await look()).execution
+            if not execution.status.ended:
+                with waiting(execution_id):
+                    while not execution.status.ended:
+                        execution = (await look(wait=MAX_SERVER_WAIT)).execution
         except ExecutionNotFound:
             continue  # the server has another database now: ask the question there
+        if execution.status is not ExecutionStatus.CANCELLED:  # else the question was withdrawn: ask again
+            return decision_of(execution)
 
 
 async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: str) -> str:

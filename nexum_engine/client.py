@@ -58,6 +58,7 @@ from nexum_engine.wire.status import CUT_OFF
 from nexum_engine.workflow import Workflow
 
 _FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
+PAGE = 100  # executions that `all_executions` reads at a time
 
 logger = logging.getLogger(__name__)
 Request = TypeVar("Request")
@@ -372,6 +373,14 @@ class NexumClient:
             )
             for one in answer.executions
         ]
+
+    async def all_executions(self, **query: Any) -> AsyncGenerator[Execution, None]:
+        """Yield all executions that `list_executions` finds with this query, the newest first."""
+        before = ""
+        while page := await self.list_executions(**query, before=before, limit=PAGE):
+            for execution in page:
+                yield execution
+            before = page[-1].execution_id
 
     async def cancel_execution(self, execution_id: str, *, by: str = "") -> None:
         """Cancel a running execution. Raises ExecutionNotFound, or Conflict if it has completed or failed.

@@ -39,15 +39,25 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
         signal.signal(number, on_signal)
     if until_stdin_closes:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        threading.Thread(target=_watch_stdin, args=(stop_soon,), name="parent watch", daemon=True).start()
+        when_stdin_closes(lambda: _end_orphan(stop_soon))
     return stop
 
 
-def _watch_stdin(stop_soon: Callable[[], None]) -> None:
-    # Read the file descriptor. A thread that reads from sys.stdin holds its lock, and Python needs that lock at exit.
-    with contextlib.suppress(OSError):  # a connection that was reset counts as closed
-        while os.read(0, 4096):
-            pass
+def when_stdin_closes(act: Callable[[], None]) -> None:
+    """Call a function when standard input closes: that shows that the parent process has ended."""
+
+    def watch() -> None:
+        # Read the file descriptor. A thread that reads from sys.stdin holds its lock, and Python needs that lock at
+        # exit.
+        with contextlib.suppress(OSError):  # a connection that was reset counts as closed
+            while os.read(0, 4096):
+                pass
+        act()
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _end_orphan(stop_soon: Callable[[], None]) -> None:
     deadline = threading.Timer(ORPHAN_GRACE, os._exit, args=(0,))
     deadline.daemon = True
     deadline.start()

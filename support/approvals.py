@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,16 +93,14 @@ async def ask(
         return None
 
     asked = approval_workflow(tool.policy.approval_timeout)
-    with ExitStack() as waiting:
 
-        def wait(execution_id: str) -> None:
-            waiting.close()
-            text = json.dumps(complete, ensure_ascii=False)
-            shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
-            line = f"waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}"
-            waiting.enter_context(waiting_for_a_person(line, tell))
+    def waiting(execution_id: str) -> AbstractContextManager[None]:
+        text = json.dumps(complete, ensure_ascii=False)
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+        line = f"waiting for a decision on {tool.name}({shown}): {how_to_decide(execution_id, nexum)}"
+        return waiting_for_a_person(line, tell)
 
-        decision = await decided(client, asked, question, key, on_waiting=wait)
+    decision = await decided(client, asked, question, key, waiting=waiting)
     if not decision.approved:
         raise FinalError(decision.refusal)
     approved = complete if decision.answer is None else tool.complete(decision.answer)
@@ -111,16 +109,12 @@ async def ask(
 
 async def _begun(client: NexumClient, workflow: str, key: str) -> ApprovedCall | None:
     """Return the call whose execution has this key, or None."""
-    before = ""
-    while page := await client.list_executions(  # by prefix, so the pages also hold longer keys
-        workflow_id=workflow, key_prefix=key, before=before, with_nodes=True, patience=PATIENCE
-    ):
-        for execution in page:
-            if execution.idempotency_key == key:
-                call = ToolCallInput.model_validate_json(execution.input_json)
-                return ApprovedCall(call.tool_args, call.approval, key)
-        before = page[-1].execution_id
-    return None
+    found = client.all_executions(workflow_id=workflow, key_prefix=key, with_nodes=True, patience=PATIENCE)
+    newest_first = [one async for one in found if one.idempotency_key == key]  # longer keys begin with `key`, too
+    if not newest_first:
+        return None
+    call = ToolCallInput.model_validate_json(newest_first[0].input_json)
+    return ApprovedCall(call.tool_args, call.approval, key)
 
 
 async def check(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nexum_engine import published
-from nexum_engine.embedded import Child, EmbeddedNexum, start_child
+from nexum_engine.embedded import EmbeddedNexum
 from support.console import say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +54,3 @@ def say_what_is_lost(address: str, losses: str) -> None:
     """Print in one line what a script loses on a published Nexum server. Turn off the client's own warning."""
     say(f"[demo] {address} is a published Nexum server: {losses}")
     published.logger.setLevel(logging.ERROR)
-
-
-__all__ = ["ROOT", "Child", "NexumForRun", "death_in_words", "kill_this_process", "say_what_is_lost", "start_child"]

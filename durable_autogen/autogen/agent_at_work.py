@@ -18,7 +18,6 @@ from autogen_core import CancellationToken
 from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.transcript import messages_of
-from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import is_being_cancelled, made_ordinary
 from durable_autogen.record.place import Place, at, closing, steps_at
 from durable_autogen.record.recorder import Recorder
@@ -31,21 +30,20 @@ class AtWork:
         self._outer = outer
         self._session_state: SessionState = outer.session.state
         self._recorder: Recorder = outer.session.recorder
-        if is_team and not outer.is_inside:
-            # The program itself runs this team. So the names of the team's members get no prefix.
-            self._path = outer.path
-        else:
-            self._path = self._session_state.names.of(runnable, outer.inside(runnable.name))
-        self._label = self._path
+        names, path = self._session_state.names, outer.path
+        # If the program itself runs a team, the names of the team's members get no prefix.
+        if outer.is_inside or not is_team:
+            path = names.of(runnable, outer.inside(runnable.name))
+        agent = path
         if is_team:
             # Name the team's own calls, such as the call that selects the next speaker.
-            self._label = self._session_state.names.of(runnable, f"{self._path or type(runnable).__name__} (team)")
+            agent = names.of(runnable, f"{path or type(runnable).__name__} (team)")
         else:
-            self._session_state.speaks_as(self._label, runnable.name)
+            self._session_state.speaks_as(agent, runnable.name)
         self.place = dataclasses.replace(
             outer,
-            agent=self._label,
-            path=self._path,
+            agent=agent,
+            path=path,
             is_inside=True,
             is_beside_others=outer.is_beside_others or isinstance(runnable, GraphFlow),
             owner=runnable,
@@ -97,16 +95,17 @@ class AtWork:
 
     async def _passed_on(self, item: Any, task: Any = None) -> Any:
         """Return an item of a turn or a run, ready for the consumer."""
-        self._session_state.transcript.settle(self._label, item, messages_of(task))
+        place = self.place
+        self._session_state.transcript.settle(place.agent, item, messages_of(task))
         if isinstance(item, (Response, TaskResult)):
             # A team that the program runs itself has the path of the program, whose other agents it doesn't contain.
-            is_own_path = self._path != self._outer.path
-            self._recorder.setbacks.turn_is_over(self._path if is_own_path else self._label)
+            is_own_path = place.path != self._outer.path
+            self._recorder.setbacks.turn_is_over(place.path if is_own_path else place.agent)
             if isinstance(self._outer.owner, GraphFlow):
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
-                with at(self.place):
-                    position = self._recorder.next_position(self._label, "turn")
-                    await self._recorder.mark(Kind.TURN, self._label, position, describe_turn(_words(item)))
+                with at(place):
+                    position = self._recorder.next_position(place.agent, "turn")
+                    await self._recorder.mark(place.agent, position, describe_turn(_words(item)))
         if isinstance(item, TaskResult) and not self._outer.is_inside:
             return self._session_state.transcript.result(item)
         return item
@@ -118,7 +117,7 @@ class AtWork:
         is_meant = self._recorder.failed.done() or (token is not None and token.is_cancelled()) or is_being_cancelled()
         if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
             raise error  # Python 3.10 can't tell whether the caller cancelled the agent
-        raise made_ordinary(error, self._label) from error
+        raise made_ordinary(error, self.place.agent) from error
 
 
 def _words(item: Response | TaskResult) -> str:

@@ -102,7 +102,7 @@ class Calls:
         policy = self._guard.of_model(model).model_copy(update={"heartbeat": None})
 
         async def perform() -> Performed:
-            replied = await Attempts(self._recorder, call, model, policy).make(str(call), lambda: ask(messages))
+            replied = await Attempts(self._recorder, call, model, policy).make(lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
 
@@ -158,7 +158,7 @@ class Calls:
 
         async def perform() -> Performed:
             # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-            result = await attempts.make(str(call), attempt, lambda: not stream.produced)
+            result = await attempts.make(attempt, lambda: not stream.produced)
             written, result = written_reply(result)
             pieces = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
@@ -189,7 +189,7 @@ class Calls:
                 stream.passed_on.append(piece)
                 if is_first:
                     is_first = False
-                    await self._recorder.mark(Kind.TURN, self._agent, f"{call.position}/begun", {})
+                    await self._recorder.mark(self._agent, f"{call.position}/begun", {})
                 yield piece
         result = self._received(client, await running)
         for text in filter(None, held):
@@ -369,7 +369,7 @@ class Calls:
                 value = await guard.once(guarded, once)
             else:
                 attempts = Attempts(self._recorder, call, name, policy)
-                value = await attempts.make(name, partial(once, shown), lambda: not streamed)
+                value = await attempts.make(partial(once, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)
@@ -412,10 +412,16 @@ class Calls:
             raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
         return content
 
-    def check_no_policy(self, name: str) -> None:
-        """Raise InvalidRequest if an agent or a team that is used as a tool has a policy."""
+    def is_recorded_inside(self, tool: object, name: str) -> bool:
+        """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result.
+
+        Raises InvalidRequest if the session has a policy for such a tool.
+        """
+        if not isinstance(tool, (AgentTool, TeamTool)):
+            return False
         if self._guard.of_tool(name) is not None:
             raise InvalidRequest(f"{name} is an agent or team as a tool: give the policies to the tools inside it")
+        return True
 
     def agent_as_tool(self, made: ToolCall) -> Place:
         """Return the place for an agent or team that a reply calls as a tool.
@@ -490,11 +496,6 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
             stream.passed_on.append(item)
             yield item
     yield await running
-
-
-def is_recorded_inside(tool: object) -> bool:
-    """Return whether `tool` is an agent or team. Calls inside such a tool are recorded, but not the tool's result."""
-    return isinstance(tool, (AgentTool, TeamTool))
 
 
 def _name(tool: Tool | ToolSchema) -> str:

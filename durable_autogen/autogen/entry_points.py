@@ -28,7 +28,7 @@ from pydantic import BaseModel
 
 from durable_autogen.autogen import conditions
 from durable_autogen.autogen.agent_at_work import AtWork
-from durable_autogen.autogen.calls import Calls, is_recorded_inside
+from durable_autogen.autogen.calls import Calls
 from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
@@ -129,8 +129,7 @@ def _workbench_tool(stream: bool) -> Recording:
             static_tool(workbench, name),
             workbench,
         )
-        if is_recorded_inside(call.tool):
-            calls.check_no_policy(call.name)
+        if calls.is_recorded_inside(call.tool, call.name):
             place = calls.agent_as_tool(call)
             return steps_at(place, original()) if stream else original()
 
@@ -144,8 +143,7 @@ def _workbench_tool(stream: bool) -> Recording:
 
 def _tool(stream: bool) -> Recording:
     def recording(calls: Calls, tool: Any, original: _Original) -> Any:
-        if is_recorded_inside(tool):
-            calls.check_no_policy(tool.name)
+        if calls.is_recorded_inside(tool, tool.name):
             return original()
         # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
         args = original.given(0, "args")

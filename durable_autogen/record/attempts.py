@@ -30,7 +30,7 @@ from nexum_engine.workflow import Workflow, workflow
 T = TypeVar("T")
 
 SAY_AFTER = 1.0  # seconds; if a call waits longer, a log line says so
-MAX_SCOPE = 100  # characters; in a key, a longer scope is replaced by its hash
+MAX_SCOPE = 100  # characters; in a key, a longer or unprintable scope is replaced by its hash
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
@@ -80,15 +80,13 @@ class Attempts:
         self._policy = policy
         self._task: Task | None = None
 
-    async def make(
-        self, what: str, attempt: Callable[[], Awaitable[T]], may_retry: Callable[[], bool] = lambda: True
-    ) -> T:
-        """Make the call, and retry it as the policy says. `what` names the call in the log and in errors.
+    async def make(self, attempt: Callable[[], Awaitable[T]], may_retry: Callable[[], bool] = lambda: True) -> T:
+        """Make the call, and retry it as the policy says.
 
         If an attempt exceeds a time limit of the policy, it fails with TookTooLong. During each attempt, the call holds
         a place under the policy's rate and concurrency.
         """
-        policy, number = self._policy, 0
+        policy, what, number = self._policy, self._call.name, 0
         while True:
             number += 1
             await self.take()
@@ -115,7 +113,7 @@ class Attempts:
             return
         journal, scope = self._journal, self._journal.scope_of(self._call.address)
         input = LimitedCall(session=journal.session, agent=self._call.agent, call=scope)
-        if len(scope) > MAX_SCOPE:
+        if len(scope) > MAX_SCOPE or not scope.isprintable():
             scope = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).hexdigest()
         key = f"{journal.session}:limited/{scope}"
         saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)

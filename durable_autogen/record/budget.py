@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -26,13 +26,12 @@ from durable_autogen.record.events import (
     Record,
     Returned,
     Revoked,
-    all_executions,
     scope_of,
     usage_of,
 )
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.prices import price_of
-from nexum_engine.approvals import NODE, PATIENCE, ask, decided
+from nexum_engine.approvals import NODE, PATIENCE, Decision, ask, decided
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict, first_problem
 from nexum_engine.jsontext import escaped
@@ -80,6 +79,8 @@ class Budget(BaseModel):
 class Spent:
     """What a session has spent, over all of its runs."""
 
+    is_in_usd: bool
+    """Whether the cost is counted, too."""
     model_calls: int = 0
     tokens: int = 0
     usd: float = 0.0
@@ -98,8 +99,8 @@ class Spent:
 
     @classmethod
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
-        """Count what a session has spent, from its record. Without `is_in_usd`, leave out the cost."""
-        spent, replaced = cls(), Counter[str]()
+        """Count what a session has spent, from its record."""
+        spent, replaced = cls(is_in_usd), Counter[str]()
         events = {one.seq: one for one in record.made if isinstance(one, Event)}
         for event in events.values():
             spent._note_model(event)  # of all events first: an agent's replies may be recorded in another order
@@ -110,7 +111,7 @@ class Spent:
             elif not isinstance(content, GivenUp) or content.was_made:
                 spent.begun(one, scope_of(one.address, replaced[one.address]))
             if isinstance(one, Event):
-                spent.recorded(one, is_in_usd=is_in_usd)
+                spent.recorded(one)
         spent.active_ms = _active_ms(events.values())
         return spent
 
@@ -123,8 +124,8 @@ class Spent:
         elif call.kind is Kind.TOOL:
             self.tool_calls[call.tool].add(scope)
 
-    def recorded(self, event: Event, *, is_in_usd: bool) -> None:
-        """Add the tokens of a model's reply and, with `is_in_usd`, what they cost."""
+    def recorded(self, event: Event) -> None:
+        """Add the tokens of a model's reply, and what they cost."""
         if event.kind is not Kind.REPLY:
             return
         model = self._models[event.address] = self._model_of(event.address)
@@ -134,7 +135,7 @@ class Spent:
         self.tokens += prompt + completion
         if not prompt + completion:
             self.unmetered.add(model)
-        elif is_in_usd:
+        elif self.is_in_usd:
             price = price_of(model, prompt, completion, event.recorded_ms)
             if price is None:
                 self.unpriced.add(model)
@@ -242,8 +243,7 @@ async def questions_of(
 ) -> list[tuple[BudgetQuestion, Execution]]:
     """Return a session's questions with their newest executions, ordered by number."""
     found: dict[int, tuple[BudgetQuestion, Execution]] = {}
-    async for execution in all_executions(
-        client,
+    async for execution in client.all_executions(
         workflow_id=BUDGET_QUESTION.workflow_id,
         key_prefix=budget_prefix(session),
         with_nodes=True,
@@ -287,8 +287,7 @@ class BudgetCheck:
         self._client = journal.client
         self._journal = journal
         self._command = command
-        self._is_in_usd = budget.usd is not None
-        self._spent = Spent.of(journal.recorded, is_in_usd=self._is_in_usd)
+        self._spent = Spent.of(journal.recorded, is_in_usd=budget.usd is not None)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
         self._near: set[str] = set()
@@ -334,7 +333,7 @@ class BudgetCheck:
 
     def recorded(self, event: Event) -> None:
         """Count the tokens and the cost of a call whose outcome has just been recorded."""
-        self._spent.recorded(event, is_in_usd=self._is_in_usd)
+        self._spent.recorded(event)
         self._warn_of_models()
 
     def _warn_of_models(self) -> None:
@@ -343,7 +342,7 @@ class BudgetCheck:
                 f"no price is known for the model {model!r}: the budget's limit in dollars doesn't count its replies. "
                 "Limit the tokens or the model calls, too"
             )
-        if self._is_in_usd or self._budget.tokens is not None:
+        if self._spent.is_in_usd or self._budget.tokens is not None:
             for model in self._spent.unmetered:
                 self._warn(
                     f"the model {model!r} doesn't say how many tokens its replies take, so they don't count. If it "
@@ -377,26 +376,25 @@ class BudgetCheck:
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
         self._journal.may_have_asked = True
-        with ExitStack() as stack:
-
-            def on_waiting(_: str) -> None:
-                stack.close()
-                stack.enter_context(waiting(line))
-
-            try:
-                decision = await decided(self._client, BUDGET_QUESTION, question, question.key, on_waiting=on_waiting)
-            except Conflict:
-                return  # another call or a person began a different question of this number: the next `ask` reads it
+        try:
+            decision = await decided(
+                self._client, BUDGET_QUESTION, question, question.key, waiting=lambda _: waiting(line)
+            )
+        except Conflict:
+            return  # another call or a person began a different question of this number: the next `ask` reads it
         self._decided = max(self._decided, question.number)
-        if not decision.approved:
-            if ahead[1:]:
-                return  # a later decision replaces this one: the next `ask` applies it
+        if decision.approved:
+            self._raise_limits(decision)
+        elif not ahead[1:]:  # else a later decision replaces this one: the next `ask` applies it
             reason = f": {decision.reason}" if decision.reason else ""
             stopped = escaped(f"{decision.by or 'a person'} stopped it{reason}")
             raise BudgetExceeded(
                 f"session {session} has used {words} of its budget, and {stopped}. To continue, raise the budget "
                 f"({self._command} {options}), and run the session again"
             )
+
+    def _raise_limits(self, decision: Decision) -> None:
+        """Raise the limits to those of a person's decision. Log a warning if the decision has none."""
         if not decision.answer:  # `nexum approve ID` without --args
             self._journal.log.warning(
                 "the decision %s about the budget gives no new limits, so nothing has changed", decision.execution_id

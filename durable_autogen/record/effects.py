@@ -10,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import all_executions
 from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
@@ -68,8 +67,8 @@ async def effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInpu
     """Return the effects whose keys begin with `key_prefix`, oldest first."""
     found = [
         (EffectInput.model_validate_json(one.input_json), one)
-        async for one in all_executions(
-            client, workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=PATIENCE
+        async for one in client.all_executions(
+            workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=PATIENCE
         )
     ]
     return found[::-1]

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -26,7 +26,6 @@ from nexum_engine.records import Execution, ExecutionStatus
 from nexum_engine.workflow import workflow
 
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
-PAGE = 100  # executions to ask the server for at a time
 MAX_QUESTION = 200  # characters; a longer question is cut in a summary
 DIGITS = 12  # of a call's digest, in ids and keys
 MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
@@ -377,9 +376,14 @@ class Call(Requested):
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
     label: str = ""
-    """The call's name in errors; empty for the default name."""
+    """The call's name in errors and in the log, if it has another one than `str` returns."""
     has_policy: bool = False
     """Whether it is the call of a tool with a policy."""
+
+    @property
+    def name(self) -> str:
+        """The call's name in errors and in the log."""
+        return self.label or str(self)
 
 
 def call_id_of(session: str, scope: str, digest: str) -> str:
@@ -491,8 +495,6 @@ class Record:
     For a given-up call, this is the last event before the call was made."""
     programs: list[int] = field(default_factory=list)
     """The numbers of the events with which a changed program took over the session."""
-    last_seq: int = 0
-    """The highest event number, including revoked events."""
     at_end: list[Event] = field(default_factory=list)
     """The events that `read_record` found after the beginning of the last call without a recorded result, in order.
 
@@ -501,7 +503,6 @@ class Record:
 
     def add(self, event: Event) -> None:
         """Add the session's next event. If it revokes earlier events, remove those."""
-        self.last_seq = event.seq
         self.tried.update(event.under_way)
         if isinstance(event.content, Revoked):
             seqs, is_another_program = set(event.content.seqs), event.content.is_another_program
@@ -518,18 +519,30 @@ class Record:
                 self.programs.append(event.seq)
         self.events.append(event)
 
+    def summary_with(self, event: Event) -> Summary:
+        """Return the summary of the session up to `event`, its next event."""
+        summary = (self.events[-1].summary if self.events else None) or Summary()
+        if isinstance(event.content, Revoked):
+            seqs = set(event.content.seqs)
+            for revoked in (one for one in self.events if one.seq in seqs):
+                summary = summary.minus(revoked)
+        return summary.plus(event)
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the session's last event. That event is not revoked: a later event would have revoked it."""
+        return self.events[-1].seq if self.events else 0
+
+    def end_of(self, completed: Execution | None) -> RunSummary | None:
+        """Return the summary of the last completed run; None if there is no such run, or if a later event exists."""
+        if completed is None:
+            return None
+        summary = RunSummary.model_validate_json(completed.outputs()["run"])
+        return summary if summary.last == self.last_seq else None
+
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the place of the call at `address` (see the function `scope_of`)."""
         return scope_of(address, self.times_replaced[address])
-
-
-async def all_executions(client: NexumClient, *, limit: int = PAGE, **query: Any) -> AsyncGenerator[Execution, None]:
-    """Yield all executions that a query of `list_executions` finds, the newest first. Read `limit` at a time."""
-    before = ""
-    while page := await client.list_executions(**query, before=before, limit=limit):
-        for execution in page:
-            yield execution
-        before = page[-1].execution_id
 
 
 async def read_record(client: NexumClient, session: str) -> Record:
@@ -537,8 +550,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
     found = Record()
     ended_ms: dict[int, int] = {}  # when each event was recorded, by the server's clock
     last_begun_ms = 0  # when the last call without a recorded result began
-    async for execution in all_executions(
-        client,
+    async for execution in client.all_executions(
         workflow_id=AGENT_EVENT.workflow_id,
         key_prefix=f"{session}/",
         with_nodes=True,
@@ -560,11 +572,3 @@ async def read_record(client: NexumClient, session: str) -> Record:
         found.add(event)
     found.at_end = [event for event in found.events if ended_ms[event.seq] > last_begun_ms]
     return found
-
-
-def end_of(completed: Execution | None, events: list[Event]) -> RunSummary | None:
-    """Return the summary of the last completed run; None if there is no such run, or if a later event exists."""
-    if completed is None:
-        return None
-    summary = RunSummary.model_validate_json(completed.outputs()["run"])
-    return summary if summary.last == max((event.seq for event in events), default=0) else None

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import difflib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import Attempts, cause_of, is_unknown
@@ -45,8 +45,6 @@ from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefuse
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy, call_digest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
-
-T = TypeVar("T")
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
@@ -120,7 +118,7 @@ class Guard:
     """The policies of one run, and the calls under them. `nexum` is the server's address, if the program named one."""
 
     def __init__(
-        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None = None, ask: Ask | None = None
+        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None, ask: Ask | None
     ) -> None:
         self._recorder = recorder
         self._journal = recorder.journal
@@ -212,21 +210,22 @@ class Guard:
         The edited arguments are None if the person has not edited them. The name is the person's. Raises CallRejected
         if a person rejects the call, or if nobody approves it in time.
         """
-        call, waiting = guarded.call, ExitStack()
+        call = guarded.call
         question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
         asked = approval_workflow(guarded.policy.approval_timeout)
         key = key_of(question.session, NODE, self._journal.scope_of(call.address), guarded.asked_digest)
 
-        def wait(execution_id: str) -> None:
-            waiting.close()
+        @contextmanager
+        def waiting(execution_id: str) -> Iterator[None]:
             line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._nexum)}"
-            waiting.enter_context(self._recorder.waiting_for_a_person(call.address, line))
-            if self._ask is not None:
-                asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
-                waiting.callback(asking.cancel)
+            with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
+                if self._ask is not None:
+                    asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
+                    stack.callback(asking.cancel)
+                yield
 
         self._journal.may_have_asked = True
-        with waiting, self._recorder.servers_errors():
+        with self._recorder.servers_errors():
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
             if (earlier := await asked_before(self._client, asked, key)) is not None:
@@ -234,7 +233,7 @@ class Guard:
                 if guarded.fits(arguments):
                     guarded = guarded.edited(arguments)
                     question = Approval.of(question.session, call.agent, guarded.tool, arguments, guarded.reason)
-            decision = await decided(self._client, asked, question, key, on_waiting=wait)
+            decision = await decided(self._client, asked, question, key, waiting=waiting)
         if not decision.approved:
             self._log.warning("%s: %s", guarded, jsontext.escaped(decision.refusal))
             raise CallRejected(decision.refusal)
@@ -361,7 +360,7 @@ class Guard:
         if task.must_reconcile and (value := await self._reconciled(guarded)) is not NOT_DONE:
             return value
         try:
-            return await attempts.make(guarded.tool, partial(attempt, guarded.arguments))
+            return await attempts.make(partial(attempt, guarded.arguments))
         except Exception as error:
             if guarded.policy.reconcile is None or not is_unknown(cause_of(error)):
                 raise
@@ -385,31 +384,23 @@ class Guard:
 
         If an earlier run has left the effect unknown, `reconcile` is asked first, then a person.
         """
-        with ExitStack() as waiting, self._recorder.servers_errors():
-            told = False
-            while True:
-                observed = await self._client.get_execution(
-                    execution_id, wait=RESOLVE_INTERVAL if told else 0.0, with_attempts=True, patience=PATIENCE
+        look = partial(self._client.get_execution, execution_id, with_attempts=True, patience=PATIENCE)
+        with self._recorder.servers_errors():
+            execution = (await look()).execution
+            if _is_unresolved(execution) and execution_id not in self._attempted_effects:
+                self._attempted_effects.add(execution_id)
+                if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
+                    execution = (await look()).execution
+            if _is_unresolved(execution):
+                why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
+                line = (
+                    f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
+                    f"{how_to_resolve(execution_id, self._nexum)}"
                 )
-                execution = observed.execution
-                if execution.status.ended:
-                    return execution
-                if execution.nodes[0].status is not NodeStatus.WAITING:
-                    return None
-                if execution_id not in self._attempted_effects:
-                    self._attempted_effects.add(execution_id)
-                    if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
-                        continue
-                if not told:
-                    told = True
-                    why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
-                    waiting.enter_context(
-                        self._recorder.waiting_for_a_person(
-                            guarded.call.address,
-                            f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
-                            f"{how_to_resolve(execution_id, self._nexum)}",
-                        )
-                    )
+                with self._recorder.waiting_for_a_person(guarded.call.address, line):
+                    while _is_unresolved(execution):
+                        execution = (await look(wait=RESOLVE_INTERVAL)).execution
+        return execution if execution.status.ended else None
 
     async def _resolve(self, guarded: GuardedCall, execution_id: str) -> bool:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
@@ -462,6 +453,10 @@ class Guard:
                 await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded)
+
+
+def _is_unresolved(execution: Execution) -> bool:
+    return not execution.status.ended and execution.nodes[0].status is NodeStatus.WAITING
 
 
 def _result(ended: Execution, guarded: GuardedCall) -> Any:

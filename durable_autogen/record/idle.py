@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 from durable_autogen.record.place import OpenSession, at, current
 from durable_autogen.record.while_open import replaced, while_open
+from nexum_engine.event_loop import call_in
 
 ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
@@ -187,13 +188,9 @@ def _count_until_done(future: Future[Any], session: OpenSession) -> None:
     def done() -> None:
         session.activity.threads -= 1
 
-    def tell_loop(_: Future[Any]) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(done)
-
-    # The caller adds its own callback after it gets the future. Add `tell_loop` in the event loop's next turn, so that
-    # `tell_loop` runs after the caller's callback.
-    loop.call_soon_threadsafe(future.add_done_callback, tell_loop)
+    # The caller adds its own callback after it gets the future. Add this one in the event loop's next turn, so that it
+    # runs after the caller's callback.
+    loop.call_soon_threadsafe(future.add_done_callback, lambda _: call_in(loop, done))
 
 
 def has_interpreters(pool: ThreadPoolExecutor) -> bool:

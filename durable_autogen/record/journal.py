@@ -30,10 +30,7 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
-    Summary,
-    all_executions,
     call_id_of,
-    end_of,
     read_record,
 )
 from durable_autogen.record.log import LOG
@@ -77,7 +74,6 @@ class Journal:
         self._moving = asyncio.Lock()
         self.next_seq = 1
         """The number of the next event."""
-        self._summary = Summary()
         self._in_background: set[asyncio.Task[None]] = set()
         self._given_back: set[str] = set()
         """The ids of the executions of effects that were given back (see `give_back_effect`)."""
@@ -103,7 +99,7 @@ class Journal:
                 await self._read_and_take_over()
                 if latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
-                self.ended = end_of(latest, self.events)
+                self.ended = self.recorded.end_of(latest)
                 self.may_have_asked = self.ended is None
                 if self.ended is None:
                     await self._revoke_failures_at_end()
@@ -189,8 +185,6 @@ class Journal:
                 if not await self._start(input):
                     break  # the event was recorded in the meantime: read the record again
             else:
-                for event in record.events:
-                    self._summary = self._summary.plus(event)
                 self.next_seq = record.last_seq + 1
                 return
 
@@ -361,7 +355,7 @@ class Journal:
         with self._held("its effect"), contextlib.suppress(TaskNotFound):  # the server's database was replaced
             await self._owner.complete(task, output)
 
-    async def fail_effect(self, task: Task, error: str, *, unknown: bool = False) -> None:
+    async def fail_effect(self, task: Task, error: str, *, unknown: bool) -> None:
         """Record that an effect failed, or that it is unknown whether it happened."""
         with self._held("its effect"), contextlib.suppress(TaskNotFound):
             await self._owner.fail(task, error, unknown=unknown)
@@ -382,10 +376,6 @@ class Journal:
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
-    def was_tried(self, address: str) -> bool:
-        """Return whether an earlier run made the call of this address, but left no result that counts."""
-        return address in self.recorded.tried
-
     def scope_of(self, address: str) -> str:
         """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
         return self.recorded.scope_of(address)
@@ -394,36 +384,22 @@ class Journal:
         """Return the id of a tool's call."""
         return call_id_of(self.session, self.scope_of(call.address), call.digest)
 
-    def programs_before(self, seq: int) -> int:
-        """Return how often a changed program took over the session, with live calls, before the event number `seq`."""
-        return sum(start < seq for start in self.recorded.programs)
+    async def before(self, call: Call, *, must_be_known: bool = False) -> None:
+        """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.
 
-    async def before(self, call: Call, *, must_be_known: bool = False, is_counted: bool = False) -> bool:
-        """Record the beginning of a call if the next run must know it. Return whether it is recorded.
-
-        The beginning is recorded if `must_be_known` is set, after a failure, and if another process may own the session
-        now. With `is_counted`, it is always recorded, also if an earlier run has recorded it: each
-        attempt at the call counts. Raises SessionBusy if another process owns the session.
+        If an earlier run began the call, continue its execution. But each request to a model counts: end the execution
+        of the earlier request as failed, and begin another one. Raises SessionBusy if another process owns the session.
         """
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
-        if must_be_known or is_counted or is_setback or not self._owner.is_holding:
-            await self._begin(call, restart=is_counted)
-            return True
-        self._unrecorded.append(call.address)
-        return False
-
-    async def _begin(self, call: Call, *, restart: bool) -> None:
-        """Record the beginning of a call.
-
-        If an earlier run began the call, continue its execution. With `restart`, end that execution as failed, and
-        begin another one.
-        """
+        if not must_be_known and not is_setback and self._owner.is_holding:
+            self._unrecorded.append(call.address)
+            return
         input = self._input(call)
         key = self._key(input)
         if key in self._open:
-            if not restart:
+            if call.kind is not Kind.REPLY:
                 return
             await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
         if not await self._start(input):
@@ -447,15 +423,15 @@ class Journal:
             asked_ms=asked_ms,
             active_ms=active_ms,
             recorded_ms=round(time.time() * 1000),
-            under_way=[address for address in self._unrecorded if address != call.address],
         )
-        return await self._write(call, event)
+        return await self._write(event)
 
-    async def _write(self, call: Call, event: Event) -> Event:
+    async def _write(self, event: Event) -> Event:
         self.next_seq = event.seq + 1
+        under_way = [address for address in self._unrecorded if address != event.address]
         self._unrecorded = []
-        event = event.model_copy(update={"summary": self._summary.plus(event)})
-        input = self._input(call)
+        event = event.model_copy(update={"under_way": under_way, "summary": self.recorded.summary_with(event)})
+        input = self._input(event)
         key, run = self._key(input), self._run
         task = self._open.get(key)
         try:
@@ -469,7 +445,6 @@ class Journal:
         if task is None:
             await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
         self.recorded.add(event)
-        self._summary = self._summary.plus(event)
         return event
 
     def _input(self, call: Call | Event) -> EventInput:
@@ -484,15 +459,13 @@ class Journal:
 
     async def add_copy(self, event: Event) -> None:
         """Record a copy of another session's event as accepted: a replay doesn't compare it with the program's call."""
-        call = Call(event.kind, event.agent, event.position)
         # `asked_after` is a number of the other session: here, it could name an event that came after the copy.
-        copy = event.model_copy(update={"seq": self.next_seq, "accepted": True, "under_way": [], "asked_after": 0})
-        await self._write(call, copy)
+        await self._write(event.model_copy(update={"seq": self.next_seq, "accepted": True, "asked_after": 0}))
 
     async def add_message(self, text: str) -> None:
         """Record a user message for the agents of a fork."""
-        taken = [int(event.position.rpartition("/")[2]) for event in self.events if event.kind is Kind.MESSAGE]
-        await self.record(Call(Kind.MESSAGE, "", f"message/{max(taken, default=0) + 1}"), Said(text=text))
+        number = sum(event.kind is Kind.MESSAGE for event in self.events) + 1
+        await self.record(Call(Kind.MESSAGE, "", f"message/{number}"), Said(text=text))
 
     async def revoke_after(self, seq: int, why: str) -> None:
         """Revoke the events with numbers above `seq`. Keep added user messages: agents still get them."""
@@ -501,10 +474,7 @@ class Journal:
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
         """Record that `events` no longer count. If the program makes the same calls again, they are made live."""
-        revoked = list(events)
-        content = Revoked(why=why, seqs=[event.seq for event in revoked], is_another_program=is_another_program)
-        for event in revoked:
-            self._summary = self._summary.minus(event)
+        content = Revoked(why=why, seqs=[event.seq for event in events], is_another_program=is_another_program)
         await self.record(Call(Kind.REVOKE, "", f"revoke/{self.next_seq}"), content)
 
     async def end(
@@ -521,7 +491,7 @@ class Journal:
             "the run that made this call died, and a later run did not make it again", OWNER_PATIENCE
         )
         if self._run is not None:
-            last = max((event.seq for event in self.events), default=0) if is_finished else -1
+            last = self.recorded.last_seq if is_finished else -1
             summary = RunSummary(
                 stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
             )
@@ -543,8 +513,7 @@ class Journal:
 
     async def cancel_running(self, workflow: Workflow, key_prefix: str) -> None:
         """Cancel the running executions of a workflow whose keys begin with `key_prefix`."""
-        async for execution in all_executions(
-            self.client,
+        async for execution in self.client.all_executions(
             workflow_id=workflow.workflow_id,
             status=ExecutionStatus.RUNNING.value,
             key_prefix=key_prefix,

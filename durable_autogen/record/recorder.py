@@ -38,6 +38,7 @@ from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
+from nexum_engine.event_loop import call_in
 
 OnDrift = Literal["stop", "continue"]
 
@@ -62,7 +63,7 @@ def _nothing(_: bool) -> list[Any]:
 
 
 def _ignore(_: Content) -> None:
-    """Do nothing. This is the `on_replay` of a call that has none, or whose `on_replay` was called early."""
+    """Do nothing. This is the `on_replay` of a call that has none."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,21 @@ class Token(Protocol):
 
 
 @dataclass(eq=False)
-class _LiveCall:
-    """A live call that is being made."""
+class _PendingCall:
+    """A call that waits for its recorded answer, or that is made live. The first fields are from `Recorder.call`."""
 
     call: Call
-    asked_after: int
-    """The number of the last event that was delivered before the call was made."""
+    perform: Callable[[], Awaitable[Performed]] | None = None
     streamed: Streamed = _nothing
+    on_replay: Callable[[Content], None] = _ignore
     caller: Caller = None
     token: Token | None = None
+    asked_after: int = 0
+    """The number of the last event that was delivered before the call was made live, or cancelled in a replay."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
+    was_found: bool = False
+    """Whether the recorded content was found and passed to `on_replay`."""
     was_made: bool = False
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     setback: Setback | None = None
@@ -181,12 +186,12 @@ class Recorder:
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made."""
-        self._apart: list[tuple[_LiveCall, Returned | GivenUp]] = []
+        self._apart: list[tuple[_PendingCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
         They are recorded before the next event. A replay delivers them outside the order of events.
         """
-        self._cancelled: dict[str, _LiveCall] = {}
+        self._cancelled: dict[str, _PendingCall] = {}
         """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._record_lock = asyncio.Lock()
         self._park = park
@@ -195,7 +200,7 @@ class Recorder:
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
         self._parking: asyncio.Task[None] | None = None
-        self._calls: dict[asyncio.Task[None], _LiveCall] = {}
+        self._calls: dict[asyncio.Task[None], _PendingCall] = {}
         self.replay = Replay(journal, session)
         self._handled_seq = 0
         """The number of the last event that the program has surely handled: the session was idle after it."""
@@ -234,7 +239,7 @@ class Recorder:
     @property
     def programs(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
-        return self.journal.programs_before(self.replay.last_seq)
+        return sum(start < self.replay.last_seq for start in self.journal.recorded.programs)
 
     def was_checked(self, condition: str, look: int) -> bool:
         """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
@@ -272,9 +277,7 @@ class Recorder:
     async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:
             if request is not None or not self.journal.events:
-                position = "begin"
-                if (number := self.journal.programs_before(self.journal.next_seq)) > 0:
-                    position = f"begin/{number}"
+                position = f"begin/{len(programs)}" if (programs := self.journal.recorded.programs) else "begin"
                 self.replay.delivered(
                     await self.journal.record(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
                 )
@@ -339,9 +342,9 @@ class Recorder:
         self._counts[agent, what] += 1
         return f"{what}/{self._counts[agent, what]}"
 
-    async def mark(self, kind: Kind, agent: str, position: str, request: Mapping[str, Any]) -> None:
-        """Record a mark; in a replay, wait until the recorded mark is delivered."""
-        await self.call(Call(kind, agent, position, request), None)
+    async def mark(self, agent: str, position: str, request: Mapping[str, Any]) -> None:
+        """Record a mark of an agent's turn; in a replay, wait until the recorded mark is delivered."""
+        await self.call(Call(Kind.TURN, agent, position, request), None)
 
     async def call(
         self,
@@ -366,25 +369,29 @@ class Recorder:
         self._check_not_failed()
         caller = caller or asyncio.current_task()
         self.setbacks.called(call, caller, is_cancelled=token is not None and token.is_cancelled())
-        call = self.replay.matching(call)
-        found: Callable[[Content], None] = partial(self._found, call, on_replay)
-        if early and (peeked := self.replay.peek(call)) is not None:
-            found(peeked.content)
-            found = _ignore
-        answer = await self._replayed(call, found, streamed, caller, token)
+        pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
+        if early and (event := self.replay.peek(pending.call)) is not None:
+            self._found(pending, event.content)
+        answer = await self._replayed(pending)
         if answer is None:
-            answer = await self._made_live(_LiveCall(call, self.replay.last_seq, streamed, caller, token), perform)
+            answer = await self._made_live(pending)
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None
         self._count(call.kind, answer.content, is_replayed=answer.replayed)
         return answer
 
-    def _found(self, call: Call, on_replay: Callable[[Content], None], content: Content) -> None:
-        """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print."""
-        if call.kind in COUNTED_AS and not isinstance(content, (Raised, GivenUp)):
-            self.journal.log.info("%s: replayed from the record ✓", call.title)
-        on_replay(content)
+    def _found(self, pending: _PendingCall, content: Content) -> None:
+        """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print.
+
+        Do nothing if the call's content was found early.
+        """
+        if pending.was_found:
+            return
+        pending.was_found = True
+        if pending.call.kind in COUNTED_AS and not isinstance(content, (Raised, GivenUp)):
+            self.journal.log.info("%s: replayed from the record ✓", pending.call.title)
+        pending.on_replay(content)
 
     def _count(self, kind: Kind, content: Content, *, is_replayed: bool) -> None:
         counts = self.replayed if is_replayed else self.live
@@ -393,47 +400,41 @@ class Recorder:
         if kind is Kind.REPLY:
             counts["tokens"] += sum(usage_of(content))
 
-    async def _replayed(
-        self,
-        call: Call,
-        on_replay: Callable[[Content], None],
-        streamed: Streamed,
-        caller: Caller,
-        token: Token | None,
-    ) -> Answer | Exception | None:
+    async def _replayed(self, pending: _PendingCall) -> Answer | Exception | None:
+        call = pending.call
         if (event := self.replay.take_apart(call.address)) is not None:
-            await self._wait_to_be_given_up(event, call, on_replay, token)
+            await self._wait_to_be_given_up(event, pending)
             return None
         if call.address not in self.replay.ahead:
             return None
         try:
             event = await self.replay.take(call)
         except asyncio.CancelledError:
-            self._cancelled[call.address] = _LiveCall(call, self.replay.last_seq, streamed, caller, token)
+            pending.asked_after = self.replay.last_seq
+            self._cancelled[call.address] = pending
             raise
         if event is None:
             return None
-        on_replay(event.content)
+        self._found(pending, event.content)
         if not isinstance(event.content, Raised):
             return Answer(event.content, replayed=True, position=event.position)
         error = event.content.failure.again()
-        self.setbacks.add(call.agent, caller, error, event)
+        self.setbacks.add(call.agent, pending.caller, error, event)
         return error
 
-    async def _made_live(
-        self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None
-    ) -> Answer | Exception:
+    async def _made_live(self, live: _PendingCall) -> Answer | Exception:
         if self._session.is_over:
             raise has_ended(self._session)
+        live.asked_after = self.replay.last_seq
         live.answer = asyncio.get_running_loop().create_future()
-        running = self._start(live, self._live(live, perform))
+        running = self._start(live, self._live(live))
         try:
             return await live.answer
         except asyncio.CancelledError:
             self._give_up(live, running)
             raise
 
-    def _start(self, live: _LiveCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, live: _PendingCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         running = asyncio.create_task(work)
         self._calls[running] = live
         running.add_done_callback(self._ended)
@@ -453,14 +454,14 @@ class Recorder:
         else:
             live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
 
-    def _give_up(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
+    def _give_up(self, live: _PendingCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
         if live.setback is None:
             live.setback = self.setbacks.add(live.call.agent, live.caller)
             live.cancel(running)
             self._start(live, self._take_back(live, running))
 
-    async def _take_back(self, live: _LiveCall, running: asyncio.Task[None]) -> None:
+    async def _take_back(self, live: _PendingCall, running: asyncio.Task[None]) -> None:
         """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
         await asyncio.wait({running})
         if self.failed.done():
@@ -476,19 +477,17 @@ class Recorder:
                 live.was_made = False
         self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
 
-    async def _wait_to_be_given_up(
-        self, event: Event, call: Call, on_replay: Callable[[Content], None], token: Token | None
-    ) -> None:
+    async def _wait_to_be_given_up(self, event: Event, pending: _PendingCall) -> None:
         """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
-        differing = self.replay.differences(event, call)
+        differing = self.replay.differences(event, pending.call)
         if differing:
             await self._revoke_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
-        on_replay(event.content)
+        self._found(pending, event.content)
         loop = asyncio.get_running_loop()
         given_up = loop.create_future()
-        if token is not None:
-            token.add_callback(partial(loop.call_soon_threadsafe, given_up.cancel))
+        if pending.token is not None:
+            pending.token.add_callback(partial(call_in, loop, given_up.cancel))
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
@@ -507,7 +506,7 @@ class Recorder:
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
         await self._revoke_one(event, what, follows_failure=follows_failure)
 
-    async def _live(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]] | None) -> None:
+    async def _live(self, live: _PendingCall) -> None:
         """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
         call = live.call
         try:
@@ -528,14 +527,13 @@ class Recorder:
                         await self._record_apart()
             live.asked_ms = self.active_now_ms
             done = Performed(None, Returned())
-            if perform is not None:
+            if live.perform is not None:
                 if self._budget is not None:
                     await self._wait_for_budget(self._budget, call)
                 live.was_made = True
-                is_counted = self._budget is not None and call.kind is Kind.REPLY
                 with live.sending():
-                    await self.journal.before(call, must_be_known=self._must_be_known(live), is_counted=is_counted)
-                done = await self._performed(live, perform)
+                    await self.journal.before(call, must_be_known=self._must_be_known(live))
+                done = await self._performed(live, live.perform)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
                 while self._handled_seq < self.replay.last_seq:
@@ -558,11 +556,11 @@ class Recorder:
             if not live.answer.done():
                 live.answer.set_result(error)
 
-    def _must_be_known(self, live: _LiveCall) -> bool:
-        """Return whether the next run must know of a tool's call, even if the call leaves no result."""
+    def _must_be_known(self, live: _PendingCall) -> bool:
+        """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
         call = live.call
         if call.kind is not Kind.TOOL:
-            return False
+            return call.kind is Kind.REPLY and self._budget is not None
         # The next run may make calls in another order: simultaneous calls of an agent, and calls of parallel branches
         # without an agent. Their recorded beginnings show which one is which, so that each call keeps its id.
         is_in_order = call.agent and not any(
@@ -577,10 +575,10 @@ class Recorder:
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
-    async def _performed(self, live: _LiveCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
+    async def _performed(self, live: _PendingCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
         place = current.get()
         assert place is not None
-        name = live.call.label or str(live.call)
+        name = live.call.name
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
@@ -663,14 +661,15 @@ class Recorder:
         if was != now and not event.accepted:
             self.differs(f"{event} asked {was!r}, now it asks {now!r}")
             return None
-        self._found(call, _ignore, event.content)
+        self._found(_PendingCall(call), event.content)
         self._count(call.kind, event.content, is_replayed=True)
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
         self._count(call.kind, content, is_replayed=False)
-        self._apart.append((_LiveCall(call, self.replay.last_seq, asked_ms=self.active_now_ms), content))
+        typed = _PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
+        self._apart.append((typed, content))
 
     async def _record_apart(self) -> None:
         while self._apart:
@@ -687,7 +686,7 @@ class Recorder:
                 if any(event.content is content for event in self.journal.events):
                     self._apart.pop(0)
 
-    async def _record(self, live: _LiveCall, content: Content) -> Event:
+    async def _record(self, live: _PendingCall, content: Content) -> Event:
         event = await self.journal.record(
             live.call, content, asked_after=live.asked_after, asked_ms=live.asked_ms, active_ms=self.active_now_ms
         )

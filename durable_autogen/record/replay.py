@@ -275,7 +275,7 @@ class Replay:
         """
         if self._follows_failure(event):
             return TRIED_PATIENCE
-        if self._asked or not all(self._journal.was_tried(call.address) for call in self._waiting_live):
+        if self._asked or not all(call.address in self._journal.recorded.tried for call in self._waiting_live):
             return DRIFT_PATIENCE
         return TRIED_PATIENCE if self._waiting_live else None
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 import uuid
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from durable_autogen.record.events import PAGE, SERVER_PATIENCE, all_executions, check_session_id
-from durable_autogen.record.place import closing
+from durable_autogen.record.events import SERVER_PATIENCE, check_session_id
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest
@@ -96,17 +96,13 @@ async def send(
 
 async def _first_number(client: NexumClient, session: str, name: str, *, is_oldest: bool) -> int:
     """Return the number of the session's oldest or newest event `name` on the server; 1 if the server has none."""
-    number = 1
-    events = all_executions(
-        client,
-        workflow_id=SENT_EVENT.workflow_id,
-        key_prefix=f"{session}/{name}/",
-        patience=SERVER_PATIENCE,
-        limit=PAGE if is_oldest else 1,
-    )
-    async with closing(events):
-        async for execution in events:
-            number = int(execution.idempotency_key.rpartition("/")[2])
-            if not is_oldest:
-                break
-    return number
+    query: dict[str, Any] = {
+        "workflow_id": SENT_EVENT.workflow_id,
+        "key_prefix": f"{session}/{name}/",
+        "patience": SERVER_PATIENCE,
+    }
+    if is_oldest:
+        found = [one async for one in client.all_executions(**query)]
+    else:
+        found = await client.list_executions(**query, limit=1)
+    return int(found[-1].idempotency_key.rpartition("/")[2]) if found else 1

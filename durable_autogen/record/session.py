@@ -24,12 +24,14 @@ from durable_autogen.record.place import Activity, Compare, Place, at, current, 
 from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
+from durable_autogen.record.surrogates import representable
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
 from nexum_engine.approvals import NODE, approval_workflow, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
+from nexum_engine.event_loop import call_in
 from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
@@ -94,8 +96,8 @@ class Session:
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
-        if self._recorder is not None and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._recorder.stop, error)
+        if self._recorder is not None:
+            call_in(self.loop, self._recorder.stop, error)
 
     # ---- What a framework adds ---------------------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class Session:
         Use `agent` to name the parallel branches of a program that calls models or tools itself.
         """
         place = self._place()
-        label = place.inside(name)
+        label = place.inside(representable(name))
         with at(Place(self, agent=label, path=label, in_call=place.in_call, around=place.around)):
             yield
 
@@ -267,7 +269,7 @@ class Session:
         self._left[did] += 1
         if self._on_unrecorded == "stop":
             error = NotDurable(f"session {self.session_id}: {line} (on_unrecorded='stop')")
-            self.loop.call_soon_threadsafe(self.recorder.stop, error)
+            call_in(self.loop, self.recorder.stop, error)
             raise error
         if self._left[did] == 1:
             self.log.warning("%s", line)

@@ -9,6 +9,8 @@ import re
 import sys
 import threading
 
+from nexum_engine.event_loop import call_in
+
 PROMPT = "approve it? Type yes, or no, or no and a reason, such as: no, too expensive"
 _YES = re.compile("y|yes", re.IGNORECASE)
 _NO = re.compile(r"(?:n|no)(?:[\s,.:;-]+(.*))?", re.IGNORECASE | re.DOTALL)
@@ -86,5 +88,4 @@ def _read(line: asyncio.Future[str], loop: asyncio.AbstractEventLoop) -> None:
         if not line.done():
             line.set_result(text)
 
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(set_line)
+    call_in(loop, set_line)

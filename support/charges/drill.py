@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import Child, start_child
 from nexum_engine.records import Execution
 from support.charges.ledger import Ledger, Request
 from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, charges
 from support.console import say
-from support.launcher import ROOT, Child, death_in_words, start_child
+from support.launcher import ROOT, death_in_words
 from support.pipeline.drill import DrillFailed
 from support.tools import Tool
 from workflow import workflow_of

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import start_child
 from support.console import complain, let_ctrl_c_cancel, say
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
 from support.graphflow.process import DURABLE, PLAIN, REPORT, STATE
-from support.launcher import NexumForRun, start_child
+from support.launcher import NexumForRun
 from support.models import ModelChoice
 
 if TYPE_CHECKING:

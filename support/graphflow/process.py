@@ -20,13 +20,12 @@ import json
 import logging
 import os
 import sys
-import threading
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.errors import NexumError
+from nexum_engine.signals import when_stdin_closes
 from support.console import complain, log_to, run_script, say, say_what_is_logged
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, TASK, Graph
 from support.launcher import kill_this_process
@@ -132,19 +131,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def end_with_parent() -> None:
-    """End this process as soon as standard input closes: that shows that the parent process has ended."""
-
-    def wait() -> None:
-        with suppress(OSError):
-            # Don't read from sys.stdin: this thread would hold the lock of sys.stdin when the interpreter ends.
-            while os.read(0, 1024):
-                pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 async def run(args: argparse.Namespace) -> None:
     """Run the part that the command line names."""
     graph = CYCLIC if args.cyclic else IN_A_ROW
@@ -161,7 +147,7 @@ def main() -> int:
     """Run one part from the command line; return the exit code: 0 done, 2 could not run."""
     args = build_parser().parse_args()
     if args.until_stdin_closes:
-        end_with_parent()
+        when_stdin_closes(lambda: os._exit(1))
     try:
         asyncio.run(run(args))
     except NexumError as error:

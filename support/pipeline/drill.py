@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import Child, start_child
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
-from support.launcher import ROOT, Child, death_in_words, start_child
+from support.launcher import ROOT, death_in_words
 from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 from support.pipeline.published import attempts_of_effects
@@ -111,7 +112,7 @@ class Drill:
             # First check whether the worker has ended, then read the record. So if the worker has ended, this record
             # holds all that the worker reported.
             child_ended = child.ended
-            execution = await self._look()
+            execution, *_ = await self._evidence()
             if self._tell(execution):
                 said_at = loop.time()
             if execution.status.ended or child_ended:
@@ -121,10 +122,6 @@ class Drill:
                 say(f"  {self._what_is_awaited(execution)}")
             # Don't use wait_for: before Python 3.12, wait_for loses a Ctrl+C that comes just when the worker ends.
             await asyncio.wait({ending}, timeout=LOOK_INTERVAL)
-
-    async def _look(self) -> Execution:
-        """Return the recorded execution."""
-        return (await self._evidence())[0]
 
     async def _evidence(self) -> tuple[Execution, list[Effect], str]:
         """Return the recorded execution, the effects of its steps, and a phrase that tells where attempts come from."""

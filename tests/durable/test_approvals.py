@@ -36,9 +36,8 @@ from durable_autogen import (
     list_sessions,
 )
 from durable_autogen.autogen.fingerprints import describe_call
-from durable_autogen.record.events import PAGE
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
-from nexum_engine.client import NexumClient
+from nexum_engine.client import PAGE, NexumClient
 from nexum_engine.connection import Connection
 from nexum_engine.errors import Conflict, InvalidRequest
 from nexum_engine.policy import call_digest
@@ -582,6 +581,23 @@ async def test_questions_of_calls_that_the_program_gives_up_are_withdrawn(server
         await asyncio.wait({calling})
     async with NexumClient(server.address) as client:
         assert await client.pending_approvals() == []
+
+
+async def test_question_that_is_cancelled_while_the_run_waits_is_asked_again(server: ServerThread) -> None:
+    shop, lines = Shop(approval="always"), list[str]()
+
+    async def cancels_first(client: NexumClient, execution_id: str, question: dict[str, Any]) -> None:
+        while not any(execution_id in line for line in lines):  # noqa: ASYNC110 - nothing sets an event
+            await asyncio.sleep(0.01)
+        if len(people.asked) == 1:
+            await client.cancel_execution(execution_id)
+        else:
+            await approves(client, execution_id, question)
+
+    async with Deciders(server, cancels_first) as people, DurableSession("s", nexum=server.address, tell=lines.append):
+        assert await shop.tool.run_json({"cents": 1}, CancellationToken()) == "charged c-1 1"
+    assert len(people.asked) == 2
+    assert sum("waiting for a decision" in line for line in lines) == 2
 
 
 async def test_parked_run_has_recorded_the_calls_that_the_program_gave_up(server: ServerThread) -> None:

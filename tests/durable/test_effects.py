@@ -87,10 +87,10 @@ async def start_and_stop(journal, *args):
 Journal.start_effect = start_and_stop
 
 write = Journal._write
-async def stop_and_write(journal, call, event):
-    if call.kind.value == "tool":
+async def stop_and_write(journal, event):
+    if event.kind.value == "tool":
         await stop_here("recorded")
-    return await write(journal, call, event)
+    return await write(journal, event)
 Journal._write = stop_and_write
 
 async def main():

@@ -375,6 +375,26 @@ async def test_tool_answers_call_with_already_cancelled_token(shared_server: Ser
     assert happened == ["ran"]
 
 
+def test_token_of_replayed_given_up_call_can_be_cancelled_after_end_of_its_event_loop(
+    shared_server: Server, happened: list[str]
+) -> None:
+    async def wait() -> str:
+        happened.append("tool")
+        return await hangs()
+
+    async def program() -> CancellationToken:
+        token = CancellationToken()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(FunctionTool(wait, "Wait.").run_json({}, token), GIVEN_UP_AFTER)
+        return token
+
+    session = new_session()
+    tokens = [asyncio.run(inside(shared_server, program, session)) for _ in range(2)]
+    assert happened == ["tool"]
+    for token in tokens:
+        token.cancel()
+
+
 async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,3 +147,16 @@ async def test_run_killed_while_it_waits_has_made_no_call(server: ServerThread, 
     async with NexumClient(server.address) as client:
         found = await client.list_executions(workflow_id="limited-call:work")
     assert len(found) == 2, "the second run took another place than the first one"
+
+
+@pytest.mark.parametrize("name", ["a\tb", "\udc80", "a" * 300])
+async def test_limited_call_of_a_branch_with_any_name_takes_a_place(server: ServerThread, name: str) -> None:
+    async def work() -> str:
+        """Work."""
+        return "done"
+
+    tool = durable_tool(work, concurrency=1)
+    async with DurableSession("s", nexum=server.address) as session:
+        with session.agent(name):
+            assert await tool.run_json({}, CancellationToken()) == "done"
+    assert len(await places(server, "work")) == 1
