@@ -22,12 +22,15 @@ AutoGen's methods are recorded, and how.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from nexum_engine.ctrl_c import end_on_ctrl_c
 
-if sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv:  # the process runs `python -m durable_autogen`
+_is_command = sys.argv[:1] == ["-m"] and __name__ in sys.orig_argv  # the process runs `python -m durable_autogen`
+if _is_command:
     end_on_ctrl_c()  # first, so that Ctrl+C during the slow imports prints no traceback
+    gc.disable()
 
 from durable_autogen.autogen.policies import durable_tool
 from durable_autogen.errors import (
@@ -55,6 +58,12 @@ from durable_autogen.session import DurableSession, current_session
 from nexum_engine.deadline import heartbeat
 from nexum_engine.policy import NOT_DONE, Policy
 from nexum_engine.workflow import RetryPolicy
+
+if _is_command:
+    # The imports have made 60,000 objects, and keep them. Without collections of these objects during the imports and
+    # at exit, a short command takes a quarter less time.
+    gc.freeze()
+    gc.enable()
 
 __all__ = [
     "NOT_DONE",

@@ -3,7 +3,7 @@
     python tests/run.py                    on this Python
     python tests/run.py --every-python     also some tests on the oldest and the newest Python of the machine
 
-The first failed step ends the run with its exit code.
+A failed step ends the run with its exit code. Some steps run at the same time: then the run ends after all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,13 +119,14 @@ def environments_of(pythons: dict[str, str], folder: str) -> dict[str, Path]:
     }
 
 
-def test_on(pythons: dict[str, Path]) -> None:
+def test_on(environments: Future[dict[str, Path]]) -> None:
     """Run the tests that are marked `every_python` on these Pythons: half of them on each, if there are two.
 
     Half of the tests are enough: a fault that only one Python version has seldom fails one test only.
     """
     # Name the files: pytest would import all test files to find the marked tests.
     files = [path for path in sorted(ROOT.glob("tests/*/test_*.py")) if "every_python" in path.read_text("utf-8")]
+    pythons = environments.result()
     for number, (version, python) in enumerate(pythons.items()):
         print(f"\nPython {version}: testing", flush=True)
         half = {"HALF_OF_EVERY_PYTHON": str(number)} if len(pythons) == 2 else {}
@@ -151,13 +152,14 @@ def main() -> int:
         run([python, "-m", "compileall", "-q", *(str(path) for path in sorted(ROOT.iterdir()) if is_source(path))])
         run([python, "-m", "ruff", "check", "."])
         run([python, "-m", "ruff", "format", "--check", "."])
+        # mypy keeps one processor busy, and the tests wait now and then.
+        typed = beside.submit(run_quietly, [python, "-m", "mypy", "."])
         # pytest rewrites the assertions of all test files, and keeps the results. Without this step, each of its
         # processes would do that for itself.
-        rewriting = beside.submit(run_quietly, [python, "-m", "pytest", "--collect-only", "-qq"])
-        run([python, "-m", "mypy", "."])
-        rewriting.result()
-        tested = beside.submit(test_on, environments.result())
+        run_quietly([python, "-m", "pytest", "--collect-only", "-qq"])
+        tested = beside.submit(test_on, environments)
         run([python, "-m", "pytest", "-q", "-n", str(TESTS_AT_ONCE), "--dist", "worksteal"])
+        typed.result()
         tested.result()
     return 0
 

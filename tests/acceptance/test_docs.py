@@ -106,7 +106,7 @@ def test_tool_in_a_custom_worker_is_executed_once(server: ServerThread, tmp_path
 def test_tool_added_to_this_project_is_executed_once(server: ServerThread, tmp_path: Path) -> None:
     _, _, _, tool, without_an_agent = programs(OWN_AGENT)
     own = tmp_path / "own"
-    shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
+    shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "docs"))
     (own / "payments.py").write_text(PAYMENTS)
     with (own / "support" / "tools" / "__init__.py").open("a", encoding="utf-8") as tools:
         tools.write(f"\nfrom payments import charge_card\n{tool}")
@@ -121,8 +121,8 @@ def test_tool_added_to_this_project_is_executed_once(server: ServerThread, tmp_p
 def test_program_of_workflows_runs_as_printed(server: ServerThread, tmp_path: Path) -> None:
     (program,) = programs((ROOT / "docs" / "workflows.md").read_text(encoding="utf-8"))
     (tmp_path / "program.py").write_text(program)
-    for _ in range(2):
-        run = Process(["program.py"], cwd=tmp_path, env=libraries(server))
+    for forked in (False, True):
+        run = Process(["program.py"], cwd=tmp_path, env=libraries(server), forked=forked)
         assert run.wait() == 0, run.output
         assert 'COMPLETED {"paid":2,"approved by":"Ann"}' in run.output
 
@@ -156,8 +156,8 @@ def test_programs_of_durable_runs_run_as_printed(server: ServerThread, tmp_path:
         "asyncio.run(main())\n"
     )
     news = set()
-    for _ in range(2):
-        run = Process(["program.py"], cwd=tmp_path, env=libraries(server))
+    for forked in (False, True):
+        run = Process(["program.py"], cwd=tmp_path, env=libraries(server), forked=forked)
         assert run.wait() == 0, run.output
         lines = run.output.splitlines()
         assert "ONE LINE receipt for c-17" in lines
@@ -184,7 +184,7 @@ def test_command_of_durable_runs_continues_killed_script(server: ServerThread, t
         "asyncio.run(main())\n"
     )
     for code in (9, 0, 0):
-        run = Process(["-m", "durable_autogen", *command], cwd=tmp_path, env=libraries(server))
+        run = Process(["-m", "durable_autogen", *command], cwd=tmp_path, env=libraries(server), forked=code == 0)
         assert run.wait() == code, run.output
         assert ("SAID receipt for c-17" in run.output) == (code == 0)
     assert (tmp_path / "charged").read_text() == "c-17"
@@ -205,7 +205,7 @@ def test_program_of_durable_runs_waits_for_an_approval(server: ServerThread, tmp
     with running(["program.py"], cwd=tmp_path, env=libraries(server), forked=True) as waiting:
         line = waiting.wait_for("waiting for a decision on charge")
         command = line.partition(": python ")[2].partition(", or")[0]
-        with running(shlex.split(command), cwd=tmp_path, env=libraries(server)) as deciding:
+        with running(shlex.split(command), cwd=tmp_path, env=libraries(server), forked=True) as deciding:
             assert deciding.wait() == 0, deciding.output
         waiting.wait_for("SAID paid")
         assert waiting.wait() == 0
@@ -234,7 +234,8 @@ def test_program_of_durable_runs_waits_at_its_budget(server: ServerThread, tmp_p
     with running(["program.py"], cwd=tmp_path, env=libraries(server), forked=True) as waiting:
         waiting.wait_for("has used 1 of 1 calls of charge of its budget")
         for command, printed in ((reported, "2 model call(s), 1 call(s) of charge"), (raised, "raised the budget")):
-            with running(["-m", "durable_autogen", *command], cwd=tmp_path, env=libraries(server)) as process:
+            command = ["-m", "durable_autogen", *command]
+            with running(command, cwd=tmp_path, env=libraries(server), forked=True) as process:
                 assert process.wait() == 0, process.output
             assert printed in process.output
         assert waiting.wait() == 0, waiting.output
@@ -255,7 +256,7 @@ def test_waiting_program_of_durable_runs_continues_after_kill(server: ServerThre
         assert killed.wait() != 0
     command = next(one for one in durable_commands() if one[0] == "send")
     for run in (["-m", "durable_autogen", *command], ["program.py"], ["program.py"]):
-        with running(run, cwd=tmp_path, env=libraries(server)) as process:
+        with running(run, cwd=tmp_path, env=libraries(server), forked=True) as process:
             assert process.wait() == 0, process.output
     assert "OUTCOME paid 990" in process.output
 
@@ -328,7 +329,7 @@ def test_tool_of_tools_runs_in_a_worker_after_its_approval(server: ServerThread,
     find_charge = re.search(r"^def find_charge.*?NOT_DONE\n", TOOLS, re.DOTALL | re.MULTILINE)
     assert find_charge
     own = tmp_path / "own"
-    shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "benchmarks", "docs"))
+    shutil.copytree(ROOT, own, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "docs"))
     (own / "payments.py").write_text(PAYMENT_SERVICE)
     with (own / "support" / "tools" / "__init__.py").open("a", encoding="utf-8") as tools:
         tools.write("\nfrom nexum_engine.policy import NOT_DONE\nfrom payments import charge_card, find_receipt\n")

@@ -104,11 +104,11 @@ def test_every_documented_command_is_accepted_by_its_script() -> None:
 
 def durable_run_help() -> str:
     """Return the help of `python -m durable_autogen run`, which lists the options of `run`."""
-    return run_script(["-m", "durable_autogen", "run", "--help"], ROOT)[1]
+    return run_script(["-m", "durable_autogen", "run", "--help"], ROOT, forked=True)[1]
 
 
 def test_every_documented_option_exists(tmp_path: Path) -> None:
     scripts = ["demo.py", "crash_demo.py", "worker.py", "pipeline_worker.py"]
-    helps = [run_script([str(ROOT / script), "--help"], tmp_path)[1] for script in scripts]
+    helps = [run_script([str(ROOT / script), "--help"], tmp_path, forked=True)[1] for script in scripts]
     known = set(re.findall(r"--[a-z][a-z-]+", "\n".join([*helps, engine_parser().format_help(), durable_run_help()])))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()

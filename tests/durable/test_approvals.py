@@ -147,7 +147,7 @@ def test_parked_run_exits_with_75_and_goes_on_after_the_decision(folder: Path) -
                 assert parked.wait() == 75
                 assert parked.lines[-1] == "[Nexum] session s is parked: run the same command again after the decision"
                 assert parked.output.count("waiting for a decision") == 1
-        with running(["-m", "durable_autogen", "ls"], cwd=folder) as listing:
+        with running(["-m", "durable_autogen", "ls"], cwd=folder, forked=True) as listing:
             assert asked_in(line) in listing.wait_for("waits for a decision on charge")
         nexum(folder, "approve", asked_in(line), "--args", '{"cents": 7}', "--by", "ann")
         with script(folder, model, "--park") as resumed:

@@ -6,7 +6,6 @@ AutoGen's tests are downloaded with its source distribution. If the package inde
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from harness import MACHINES_CERTIFICATES, ROOT, environment, trusting
+from harness import MACHINES_CERTIFICATES, ROOT, run_to_end, trusting
 from server_thread import ServerThread
 
+SUITE = str(ROOT / "tests" / "support" / "autogen_suite.py")
 FILES = (
     "test_group_chat_graph",
     "test_society_of_mind_agent",
@@ -54,28 +54,10 @@ def autogen_tests(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcomes(tests: Path, more: Mapping[str, str]) -> tuple[dict[str, str], int]:
     """Return each test's outcome by its name, and the number of live model calls."""
-    env = environment({"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support"))), **more})
     files = [str(tests / f"{name}.py") for name in FILES]
-    options = [
-        "-q",
-        "-rA",
-        "-p",
-        "autogen_suite",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "asyncio_mode=auto",
-        "--timeout",
-        "60",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files],
-        cwd=tests.parent,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ["-q", "-rA", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto", "--timeout", "60"]
+    # The first run shows what AutoGen does where durable_autogen isn't even imported. So it has a new interpreter.
+    done = run_to_end([SUITE, *options, *files], cwd=tests.parent, env=more, forked="SESSIONS" in more)
     found = {
         name: outcome for outcome, name in re.findall(r"^(PASSED|FAILED|ERROR) \S*::(\S+)", done.stdout, re.MULTILINE)
     }

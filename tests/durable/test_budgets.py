@@ -428,7 +428,8 @@ def test_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
 def test_wrong_budget_on_the_command_line_is_one_line(
     tmp_path: Path, server: Server, arguments: list[str], said: str
 ) -> None:
-    code, output = run_script(["-m", "durable_autogen", "budget", *arguments, "--nexum", server.address], tmp_path)
+    command = ["-m", "durable_autogen", "budget", *arguments, "--nexum", server.address]
+    code, output = run_script(command, tmp_path, forked=True)
     assert code == 2
     assert output.startswith(f"error: {said}")
     assert output.count("\n") <= 1

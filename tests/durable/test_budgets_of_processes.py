@@ -85,7 +85,8 @@ def calls(folder: Path) -> list[str]:
 
 def decide(folder: Path, told: str) -> str:
     """Run a command that a program has printed; return the command's output."""
-    with running(["-m", *shlex.split(told.strip().removeprefix("python -m "))], cwd=folder) as deciding:
+    command = ["-m", *shlex.split(told.strip().removeprefix("python -m "))]
+    with running(command, cwd=folder, forked=True) as deciding:
         assert deciding.wait() == 0, deciding.output
     return deciding.output
 

@@ -93,7 +93,10 @@ async def test_refused_thread_does_not_keep_session_busy(shared_server: Server) 
         await Scripted([]).create(QUESTION)
 
 
-async def test_error_of_unrecorded_input_is_not_reported_as_unread(shared_server: Server) -> None:
+async def test_error_of_unrecorded_input_is_not_reported_as_unread(
+    monkeypatch: pytest.MonkeyPatch, shared_server: Server
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     session_id = new_session()
     person = UserProxyAgent("person", input_func=lambda _: (_ for _ in ()).throw(EOFError("no terminal")))
     async with DurableSession(session_id, nexum=shared_server.address):

@@ -116,7 +116,10 @@ async def test_fork_of_a_program_without_a_task_is_listed_with_question_and_mess
         assert [one.question for one in await list_sessions(nexum)] == ["How many? / Shorter", "How many?"]
 
 
-async def test_shown_session_of_a_changed_program_says_how_many_events_it_dropped(server: ServerThread) -> None:
+async def test_shown_session_of_a_changed_program_says_how_many_events_it_dropped(
+    monkeypatch: pytest.MonkeyPatch, server: ServerThread
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
     with OpenAIServer(lambda _: answer("yes")) as model:
         for name in ("a", "b"):
             async with DurableSession("s", nexum=server.address, on_drift="continue"):

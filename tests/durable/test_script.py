@@ -220,6 +220,7 @@ INTERRUPTED_LINE = "[Nexum] interrupted; run the same command again to continue"
 )
 def test_script_ends_with_the_exit_code_that_python_gives(folder: Folder, end: str, after: str) -> None:
     folder.write(ENDS.format(end=end, after=after))
+    folder.forked = True
     durable, plain = folder.durable(), folder.python()
     assert (durable.returncode, durable.stdout) == (plain.returncode, plain.stdout)
     told = [line for line in durable.stderr.splitlines() if not line.startswith("[Nexum] ")]
@@ -267,6 +268,7 @@ def test_interrupted_script_ends_although_a_thread_waits(folder: Folder) -> None
 
 
 def test_missing_script_is_reported_in_one_line(folder: Folder) -> None:
+    folder.forked = True
     done = folder.durable()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["error: there is no script script.py: check the path"]

@@ -105,7 +105,7 @@ def test_told_command_sends_event_while_the_program_has_the_database_open(folder
         assert waiting.wait_for("this program opened the database")
         told = waiting.wait_for("waiting for event 'payment'").partition("(send it: python -m durable_autogen ")[2]
         command = ["-m", "durable_autogen", *shlex.split(told.rstrip(")")), '"paid"', "--key", "k"]
-        with running(command, cwd=folder) as sending:
+        with running(command, cwd=folder, forked=True) as sending:
             assert sending.wait() == 0
         assert sending.output == f"sent event 'payment' to session {SESSION}"
         assert waiting.wait_for("GOT") == "GOT paid"

@@ -193,9 +193,8 @@ def test_note_is_shown_below_a_view_that_is_higher_than_the_terminal(monkeypatch
 
 
 def test_watch_of_a_named_server_that_does_not_answer_fails(tmp_path: Path) -> None:
-    code, output = run_script(
-        ["-m", "nexum_engine", "ps", "--watch", "--nexum", f"127.0.0.1:{free_port()}"], tmp_path, {}
-    )
+    command = ["-m", "nexum_engine", "ps", "--watch", "--nexum", f"127.0.0.1:{free_port()}"]
+    code, output = run_script(command, tmp_path, forked=True)
     assert (code, output.startswith("error: no Nexum server answers on")) == (2, True)
 
 
@@ -283,12 +282,13 @@ def test_follow_prints_what_happens_until_the_end(
 
 def test_follow_of_unknown_execution_fails(tmp_path: Path, server: ServerThread) -> None:
     follow = ["-m", "nexum_engine", "show", "exec-9", "--follow", "--nexum", server.address]
-    code, output = run_script(follow, tmp_path, {})
+    code, output = run_script(follow, tmp_path, forked=True)
     assert (code, output) == (1, "error: no execution 'exec-9' in this server's database")
 
 
 def test_show_of_session_says_which_command_shows_it(tmp_path: Path, server: ServerThread) -> None:
-    code, output = run_script(["-m", "nexum_engine", "show", "order-1", "--nexum", server.address], tmp_path, {})
+    command = ["-m", "nexum_engine", "show", "order-1", "--nexum", server.address]
+    code, output = run_script(command, tmp_path, forked=True)
     assert (code, output) == (
         1,
         "error: no execution 'order-1' in this server's database; "
@@ -303,7 +303,7 @@ def test_follow_of_ended_execution_needs_no_server(tmp_path: Path) -> None:
         execution_id = begin(stub)
         complete(stub, poll(stub))
     where = {"DATABASE_URL": url}
-    code, output = run_script(["-m", "nexum_engine", "show", execution_id, "--follow"], tmp_path, where)
+    code, output = run_script(["-m", "nexum_engine", "show", execution_id, "--follow"], tmp_path, where, forked=True)
     assert (code, output.splitlines()[-1]) == (0, f"{execution_id} is COMPLETED")
 
 

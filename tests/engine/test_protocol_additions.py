@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import grpc
 import harness
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
-from harness import ROOT, Server, environment, free_port, nexum_server, run_to_end
+from harness import ROOT, Server, free_port, nexum_server, run_to_end
 from nexum_wire import (
     DEADLINE,
     Stream,
@@ -308,16 +307,8 @@ def test_workers_keep_their_tasks_when_server_is_killed(tmp_path: Path) -> None:
     "listen", ["0.0.0.0:0", "[::]:0", "192.168.1.1:0", "example.com:0", "nonsense", "127.0.0.1:x", ":50051"]
 )
 def test_address_beyond_this_machine_is_refused(tmp_path: Path, listen: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "nexum_engine",
-        "--listen",
-        listen,
-        "--database-url",
-        f"sqlite:///{tmp_path / 'n.db'}",
-    ]
-    run = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=30)
+    command = ["-m", "nexum_engine", "--listen", listen, "--database-url", f"sqlite:///{tmp_path / 'n.db'}"]
+    run = run_to_end(command, cwd=tmp_path, forked=True)
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert run.stderr.startswith("error: ")

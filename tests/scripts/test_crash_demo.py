@@ -141,7 +141,7 @@ def test_crash_demo_without_a_server_leaves_no_process(tmp_path: Path) -> None:
 
 def test_page_added_to_the_offline_pages_is_found_and_cited(server: ServerThread, tmp_path: Path) -> None:
     project = tmp_path / "project"
-    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks", "__pycache__"))
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "benchmarks"))
     fact = "The zorblax turbine was invented in 1987 by Mira Tannhauser, who ran it on rainwater."
     page = project / "support" / "offline" / "pages" / "zorblax-turbines.md"
     page.write_text(f"# Zorblax turbines\n\n{fact}\n\nIts blades are made of glass.\n", encoding="utf-8")

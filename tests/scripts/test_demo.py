@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 from filelock import FileLock
-from harness import free_port, running
+from harness import free_port
 from processes import (
     DEMO,
     QUESTION,
@@ -374,7 +374,7 @@ def test_closed_output_causes_no_traceback(tmp_path: Path) -> None:
 
 def test_foreign_file_under_the_session_files_name_is_kept(tmp_path: Path) -> None:
     (tmp_path / ".session-s.json").write_text('{"mine": "not yours"}')
-    with running([DEMO, "--session-id", "s", "Tokyo"], cwd=tmp_path) as process:
+    with demo(tmp_path, "--session-id", "s", "Tokyo") as process:
         assert process.wait() == 0
     (aside,) = tmp_path.glob(".session-s.json.corrupt-*")
     assert aside.read_text() == '{"mine": "not yours"}'

@@ -178,7 +178,8 @@ def test_model_is_not_asked_beyond_the_budget_until_a_person_raises_it(tmp_path:
             assert waiting.wait() == 0
         assert "Hello." in waiting.output
         assert len(model.requests) == 1
-        code, output = run_script(["-m", "durable_autogen", "budget", "--nexum", server.address, "s"], tmp_path)
+        command = ["-m", "durable_autogen", "budget", "--nexum", server.address, "s"]
+        code, output = run_script(command, tmp_path, forked=True)
         assert (code, output.partition("session s has used $0.0")[0]) == (0, "")
 
 

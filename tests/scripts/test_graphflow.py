@@ -34,7 +34,8 @@ def fixed(tmp_path: Path) -> Path:
     """A folder for PYTHONPATH, with a repaired copy of AutoGen."""
     folder = tmp_path / "fixed"
     package = Path(autogen_agentchat.__file__).parent
-    shutil.copytree(package, folder / "autogen_agentchat", ignore=shutil.ignore_patterns("__pycache__"))
+    # Copy the compiled modules, too: otherwise, each process would compile AutoGen.
+    shutil.copytree(package, folder / "autogen_agentchat")
     file = folder / "autogen_agentchat/teams/_group_chat/_graph/_digraph_group_chat.py"
     text = file.read_text(encoding="utf-8")
     for found, repair in REPAIRS:

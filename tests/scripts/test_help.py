@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import ROOT, environment
+from harness import ROOT
 from processes import run_script
 
 from durable_autogen.__main__ import build_parser as sessions_parser
@@ -37,7 +37,7 @@ def check(text: str, columns: int) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_of_script_fits_terminal(tmp_path: Path, script: str) -> None:
-    code, text = run_script([str(ROOT / script), "--help"], tmp_path, environment({"COLUMNS": "80"}))
+    code, text = run_script([str(ROOT / script), "--help"], tmp_path, {"COLUMNS": "80"}, forked=True)
     assert code == 0
     check(text, 80)
 

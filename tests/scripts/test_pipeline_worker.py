@@ -107,7 +107,7 @@ def test_failed_attempt_does_not_trigger_crash_after(server: ServerThread, tmp_p
 
 @pytest.mark.parametrize("variable", ["CRASH_AFTER", "CRASH_DURING"])
 def test_an_unknown_step_is_a_usage_error(tmp_path: Path, variable: str) -> None:
-    code, output = run_script([PIPELINE_WORKER], tmp_path, {variable: "publish"})
+    code, output = run_script([PIPELINE_WORKER], tmp_path, {variable: "publish"}, forked=True)
     assert code == 2
     assert f"error: {variable}=publish names no step; the steps are research, validate, summarize, report" in output
 
@@ -123,7 +123,7 @@ def test_an_unknown_step_is_a_usage_error(tmp_path: Path, variable: str) -> None
 def test_wrong_argument_is_a_one_line_error(
     tmp_path: Path, arguments: list[str], env: dict[str, str], told: str
 ) -> None:
-    code, output = run_script([PIPELINE_WORKER, *arguments], tmp_path, env)
+    code, output = run_script([PIPELINE_WORKER, *arguments], tmp_path, env, forked=True)
     assert code == 2
     assert told in output
 
@@ -131,7 +131,7 @@ def test_wrong_argument_is_a_one_line_error(
 def test_offline_worker_ignores_wrong_model_settings(server: ServerThread, tmp_path: Path) -> None:
     start_pipeline(server.address)
     command = [PIPELINE_WORKER, "--nexum", server.address, "--offline"]
-    code, output = run_script(command, tmp_path, {"NEXUM_MODEL": "gpt-x", "CRASH_AFTER": "report"})
+    code, output = run_script(command, tmp_path, {"NEXUM_MODEL": "gpt-x", "CRASH_AFTER": "report"}, forked=True)
     assert code == KILLED
     assert "Model: offline (requested)" in output
 

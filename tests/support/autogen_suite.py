@@ -1,4 +1,4 @@
-"""A pytest plugin that runs each asynchronous test inside its own durable session (`-p autogen_suite`).
+"""Run pytest with this script's arguments, and each asynchronous test inside its own durable session.
 
 The variable SESSIONS holds the prefix of the sessions' ids, and NEXUM_ADDRESS holds the server's address. Without
 SESSIONS the tests run without sessions. The last line of output is the number of live calls that reached AutoGen's
@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -58,3 +59,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"asked live: {asked_live}")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(sys.argv[1:], plugins=[sys.modules[__name__]]))

@@ -15,12 +15,16 @@ from filelock import FileLock
 from nexum_engine.store import Store
 from nexum_engine.store.postgresql import PostgresStore
 
-EMPTY = """
-    TRUNCATE workflow_versions, executions, nodes, attempts, events, attributes, former_ids, servers, limits
-        RESTART IDENTITY;
+TABLES = "workflow_versions executions nodes attempts events attributes former_ids servers limits"
+EMPTY = f"""
+    SET session_replication_role = replica;
+    {" ".join(f"DELETE FROM {table};" for table in TABLES.split())}
+    RESET session_replication_role;
     ALTER SEQUENCE execution_numbers RESTART;
+    ALTER TABLE workflow_versions ALTER COLUMN sequence RESTART;
 """
-"""Statements that empty all tables. This takes a fifth of the time of copying an empty database."""
+"""Statements that empty all tables, without the checks of foreign keys. This takes an eighth of the time of TRUNCATE,
+which makes new files for each table."""
 END_OTHERS = """
     SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
     WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
