@@ -18,7 +18,7 @@ from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused, StoreUnavailable
-from nexum_engine.location import address_file, read_address
+from nexum_engine.location import read_address
 from nexum_engine.store import executions, listing, open_store, restore_database
 from nexum_engine.store.sqlite import SqliteStore
 
@@ -234,7 +234,7 @@ def test_ending_server_leaves_the_address_of_the_next(tmp_path: Path) -> None:
         with nexum_server(folder) as second:
             first.process.popen.send_signal(signal.SIGCONT)
             assert first.process.wait(timeout=20) == 1
-            assert address_file(folder / "nexum.db").read_text().strip() == second.address
+            assert read_address(folder / "nexum.db") == second.address
 
 
 # ---- Logs and backups ------------------------------------------------------------------------------------------------

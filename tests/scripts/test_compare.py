@@ -48,7 +48,7 @@ def test_own_rows_are_measured_and_missing_peers_are_named(tmp_path: Path, monke
         assert row["p50_in_commits"] > 0, row
         assert row["calls_per_second"] > 0, row
         # Not every machine has strace, and some machines don't allow it.
-        expected = {"autogen": "nothing", "nexum-owner": "result"}.get(name, "request, result")
+        expected = {"autogen": "nothing", "nexum-worker": "request, result"}.get(name, "result")
         assert row["on_disk"] in (expected, "not checked"), row
         assert row["replayed"] == (None if name == "autogen" else 20), row
     assert rows["nexum-worker"]["recovery_ms"] > 0
