@@ -220,8 +220,10 @@ class Calls:
         assert isinstance(answer.content, Returned)
         result: CreateResult = reply_again(answer.content.value) if answer.replayed else answer.value
         self._agent_state.received(answer.position, result, replayed=answer.replayed)
-        if answer.replayed and not result.cached:
-            self._session_state.used(client, result.usage)
+        if answer.replayed:
+            _skip_scripted_reply(client)
+            if not result.cached:
+                self._session_state.used(client, result.usage)
         return result
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
@@ -486,6 +488,15 @@ class Calls:
             return answer.value
         assert isinstance(answer.content, Returned)
         return value_again(answer.content.value, declared)
+
+
+def _skip_scripted_reply(client: Any) -> None:
+    """Let AutoGen's ReplayChatCompletionClient, which takes its replies from a list, skip a replayed reply.
+
+    Otherwise its next live reply after a crash would be the first one of its list.
+    """
+    if any(kind.__name__ == "ReplayChatCompletionClient" for kind in type(client).__mro__):
+        client._current_index += 1
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:

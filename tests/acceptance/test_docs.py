@@ -278,7 +278,7 @@ def find_receipt(idempotency_key):
     return next((f"receipt for {line.split()[0]}" for line in lines if line.split()[2] == idempotency_key), None)
 """
 CLERKS = """
-import logging, os
+import logging
 from durable_autogen import call_id
 from payments import charge_card
 
@@ -300,9 +300,7 @@ def build_team():
 def test_programs_of_tools_charge_once_if_they_die_after_the_charge(
     server: ServerThread, tmp_path: Path, number: int, receipt: str
 ) -> None:
-    # The second process replays the first reply, so its model begins with the second one.
-    client = 'model_client=model(*replies["DIES" not in os.environ :])'
-    program = programs(TOOLS)[number].replace("model_client=...", client)
+    program = programs(TOOLS)[number].replace("model_client=...", "model_client=model(*replies)")
     declarations, session, body = program.partition("async with DurableSession")
     (tmp_path / "payments.py").write_text(PAYMENT_SERVICE)
     (tmp_path / "program.py").write_text(

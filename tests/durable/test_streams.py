@@ -9,6 +9,7 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core.models import CreateResult, UserMessage
+from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_agents import (
     answer,
     client,
@@ -80,3 +81,26 @@ async def test_replayed_failure_has_values_made_by_its_constructor(server: Serve
     with OpenAIServer(lambda _: answer("yes")) as model:
         first = await program()
         assert await program() == first
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_replay_client_goes_on_behind_the_replayed_replies(server: ServerThread, is_streamed: bool) -> None:
+    async def program(*, fails: bool) -> list[str]:
+        client = ReplayChatCompletionClient(["one", "two", "three"])
+        found: list[str] = []
+        async with DurableSession("s", nexum=server.address):
+            for question in ("1", "2", "3"):
+                messages = [UserMessage(content=question, source="user")]
+                if is_streamed:
+                    pieces = [piece async for piece in client.create_stream(messages)]
+                    found.append(str(pieces[-1].content))  # type: ignore[union-attr]
+                else:
+                    found.append(str((await client.create(messages)).content))
+                if fails and question == "2":
+                    raise RuntimeError("as in a crash")
+        return found
+
+    with pytest.raises(RuntimeError, match="as in a crash"):
+        await program(fails=True)
+    for _ in range(2):
+        assert await program(fails=False) == ["one", "two", "three"]
