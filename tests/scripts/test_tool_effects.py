@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +55,8 @@ def test_lost_effect_is_looked_up_or_waits_for_a_person(tmp_path: Path, server: 
                 assert results(again) == first
     lost = [line for line in unknown if inputs[asked_in(line)] > 0]
     (looked_up,) = (line for line in unknown if inputs[asked_in(line)] < 0)
-    assert all("is UNKNOWN: attempt 1 by worker" in line for line in lost)
+    # On a busy machine, a task may reach the worker only at its second attempt.
+    assert all(re.search(r"is UNKNOWN: attempt \d by worker", line) for line in lost), unknown
     assert "reconcile of pay_and_find failed: ConnectionError: the log is down" in looked_up
     assert dict(zip(numbers, first, strict=True)) == {
         1: "receipt 17",
