@@ -1,9 +1,9 @@
 """The path of the database that a URL names, and the address of the server that has the database open.
 
-A server writes its address into a file beside its database as soon as it listens, and removes the file when it ends. A
-killed server leaves the file behind, and another server may then listen on the address. So a client checks which
-database is open in the server that listens there. The file names the server's process, too: whoever opens the database
-next knows that this process is dead.
+A server writes its address and the name of its process into a file beside its database as soon as it listens, and
+removes the file when it ends. A killed server leaves the file behind. The next server learns from the file which
+process was killed. Another server may then listen on the address, so a client checks which database that server has
+open.
 """
 
 from __future__ import annotations
