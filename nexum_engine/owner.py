@@ -38,11 +38,12 @@ from nexum_engine.workflow import Workflow
 CONNECT_TIMEOUT = 30.0  # seconds
 GIVE_UP_PATIENCE = 5.0  # seconds for the server to free a call's place after the caller was cancelled
 PATIENCE = 300.0  # seconds to retry a call while no server answers
-HELD_FOR = 1.0
+HELD_FOR = 0.5
 """For how many seconds after an accepted start the owner counts as holding its tasks.
 
-The server lets another owner take over a second after it has lost the connection. The first owner may not notice the
-loss for much longer, for instance if only its half of the connection is open. So its heartbeats prove nothing.
+The server may let another owner take over one second after it has lost the connection, or half a second after a restart
+of the server. The first owner may notice much later that its connection is lost, for instance if only its own half is
+still open. So an answered heartbeat proves nothing.
 """
 
 logger = logging.getLogger(__name__)

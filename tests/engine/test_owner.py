@@ -20,9 +20,10 @@ from nexum_engine.client import Started as ClientStarted
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, ServerError, StaleTask
 from nexum_engine.heartbeat import Heartbeat
-from nexum_engine.owner import Owner
+from nexum_engine.owner import HELD_FOR, Owner
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
+from nexum_engine.server.liveness import RECONNECT_GRACE_MS, RESTART_GRACE_MS
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.results import Started
 from nexum_engine.wire import nexum_pb2 as pb
@@ -88,6 +89,21 @@ async def test_second_owner_is_refused_while_first_owner_lives(store: Store, clo
     await own(store, "one")
     await store.run(leases.disconnect, "one", 1000)
     clock.advance(0.999)
+    await store.run(leases.sweep, 0)
+    with pytest.raises(Conflict, match="'k' is in use by one"):
+        await own(store, "other")
+
+
+@pytest.mark.parametrize("lost", ["connection", "server"])
+async def test_nobody_takes_over_while_an_owner_counts_as_holding_its_tasks(
+    store: Store, clock: ManualClock, lost: str
+) -> None:
+    await own(store, "one")
+    if lost == "connection":
+        await store.run(leases.disconnect, "one", RECONNECT_GRACE_MS)
+    else:
+        await store.run(leases.restart, RESTART_GRACE_MS, 2 * LEASE_MS)
+    clock.advance(HELD_FOR - 0.001)
     await store.run(leases.sweep, 0)
     with pytest.raises(Conflict, match="'k' is in use by one"):
         await own(store, "other")
@@ -321,7 +337,7 @@ DIES = """
 import asyncio, sys
 from nexum_engine.client import NexumClient
 from nexum_engine.client import Started as ClientStarted
-from nexum_engine.owner import Owner
+from nexum_engine.owner import HELD_FOR, Owner
 from nexum_engine.workflow import workflow
 
 async def main():
