@@ -176,8 +176,11 @@ async def process(arguments: list[str], *, cwd: Path) -> AsyncIterator[Child]:
 
 @asynccontextmanager
 async def nexum_server(folder: Path, database_url: str = "") -> AsyncIterator[Child]:
-    """Run a Nexum server for the length of a `with`, by default with its database in `folder`."""
-    url = database_url or f"sqlite:///{folder / 'nexum.db'}"
+    """Run a Nexum server for the length of a `with`.
+
+    By default, its database has a folder of its own in `folder`, as it has if nobody names a database.
+    """
+    url = database_url or f"sqlite:///{folder / 'server' / 'nexum.db'}"
     command = ["-m", "nexum_engine", "--listen", "127.0.0.1:0", "--database-url", url]
     async with process(command, cwd=folder) as child:
         yield child

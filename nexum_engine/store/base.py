@@ -1,4 +1,4 @@
-"""The store: a queue of transitions, which one thread takes, runs and commits together.
+"""The store: a queue of transitions, which are taken, run and committed together.
 
 A transition is a function that reads or changes the database through a `Db`, for example `tasks.complete_task`.
 """
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nexum_engine.errors import StoreUnavailable
-from nexum_engine.store.db import SNAPSHOTS, Db
+from nexum_engine.store.db import BRIEF, SNAPSHOTS, Db
 from nexum_engine.store.results import News
 from nexum_engine.store.submitted import Submitted
 
@@ -59,10 +60,11 @@ class Kind(Enum):
 
 
 @dataclass
-class _Submission:
+class Submission:
     transition: Transition
     submitted: Submitted[Any]
     kind: Kind
+    is_brief: bool = False
 
 
 class CommitFailed(Exception):
@@ -103,7 +105,7 @@ class Store(ABC):
         self.failed: asyncio.Future[str] = self._loop.create_future()
         """Resolves with the reason when the database can't be trusted any more. Then stop the server."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="nexum-store")
-        self._waiting: list[_Submission] = []
+        self._waiting: list[Submission] = []
         self._idle = asyncio.Event()
         """Set while no transition waits or runs."""
         self._idle.set()
@@ -126,7 +128,7 @@ class Store(ABC):
         """
         is_snapshot = self._reads_snapshots and transition in SNAPSHOTS
         kind = Kind.SNAPSHOT if is_snapshot else Kind.TOGETHER
-        return self._submit(lambda db: transition(db, *args, **kwargs), kind)
+        return self._submit(lambda db: transition(db, *args, **kwargs), kind, is_brief=transition in BRIEF)
 
     def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         """Submit a transition as `run` does, in a transaction of its own, without checks of references between rows.
@@ -161,7 +163,7 @@ class Store(ABC):
 
     @abstractmethod
     def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
-        """Run transitions of one kind in the writer thread. Return a list with each transition's result or exception.
+        """Run transitions of one kind. Return a list with each transition's result or exception.
 
         Raises CommitFailed if it is unknown whether the transitions are stored.
         """
@@ -170,12 +172,12 @@ class Store(ABC):
     async def _recover(self, error: CommitFailed) -> None:
         """Connect to the database again after a failed transaction, or mark the store as failed."""
 
-    def _submit(self, transition: Callable[[Db], T], kind: Kind) -> Submitted[T]:
+    def _submit(self, transition: Callable[[Db], T], kind: Kind, *, is_brief: bool = False) -> Submitted[T]:
         submitted: Submitted[T] = Submitted(self._loop)
         if self._closed or self.failed.done():
             submitted.settle(stopping())
             return submitted
-        self._waiting.append(_Submission(transition, submitted, kind))
+        self._waiting.append(Submission(transition, submitted, kind, is_brief))
         self.submitted += 1
         if self._idle.is_set():
             self._idle.clear()
@@ -184,30 +186,38 @@ class Store(ABC):
         return submitted
 
     def _write_waiting(self) -> None:
-        """Hand the next batch to the writer thread, if any transition waits."""
+        """Write the next batch, if any transition waits."""
         if self._waiting:
-            self._writer.submit(self._write, self._next_batch())
+            self._begin_write(self._next_batch())
         else:
             self._idle.set()
 
-    def _write(self, batch: list[_Submission]) -> None:
-        """Run a batch in the writer thread, and tell the event loop how it went."""
+    def _begin_write(self, batch: list[Submission]) -> None:
+        """Write a batch in the writer thread. A dialect may write it on the event loop instead."""
+        self._writer.submit(self._write_in_thread, batch)
+
+    def _write_in_thread(self, batch: list[Submission]) -> None:
         # The thread calls the loop itself. With `run_in_executor`, each transaction would take two more turns of the
         # loop.
+        self._loop.call_soon_threadsafe(self._write(batch))
+
+    def _write(self, batch: list[Submission]) -> Callable[[], None]:
+        """Run a batch. Return the function that tells the callers how it went: call it on the event loop."""
         try:
             outcomes = self._run_batch([one.transition for one in batch], batch[0].kind)
         except Exception as error:  # noqa: BLE001 - also after a bug, every caller must get an answer
             failure = error if isinstance(error, CommitFailed) else CommitFailed(error)
-            self._loop.call_soon_threadsafe(self._commit_failed, batch, failure)
-        else:
-            self._loop.call_soon_threadsafe(self._committed, batch, outcomes)
+            return partial(self._commit_failed, batch, failure)
+        return partial(self._committed, batch, outcomes)
 
-    def _committed(self, batch: list[_Submission], outcomes: list[Any]) -> None:
-        self._write_waiting()  # first, so that the writer thread works meanwhile
+    def _committed(self, batch: list[Submission], outcomes: list[Any]) -> None:
+        # Write the next batch before the callers of this one continue, but after the effects of this one: they follow
+        # each other in the order of the transactions.
+        self._loop.call_soon(self._write_waiting)
         for submission, outcome in zip(batch, outcomes, strict=True):
             submission.submitted.settle(outcome)
 
-    def _commit_failed(self, batch: list[_Submission], error: CommitFailed) -> None:
+    def _commit_failed(self, batch: list[Submission], error: CommitFailed) -> None:
         async def recover() -> None:
             try:
                 await self._recover(error)
@@ -216,7 +226,7 @@ class Store(ABC):
 
         self._recovering = self._loop.create_task(recover(), name="recover the database")
 
-    def _next_batch(self) -> list[_Submission]:
+    def _next_batch(self) -> list[Submission]:
         """Take the submissions of the next transaction out of the queue, and return them."""
         kind = self._waiting[0].kind
         # Changes may overtake a waiting reading, but a reading must never overtake a change.

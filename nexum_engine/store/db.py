@@ -8,9 +8,11 @@ from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
 Row = Mapping[str, Any]
-Reading = TypeVar("Reading", bound=Callable[..., Any])
+Marked = TypeVar("Marked", bound=Callable[..., Any])
 SNAPSHOTS: set[Callable[..., Any]] = set()
 """The transitions whose statements all read one state of the database."""
+BRIEF: set[Callable[..., Any]] = set()
+"""The transitions that rarely read or change more than a few rows."""
 
 
 class Db(Protocol):
@@ -53,10 +55,16 @@ def row_of(db: Db, query: str, **parameters: object) -> Row:
     return row
 
 
-def of_one_snapshot(reading: Reading) -> Reading:
+def of_one_snapshot(reading: Marked) -> Marked:
     """Mark a transition that only reads. All its statements read one state, even if other servers write meanwhile."""
     SNAPSHOTS.add(reading)
     return reading
+
+
+def brief(transition: Marked) -> Marked:
+    """Mark a transition that rarely reads or changes more than a few rows. A tool call is made of such transitions."""
+    BRIEF.add(transition)
+    return transition
 
 
 def load_queries(file: str = "queries.sql") -> dict[str, str]:

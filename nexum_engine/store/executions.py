@@ -15,7 +15,7 @@ from nexum_engine.errors import (
     WorkflowNotFound,
 )
 from nexum_engine.records import Compatibility, ExecutionStatus, NodeStatus, NodeType, WorkflowVersion
-from nexum_engine.store.db import Db, Row
+from nexum_engine.store.db import Db, Row, brief
 from nexum_engine.store.definitions import parsed, policy_of
 from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
@@ -81,6 +81,7 @@ def workflow_versions(db: Db, workflow_id: str) -> list[WorkflowVersion]:
 # ---- Executions ------------------------------------------------------------------------------------------------------
 
 
+@brief
 def start_execution(
     db: Db,
     workflow_id: str,

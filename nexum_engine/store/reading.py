@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from nexum_engine.errors import ExecutionNotFound, NotFound
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
-from nexum_engine.store.db import Db, Row, of_one_snapshot, row_of
+from nexum_engine.store.db import Db, Row, brief, of_one_snapshot, row_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.limits import gate_of
 from nexum_engine.store.results import Gate, News
@@ -55,6 +55,7 @@ def find_execution(db: Db, execution_id: str, *, lock: bool = False, with_input:
     return row
 
 
+@brief
 @of_one_snapshot
 def get_execution(
     db: Db,

@@ -1,4 +1,4 @@
-"""The store in SQLite: one process, one connection, and one writer thread."""
+"""The store in SQLite: one process and one connection."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from filelock import FileLock
 from nexum_engine.clock import Clock
 from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition, stopping
+from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Submission, Transition, stopping
 from nexum_engine.store.db import Row, load_queries
 from nexum_engine.store.sqlite_connection import check_file
 from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, lock, new_backup
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MINIMUM_SQLITE = (3, 37, 0)  # the first version with STRICT tables
 WATCH_INTERVAL = 1.0  # seconds between checks of the files of an idle database
 BACKUP_STEP_PAGES = 256
+QUICK_TRANSACTION = 0.005
+"""If transactions take less time than this, in seconds, brief transitions run on the event loop."""
 
 
 class SqliteStore(Store):
@@ -44,7 +46,9 @@ class SqliteStore(Store):
         self._database = database
         self._queries = load_queries()
         self._turn = threading.RLock()
-        """Held by the writer thread during a transaction, and by a backup's thread while it reads."""
+        """Held during a transaction, and by a backup's thread while it reads."""
+        self._is_quick = True
+        """Whether the disk is quick: since a transaction wrote within QUICK_TRANSACTION, none has taken longer."""
         self._backup: _Backup | None = None
         self._watcher = self._loop.create_task(self._watch(), name="watch the database's files")
 
@@ -134,9 +138,29 @@ class SqliteStore(Store):
         while not self.failed.done():
             await asyncio.sleep(WATCH_INTERVAL)
             try:
-                await self._loop.run_in_executor(self._writer, self._database.check)
+                await self._loop.run_in_executor(self._writer, self._check)
             except FilesLost as error:
                 await self._recover(CommitFailed(error))
+
+    def _check(self) -> None:
+        with self._turn:
+            self._database.check(closely=True)
+
+    def _begin_write(self, batch: list[Submission]) -> None:
+        """Write a batch, on the event loop if that can't block it for long.
+
+        To hand a brief transition to the writer thread and back takes about as long as its statements. But the event
+        loop must not wait for a slow disk or a compaction, and it would leave a backup's thread no time between writes.
+        """
+        is_brief = self._is_quick and self._backup is None and all(one.is_brief for one in batch)
+        if is_brief and self._turn.acquire(blocking=False):
+            try:
+                tell = self._write(batch)
+            finally:
+                self._turn.release()
+            tell()
+        else:
+            super()._begin_write(batch)
 
     def _run_batch(self, transitions: list[Transition], kind: Kind) -> list[Any]:
         return (self._run_without_references if kind is Kind.ALONE else self._run_together)(transitions)
@@ -173,13 +197,18 @@ class SqliteStore(Store):
 
         With `savepoints`, only a failed transition is undone, and the list has its exception in place of its result.
         """
+        begun = time.monotonic()
         db = _SqliteDb(self._database.connection, self._queries, self._clock.now_ms())
         self._database.begin()
         if savepoints:
             outcomes = [self._in_savepoint(transition, db) for transition in transitions]
         else:
             outcomes = [transition(db) for transition in transitions]
-        self._database.commit()
+        has_changes = self._database.commit()
+        if time.monotonic() - begun >= QUICK_TRANSACTION:
+            self._is_quick = False
+        elif has_changes:
+            self._is_quick = True
         return outcomes
 
     def _in_savepoint(self, transition: Transition, db: _SqliteDb) -> Any:

@@ -17,6 +17,7 @@ import shutil
 import sqlite3
 import stat
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
@@ -39,6 +40,9 @@ from nexum_engine.store.sqlite_connection import (
 )
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, belongs, blob_in, layout_of, read_stamp, write_stamp
 
+FOLDER_TICK = 2.0
+"""The coarsest time, in seconds, that file systems keep of a folder's last change."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -56,6 +60,7 @@ class DatabaseFile:
         self._path = path
         # Keep the paths as texts: `check` runs twice for each transaction, and a Path would cost it time.
         self._name, self._log_name = os.fspath(path), os.fspath(log_of(path))
+        self._folder = os.path.dirname(os.path.abspath(path))
         self._attach(connection)
 
     def _attach(self, connection: sqlite3.Connection) -> None:
@@ -66,6 +71,8 @@ class DatabaseFile:
         self._file = os.open(self._path, flags)
         self._log = os.open(self._log_name, flags)
         self._file_id, self._log_id = _file_id(self._file, self._name), _file_id(self._log, self._log_name)
+        self._named_in: tuple[int, int, int] | None = None
+        """The folder and its time when the paths named the open files. None if the folder may change unnoticed."""
         self._file_bytes = self._log_bytes = 0
         self.mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
         """Random bytes that never change. A copy of the database has the same."""
@@ -201,24 +208,31 @@ class DatabaseFile:
         self.connection.execute("BEGIN IMMEDIATE")
         self._changes = self.connection.total_changes
 
-    def commit(self) -> None:
-        """Commit the transaction. Raises FilesLost if the database's files were moved, deleted or replaced."""
+    def commit(self) -> bool:
+        """Commit the transaction, and return whether it has changed anything.
+
+        Raises FilesLost if the database's files were moved, deleted or replaced.
+        """
         stamp = self._stamp
-        if self.connection.total_changes != self._changes and self._stamp_in_file == stamp.own:
+        has_changes = self.connection.total_changes != self._changes
+        if has_changes and self._stamp_in_file == stamp.own:
             # The log was copied into the file, so this transaction starts the log again. Each log needs a new stamp.
             stamp = Stamp(os.urandom(STAMP_BYTES), stamp.own, closed=False)
             write_stamp(self.connection, stamp)
         self.connection.execute("COMMIT")
         self._stamp = stamp
         self.check()
+        return has_changes
 
     # ---- Watching ----------------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, *, closely: bool = False) -> None:
         """Raise FilesLost if the path no longer names the open files, or if anything but this connection changed them.
 
-        This takes microseconds.
+        This takes microseconds. With `closely`, don't rely on the folder's time: some file systems don't update it.
         """
+        if closely:
+            self._named_in = None
         if not self._is_named():
             raise FilesLost(self._lost("it or its log was moved, deleted or replaced"))
         if not self._is_ours() or not self._is_log_whole():
@@ -227,10 +241,20 @@ class DatabaseFile:
     def _is_named(self) -> bool:
         """Return whether the paths of the database and of its log still name the open files."""
         try:
+            # Whoever moves, deletes or replaces a file changes the time of its folder. Look at the files only after
+            # such a change: since Linux 6.13, the first commit after a look at the log's status takes a third longer.
+            status = os.stat(self._folder)
+            folder = *_id(status), status.st_mtime_ns
+            if folder == self._named_in:
+                return True
             file, log = os.stat(self._name), os.stat(self._log_name)
         except OSError:
             return False
-        return self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
+        is_named = self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
+        # A link may lead to another folder. And a change soon after another one may leave the folder's time as it is.
+        is_settled = is_named and time.time() - status.st_mtime > FOLDER_TICK and not os.path.islink(self._name)
+        self._named_in = folder if is_settled else None
+        return is_named
 
     def _is_log_whole(self) -> bool:
         # SQLite never shrinks an open log. So if the log is smaller, another program has truncated it. If SQLite has

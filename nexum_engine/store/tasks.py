@@ -13,7 +13,7 @@ from nexum_engine import jsontext
 from nexum_engine.errors import Conflict, InvalidRequest, StaleTask, TaskNotFound
 from nexum_engine.records import Effect, ExecutionStatus, Node, NodeStatus, NodeType, Outcome, Task
 from nexum_engine.store import flow
-from nexum_engine.store.db import Db, Row, row_of
+from nexum_engine.store.db import Db, Row, brief, row_of
 from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import start_execution
 from nexum_engine.store.flow import end_execution
@@ -26,6 +26,7 @@ from nexum_engine.workflow import check_id
 MAX_ERROR_CHARACTERS = 4000
 
 
+@brief
 def claim(
     db: Db,
     worker_id: str,
@@ -77,6 +78,7 @@ def _oldest_task(db: Db, version_hash: str, max_bytes: int, opening: list[tuple[
             return None  # limits hold back all nodes of the version
 
 
+@brief
 def start_owned(
     db: Db,
     workflow_id: str,
@@ -313,6 +315,7 @@ def _check_may_report(row: Row) -> None:
         raise StaleTask(f"{what} is over ({row['outcome']}): {later}")
 
 
+@brief
 def complete_task(db: Db, task_id: str, output_json: str) -> Changes:
     """Record a node's result. Make the next nodes ready, or end the execution after its last node.
 
@@ -407,6 +410,7 @@ def _start_executions(db: Db, row: Row, output: object, changes: Changes) -> Non
     flow.start_child(db, row, start.sub_workflow_id, input_json, changes)
 
 
+@brief
 def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = False) -> Changes:
     """Record a failed attempt. The node is retried later, or fails together with its execution.
 

@@ -24,7 +24,7 @@ from nexum_engine.records import ExecutionStatus, Task
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS
 from nexum_engine.server.polls import MAX_REMEMBERED_VERSIONS
 from nexum_engine.server.servicer import NexumServicer
-from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
+from nexum_engine.store import Store, executions, leases, listing, open_store, reading, sqlite, tasks
 from nexum_engine.store.results import ReadyTask
 from nexum_engine.wire import nexum_pb2 as pb
 
@@ -110,9 +110,20 @@ class Engine:
 
 Make = Callable[[Clock], Awaitable[Engine]]
 
+DISKS = ["quick", "slow"]
+
 
 @pytest.fixture
-async def make(database_url: str) -> AsyncIterator[Make]:
+def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The speed of the disk: if it is slow, SQLite's transactions never run on the event loop."""
+    speed: str = getattr(request, "param", "quick")
+    if speed == "slow":
+        monkeypatch.setattr(sqlite, "QUICK_TRANSACTION", 0.0)
+    return speed
+
+
+@pytest.fixture
+async def make(database_url: str, disk: str) -> AsyncIterator[Make]:
     engines: list[Engine] = []
 
     async def engine_on(clock: Clock) -> Engine:
@@ -189,7 +200,9 @@ async def test_each_node_that_becomes_ready_wakes_a_poll(engine: Engine) -> None
     assert {(await engine.task(poll)).node_id for poll in polls} == {"b", "c"}
 
 
-@pytest.mark.parametrize("hops", range(4))
+@pytest.mark.parametrize(
+    ("disk", "hops"), [("quick", 0), ("quick", 1), *(("slow", hops) for hops in range(4))], indirect=["disk"]
+)
 async def test_worker_death_during_its_report_does_not_delay_next_nodes(engine: Engine, hops: int) -> None:
     await engine.register({"a": [], "b": ["a"]})
     execution_id = await engine.start()
@@ -245,6 +258,7 @@ async def test_due_retry_reaches_a_waiting_poll(engine: Engine) -> None:
 # ---- Polls that are given up -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("disk", DISKS, indirect=True)
 @pytest.mark.parametrize("hops", range(12))
 async def test_cancelled_poll_leaves_its_task_to_the_next_poll(engine: Engine, hops: int) -> None:
     await engine.register({"a": []})
@@ -467,6 +481,7 @@ async def swept(engine: Engine) -> int:
     return len((await engine.store.run(leases.sweep, 2**60)).changed.ready)
 
 
+@pytest.mark.parametrize("disk", DISKS, indirect=True)
 @pytest.mark.parametrize("hops", range(8))
 async def test_worker_keeps_task_when_new_stream_opens_before_old_ends(make: Make, hops: int) -> None:
     clock = ManualClock()
@@ -574,6 +589,7 @@ async def test_stream_cancelled_during_its_answer_ends_at_once(engine: Engine) -
     assert engine.polls.lease_of("w1") == (2 * LEASE_MS, False)
 
 
+@pytest.mark.parametrize("disk", DISKS, indirect=True)
 @pytest.mark.parametrize("hops", range(8))
 async def test_task_due_while_worker_drains_is_not_lost(engine: Engine, hops: int) -> None:
     await engine.register({"a": []})
@@ -721,6 +737,7 @@ async def test_stopping_server_answers_all_waiting_calls(engine: Engine) -> None
     assert await asyncio.wait_for(engine.poll(), SOON) is None
 
 
+@pytest.mark.parametrize("disk", DISKS, indirect=True)
 @pytest.mark.parametrize("hops", range(6))
 async def test_server_stops_while_a_lease_changes(engine: Engine, hops: int) -> None:
     """The server cancels its sweep just when a lease wakes it. The sweep must end, not wait for the next lease."""
@@ -785,9 +802,10 @@ async def test_failing_store_raises_in_polls_and_logs_no_lost_exception(
 
 
 @pytest.mark.parametrize("limits", [{}, {"rate": {"calls": 20, "seconds": 0.2}, "concurrency": 2}], ids=["", "limited"])
+@pytest.mark.parametrize("disk", DISKS, indirect=True)
 @pytest.mark.parametrize("seed", range(5))
 async def test_no_wake_up_is_lost_when_callers_die_at_random(
-    engine: Engine, seed: int, limits: dict[str, object]
+    engine: Engine, disk: str, seed: int, limits: dict[str, object]
 ) -> None:
     """Leases and polls are longer than the test: a call that isn't woken fails the test."""
     chance = random.Random(seed)
@@ -804,7 +822,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(
 
     async def die_sometimes(what: str, work: asyncio.Task[Any], share: float) -> Any:
         if chance.random() < share:
-            await turns(1 + chance.randrange(30))  # the first turn submits the call
+            await turns(1 + chance.randrange(30 if disk == "slow" else 3))  # the first turn submits the call
             if not work.done():
                 died[what] += 1
                 work.cancel()

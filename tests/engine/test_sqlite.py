@@ -23,7 +23,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store import database_exists, executions, listing, open_store, reading
+from nexum_engine.store import database_exists, executions, listing, open_store, reading, sqlite
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.store.sqlite_connection import APPLICATION_ID
@@ -361,6 +361,38 @@ def commits(store: SqliteStore) -> Iterator[list[str]]:
         yield seen
     finally:
         store._database.connection.set_trace_callback(None)
+
+
+async def test_brief_transition_runs_on_the_event_loop_unless_the_disk_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    commit, threads = DatabaseFile.commit, []
+
+    def seen(database: DatabaseFile) -> bool:
+        threads.append(threading.current_thread())
+        return commit(database)
+
+    monkeypatch.setattr(DatabaseFile, "commit", seen)
+    await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
+    first = await store.run(executions.start_execution, "w", "v1", "1", "")
+    assert threads.pop() is threading.current_thread()
+    await store.run(listing.list_executions, "", "", 20)  # may read many rows
+    assert threads.pop() is not threading.current_thread()
+
+    monkeypatch.setattr(sqlite, "QUICK_TRANSACTION", 0.0)
+    await store.run(executions.start_execution, "w", "v1", "2", "")
+    assert threads.pop() is threading.current_thread()  # nothing has shown yet that the disk is slow
+    await store.run(executions.start_execution, "w", "v1", "3", "")
+    assert threads.pop() is not threading.current_thread()
+
+    monkeypatch.setattr(sqlite, "QUICK_TRANSACTION", 60.0)
+    await store.run(reading.get_execution, first.execution_id)  # reading says nothing about the disk
+    await store.run(executions.start_execution, "w", "v1", "4", "")
+    assert threads.pop() is not threading.current_thread()
+    await store.run(executions.start_execution, "w", "v1", "5", "")
+    assert threads.pop() is threading.current_thread()
+    await store.close()
 
 
 async def test_transitions_submitted_together_share_a_transaction(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,13 +108,23 @@ SURVIVORS = {
 """The changes after which one file still has every acknowledged execution, each with the name of that file."""
 
 
+def make_old(folder: Path) -> None:
+    """Give the folder the time that it has if nothing in it was created, renamed or deleted for an hour."""
+    an_hour_ago = time.time() - 3600
+    os.utime(folder, (an_hour_ago, an_hour_ago))
+
+
 @posix
+@pytest.mark.parametrize("is_old", [False, True], ids=["new folder", "old folder"])
 @pytest.mark.parametrize("harm", HARMS)
-async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str) -> None:
+async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str, is_old: bool) -> None:
     await (await opened(tmp_path / "other.db")).close()
     database = tmp_path / "folder" / "nexum.db"
     store = await opened(database)
+    if is_old:
+        make_old(database.parent)
     acknowledged = await start(store, 1, 2, 3)
+    assert (store._database._named_in is not None) == is_old
     HARMS[harm](database)
     left = {path: path.read_bytes() for path in (database, log_of(database)) if path.exists()}
     with pytest.raises(StoreUnavailable):
@@ -125,6 +136,25 @@ async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str
     else:
         # After the harm, the store has written nothing to the files that were still there.
         assert {path: path.read_bytes() for path in left if path.exists()} == left
+
+
+def delete_unseen(file: Path) -> None:
+    """Delete a file, but leave its folder's time as it is."""
+    before = file.parent.stat()
+    file.unlink()
+    os.utime(file.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@posix
+async def test_deletion_is_noticed_within_seconds_if_the_folder_keeps_its_time(tmp_path: Path) -> None:
+    """Some file systems don't update the time of a folder."""
+    store = await opened(tmp_path / "nexum.db")
+    make_old(tmp_path)
+    await start(store, 1)
+    delete_unseen(tmp_path / "nexum.db")
+    assert store._database._named_in is not None
+    assert "was changed while the server was running" in await asyncio.wait_for(store.failed, 10)
+    await store.close()
 
 
 @posix
@@ -151,6 +181,7 @@ async def test_link_that_leads_to_another_file_is_noticed(tmp_path: Path) -> Non
     link = tmp_path / "link.db"
     link.symlink_to(tmp_path / "one.db")
     store = await opened(link)
+    make_old(tmp_path)
     await start(store, 1)
     await (await opened(tmp_path / "two.db")).close()
     link.unlink()

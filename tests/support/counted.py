@@ -76,6 +76,9 @@ def main(file: str, *command: str) -> None:
     """Run a module or a script, and count what it does."""
     count_in_this_process(Counts(Path(file)))
     if command[0] == "-m":
+        from nexum_engine.store import sqlite
+
+        sqlite.QUICK_TRANSACTION = 60.0  # so that the counts don't depend on the speed of the disk
         sys.argv = list(command[1:])
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
