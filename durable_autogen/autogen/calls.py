@@ -510,4 +510,4 @@ async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGe
 
 
 def _name(tool: Tool | ToolSchema) -> str:
-    return tool.name if isinstance(tool, Tool) else tool["name"]
+    return tool["name"] if isinstance(tool, dict) else tool.name

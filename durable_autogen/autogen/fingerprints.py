@@ -156,7 +156,8 @@ def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
 
 
 def _schema(tool: Tool | ToolSchema) -> ToolSchema:
-    return tool.schema if isinstance(tool, Tool) else tool
+    # Don't ask for `isinstance(tool, Tool)`: this would look up every member of that protocol, and compute the schema.
+    return tool if isinstance(tool, dict) else tool.schema
 
 
 def _message(message: LLMMessage) -> dict[str, str]:
@@ -177,15 +178,15 @@ def _message(message: LLMMessage) -> dict[str, str]:
 
 def plain(value: Any) -> Any:
     """Return a value as plain JSON: a model as an object, a tool as its name, and any other unknown value as a text."""
-    if isinstance(value, type) and issubclass(value, BaseModel):
-        return value.model_json_schema()
-    if isinstance(value, Tool):
-        return value.name
     return json.loads(json.dumps(value, default=_of_another_type, sort_keys=True))
 
 
 def _of_another_type(value: object) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else str(value)
+    if isinstance(value, type) and issubclass(value, BaseModel):
+        return value.model_json_schema()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return value.name if isinstance(value, Tool) else str(value)
 
 
 def hashed_value(value: object) -> str:

@@ -274,7 +274,7 @@ def _arguments(call: FunctionCall) -> dict[str, Any]:
 
 
 def _name(tool: Tool | ToolSchema) -> str:
-    return tool.name if isinstance(tool, Tool) else tool["name"]
+    return tool["name"] if isinstance(tool, dict) else tool.name
 
 
 def _text(message: LLMMessage) -> str:
