@@ -28,6 +28,8 @@ RESTART_GRACE_MS = 1500
 """How long workers have to reconnect after the server has started. A running worker tries to reconnect several times a
 second. So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
+LONG_BLOCK = 0.25
+"""If a timer of the event loop is late by this many seconds, the event loop was blocked."""
 MAX_BEAT_TASKS = 4000
 """The number of tasks that one heartbeat may name."""
 MAX_TOOLS = 500  # of one worker or owner
@@ -234,11 +236,15 @@ class Liveness:
             await self._until_due()
 
     async def _until_due(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             if self._due_ms is None:
                 await self._due_changed.wait()
             elif (left_ms := max(self._due_ms, self._earliest_ms) - self._clock.now_ms()) > 0:
+                late_at = loop.time() + left_ms / 1000 + LONG_BLOCK
                 await wait_until_set(self._due_changed, left_ms / 1000)
+                if loop.time() > late_at:  # this process was suspended, for instance
+                    self.loop_was_blocked()
             else:
                 return
             self._due_changed.clear()

@@ -10,6 +10,7 @@ import gc
 import json
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sized
 from itertools import pairwise
 from typing import Any
@@ -542,9 +543,9 @@ async def test_worker_that_stays_disconnected_loses_task_after_grace(make: Make)
     assert await swept(engine) == 1
 
 
-@pytest.mark.sqlite
-async def test_heartbeat_that_came_while_the_disk_blocked_the_event_loop_keeps_the_task(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", [pytest.param("disk", marks=pytest.mark.sqlite), "suspension"])
+async def test_heartbeat_that_came_while_the_event_loop_was_blocked_keeps_the_task(
+    make: Make, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     clock, commit = ManualClock(), DatabaseFile.commit
     blocked: list[threading.Thread] = []
@@ -567,10 +568,16 @@ async def test_heartbeat_that_came_while_the_disk_blocked_the_event_loop_keeps_t
             engine.liveness.due_at(clock.now_ms())
         return commit(database)
 
-    monkeypatch.setattr(DatabaseFile, "commit", block)
-    monkeypatch.setattr(sqlite, "LONG_BLOCK", 0.0)
-    await engine.start("v2")
-    assert blocked == [threading.current_thread()]
+    if by == "disk":
+        monkeypatch.setattr(DatabaseFile, "commit", block)
+        monkeypatch.setattr(sqlite, "LONG_BLOCK", 0.0)
+        await engine.start("v2")
+        assert blocked == [threading.current_thread()]
+    else:
+        engine.liveness.due_at(clock.now_ms() + 1)
+        await turns()  # the sweep waits for its timer
+        clock.advance(LEASE_MS / 1000)
+        time.sleep(0.3)  # noqa: ASYNC251 - the event loop must be blocked
     await turns()  # it takes some turns of the event loop to read the heartbeat
     await until_idle(engine, other)
     stream.beat(task.task_id)
