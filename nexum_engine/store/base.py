@@ -27,6 +27,8 @@ T = TypeVar("T")
 Transition = Callable[[Db], Any]
 
 MAX_BATCH = 256  # transitions in one transaction
+MAX_BRIEF_CHARACTERS = 100_000
+"""The longest text that a brief transition may get. To check and store a longer one takes milliseconds."""
 LOG_INTERVAL = 10.0  # seconds between two log lines about the same error
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class Store(ABC):
         """A random value that tells the database from others. A copy, such as a restored backup, has the same value."""
         self.file = file
         """The database's file on this machine, or None if the database is not a file (PostgreSQL)."""
+        self.on_blocked: Callable[[], None] = lambda: None
+        """Called when a transaction has blocked the event loop for so long that heartbeats may wait to be read."""
         self.submitted = 0
         """How many transitions were submitted so far."""
         self._loop = asyncio.get_running_loop()
@@ -128,7 +132,9 @@ class Store(ABC):
         """
         is_snapshot = self._reads_snapshots and transition in SNAPSHOTS
         kind = Kind.SNAPSHOT if is_snapshot else Kind.TOGETHER
-        return self._submit(lambda db: transition(db, *args, **kwargs), kind, is_brief=transition in BRIEF)
+        texts = (one for one in (*args, *kwargs.values()) if isinstance(one, str))
+        is_brief = transition in BRIEF and all(len(text) <= MAX_BRIEF_CHARACTERS for text in texts)
+        return self._submit(lambda db: transition(db, *args, **kwargs), kind, is_brief=is_brief)
 
     def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         """Submit a transition as `run` does, in a transaction of its own, without checks of references between rows.

@@ -60,7 +60,7 @@ class DatabaseFile:
         self._path = path
         # Keep the paths as texts: `check` runs twice for each transaction, and a Path would cost it time.
         self._name, self._log_name = os.fspath(path), os.fspath(log_of(path))
-        self._folder = os.path.dirname(os.path.abspath(path))
+        self._folder = os.path.dirname(self._name) or os.curdir
         self._attach(connection)
 
     def _attach(self, connection: sqlite3.Connection) -> None:
@@ -71,8 +71,8 @@ class DatabaseFile:
         self._file = os.open(self._path, flags)
         self._log = os.open(self._log_name, flags)
         self._file_id, self._log_id = _file_id(self._file, self._name), _file_id(self._log, self._log_name)
-        self._named_in: tuple[int, int, int] | None = None
-        """The folder and its time when the paths named the open files. None if the folder may change unnoticed."""
+        self._named_in: tuple[int, ...] | None = None
+        """The folder and its times when the paths named the open files. None if the folder may change unnoticed."""
         self._file_bytes = self._log_bytes = 0
         self.mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
         """Random bytes that never change. A copy of the database has the same."""
@@ -126,7 +126,7 @@ class DatabaseFile:
     def close(self) -> None:
         """Copy the log into the file, and close the database."""
         try:
-            self.check()
+            self.check(closely=True)
             self._complete()
         except (FilesLost, sqlite3.Error) as error:
             logger.warning("database %s was not closed as usual: %s", self._path, error)
@@ -180,7 +180,7 @@ class DatabaseFile:
         If the process is killed, the former file or the new file is left, complete and without a log. Raises
         sqlite3.Error or OSError. After such an error, the database is open again, if it can be opened.
         """
-        self.check()
+        self.check(closely=True)
         if os.fstat(self._file).st_nlink > 1:
             raise OSError(errno.EMLINK, "the file has other names (hard links), which would still name the old file")
         new = _new_name(self._path)
@@ -232,28 +232,28 @@ class DatabaseFile:
 
         This takes microseconds. With `closely`, don't rely on the folder's time: some file systems don't update it.
         """
-        if closely:
-            self._named_in = None
-        if not self._is_named():
+        if not self._is_named(closely=closely):
             raise FilesLost(self._lost("it or its log was moved, deleted or replaced"))
         if not self._is_ours() or not self._is_log_whole():
             raise FilesLost(self._lost("another program has truncated or overwritten it"))
 
-    def _is_named(self) -> bool:
+    def _is_named(self, *, closely: bool) -> bool:
         """Return whether the paths of the database and of its log still name the open files."""
         try:
-            # Whoever moves, deletes or replaces a file changes the time of its folder. Look at the files only after
+            # Whoever moves, deletes or replaces a file changes the times of its folder. Look at the files only after
             # such a change: since Linux 6.13, the first commit after a look at the log's status takes a third longer.
+            # A program such as rsync may set st_mtime back afterwards, but no program can set st_ctime.
             status = os.stat(self._folder)
-            folder = *_id(status), status.st_mtime_ns
-            if folder == self._named_in:
+            folder = *_id(status), status.st_mtime_ns, status.st_ctime_ns
+            if folder == self._named_in and not closely:
                 return True
             file, log = os.stat(self._name), os.stat(self._log_name)
         except OSError:
             return False
         is_named = self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
-        # A link may lead to another folder. And a change soon after another one may leave the folder's time as it is.
-        is_settled = is_named and time.time() - status.st_mtime > FOLDER_TICK and not os.path.islink(self._name)
+        # A link may lead to another folder. And a change soon after another one may leave the folder's times unchanged.
+        age = time.time() - max(status.st_mtime, status.st_ctime)
+        is_settled = is_named and age > FOLDER_TICK and not os.path.islink(self._name)
         self._named_in = folder if is_settled else None
         return is_named
 
@@ -282,7 +282,7 @@ class DatabaseFile:
         """
         if self._file < 0 or os.fstat(self._file).st_nlink == 0 or not self._is_ours() or not self._is_log_whole():
             return False
-        return not self._is_named()
+        return not self._is_named(closely=True)
 
     def _page(self, number: int) -> bytes:
         return self._read(self._file, (number - 1) * self._layout.page_size, self._layout.page_size)

@@ -24,6 +24,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ServerUnavailable, StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
 from nexum_engine.store import database_exists, executions, listing, open_store, reading, sqlite
+from nexum_engine.store.base import MAX_BRIEF_CHARACTERS
 from nexum_engine.store.db import Db
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.store.sqlite_connection import APPLICATION_ID
@@ -374,10 +375,14 @@ async def test_brief_transition_runs_on_the_event_loop_unless_the_disk_is_slow(
         return commit(database)
 
     monkeypatch.setattr(DatabaseFile, "commit", seen)
+    monkeypatch.setattr(sqlite, "QUICK_TRANSACTION", 60.0)
     await store.run(executions.register_workflow, "w", "v1", ONE_NODE)
     first = await store.run(executions.start_execution, "w", "v1", "1", "")
     assert threads.pop() is threading.current_thread()
     await store.run(listing.list_executions, "", "", 20)  # may read many rows
+    assert threads.pop() is not threading.current_thread()
+    long = f'"{"x" * MAX_BRIEF_CHARACTERS}"'
+    await store.run(executions.start_execution, "w", "v1", long, "")
     assert threads.pop() is not threading.current_thread()
 
     monkeypatch.setattr(sqlite, "QUICK_TRANSACTION", 0.0)

@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from server_thread import ServerThread
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import read_address
-from nexum_engine.store import executions, listing, open_store, restore_database
+from nexum_engine.store import executions, listing, open_store, restore_database, sqlite_file
 from nexum_engine.store.sqlite import SqliteStore
 
 pytestmark = pytest.mark.sqlite
@@ -108,16 +107,27 @@ SURVIVORS = {
 """The changes after which one file still has every acknowledged execution, each with the name of that file."""
 
 
-def make_old(folder: Path) -> None:
-    """Give the folder the time that it has if nothing in it was created, renamed or deleted for an hour."""
-    an_hour_ago = time.time() - 3600
-    os.utime(folder, (an_hour_ago, an_hour_ago))
+@pytest.fixture
+def make_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Return a function that lets the times of a folder count as old."""
+
+    def make_old(folder: Path) -> None:
+        monkeypatch.setattr(sqlite_file, "FOLDER_TICK", 0.0)
+        probe = tmp_path.parent / f"{tmp_path.name}-probe"
+        while True:  # until the file system's clock has moved on: the next change then changes the folder's times
+            probe.touch()
+            if probe.stat().st_mtime_ns > max(folder.stat().st_mtime_ns, folder.stat().st_ctime_ns):
+                return
+
+    return make_old
 
 
 @posix
 @pytest.mark.parametrize("is_old", [False, True], ids=["new folder", "old folder"])
 @pytest.mark.parametrize("harm", HARMS)
-async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str, is_old: bool) -> None:
+async def test_nothing_is_acknowledged_into_lost_files(
+    tmp_path: Path, harm: str, is_old: bool, make_old: Callable[[Path], None]
+) -> None:
     await (await opened(tmp_path / "other.db")).close()
     database = tmp_path / "folder" / "nexum.db"
     store = await opened(database)
@@ -138,22 +148,83 @@ async def test_nothing_is_acknowledged_into_lost_files(tmp_path: Path, harm: str
         assert {path: path.read_bytes() for path in left if path.exists()} == left
 
 
-def delete_unseen(file: Path) -> None:
-    """Delete a file, but leave its folder's time as it is."""
-    before = file.parent.stat()
-    file.unlink()
-    os.utime(file.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+@posix
+async def test_replacement_is_noticed_at_once_if_a_program_sets_the_folders_time_back(
+    tmp_path: Path, make_old: Callable[[Path], None]
+) -> None:
+    """Programs such as rsync and tar write files, and then give the folder the time that it had in the copy."""
+    await (await opened(tmp_path / "other.db")).close()
+    database = tmp_path / "folder" / "nexum.db"
+    store = await opened(database)
+    make_old(database.parent)
+    await start(store, 1)
+    before = database.parent.stat()
+    replace(database)
+    os.utime(database.parent, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert database.parent.stat().st_mtime_ns == before.st_mtime_ns
+    assert store._database._named_in is not None
+    with pytest.raises(StoreUnavailable):
+        await store.run(executions.start_execution, "w", "v1", "2", "")
+    await store.close()
+
+
+@pytest.fixture
+def frozen_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Return a function that makes the operating system always give a folder's present times."""
+
+    def freeze(folder: Path) -> None:
+        stat, before = os.stat, folder.stat()
+        monkeypatch.setattr(os, "stat", lambda path, **more: before if path == str(folder) else stat(path, **more))
+
+    return freeze
 
 
 @posix
-async def test_deletion_is_noticed_within_seconds_if_the_folder_keeps_its_time(tmp_path: Path) -> None:
-    """Some file systems don't update the time of a folder."""
+async def test_deletion_is_noticed_within_seconds_if_the_folder_keeps_its_times(
+    tmp_path: Path, make_old: Callable[[Path], None], frozen_times: Callable[[Path], None]
+) -> None:
+    """Some file systems don't update the times of a folder."""
     store = await opened(tmp_path / "nexum.db")
     make_old(tmp_path)
     await start(store, 1)
-    delete_unseen(tmp_path / "nexum.db")
+    frozen_times(tmp_path)
+    (tmp_path / "nexum.db").unlink()
     assert store._database._named_in is not None
     assert "was changed while the server was running" in await asyncio.wait_for(store.failed, 10)
+    await store.close()
+
+
+@posix
+async def test_closing_server_looks_at_the_files_even_if_the_folder_keeps_its_times(
+    tmp_path: Path,
+    make_old: Callable[[Path], None],
+    frozen_times: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    make_old(tmp_path)
+    await start(store, 1)
+    frozen_times(tmp_path)
+    (tmp_path / "nexum.db").rename(tmp_path / "moved.db")
+    assert store._database._named_in is not None
+    await store.close()
+    assert "was not closed as usual" in caplog.text
+
+
+@posix
+async def test_deletion_is_noticed_at_once_if_the_path_leads_through_the_parent_of_a_link(
+    tmp_path: Path, make_old: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "data" / "folder"
+    folder.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    store = await opened(tmp_path / "link" / ".." / "nexum.db")
+    make_old(folder.parent)
+    await start(store, 1)
+    (folder.parent / "nexum.db").unlink()
+    assert store._database._named_in is not None
+    with pytest.raises(StoreUnavailable):
+        await store.run(executions.start_execution, "w", "v1", "2", "")
     await store.close()
 
 
@@ -177,7 +248,7 @@ async def test_truncation_during_a_transaction_is_noticed_before_it_is_acknowled
 
 
 @posix
-async def test_link_that_leads_to_another_file_is_noticed(tmp_path: Path) -> None:
+async def test_link_that_leads_to_another_file_is_noticed(tmp_path: Path, make_old: Callable[[Path], None]) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(tmp_path / "one.db")
     store = await opened(link)
