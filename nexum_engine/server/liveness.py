@@ -28,8 +28,8 @@ RESTART_GRACE_MS = 1500
 """How long workers have to reconnect after the server has started. A running worker tries to reconnect several times a
 second. So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
-LONG_BLOCK = 0.25
-"""If a timer of the event loop is late by this many seconds, the event loop was blocked."""
+LATE = 0.05
+"""If the sweep's timer is late by this many seconds, the event loop was blocked, or the process was suspended."""
 MAX_BEAT_TASKS = 4000
 """The number of tasks that one heartbeat may name."""
 MAX_TOOLS = 500  # of one worker or owner
@@ -53,8 +53,6 @@ class Liveness:
         """The tools that each connected worker or owner has declared on its newest stream."""
         self._due_ms: int | None = None
         self._due_changed = asyncio.Event()
-        self._earliest_ms = 0
-        """The sweep runs no earlier than at this time, even if it is due."""
         self._swept_until_ms = clock.now_ms()
         self._sweeper: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -66,7 +64,6 @@ class Liveness:
         The workers and owners in `dead_process` get no time (see `leases.restart`).
         """
         self._store.join(self.hear)
-        self._store.on_blocked = self.loop_was_blocked
         await self._store.run(leases.restart, RESTART_GRACE_MS, 2 * self.lease_ms, dead_process)
         self._sweeper = asyncio.create_task(self._sweep(), name="sweeper")
 
@@ -206,14 +203,6 @@ class Liveness:
         lease_ms = self.lease_ms if timeout_ms is None else min(self.lease_ms, timeout_ms)
         self.due_at(self._clock.now_ms() + lease_ms)
 
-    def loop_was_blocked(self) -> None:
-        """Delay the sweep, because the event loop was blocked.
-
-        Leases may have run out although heartbeats came: they are not read yet. Workers may have broken their streams,
-        because the server didn't answer. Such a worker has as long to reconnect as any disconnected worker.
-        """
-        self._earliest_ms = self._clock.now_ms() + RECONNECT_GRACE_MS
-
     async def _sweep(self) -> None:
         while True:
             self._due_changed.clear()
@@ -236,15 +225,21 @@ class Liveness:
             await self._until_due()
 
     async def _until_due(self) -> None:
+        """Wait until the sweep is due. If its timer is late, wait longer.
+
+        The event loop has not yet read the heartbeats that came while it was blocked. Workers may have broken their
+        streams, because the server didn't answer. They have as long to reconnect as any disconnected worker.
+        """
         loop = asyncio.get_running_loop()
+        earliest_ms = 0
         while True:
             if self._due_ms is None:
                 await self._due_changed.wait()
-            elif (left_ms := max(self._due_ms, self._earliest_ms) - self._clock.now_ms()) > 0:
-                late_at = loop.time() + left_ms / 1000 + LONG_BLOCK
+            elif (left_ms := max(self._due_ms, earliest_ms) - self._clock.now_ms()) > 0:
+                late_at = loop.time() + left_ms / 1000 + LATE
                 await wait_until_set(self._due_changed, left_ms / 1000)
-                if loop.time() > late_at:  # this process was suspended, for instance
-                    self.loop_was_blocked()
+                if loop.time() > late_at and not earliest_ms:  # a busy server must not wait for ever
+                    earliest_ms = self._clock.now_ms() + RECONNECT_GRACE_MS
             else:
                 return
             self._due_changed.clear()

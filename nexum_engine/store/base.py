@@ -101,8 +101,6 @@ class Store(ABC):
         """A random value that tells the database from others. A copy, such as a restored backup, has the same value."""
         self.file = file
         """The database's file on this machine, or None if the database is not a file (PostgreSQL)."""
-        self.on_blocked: Callable[[], None] = lambda: None
-        """Called when a transaction has blocked the event loop for so long that heartbeats may wait to be read."""
         self.submitted = 0
         """How many transitions were submitted so far."""
         self._loop = asyncio.get_running_loop()

@@ -31,10 +31,6 @@ QUICK_TRANSACTION = 0.005
 """If transactions take less time than this, in seconds, brief transitions run on the event loop."""
 
 
-LONG_BLOCK = 0.25
-"""If a transaction blocks the event loop for this many seconds, `on_blocked` is called."""
-
-
 class SqliteStore(Store):
     """A Nexum database in one SQLite file.
 
@@ -158,13 +154,10 @@ class SqliteStore(Store):
         """
         is_brief = self._is_quick and self._backup is None and all(one.is_brief for one in batch)
         if is_brief and self._turn.acquire(blocking=False):
-            begun = time.monotonic()
             try:
                 tell = self._write(batch)
             finally:
                 self._turn.release()
-            if time.monotonic() - begun >= LONG_BLOCK:
-                self.on_blocked()
             tell()
         else:
             super()._begin_write(batch)
