@@ -38,6 +38,7 @@ from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
+from nexum_engine.event_loop import to_its_end
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.policy import Policy
@@ -113,6 +114,9 @@ class Journal:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        await to_its_end(self._leave(error))
+
+    async def _leave(self, error: BaseException | None) -> None:
         try:
             if self._in_background:
                 await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)

@@ -28,7 +28,7 @@ from durable_agents import (
     whole,
 )
 from faulty_proxy import FaultyProxy
-from harness import logged, nexum_server
+from harness import cancelled_at_each_await, logged, nexum_server
 from openai_server import OpenAIServer, Reply
 from proxy import DIRECTIONS, TO_SERVER
 from server_thread import ServerThread
@@ -61,6 +61,27 @@ async def test_stopped_run_can_resume_at_once(server: ServerThread) -> None:
         first = await run(server, build)
         assert texts(await run(server, build)) == texts(first)
     assert stopped
+
+
+async def test_run_that_is_cancelled_again_and_again_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel scope of anyio cancels a task at each of its awaits, until the task has ended."""
+    monkeypatch.chdir(tmp_path)  # the program opens the database itself
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+    waiting = asyncio.Event()
+
+    async def program() -> None:
+        async with DurableSession("s"):
+            waiting.set()
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(program())
+    await waiting.wait()
+    assert await cancelled_at_each_await(running) > 1
+    lines: list[str] = []
+    with logged(lines):
+        async with DurableSession("s"):
+            pass
+    assert not [line for line in lines if "is in use by another run" in line]
 
 
 async def test_process_that_lost_session_records_nothing(server: ServerThread) -> None:
