@@ -80,6 +80,8 @@ class Host:
         self._url = default_database_url() if database is None else database_url(database)
         self._needs_owners = owners
         self._predecessor = predecessor
+        self._logged: str = "" if predecessor is None else predecessor._logged
+        """The last logged reason for which this process opened the database. It isn't logged twice in a row."""
         self._users: dict[Callable[[Exception], None], threading.Thread] = {}
         self._client: NexumClient
         self._listen = DEFAULT_LISTEN
@@ -265,7 +267,9 @@ class Host:
         if not why:
             why = f"no server on {DEFAULT_ADDRESS}" if self._listen == listen else f"{DEFAULT_ADDRESS} is in use"
         where = "" if self._listen == DEFAULT_LISTEN else f" and listens on {self._listen}"
-        _log.info("%s: this program opened the database%s (%s)", why, where, self._database)
+        if why != self._logged:
+            _log.info("%s: this program opened the database%s (%s)", why, where, self._database)
+        self._logged = why
 
     async def _replace_what_vanishes(self) -> None:
         silent = 0

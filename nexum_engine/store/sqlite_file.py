@@ -221,7 +221,8 @@ class DatabaseFile:
             write_stamp(self.connection, stamp)
         self.connection.execute("COMMIT")
         self._stamp = stamp
-        self.check()
+        if has_changes:  # what was only read was in the file that `begin` has checked
+            self.check()
         return has_changes
 
     # ---- Watching ----------------------------------------------------------------------------------------------------

@@ -279,12 +279,15 @@ async def test_second_block_of_a_process_keeps_the_server_of_the_first(folder: P
     assert not in_process._servers
 
 
-async def test_threads_end_with_the_last_block(folder: Path) -> None:
+async def test_threads_end_with_the_last_block_and_the_opening_is_logged_once(folder: Path) -> None:
     import threading
 
+    lines: list[str] = []
     before = set(threading.enumerate())
-    for _ in range(5):
-        async with EmbeddedNexum(None):
-            assert {one.name for one in set(threading.enumerate()) - before} >= {"nexum"}
+    with logged(lines, "nexum_engine"):
+        for _ in range(5):
+            async with EmbeddedNexum(None):
+                assert {one.name for one in set(threading.enumerate()) - before} >= {"nexum"}
     left = {one.name for one in set(threading.enumerate()) - before}
     assert not {name for name in left if name.startswith("nexum")}
+    assert [OPENED in line for line in lines] == [True]
