@@ -96,9 +96,9 @@ class Journal:
         await self._owner.__aenter__()
         try:
             self._run, latest = await self._take_session(latest)
-            if latest is not None:  # else the session is new
-                await self._read_and_take_over()
-                if latest.status is not ExecutionStatus.COMPLETED:
+            await self._read_and_take_over()
+            if latest is not None or self.recorded.made:  # else the session is new
+                if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = self.recorded.end_of(latest)
                 self.may_have_asked = self.ended is None
@@ -163,6 +163,8 @@ class Journal:
                         self.log.info("session %s: the previous run died; taking over", self.session)
                         latest = latest or await self._runs()
                     return started.task, latest
+                latest = started.ended  # other processes have made this run, and it has completed: make the next one
+                continue
             await asyncio.sleep(LOOK_INTERVAL)
             latest = await self._runs()
 
@@ -562,4 +564,6 @@ def _run_number(latest: Execution | None) -> int:
     if latest is None:
         return 1
     number = int(latest.idempotency_key.rpartition("/")[2])
-    return number if latest.status is ExecutionStatus.RUNNING else number + 1
+    # A failed run is made again under its number. If each run had a number of its own, a process that has looked before
+    # other runs could begin an earlier one again, beside the latest one.
+    return number + 1 if latest.status is ExecutionStatus.COMPLETED else number
