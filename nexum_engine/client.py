@@ -39,6 +39,7 @@ from nexum_engine.errors import (
     TaskNotFound,
     WorkflowNotFound,
 )
+from nexum_engine.event_loop import to_its_end
 from nexum_engine.records import (
     Attempt,
     Compatibility,
@@ -148,7 +149,7 @@ class NexumClient:
 
     async def close(self) -> None:
         """Close the connections of the running event loop."""
-        await self.connection.close()
+        await to_its_end(self.connection.close())
 
     async def server_info(self, *, patience: float = 0.0) -> ServerInfo | None:
         """Return the server's database, and whether the server is embedded. None for a published server."""

@@ -26,7 +26,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.event_loop import call_in
+from nexum_engine.event_loop import call_in, to_its_end
 from nexum_engine.host import LOOK_INTERVAL, WATCH_INTERVAL, Host, Restarts
 
 _log = logging.getLogger(__name__)
@@ -137,12 +137,12 @@ class EmbeddedNexum:
             if self.is_published and self._needs_owners:
                 raise NoOwnedExecutions(self.address)
         except BaseException:
-            await self._end()
+            await to_its_end(self._end())
             raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        await self._end()
+        await to_its_end(self._end())
         if self._given_up is not None and kind is asyncio.CancelledError:
             raise self._given_up
 

@@ -43,6 +43,25 @@ def call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *a
         loop.call_soon_threadsafe(callback, *arguments)
 
 
+async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, and return its result. If the caller is cancelled, `work` still comes to its end first.
+
+    The caller may be cancelled again and again: a cancel scope of anyio cancels a task at each of its awaits.
+    """
+    working = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait({working})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return working.result()
+    if not working.cancelled():
+        working.exception()  # retrieve the error, so that asyncio doesn't log it
+    raise cancelled
+
+
 class LoopThread(threading.Thread):
     """A daemon thread that runs an event loop until `loop.stop`. Then it cancels the loop's tasks and closes the loop.
 

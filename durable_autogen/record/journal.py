@@ -38,6 +38,7 @@ from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
+from nexum_engine.event_loop import to_its_end
 from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.policy import Policy
@@ -95,9 +96,9 @@ class Journal:
         await self._owner.__aenter__()
         try:
             self._run, latest = await self._take_session(latest)
-            if latest is not None:  # else the session is new
-                await self._read_and_take_over()
-                if latest.status is not ExecutionStatus.COMPLETED:
+            await self._read_and_take_over()
+            if latest is not None or self.recorded.made:  # else the session is new
+                if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = self.recorded.end_of(latest)
                 self.may_have_asked = self.ended is None
@@ -113,6 +114,9 @@ class Journal:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        await to_its_end(self._leave(error))
+
+    async def _leave(self, error: BaseException | None) -> None:
         try:
             if self._in_background:
                 await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
@@ -159,6 +163,8 @@ class Journal:
                         self.log.info("session %s: the previous run died; taking over", self.session)
                         latest = latest or await self._runs()
                     return started.task, latest
+                latest = started.ended  # other processes have made this run, and it has completed: make the next one
+                continue
             await asyncio.sleep(LOOK_INTERVAL)
             latest = await self._runs()
 
@@ -558,4 +564,6 @@ def _run_number(latest: Execution | None) -> int:
     if latest is None:
         return 1
     number = int(latest.idempotency_key.rpartition("/")[2])
-    return number if latest.status is ExecutionStatus.RUNNING else number + 1
+    # A failed run is made again under its number. If each run had a number of its own, a process that has looked before
+    # other runs could begin an earlier one again, beside the latest one.
+    return number + 1 if latest.status is ExecutionStatus.COMPLETED else number

@@ -38,7 +38,7 @@ from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.surrogates import representable
 from nexum_engine.errors import NexumError
-from nexum_engine.event_loop import call_in
+from nexum_engine.event_loop import call_in, to_its_end
 
 OnDrift = Literal["stop", "continue"]
 
@@ -55,19 +55,6 @@ COUNTED_AS = {
     Kind.EVENT: "waits",
 }
 """The name under which a run counts its calls, by their kind. It counts no other calls."""
-
-
-async def _answered(request: Coroutine[Any, Any, None]) -> None:
-    """Make a request. If the caller is cancelled, wait for the answer first: the journal needs it.
-
-    Otherwise the server could have a beginning that the journal doesn't know of, and would refuse the next one.
-    """
-    asking = asyncio.ensure_future(request)
-    try:
-        await asyncio.shield(asking)
-    except asyncio.CancelledError:
-        await asyncio.wait({asking})
-        raise
 
 
 def _nothing(_: bool) -> list[Any]:
@@ -257,7 +244,7 @@ class Recorder:
         """
         if not self.journal.is_holding:
             with self.servers_errors():
-                await _answered(self.journal.begin(call))
+                await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
 
     @property
     def programs(self) -> int:
@@ -288,7 +275,9 @@ class Recorder:
         """Record that a new session begins, or that a changed program continues the session."""
         if request is None and self.journal.events:
             return  # without waiting for the lock: in a replay, too, the agent begins at once
-        await _answered(self._begin(content, request))
+        # The journal needs the answer. Otherwise the server could have a beginning that the journal doesn't know of.
+        # The server would then refuse the next beginning.
+        await to_its_end(self._begin(content, request))
 
     async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:

@@ -205,7 +205,7 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             request.owner,
-            self.liveness.lease_ms,
+            self.liveness.lease_of_owner(request.owner),
             request.held_task_id,
             request.output_json,
             dict(request.attributes),

@@ -28,7 +28,7 @@ from durable_agents import (
     whole,
 )
 from faulty_proxy import FaultyProxy
-from harness import logged, nexum_server
+from harness import cancelled_at_each_await, logged, nexum_server
 from openai_server import OpenAIServer, Reply
 from proxy import DIRECTIONS, TO_SERVER
 from server_thread import ServerThread
@@ -40,6 +40,7 @@ from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.owner import Owner
 from nexum_engine.policy import Policy
+from nexum_engine.records import Execution
 from nexum_engine.workflow import Workflow
 
 
@@ -61,6 +62,75 @@ async def test_stopped_run_can_resume_at_once(server: ServerThread) -> None:
         first = await run(server, build)
         assert texts(await run(server, build)) == texts(first)
     assert stopped
+
+
+async def test_run_that_is_cancelled_again_and_again_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancel scope of anyio cancels a task at each of its awaits, until the task has ended."""
+    monkeypatch.chdir(tmp_path)  # the program opens the database itself
+    monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
+    waiting = asyncio.Event()
+
+    async def program() -> None:
+        async with DurableSession("s"):
+            waiting.set()
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(program())
+    await waiting.wait()
+    assert await cancelled_at_each_await(running) > 1
+    lines: list[str] = []
+    with logged(lines):
+        async with DurableSession("s"):
+            pass
+    assert not [line for line in lines if "is in use by another run" in line]
+
+
+class Late(Journal):
+    """The journal of a process that looks for the session's latest run before other processes run the session."""
+
+    def __init__(self, client: NexumClient, seen: Execution | None) -> None:
+        super().__init__(client, "s")
+        self.seen = [seen]
+
+    async def _runs(self, status: str = "") -> Execution | None:
+        return self.seen.pop() if self.seen else await super()._runs(status)
+
+
+async def failed_run(client: NexumClient) -> Execution | None:
+    """Run the session once, and let the run record a reply and fail. Return the run as seen while it was under way."""
+    async with Journal(client, "s") as journal:
+        seen = await journal._runs()
+        await journal.record(Call(Kind.REPLY, "", "reply/1"), Returned(value="yes"))
+        await journal.release()
+    return seen
+
+
+async def test_process_that_saw_an_earlier_run_does_not_run_the_session_beside_a_later_one(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.journal.TAKE_OVER_PATIENCE", 0.3)
+    async with NexumClient(server.address) as client:
+        late = Late(client, await failed_run(client))
+        async with Journal(client, "s"):
+            with pytest.raises(SessionBusy, match="is being run"):
+                await late.__aenter__()
+            assert not late.seen
+
+
+async def test_process_that_saw_an_earlier_run_does_not_keep_later_ones_from_the_session(server: ServerThread) -> None:
+    async with NexumClient(server.address) as client:
+        late = Late(client, await failed_run(client))
+        for one in (Journal(client, "s"), late, Journal(client, "s")):
+            async with one as journal:
+                await journal.end("done", live={}, replayed={})
+        assert not late.seen
+
+
+async def test_process_that_saw_no_run_reads_what_another_one_has_recorded(server: ServerThread) -> None:
+    async with NexumClient(server.address) as client:
+        await failed_run(client)
+        async with Late(client, None) as late:
+            assert [event.position for event in late.events] == ["reply/1"]
 
 
 async def test_process_that_lost_session_records_nothing(server: ServerThread) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from engine_server import EngineServer, engine_server, hangs, raises
-from harness import ROOT
+from harness import ROOT, cancelled_at_each_await
 
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ServerUnavailable
@@ -123,6 +123,23 @@ async def test_calls_share_one_stream(server: EngineServer) -> None:
         answers = await asyncio.gather(*(stub.GetServerInfo(pb.EmptyRequest()) for _ in range(50)))
         assert {one.database for one in answers} == {server.store.opened_as}
         assert counted.opened == ["Calls"]
+
+
+async def test_a_client_that_is_cancelled_again_and_again_closes_its_stream(server: EngineServer) -> None:
+    others = asyncio.all_tasks()
+    waiting = asyncio.Event()
+
+    async def program() -> None:
+        async with NexumClient(server.address) as client:
+            await client.ping()
+            waiting.set()
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(program())
+    await waiting.wait()
+    assert {task.get_name() for task in asyncio.all_tasks()} >= {"read answers of calls"}
+    assert await cancelled_at_each_await(running) > 1
+    assert not {task.get_name() for task in asyncio.all_tasks() - others} & {"write calls", "read answers of calls"}
 
 
 async def test_a_large_request_is_an_rpc_of_its_own(server: EngineServer, stub: Any) -> None:

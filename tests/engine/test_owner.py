@@ -378,22 +378,37 @@ async def test_killed_owner_is_taken_over_and_live_owner_is_not(server: ServerTh
         assert again.ended.outputs() == {"a": '{"done":true}'}
 
 
+BY_ONE = pb.StartRequest(
+    workflow_id=OWNED.workflow_id,
+    version_hash=OWNED.version_hash,
+    input_json="{}",
+    idempotency_key="k",
+    owner="one",
+)
+"""The start of an execution by the owner "one"."""
+
+
+async def test_first_start_that_arrives_after_its_owner_is_dead_does_not_keep_the_next_owner_waiting(
+    server: ServerThread,
+) -> None:
+    async with NexumClient(server.address) as client, Owner(client) as two:
+        await client.register_workflow(OWNED)
+        with connected(server.address) as stub:
+            assert stub.StartExecution(BY_ONE).HasField("task")
+        started = await taken_over(two)
+    assert started.task is not None
+    assert started.task.attempt == 2
+
+
 async def test_server_that_does_not_see_the_owners_stream_does_not_hold_its_tasks_for_longer(
     tmp_path: Path,
 ) -> None:
     """A session of a killed process could never be continued if each of its next runs started the server again."""
-    request = pb.StartRequest(
-        workflow_id=OWNED.workflow_id,
-        version_hash=OWNED.version_hash,
-        input_json="{}",
-        idempotency_key="k",
-        owner="one",
-    )
     with server_thread(tmp_path) as server:
         async with NexumClient(server.address) as client:
             await client.register_workflow(OWNED)
         with connected(server.address) as stub:
-            assert stub.StartExecution(request).HasField("task")
+            assert stub.StartExecution(BY_ONE).HasField("task")
     with server_thread(tmp_path) as server:
         async with NexumClient(server.address) as client, Owner(client) as two:
             started = await taken_over(two)

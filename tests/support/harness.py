@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import queue
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from forking import Forked, can_fork, run_forked
@@ -271,3 +273,13 @@ def logged(lines: list[str], name: str = "durable_autogen") -> Iterator[None]:
     finally:
         logger.removeHandler(collector)
         logger.setLevel(level)
+
+
+async def cancelled_at_each_await(task: asyncio.Task[Any]) -> int:
+    """Cancel a task until it has ended, as a cancel scope of anyio does; return how often it was cancelled."""
+    times = 0
+    while not task.done():
+        times += task.cancel()
+        await asyncio.sleep(0)
+    assert task.cancelled()
+    return times
