@@ -40,8 +40,10 @@ from nexum_engine.store.sqlite_connection import (
 )
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, belongs, blob_in, layout_of, read_stamp, write_stamp
 
-FOLDER_TICK = 2.0
-"""The coarsest time, in seconds, that file systems keep of a folder's last change."""
+FOLDER_TICK = 0.1
+"""If a folder changes twice within this many seconds, its times may be the same after both changes."""
+COARSE_FOLDER_TICK = 2.0
+"""The same for file systems that count whole seconds."""
 
 logger = logging.getLogger(__name__)
 
@@ -252,8 +254,9 @@ class DatabaseFile:
             return False
         is_named = self._file_id in (None, _id(file)) and self._log_id in (None, _id(log))
         # A link may lead to another folder. And a change soon after another one may leave the folder's times unchanged.
+        tick = FOLDER_TICK if status.st_mtime_ns % 1_000_000_000 else COARSE_FOLDER_TICK
         age = time.time() - max(status.st_mtime, status.st_ctime)
-        is_settled = is_named and age > FOLDER_TICK and not os.path.islink(self._name)
+        is_settled = is_named and age > tick and not os.path.islink(self._name)
         self._named_in = folder if is_settled else None
         return is_named
 

@@ -168,6 +168,23 @@ async def test_replacement_is_noticed_at_once_if_a_program_sets_the_folders_time
     await store.close()
 
 
+@posix
+async def test_folder_whose_times_may_be_whole_seconds_counts_as_old_later(
+    tmp_path: Path, make_old: Callable[[Path], None]
+) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    os.utime(tmp_path, (1e9, 1e9))
+    make_old(tmp_path)
+    await start(store, 1)
+    counts_as_old = [store._database._named_in is not None]
+    os.utime(tmp_path, (1e9, 1e9 + 0.5))
+    make_old(tmp_path)
+    await start(store, 2)
+    counts_as_old.append(store._database._named_in is not None)
+    assert counts_as_old == [False, True]
+    await store.close()
+
+
 @pytest.fixture
 def frozen_times(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Return a function that makes the operating system always give a folder's present times."""
