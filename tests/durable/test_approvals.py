@@ -775,5 +775,6 @@ async def test_call_without_policy_costs_no_request(server: ServerThread, monkey
         for session, given in (("s1", None), ("s2", policies)):
             requests.clear()
             await run(server, shop.clerk(model), session=session, policies=given)
-            # One request lists earlier runs. Five start the run, the first event, two replies and the tool call.
-            assert Counter(requests) == {"ListRequest": 1, "StartRequest": 5, "CompleteRequest": 2}
+            # Two requests list earlier runs and the record. Five start the run, the first event, two replies and the
+            # tool call.
+            assert Counter(requests) == {"ListRequest": 2, "StartRequest": 5, "CompleteRequest": 2}
