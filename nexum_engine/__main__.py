@@ -187,8 +187,8 @@ def _added(command: str) -> Callable[[list[str]], int] | None:
 
 async def serve(args: argparse.Namespace) -> None:
     """Run the server until it is stopped."""
-    # Let the threads take shorter turns than Python's default of 5 ms: each call switches several times between the
-    # thread of the event loop and the thread of the store.
+    # Let the threads take shorter turns than Python's default of 5 ms: each message goes from a thread of gRPC to the
+    # event loop, and some transactions go to the thread of the store and back.
     sys.setswitchinterval(SWITCH_INTERVAL)
     from nexum_engine.server import Limits, ServerTls, Tokens, run_server
     from nexum_engine.signals import stop_event

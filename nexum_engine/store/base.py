@@ -63,6 +63,8 @@ class Kind(Enum):
 
 @dataclass
 class Submission:
+    """A transition that waits for its transaction."""
+
     transition: Transition
     submitted: Submitted[Any]
     kind: Kind
@@ -215,8 +217,8 @@ class Store(ABC):
         return partial(self._committed, batch, outcomes)
 
     def _committed(self, batch: list[Submission], outcomes: list[Any]) -> None:
-        # Write the next batch before the callers of this one continue, but after the effects of this one: they follow
-        # each other in the order of the transactions.
+        # Write the next batch before the callers of this one continue, but only after the effects of this one: effects
+        # come in the order of the transactions.
         self._loop.call_soon(self._write_waiting)
         for submission, outcome in zip(batch, outcomes, strict=True):
             submission.submitted.settle(outcome)

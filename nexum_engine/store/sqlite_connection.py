@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 def connect(path: Path, timeout: float, *, synchronous: Literal["FULL", "OFF"] = "FULL") -> sqlite3.Connection:
     """Open a SQLite file. With `synchronous="OFF"`, the operating system decides when changes get to the disk."""
-    # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because one
-    # thread opens the connection and the writer thread uses it.
+    # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because
+    # several threads use the connection, one after the other.
     connection = sqlite3.connect(
         path, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=128
     )

@@ -232,7 +232,8 @@ class DatabaseFile:
     def check(self, *, closely: bool = False) -> None:
         """Raise FilesLost if the path no longer names the open files, or if anything but this connection changed them.
 
-        This takes microseconds. With `closely`, don't rely on the folder's time: some file systems don't update it.
+        This takes microseconds. With `closely`, look at the files even if the folder's times are unchanged: some file
+        systems don't update them.
         """
         if not self._is_named(closely=closely):
             raise FilesLost(self._lost("it or its log was moved, deleted or replaced"))
