@@ -18,7 +18,7 @@ from autogen_core import CancellationToken
 from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.transcript import messages_of
-from durable_autogen.record.failures import is_being_cancelled, made_ordinary
+from durable_autogen.record.failures import made_ordinary, times_cancelled
 from durable_autogen.record.place import Place, at, closing, steps_at
 from durable_autogen.record.recorder import Recorder
 
@@ -89,7 +89,7 @@ class AtWork:
         return result
 
     async def _begin(self) -> None:
-        self._recorder.setbacks.starts_an_agent(asyncio.current_task())
+        self._recorder.starts_an_agent()
         if not self._outer.is_inside:
             await self._recorder.begin()
 
@@ -114,7 +114,8 @@ class AtWork:
         """Raise `error`. Turn it into an ordinary exception if AutoGen would otherwise wait for the agent for ever."""
         if isinstance(error, (Exception, KeyboardInterrupt, SystemExit)):
             raise error
-        is_meant = self._recorder.failed.done() or (token is not None and token.is_cancelled()) or is_being_cancelled()
+        is_by_token = token is not None and token.is_cancelled()
+        is_meant = self._recorder.failed.done() or is_by_token or times_cancelled(asyncio.current_task()) > 0
         if isinstance(error, asyncio.CancelledError) and (is_meant or sys.version_info < (3, 11)):
             raise error  # Python 3.10 can't tell whether the caller cancelled the agent
         raise made_ordinary(error, self.place.agent) from error

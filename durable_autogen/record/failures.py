@@ -231,8 +231,7 @@ def made_ordinary(error: BaseException, name: str) -> RuntimeError:
     return RuntimeError(f"{name} ended with {type(error).__name__}: {error}")
 
 
-def is_being_cancelled() -> bool:
-    """Return whether the current task is being cancelled."""
-    task = asyncio.current_task()
-    # Return False in Python 3.10: it has no Task.cancelling.
-    return task is not None and bool(getattr(task, "cancelling", lambda: 0)())
+def times_cancelled(task: asyncio.Task[Any] | None) -> int:
+    """Return how many cancellations of a task are in progress."""
+    # Return 0 in Python 3.10: it has no Task.cancelling.
+    return 0 if task is None else int(getattr(task, "cancelling", lambda: 0)())

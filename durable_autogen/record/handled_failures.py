@@ -94,8 +94,8 @@ class Setbacks:
         """Note that `caller` makes a call, which may show that the run continued after a setback.
 
         It does if one of these makes the call: the task of the setback, its agent, a team or agent that contains the
-        agent, or the program itself. With `is_cancelled`, the program cancelled the call before the call began. Such a
-        call doesn't show that the program continued after a given-up call.
+        agent, or the program itself. With `is_cancelled`, the program cancelled the call before the call began, or
+        makes it to clean up after Ctrl+C. Such a call doesn't show that the program continued after a given-up call.
         """
         is_first = call.agent not in self._agents
         self._agents.add(call.agent)
@@ -158,8 +158,7 @@ class Setbacks:
         setbacks = [
             one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
         ]
-        is_cancelled = isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
-        failures = [one for one in setbacks if one.error is not None and not is_cancelled]
+        failures = [one for one in setbacks if one.error is not None and not is_cancellation(error)]
         found: list[Setback] = []
         for causes in _causes(error):
             found = found or [one for one in failures if one.error in causes]
@@ -179,6 +178,11 @@ class Setbacks:
         if handled := [one.event.seq for one in found if one.event is not None and one.was_handled]:
             ended_it.update((event.seq, event) for event in events if event.asked_after >= min(handled))
         return list(ended_it.values())
+
+
+def is_cancellation(error: BaseException) -> bool:
+    """Return whether a run that ends with this error was cancelled from outside, as by Ctrl+C."""
+    return isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
 
 
 def _contains(outer: str, agent: str) -> bool:

@@ -30,8 +30,8 @@ from durable_autogen.record.events import (
     Returned,
     usage_of,
 )
-from durable_autogen.record.failures import Failure, ordinary
-from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
+from durable_autogen.record.failures import Failure, ordinary, times_cancelled
+from durable_autogen.record.handled_failures import Caller, Setback, Setbacks, is_cancellation
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
@@ -183,6 +183,11 @@ class Recorder:
         self.replayed: Counter[str] = Counter()
         """The same of the replayed calls."""
         self._session = session
+        self._task = asyncio.current_task()
+        """The task that opened the session. Ctrl+C cancels it."""
+        self._cancelled_before = times_cancelled(self._task)
+        self._cleanups: set[str] = set()
+        """The addresses of the calls that the program has made since Ctrl+C cancelled it, to clean up."""
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made."""
@@ -336,7 +341,15 @@ class Recorder:
             # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
             self._apart = [(live, content) for live, content in self._apart if isinstance(content, Returned)]
             await self._record_apart()
-            if ended_it := self.setbacks.ended_by(error, self.journal.events):
+            ended_it = self.setbacks.ended_by(error, self.journal.events)
+            if is_cancellation(error):
+                # A later run that isn't cancelled makes no such calls.
+                ended_it += [
+                    one
+                    for one in self.journal.events
+                    if one.address in self._cleanups and not one.accepted and one not in ended_it
+                ]
+            if ended_it:
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
         self.setbacks.restore_origin(error)
 
@@ -373,8 +386,14 @@ class Recorder:
         """
         self._check_not_failed()
         caller = caller or asyncio.current_task()
-        self.setbacks.called(call, caller, is_cancelled=token is not None and token.is_cancelled())
         pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
+        is_cleanup = self._is_cleanup(caller)
+        is_cancelled = is_cleanup or (token is not None and token.is_cancelled())
+        self.setbacks.called(call, caller, is_cancelled=is_cancelled)
+        if is_cleanup:
+            self._cleanups.add(pending.call.address)
+        elif not self._is_cancelled:
+            self._cleanups.clear()  # the program has handled the cancellation, as asyncio.timeout does
         if early and (event := self.replay.peek(pending.call)) is not None:
             self._found(pending, event.content)
         answer = await self._replayed(pending)
@@ -385,6 +404,21 @@ class Recorder:
             raise answer.with_traceback(None) from None
         self._count(call.kind, answer.content, is_replayed=answer.replayed)
         return answer
+
+    @property
+    def _is_cancelled(self) -> bool:
+        """Whether the program is being cancelled, as after Ctrl+C."""
+        return times_cancelled(self._task) > self._cancelled_before
+
+    def _is_cleanup(self, caller: Caller) -> bool:
+        """Return whether a call of this task cleans up after Ctrl+C. Other tasks may continue for a while."""
+        return self._is_cancelled and times_cancelled(caller) > 0
+
+    def starts_an_agent(self) -> None:
+        """Note that the current task runs an agent or a team."""
+        caller = asyncio.current_task()
+        if not self._is_cleanup(caller):
+            self.setbacks.starts_an_agent(caller)
 
     def _found(self, pending: _PendingCall, content: Content) -> None:
         """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print.

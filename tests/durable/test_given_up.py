@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
@@ -350,6 +351,63 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
     assert happened == expected
     assert await program() == whole
     assert happened == expected
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
+@pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks"])
+async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run(
+    shared_server: Server, happened: list[str], how: str
+) -> None:
+    """The clean-up's calls are made again: a run that isn't cancelled makes them at another time, or not at all."""
+    begun = asyncio.Semaphore(0)
+    session = new_session()
+    survives = False
+
+    async def answers() -> str:
+        begun.release()
+        return word() if survives else await hangs()
+
+    async def work(branch: str) -> str:
+        with current_session().agent(branch):
+            try:
+                return await asked(Scripted(happened, answers, name="work"))
+            except asyncio.CancelledError:
+                await asked(Scripted(happened, name="undo"))
+                await AssistantAgent(f"undo_{branch}", Scripted(happened, name="undo")).run(task="Q")
+                raise
+
+    async def act() -> str:
+        first = await asked(Scripted(happened, name="first"))
+        if sys.version_info >= (3, 11):  # for mypy
+            with contextlib.suppress(TimeoutError):  # this cancellation doesn't come from outside
+                async with asyncio.timeout(GIVEN_UP_AFTER):
+                    try:
+                        await asked(Scripted(happened, hangs, name="late"))
+                    finally:
+                        await asked(Scripted(happened, name="note"))
+        if how == "in the program":
+            return first + await work("")
+        if how == "in an agent":
+            agent = Own("one", lambda _: work("one"))
+            return first + str((await agent.run(task="Q")).messages[-1])
+        return first + "".join(await asyncio.gather(work("one"), work("two")))
+
+    at_once = 2 if how == "in two tasks" else 1
+    for number in range(2):
+        running = asyncio.create_task(inside(shared_server, act, session))
+        for _ in range(at_once):
+            await asyncio.wait_for(begun.acquire(), TIMEOUT)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        again = [*["work"] * at_once, *["undo"] * 2 * at_once]
+        assert happened == ["first", "late", "note", *again * (number + 1)]
+    happened.clear()
+    survives = True
+    whole = await inside(shared_server, act, session)
+    assert happened == ["work"] * at_once
+    assert await inside(shared_server, act, session) == whole
+    assert happened == ["work"] * at_once
 
 
 async def test_tool_answers_call_with_already_cancelled_token(shared_server: Server, happened: list[str]) -> None:
