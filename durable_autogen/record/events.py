@@ -352,6 +352,8 @@ class Event(Requested, _Frozen):
     If the process dies, the next run learns from this list that these calls were made, though their results are lost.
     Calls whose beginning is recorded are not listed.
     """
+    is_cleanup: bool = False
+    """Whether the program was being cancelled, as after Ctrl+C, when it made this call or gave it up."""
     summary: Summary | None = None
     """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 

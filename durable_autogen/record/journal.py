@@ -424,11 +424,18 @@ class Journal:
             raise self._busy(f"another process has recorded {call}")
 
     async def record(
-        self, call: Call, content: Content, *, asked_after: int = 0, asked_ms: int = 0, active_ms: int = 0
+        self,
+        call: Call,
+        content: Content,
+        *,
+        asked_after: int = 0,
+        asked_ms: int = 0,
+        active_ms: int = 0,
+        is_cleanup: bool = False,
     ) -> Event:
         """Record a call's outcome as the session's next event; return the event.
 
-        The numbers mean the same as in Event. Raises SessionBusy if another process owns the session.
+        The other arguments mean the same as in Event. Raises SessionBusy if another process owns the session.
         """
         event = Event(
             seq=self.next_seq,
@@ -440,6 +447,7 @@ class Journal:
             asked_after=asked_after,
             asked_ms=asked_ms,
             active_ms=active_ms,
+            is_cleanup=is_cleanup,
             recorded_ms=round(time.time() * 1000),
         )
         return await self._write(event)

@@ -121,6 +121,8 @@ class _PendingCall:
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     setback: Setback | None = None
     """Set when the program gives the call up."""
+    is_cleanup: bool = False
+    """See `Event.is_cleanup`."""
     is_cancelled: bool = False
     _is_sending: bool = False
     answer: asyncio.Future[Answer | Exception] = field(init=False)
@@ -387,10 +389,10 @@ class Recorder:
         self._check_not_failed()
         caller = caller or asyncio.current_task()
         pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
-        is_cleanup = self._is_cleanup(caller)
-        is_cancelled = is_cleanup or (token is not None and token.is_cancelled())
+        pending.is_cleanup = self._is_cleanup(caller)
+        is_cancelled = pending.is_cleanup or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
-        if is_cleanup:
+        if pending.is_cleanup:
             self._cleanups.add(pending.call.address)
         elif not self._is_cancelled:
             self._cleanups.clear()  # the program has handled the cancellation, as asyncio.timeout does
@@ -497,6 +499,7 @@ class Recorder:
         """Cancel a call that the program has cancelled, or has not waited for."""
         if live.setback is None:
             live.setback = self.setbacks.add(live.call.agent, live.caller)
+            live.is_cleanup = self._is_cleanup(live.caller)
             live.cancel(running)
             self._start(live, self._take_back(live, running))
 
@@ -529,9 +532,12 @@ class Recorder:
             pending.token.add_callback(partial(call_in, loop, given_up.cancel))
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
+        # If the recorded run did nothing but clean up since then, Ctrl+C may have ended it, and a kill its clean-up.
+        later = [one for one in self.journal.events if one.seq >= event.seq]
+        was_ending = self.journal.ended is None and all(one.is_cleanup for one in later)
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
-        follows_failure = any(failed < event.seq for failed in self.replay.failed.values())
+        follows_failure = not was_ending and any(failed < event.seq for failed in self.replay.failed.values())
         if follows_failure:
             over = asyncio.ensure_future(self.replay.over.wait())
             try:
@@ -542,6 +548,9 @@ class Recorder:
         self._check_not_failed()
         if given_up.cancelled():
             raise asyncio.CancelledError
+        if was_ending:
+            await self._revoke_cleanup(event)
+            return
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
         await self._revoke_one(event, what, follows_failure=follows_failure)
 
@@ -727,7 +736,12 @@ class Recorder:
 
     async def _record(self, live: _PendingCall, content: Content) -> Event:
         event = await self.journal.record(
-            live.call, content, asked_after=live.asked_after, asked_ms=live.asked_ms, active_ms=self.active_now_ms
+            live.call,
+            content,
+            asked_after=live.asked_after,
+            asked_ms=live.asked_ms,
+            active_ms=self.active_now_ms,
+            is_cleanup=live.is_cleanup,
         )
         if self._budget is not None:
             self._budget.recorded(event)
@@ -788,6 +802,20 @@ class Recorder:
                 await self._warn_of_effects([event])
             await self.journal.revoke([event], why, is_another_program=not follows_failure)
             self.replay.drop(event)
+
+    async def _revoke_cleanup(self, first: Event) -> None:
+        """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
+        async with self._record_lock:
+            events = [event for event in self.journal.events if event.seq >= first.seq]
+            if first not in events:
+                return  # another call that Ctrl+C cut off has revoked it
+            self.journal.log.warning(
+                "session %s: the last run was being cancelled when it died, so %s is made again",
+                *(self.journal.session, first),
+            )
+            await self.journal.revoke(events, "the run died while it was being cancelled")
+            for event in events:
+                self.replay.drop(event)
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""

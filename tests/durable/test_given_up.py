@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from durable_autogen import DriftError, RunCancelled, current_session
 from durable_autogen.errors import NotDurable
+from durable_autogen.record import recorder
 from durable_autogen.record.events import Event
 from durable_autogen.record.handled_failures import Setbacks
 from durable_autogen.record.journal import Journal
@@ -46,6 +47,10 @@ async def hangs() -> str:
     """Wait for ever, like a model that never answers."""
     await asyncio.Event().wait()
     return "never"
+
+
+async def skipped(*_: Any) -> None:
+    """Do nothing."""
 
 
 class Nothing(BaseModel):
@@ -354,11 +359,15 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
+@pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks"])
 async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run(
-    shared_server: Server, happened: list[str], how: str
+    shared_server: Server, happened: list[str], how: str, is_killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clean-up's calls are made again: a run that isn't cancelled makes them at another time, or not at all."""
+    if is_killed:  # at the end of its clean-up
+        monkeypatch.setattr(Recorder, "end_with", skipped)
+        monkeypatch.setattr(recorder, "DRIFT_PATIENCE", 0.5)
     begun = asyncio.Semaphore(0)
     session = new_session()
     survives = False
