@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -44,6 +45,9 @@ OnDrift = Literal["stop", "continue"]
 
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
+
+_cleaning_up: ContextVar[set[str] | None] = ContextVar("durable_cleaning_up", default=None)
+"""The calls of the clean-up to which the current task, or the task that started it, belongs."""
 
 COUNTED_AS = {
     Kind.REPLY: "model calls",
@@ -394,8 +398,6 @@ class Recorder:
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
         if pending.is_cleanup:
             self._cleanups.add(pending.call.address)
-        elif not self._is_cancelled:
-            self._cleanups.clear()  # the program has handled the cancellation, as asyncio.timeout does
         if early and (event := self.replay.peek(pending.call)) is not None:
             self._found(pending, event.content)
         answer = await self._replayed(pending)
@@ -413,8 +415,15 @@ class Recorder:
         return times_cancelled(self._task) > self._cancelled_before
 
     def _is_cleanup(self, caller: Caller) -> bool:
-        """Return whether a call of this task cleans up after Ctrl+C. Other tasks may continue for a while."""
-        return self._is_cancelled and times_cancelled(caller) > 0
+        """Return whether `caller`, the task that is running, is cancelled, too, or was started by such a task.
+
+        Its calls then clean up after Ctrl+C. Other tasks, such as those of a team, may continue their work for a while.
+        """
+        if not self._is_cancelled:
+            self._cleanups = set()  # the program has handled the cancellation, as asyncio.timeout does
+        elif times_cancelled(caller) > 0:
+            _cleaning_up.set(self._cleanups)
+        return self._is_cancelled and _cleaning_up.get() is self._cleanups
 
     def starts_an_agent(self) -> None:
         """Note that the current task runs an agent or a team."""

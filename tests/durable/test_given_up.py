@@ -360,7 +360,7 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
 @pytest.mark.parametrize("is_killed", [False, True])
-@pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks"])
+@pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks", "by a team"])
 async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run(
     shared_server: Server, happened: list[str], how: str, is_killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,7 +382,11 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
                 return await asked(Scripted(happened, answers, name="work"))
             except asyncio.CancelledError:
                 await asked(Scripted(happened, name="undo"))
-                await AssistantAgent(f"undo_{branch}", Scripted(happened, name="undo")).run(task="Q")
+                agent = AssistantAgent(f"undo_{branch}", Scripted(happened, name="undo"))
+                if how == "by a team":
+                    await RoundRobinGroupChat([agent], max_turns=1).run(task="Q")
+                else:
+                    await agent.run(task="Q")
                 raise
 
     async def act() -> str:
@@ -394,7 +398,7 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
                         await asked(Scripted(happened, hangs, name="late"))
                     finally:
                         await asked(Scripted(happened, name="note"))
-        if how == "in the program":
+        if how in ("in the program", "by a team"):
             return first + await work("")
         if how == "in an agent":
             agent = Own("one", lambda _: work("one"))
