@@ -412,6 +412,10 @@ class Journal:
         """Whether it is certain that this process still owns the session."""
         return self._owner.is_holding
 
+    def has_begun(self, call: Call) -> bool:
+        """Return whether the beginning of a call is recorded, by this run or an earlier one, and its outcome isn't."""
+        return self._key(self._input(call)) in self._open
+
     async def begin(self, call: Call) -> None:
         """Record the beginning of a call. Raises SessionBusy if another process owns the session.
 

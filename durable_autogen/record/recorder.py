@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
@@ -42,7 +42,9 @@ from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import call_in, to_its_end
 
 OnDrift = Literal["stop", "continue"]
+T = TypeVar("T")
 
+CLEANUP_PATIENCE = 1.0  # seconds that a clean-up after Ctrl+C waits for the replay
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
 
@@ -193,7 +195,7 @@ class Recorder:
         """The task that opened the session. Ctrl+C cancels it."""
         self._cancelled_before = times_cancelled(self._task)
         self._cleanups: set[str] = set()
-        """The addresses of the calls that the program has made since Ctrl+C cancelled it, to clean up."""
+        """The addresses of the calls that this run has recorded since Ctrl+C cancelled it: those of its clean-up."""
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made."""
@@ -396,8 +398,6 @@ class Recorder:
         pending.is_cleanup = self._is_cleanup(caller)
         is_cancelled = pending.is_cleanup or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
-        if pending.is_cleanup:
-            self._cleanups.add(pending.call.address)
         if early and (event := self.replay.peek(pending.call)) is not None:
             self._found(pending, event.content)
         answer = await self._replayed(pending)
@@ -458,7 +458,7 @@ class Recorder:
         if call.address not in self.replay.ahead:
             return None
         try:
-            event = await self.replay.take(call)
+            event = await self._in_time(pending, self.replay.take(call))
         except asyncio.CancelledError:
             pending.asked_after = self.replay.last_seq
             self._cancelled[call.address] = pending
@@ -471,6 +471,22 @@ class Recorder:
         error = event.content.failure.again()
         self.setbacks.add(call.agent, pending.caller, error, event)
         return error
+
+    async def _in_time(self, pending: _PendingCall, waiting: Coroutine[Any, Any, T]) -> T:
+        """Wait for the replay to reach a call. If Ctrl+C ends the replay, the program's clean-up is not reached.
+
+        The program doesn't make the recorded calls before it any more. Then raise CancelledError.
+        """
+        if not pending.is_cleanup:
+            return await waiting
+        reached = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait({reached}, timeout=CLEANUP_PATIENCE)
+            if not reached.done():
+                raise asyncio.CancelledError
+            return reached.result()
+        finally:
+            reached.cancel()
 
     async def _made_live(self, live: _PendingCall) -> Answer | Exception:
         if self._session.is_over:
@@ -526,7 +542,9 @@ class Recorder:
                     self.stop(error)
                     return
                 live.was_made = False
-        self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=live.was_made)))
+        # If an earlier run began the call and was killed, the call counts, too: this event ends its execution.
+        was_made = live.was_made or self.journal.has_begun(live.call)
+        self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=was_made)))
 
     async def _wait_to_be_given_up(self, event: Event, pending: _PendingCall) -> None:
         """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
@@ -568,7 +586,7 @@ class Recorder:
         call = live.call
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
-            await self.replay.wait_until_over(call)
+            await self._in_time(live, self.replay.wait_until_over(call))
             if self.ended is not None:
                 why = self.ended or "it had its answer"
                 last = self.journal.events[-1].seq
@@ -612,6 +630,10 @@ class Recorder:
                 self.stop(error)
             if not live.answer.done():
                 live.answer.set_result(error)
+        except asyncio.CancelledError:
+            if live.is_cleanup and not self.replay.over.is_set():
+                live.answer.cancel()
+            raise
 
     def _must_be_known(self, live: _PendingCall) -> bool:
         """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
@@ -752,6 +774,8 @@ class Recorder:
             active_ms=self.active_now_ms,
             is_cleanup=live.is_cleanup,
         )
+        if live.is_cleanup:
+            self._cleanups.add(event.address)
         if self._budget is not None:
             self._budget.recorded(event)
         return event

@@ -20,7 +20,9 @@ from processes import run_script
 from pydantic import ValidationError
 
 from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session, list_sessions
-from durable_autogen.record.budget import BudgetQuestion, decide, questions_of
+from durable_autogen.record.budget import BudgetQuestion, Spent, decide, questions_of
+from durable_autogen.record.events import read_record
+from durable_autogen.record.journal import Journal
 from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
@@ -352,6 +354,38 @@ async def test_call_given_up_at_the_limit_is_not_counted(shared_server: Server) 
     await decide(run.client, run.session, Budget(model_calls=3))
     await run.start(program)
     assert (len(run.happened), await questions(run)) == (3, 2)
+
+
+async def test_model_call_that_a_crash_cut_off_counts_although_the_next_run_gives_it_up(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(shared_server, Budget(model_calls=10))
+    is_asked, is_over = asyncio.Event(), False
+
+    async def hangs() -> str:
+        is_asked.set()
+        return await asyncio.Event().wait() and ""
+
+    async def program() -> None:
+        asking = asyncio.create_task(asked(Scripted(run.happened, hangs)))
+        await (asyncio.sleep(0) if is_over else is_asked.wait())
+        if not is_over:
+            raise LookupError("a crash")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await asked(Scripted(run.happened))
+
+    async def nothing(*_: Any) -> None:
+        """Leave the calls in flight open, as a kill does."""
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "_close_open", nothing)
+        with pytest.raises(LookupError):
+            await run.start(program)
+    is_over = True
+    await run.start(program)
+    assert len(run.happened) == 2
+    assert Spent.of(await read_record(run.client, run.session), is_in_usd=False).model_calls == 2
 
 
 async def test_question_of_a_call_that_was_given_up_is_withdrawn_at_the_end_and_asked_again(

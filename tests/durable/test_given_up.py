@@ -359,6 +359,48 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
+@pytest.mark.parametrize("is_recorded", [True, False])
+async def test_cancellation_during_replay_keeps_the_record(
+    shared_server: Server, happened: list[str], is_recorded: bool
+) -> None:
+    """The clean-up makes a call of the recorded run, or another one, which can't be made before the replay is over."""
+    session = new_session()
+    is_here, goes_on = asyncio.Event(), True
+
+    async def act() -> str:
+        await asked(Scripted(happened, name="first"))
+        try:
+            is_here.set()
+            if not goes_on:
+                await hangs()
+        except asyncio.CancelledError:
+            if not is_recorded:
+                with current_session().agent("undo"):
+                    await asked(Scripted(happened, name="undo"))
+            raise
+        finally:
+            await asked(Scripted(happened, name="tidy up"))
+        await asked(Scripted(happened, name="next"))
+        if is_down:
+            raise LookupError("so that the session isn't finished")
+        return await asked(Scripted(happened, name="last"))
+
+    is_down = True
+    with pytest.raises(LookupError):
+        await inside(shared_server, act, session)
+    goes_on = False
+    is_here.clear()
+    running = asyncio.create_task(inside(shared_server, act, session))
+    await asyncio.wait_for(is_here.wait(), TIMEOUT)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, 8)
+    goes_on, is_down = True, False
+    await inside(shared_server, act, session)
+    assert happened == ["first", "tidy up", "next", "last"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
 @pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks", "by a team"])
 async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run(
