@@ -175,6 +175,7 @@ class Recorder:
         on_drift: OnDrift,
         budget: BudgetCheck | None,
         park: bool,
+        cancelled_before: int,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
@@ -193,7 +194,8 @@ class Recorder:
         self._session = session
         self._task = asyncio.current_task()
         """The task that opened the session. Ctrl+C cancels it."""
-        self._cancelled_before = times_cancelled(self._task)
+        self._cancelled_before = cancelled_before
+        """How many cancellations of that task were in progress when it began to open the session."""
         self._cleanups: set[str] = set()
         """The addresses of the calls that this run has recorded since Ctrl+C cancelled it: those of its clean-up."""
         self.setbacks = Setbacks()

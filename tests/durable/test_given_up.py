@@ -53,6 +53,18 @@ async def skipped(*_: Any) -> None:
     """Do nothing."""
 
 
+def cancelled_at_once(begin: Callable[..., None]) -> Callable[..., None]:
+    """Return a function that cancels the current task, and then calls `begin`."""
+
+    def cancelled(*args: Any, **more: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        begin(*args, **more)
+
+    return cancelled
+
+
 class Nothing(BaseModel):
     """The arguments of a tool that takes none."""
 
@@ -359,17 +371,18 @@ async def test_cancelled_session_records_no_given_up_call_and_retries(
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
+@pytest.mark.parametrize("is_early", [True, False])
 @pytest.mark.parametrize("is_recorded", [True, False])
 async def test_cancellation_during_replay_keeps_the_record(
-    shared_server: Server, happened: list[str], is_recorded: bool
+    shared_server: Server, happened: list[str], is_recorded: bool, is_early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The clean-up makes a call of the recorded run, or another one, which can't be made before the replay is over."""
     session = new_session()
     is_here, goes_on = asyncio.Event(), True
 
     async def act() -> str:
-        await asked(Scripted(happened, name="first"))
         try:
+            await asked(Scripted(happened, name="first"))
             is_here.set()
             if not goes_on:
                 await hangs()
@@ -391,10 +404,15 @@ async def test_cancellation_during_replay_keeps_the_record(
     goes_on = False
     is_here.clear()
     running = asyncio.create_task(inside(shared_server, act, session))
-    await asyncio.wait_for(is_here.wait(), TIMEOUT)
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(running, 8)
+    if is_early:  # as the session is opened, so that the program's first `await` is cancelled
+        with monkeypatch.context() as patched:
+            patched.setattr(Recorder, "__init__", cancelled_at_once(Recorder.__init__))
+            await asyncio.wait({running}, timeout=8)
+    else:
+        await asyncio.wait_for(is_here.wait(), TIMEOUT)
+        running.cancel()
+        await asyncio.wait({running}, timeout=8)
+    assert running.cancelled()
     goes_on, is_down = True, False
     await inside(shared_server, act, session)
     assert happened == ["first", "tidy up", "next", "last"]
