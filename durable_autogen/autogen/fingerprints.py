@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,9 @@ def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
 def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
     """Return the model's name and settings, as far as the client shows them."""
     try:
-        config = client.dump_component().config
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AutoGen warns the author of the client, who can't act on it here
+            config = client.dump_component().config
     except Exception:  # noqa: BLE001 - clients without a configuration raise different errors
         config = {}
     # Read also the settings that AutoGen's OpenAI client sends: the client's configuration lacks some of them.

@@ -29,9 +29,20 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
     if event not in _WHAT:
         return
     place = current.get()
-    if place is None or place.in_call or place.session.is_over:
+    if place is None or place.in_call or place.session.is_over or _describes_machine():
         return
     place.session.left_the_record(place.agent, _WHAT[event](args))
+
+
+def _describes_machine() -> bool:
+    """Return whether a module of Python starts a process to find out about the machine, as platform.processor does.
+
+    Vendors' clients send such facts with their requests.
+    """
+    frame = sys._getframe(2)  # the frame that raised the audit event
+    while frame.f_globals.get("__name__") in ("subprocess", "os") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") in ("platform", "ctypes.util", "uuid")
 
 
 def _connected(args: tuple[Any, ...]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes.util
 import io
+import platform
 import ssl
 import subprocess
 import sys
@@ -137,6 +139,27 @@ async def test_on_unrecorded_stop_prevents_connection_outside_record(
         with pytest.raises(NotDurable, match=f"reporter {target(way, world)}.*on_unrecorded='stop'"):
             await run(shared_server, lambda: Own("reporter", acting), session=new_session(), on_unrecorded="stop")  # noqa: B023
     assert world.touched == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Python asks Windows without a process")
+async def test_process_by_which_python_describes_the_machine_is_not_reported(shared_server: Server) -> None:
+    started: list[object] = []
+    lines: list[str] = []
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "subprocess.Popen" and is_watching:
+            started.append(arguments[1])
+
+    async def program() -> None:
+        platform.architecture()
+        ctypes.util.find_library("c")
+
+    is_watching = True
+    sys.addaudithook(hook)
+    await inside(shared_server, program, new_session(), logs=lines, on_unrecorded="stop")
+    is_watching = False
+    assert started
+    assert not about_outside(lines)
 
 
 async def test_program_and_each_agent_are_reported_separately(shared_server: Server, world: World) -> None:
