@@ -118,13 +118,17 @@ class Liveness:
                 if not self._stopping.is_set():
                     self._disconnected(worker_id)
 
+    def is_connected(self, worker_id: str) -> bool:
+        """Return whether a worker or owner has a stream at this server."""
+        return worker_id in self._connected
+
     def lease_of_owner(self, owner: str) -> int:
         """Return the length in ms of a lease that an owner gets now.
 
         An owner without a stream gets the time for a reconnection: its process may have been killed, and the server may
         read the process's last request after the end of its stream.
         """
-        return self.lease_ms if owner in self._connected else min(self.lease_ms, RECONNECT_GRACE_MS)
+        return self.lease_ms if self.is_connected(owner) else min(self.lease_ms, RECONNECT_GRACE_MS)
 
     def tools(self) -> list[DeclaredTool]:
         """Return the tools that connected workers and owners have declared, sorted by name.
