@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -34,7 +35,7 @@ from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
@@ -65,7 +66,10 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
     The commands in the summaries name the server `nexum`, or no server if it is None.
     """
-    return await _sessions(client, "", nexum)
+    while True:
+        # If executions are pruned between two pages of the list, the server can't find the end of the first page.
+        with suppress(ExecutionNotFound):
+            return await _sessions(client, "", nexum)
 
 
 async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
