@@ -169,11 +169,11 @@ def test_programs_of_durable_runs_run_as_printed(server: ServerThread, tmp_path:
 
 
 def test_conversation_of_durable_runs_remembers_earlier_messages(server: ServerThread, tmp_path: Path) -> None:
-    conversation = programs(DURABLE_RUNS)[2]
+    conversation = programs(DURABLE_RUNS)[2].replace("(conversation)", "(conversation, on_drift=sys.argv[1])")
     team = TEAM.replace('"c-17"}\')', '"c-17"}\'), "paid", "once"')
     assert team != TEAM
     (tmp_path / "program.py").write_text(
-        f"{MODEL}\nimport sys\n{team}\n{conversation.replace('(conversation)', '(conversation, on_drift=sys.argv[1])')}\n"
+        f"{MODEL}\nimport sys\n{team}\n{conversation}\n"
         "try:\n    print('ANSWER', asyncio.run(answer('c1', sys.argv[2:])))\n"
         "except Exception as error:\n    print(type(error).__name__)\n"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import ctypes.util
 import io
+import multiprocessing
+import os
 import platform
 import ssl
 import subprocess
@@ -160,6 +162,30 @@ async def test_process_by_which_python_describes_the_machine_is_not_reported(sha
     is_watching = False
     assert started
     assert not about_outside(lines)
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+async def test_process_of_multiprocessing_is_reported(shared_server: Server, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    started: list[int | None] = []
+    lines: list[str] = []
+
+    async def program() -> None:
+        for _ in range(2):
+            process: Any = context.Process(target=os.getpid)  # type: ignore[attr-defined]
+            process.start()
+            await asyncio.to_thread(process.join, 60)
+            started.append(process.exitcode)
+
+    await inside(shared_server, program, new_session(), logs=lines)
+    assert started == [0, 0]
+    told, summary = about_outside(lines)
+    did = "the program started a process with multiprocessing"
+    assert told == f"{did} outside the record: a re-run does it again, unless you make it a tool"
+    assert summary.endswith(f"outside the record: {did} (2 times)")
+    with pytest.raises(NotDurable, match=did):
+        await inside(shared_server, program, new_session(), on_unrecorded="stop")
+    assert len(started) == 2
 
 
 async def test_program_and_each_agent_are_reported_separately(shared_server: Server, world: World) -> None:
