@@ -715,7 +715,6 @@ class VendorClient(Scripted):
     """A client as AutoGen's own for Azure: of a module that AutoGen calls internal."""
 
     __module__ = "vendor._client"
-    component_config_schema = VendorSettings
 
     def _to_config(self) -> VendorSettings:
         return VendorSettings()
