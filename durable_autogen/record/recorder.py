@@ -87,6 +87,9 @@ class Answer:
     """The live call's value. For a replayed call, the caller builds the value from `content`."""
 
 
+Perform = Callable[[Call], Awaitable[Performed]]
+"""A function that makes a live call. Its parameter is the call, with the position at which the call is recorded."""
+
 Streamed = Callable[[bool], list[Any]]
 """A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got."""
 
@@ -106,7 +109,7 @@ class _PendingCall:
     """A call that waits for its recorded answer, or that is made live. The first fields are from `Recorder.call`."""
 
     call: Call
-    perform: Callable[[], Awaitable[Performed]] | None = None
+    perform: Perform | None = None
     streamed: Streamed = _nothing
     on_replay: Callable[[Content], None] = _ignore
     caller: Caller = None
@@ -354,7 +357,7 @@ class Recorder:
     async def call(
         self,
         call: Call,
-        perform: Callable[[], Awaitable[Performed]] | None,
+        perform: Perform | None,
         *,
         streamed: Streamed = _nothing,
         on_replay: Callable[[Content], None] = _ignore,
@@ -580,14 +583,14 @@ class Recorder:
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
-    async def _performed(self, live: _PendingCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
+    async def _performed(self, live: _PendingCall, perform: Perform) -> Performed:
         place = current.get()
         assert place is not None
         name = live.call.name
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
-                    done = await ordinary(perform(), name)
+                    done = await ordinary(perform(live.call), name)
             except asyncio.CancelledError as cancelled:
                 if live.token is not None and live.token.is_cancelled():
                     live.answer.cancel()  # the caller then gives the call up
