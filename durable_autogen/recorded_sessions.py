@@ -21,7 +21,6 @@ from durable_autogen.record.events import (
     Revoked,
     Said,
     Waiting,
-    call_id_of,
     check_session_id,
     end_of_wait,
     read_record,
@@ -373,9 +372,7 @@ async def _effects_of_workers(
 
     Leave out the executions whose keys contain the id of a copied call.
     """
-    calls = [
-        call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
-    ]
+    calls = [record.call_id_of(source, event) for event in copied if event.kind is Kind.TOOL]
     found = [
         one
         for separator in ":/"  # what follows the session in a key of submit_task.py, and in a call's id

@@ -295,7 +295,7 @@ class Calls:
 
         async def perform(call: Call) -> Performed:
             journal = self._recorder.journal
-            recorded_call.set(journal.call_id_of(call))
+            recorded_call.set(journal.recorded.call_id_of(journal.session, call))
             # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
             noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
             try:

@@ -112,7 +112,7 @@ class Attempts:
         """Wait until the limits allow the call, and take a place. Do nothing if the call has a place already."""
         if not self._policy.is_limited or self._task is not None:
             return
-        journal, scope = self._journal, self._journal.scope_of(self._call.address)
+        journal, scope = self._journal, self._journal.recorded.scope_of(self._call.address)
         input = LimitedCall(session=journal.session, agent=self._call.agent, call=scope)
         if len(scope) > MAX_SCOPE or not scope.isprintable():
             scope = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).hexdigest()

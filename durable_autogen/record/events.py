@@ -386,24 +386,6 @@ class Call(Requested):
         return self.label or str(self)
 
 
-def call_id_of(session: str, scope: str, digest: str) -> str:
-    """Return the id of a tool's call (see `call_id` in place.py). `scope` is from `scope_of`, `digest` is the call's.
-
-    If an earlier call fails in one run and not in the next, the program may then make a different call at the same
-    place. The digest gives this call another id.
-    """
-    return f"{session}/{scope}/{digest[:DIGITS]}"
-
-
-def scope_of(address: str, times_replaced: int) -> str:
-    """Return the part of a call id that names the place of the call at `address`.
-
-    If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different call
-    has taken the place of the recorded call, the different call gets a new name.
-    """
-    return f"{address}/again/{times_replaced}" if times_replaced else address
-
-
 def end_of_wait(position: str) -> str:
     """Return the position (or address) of a wait's end from the position (or address) of the wait's beginning."""
     return f"{position}/end"
@@ -541,8 +523,21 @@ class Record:
         return summary if summary.last == self.last_seq else None
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the place of the call at `address` (see the function `scope_of`)."""
-        return scope_of(address, self.times_replaced[address])
+        """Return the part of a call id that names the place of the call at `address`.
+
+        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
+        call has taken the place of the recorded call, the different call gets a new name.
+        """
+        times_replaced = self.times_replaced[address]
+        return f"{address}/again/{times_replaced}" if times_replaced else address
+
+    def call_id_of(self, session: str, call: Requested) -> str:
+        """Return the id of a tool's call in this record of `session` (see `call_id` in place.py).
+
+        If an earlier call fails in one run and not in the next, the program may then make a different call at the same
+        place. The digest gives this call another id.
+        """
+        return f"{session}/{self.scope_of(call.address)}/{call.digest[:DIGITS]}"
 
 
 async def read_record(client: NexumClient, session: str) -> Record:

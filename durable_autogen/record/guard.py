@@ -213,7 +213,7 @@ class Guard:
         call = guarded.call
         question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
         asked = approval_workflow(guarded.policy.approval_timeout)
-        key = key_of(question.session, NODE, self._journal.scope_of(call.address), guarded.asked_digest)
+        key = key_of(question.session, NODE, self._journal.recorded.scope_of(call.address), guarded.asked_digest)
 
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
@@ -310,7 +310,7 @@ class Guard:
             agent=guarded.call.agent,
             tool=guarded.tool,
             arguments=dict(guarded.arguments),
-            call=self._journal.scope_of(guarded.call.address),
+            call=self._journal.recorded.scope_of(guarded.call.address),
             digest=call_digest(guarded.tool, guarded.arguments),
             asked_digest=guarded.asked_digest,
         )

@@ -30,7 +30,6 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
-    call_id_of,
     read_record,
 )
 from durable_autogen.record.log import LOG
@@ -350,7 +349,7 @@ class Journal:
 
     async def effects_of(self, events: Iterable[Event]) -> list[str]:
         """Return the calls of these events whose effect must happen only once, as text."""
-        calls = {self.scope_of(event.address) for event in events if event.kind is Kind.TOOL}
+        calls = {self.recorded.scope_of(event.address) for event in events if event.kind is Kind.TOOL}
         if not calls:
             return []
         found = await effects(self.client, of_session(self.session))
@@ -381,14 +380,6 @@ class Journal:
             await self._owner.complete(task, {})
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
-
-    def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
-        return self.recorded.scope_of(address)
-
-    def call_id_of(self, call: Call) -> str:
-        """Return the id of a tool's call."""
-        return call_id_of(self.session, self.scope_of(call.address), call.digest)
 
     async def before(self, call: Call, *, must_be_known: bool = False) -> None:
         """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.

@@ -428,7 +428,7 @@ async def test_simultaneous_calls_in_another_order_keep_their_ids_after_a_kill(s
         }
         for call in begun.values():
             await dead.begin(call)
-        expected = {letter: dead.call_id_of(call) for letter, call in begun.items()}
+        expected = {letter: dead.recorded.call_id_of(dead.session, call) for letter, call in begun.items()}
     tool = FunctionTool(note, description="Note.")
     async with DurableSession("s", nexum=server.address):
         await asyncio.gather(*(tool.run_json({"letter": letter}, CancellationToken()) for letter in "BA"))
