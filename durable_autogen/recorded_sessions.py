@@ -354,11 +354,11 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Ef
     """
     kept: defaultdict[str, list[Effect]] = defaultdict(list)
     for input, execution in await recorded_effects(client, kept_for(source)):
-        kept[input.asked_digest].append((input, execution))
+        kept[input.digest].append((input, execution))
     later = []
     own = await recorded_effects(client, of_session(source))
     for input, execution in sorted(own, key=lambda one: one[0].call not in before):  # the calls in `before` come first
-        left = kept[input.asked_digest]
+        left = kept[input.digest]
         result = left.pop(0) if left else (input, execution)
         if input.call not in before:
             later.append(result)
@@ -399,8 +399,8 @@ async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
     taken = {execution.idempotency_key for _, execution in recorded}
     numbers: Counter[str] = Counter()
     for input, execution in later:
-        numbers[input.asked_digest] += 1
-        key = f"{kept_for(journal.session, input.asked_digest)}/{numbers[input.asked_digest]}"
+        numbers[input.digest] += 1
+        key = f"{kept_for(journal.session, input.digest)}/{numbers[input.digest]}"
         if key not in taken:
             output = jsontext.parse(execution.outputs()[EFFECT], "the result")
             await journal.record_effect(TOOL_EFFECT, input, output, key)

@@ -339,9 +339,8 @@ class Calls:
         will_run = policy.approval is not None or policy.is_once
         arguments = await made.checked(made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        digest = str(call.request["hash"])
         form = ToolForm(made, lambda value: self._checked(made, value, []).value)
-        guarded = GuardedCall(call, name, policy, arguments, digest, form, made.differs_in_defaults, reason)
+        guarded = GuardedCall(call, policy, arguments, form, made.differs_in_defaults, reason)
         if policy.is_once:
             is_kept, value = await guard.kept_result(guarded)
             if is_kept:
@@ -356,7 +355,7 @@ class Calls:
             guarded, answer, by = await guard.approved(guarded)
             if answer is not None:
                 edited, note = await self._edited(made, answer, by or "the person who approved this call")
-                guarded = guarded.edited(edited)
+                guarded = dataclasses.replace(guarded, arguments=edited)
             shown = guarded.arguments
 
         async def once(arguments: Mapping[str, Any] | None) -> Any:

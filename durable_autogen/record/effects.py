@@ -30,9 +30,7 @@ class EffectInput(BaseModel):
     call: str
     """The part of the call's id that names the call in its session."""
     digest: str
-    """The digest of the tool and `arguments`."""
-    asked_digest: str
-    """The digest of the tool and the arguments that the model gave, without defaults and before a person's edit."""
+    """The hash of the tool and the arguments that the model gave, without defaults and before a person's edit."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"
@@ -58,9 +56,9 @@ def of_session(session: str) -> str:
     return f"{session}:{EFFECT}/"
 
 
-def kept_for(session: str, asked_digest: str = "") -> str:
-    """Return the key prefix of the results that a fork may reuse; with `asked_digest`, only of equal calls."""
-    return f"{session}:reuse/{asked_digest}"
+def kept_for(session: str, digest: str = "") -> str:
+    """Return the key prefix of the results that a fork may reuse; with the `digest` of a call, only of equal calls."""
+    return f"{session}:reuse/{digest}"
 
 
 async def effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
