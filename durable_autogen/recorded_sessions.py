@@ -247,7 +247,6 @@ async def fork_session(
         is_new = await _copy(journal, source, kept, message)
         if reused and is_new:
             await _keep_results(journal, reused)
-        await journal.release()
     return kept
 
 

@@ -121,7 +121,8 @@ class Journal:
                 await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
-                reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
+                # A journal that no session has opened, such as that of a fork, comes here without an error.
+                reason = "no program was run" if error is None else f"{type(error).__name__}: {error}"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
             elif error is None:
                 await self._cancel_given_back()
@@ -530,15 +531,6 @@ class Journal:
         ):
             with contextlib.suppress(Conflict):  # it ended in the meantime
                 await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
-
-    async def release(self) -> None:
-        """Give up the ownership of a session that was begun as a fork.
-
-        Its run ends as failed, because no program ran in it.
-        """
-        if self._run is not None:
-            await self._owner.fail(self._run, "it was not run")
-            self._run = None
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for key in list(self._open):

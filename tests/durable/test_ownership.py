@@ -111,7 +111,6 @@ async def failed_run(client: NexumClient) -> Execution | None:
     async with Journal(client, "s") as journal:
         seen = await journal._runs()
         await journal.record(Call(Kind.REPLY, "", "reply/1"), Returned(value="yes"))
-        await journal.release()
     return seen
 
 
@@ -327,7 +326,6 @@ async def next_run(server: ServerThread) -> AsyncIterator[Journal]:
     """Yield the journal of the next run."""
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
         yield journal
-        await journal.release()
 
 
 REPLIES = [Call(Kind.REPLY, "a", f"reply/{number}") for number in range(1, 4)]
