@@ -402,7 +402,7 @@ async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
         key = f"{kept_for(journal.session, input.digest)}/{numbers[input.digest]}"
         if key not in taken:
             output = jsontext.parse(execution.outputs()[EFFECT], "the result")
-            await journal.record_effect(TOOL_EFFECT, input, output, key)
+            await journal.record_effect(input, output, key)
 
 
 def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:

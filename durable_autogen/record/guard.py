@@ -444,7 +444,7 @@ class Guard:
                 input, execution = kept[taken]
                 output = jsontext.parse(execution.outputs()[EFFECT], "the result")
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
-                await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
+                await self._journal.record_effect(input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded)
 

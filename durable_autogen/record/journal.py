@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
-from durable_autogen.record.effects import effects, of_session
+from durable_autogen.record.effects import TOOL_EFFECT, EffectInput, effects, of_session
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -344,9 +344,9 @@ class Journal:
         """Return whether an effect still belongs to this run: no other run has taken it over, and it isn't lost."""
         return await self._owner.may_begin(task)
 
-    async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
+    async def record_effect(self, input: EffectInput, output: Any, key: str) -> None:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
-        await self._under_this_run(self._owner.record, workflow, input, output, idempotency_key=key)
+        await self._under_this_run(self._owner.record, TOOL_EFFECT, input, output, idempotency_key=key)
 
     async def effects_of(self, events: Iterable[Event]) -> list[str]:
         """Return the calls of these events whose effect must happen only once, as text."""
