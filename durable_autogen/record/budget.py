@@ -91,18 +91,11 @@ class Spent:
     """The models without a known price."""
     unmetered: set[str] = field(default_factory=set)
     """The models whose replies don't say how many tokens they took."""
-    _models: dict[str, str] = field(default_factory=dict)
-    """The models of the requests that name one or whose model was looked up, by the request's address."""
-    _bases: dict[str, str] = field(default_factory=dict)
-    """For each request that names no model: the address of the agent's previous request, which has the same model."""
 
     @classmethod
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
         """Count what a session has spent, from its record."""
         spent, counted = cls(is_in_usd), Record()
-        events = [one for one in record.made if isinstance(one, Event)]
-        for event in events:
-            spent._note_model(event)  # of all events first: an agent's replies may be recorded in another order
         for one in record.made:
             content = one.content if isinstance(one, Event) else None
             if not isinstance(content, GivenUp) or content.was_made:
@@ -110,25 +103,23 @@ class Spent:
             if isinstance(one, Event):
                 counted.add(one)
                 spent.recorded(one)
-        spent.active_ms = _active_ms(events)
+        spent.active_ms = _active_ms(one for one in record.made if isinstance(one, Event))
         return spent
 
     def begun(self, call: Call | Event | EventInput, scope: str) -> None:
         """Count a call. `scope` is the part of the call's id that names the call."""
         if call.kind is Kind.REPLY:
             self.model_calls += 1
-            if isinstance(call, Call):
-                self._note_model(call)
         elif call.kind is Kind.TOOL:
             self.tool_calls[call.tool].add(scope)
 
     def recorded(self, event: Event) -> None:
         """Add the tokens of a model's reply, and what they cost."""
-        if event.kind is not Kind.REPLY:
+        if event.kind is not Kind.REPLY or not isinstance(event.content, Returned):
             return
-        model = self._models[event.address] = self._model_of(event.address)
-        if not isinstance(event.content, Returned) or event.content.value.get("cached"):
-            return  # the call failed, or the client took the reply from its own cache
+        if event.content.value.get("cached"):
+            return  # the client took the reply from its own cache
+        model = str(event.request.get("model", ""))
         prompt, completion = usage_of(event.content)
         self.tokens += prompt + completion
         if not prompt + completion:
@@ -138,17 +129,6 @@ class Spent:
             if price is None:
                 self.unpriced.add(model)
             self.usd += price or 0
-
-    def _note_model(self, call: Call | Event) -> None:
-        if model := call.request.get("model"):
-            self._models[call.address] = str(model)
-        else:
-            self._bases[call.address] = f"{call.agent}/{call.request.get('base')}"
-
-    def _model_of(self, address: str) -> str:
-        while address not in self._models and address in self._bases:
-            address = self._bases[address]
-        return self._models.get(address, "")
 
 
 def _active_ms(events: Iterable[Event]) -> int:
