@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -64,18 +64,19 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
     The commands in the summaries name the server `nexum`, or no server if it is None.
     """
-    return await _sessions(client, "", nexum)
+    return [shown.info async for shown in _sessions(client, "", nexum)]
 
 
-async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
-    """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
+async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> AsyncIterator[ShownSession]:
+    """Yield each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
-    return [await _info(client, session, found, questions.get(session, ())) for session, found in runs.items()]
+    for session, found in runs.items():
+        yield await _shown(client, session, found, questions.get(session, ()))
 
 
 async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
@@ -103,8 +104,10 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
     return f"waits for a decision on {what}: {how_to_decide(one.execution_id, nexum)}"
 
 
-async def _info(client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]) -> SessionInfo:
-    """Return the summary of a session. `runs` are its runs, the newest first."""
+async def _shown(
+    client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]
+) -> ShownSession:
+    """Return a session with its events. `runs` are its runs, the newest first."""
     completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
     record = await read_record(client, session)
     events = record.events
@@ -113,7 +116,7 @@ async def _info(client: NexumClient, session: str, runs: Sequence[Execution], qu
     task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
     status = _status(runs[0], is_finished=record.end_of(completed) is not None)
     addresses = {event.address for event in events}
-    return SessionInfo(
+    info = SessionInfo(
         session=session,
         question=" / ".join(filter(None, [*task, *messages])),
         models=tuple(dict.fromkeys(models)),
@@ -129,6 +132,7 @@ async def _info(client: NexumClient, session: str, runs: Sequence[Execution], qu
         ),
         questions=tuple(questions),
     )
+    return ShownSession(info, tuple(events))
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,10 @@ async def show_session(client: NexumClient, session: str, *, nexum: str | None =
 
     `nexum` means the same as in `list_sessions`.
     """
-    for info in await _sessions(client, f"{session}/", nexum):
-        return ShownSession(info, tuple((await read_record(client, session)).events))
-    raise unknown_session(session)
+    found = [shown async for shown in _sessions(client, f"{session}/", nexum)]
+    if not found:
+        raise unknown_session(session)
+    return found[0]
 
 
 def unknown_session(session: str) -> InvalidRequest:
