@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
-from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session
-from durable_autogen.record.effects import effects as recorded_effects
+from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session, read_effects
 from durable_autogen.record.events import (
     AGENT_RUN,
     SERVER_PATIENCE,
@@ -357,10 +356,10 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Ef
     `before` have reused. If a later call has reused a result, include the result only once.
     """
     kept: defaultdict[str, list[Effect]] = defaultdict(list)
-    for input, execution in await recorded_effects(client, kept_for(source)):
+    for input, execution in await read_effects(client, kept_for(source)):
         kept[input.digest].append((input, execution))
     later = []
-    own = await recorded_effects(client, of_session(source))
+    own = await read_effects(client, of_session(source))
     for input, execution in sorted(own, key=lambda one: one[0].call not in before):  # the calls in `before` come first
         left = kept[input.digest]
         result = left.pop(0) if left else (input, execution)
@@ -399,7 +398,7 @@ def _in_words(execution: Execution) -> str:
 
 async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
     """Record the results of another session's effects, so that the journal's session may reuse them."""
-    recorded = await recorded_effects(journal.client, kept_for(journal.session))
+    recorded = await read_effects(journal.client, kept_for(journal.session))
     taken = {execution.idempotency_key for _, execution in recorded}
     numbers: Counter[str] = Counter()
     for input, execution in later:

@@ -61,7 +61,7 @@ def kept_for(session: str, digest: str = "") -> str:
     return f"{session}:reuse/{digest}"
 
 
-async def effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
+async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
     """Return the effects whose keys begin with `key_prefix`, oldest first."""
     found = [
         (EffectInput.model_validate_json(one.input_json), one)

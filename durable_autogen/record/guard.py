@@ -21,9 +21,9 @@ from durable_autogen.record.effects import (
     TOOL_EFFECT,
     TOOL_EFFECT_RECONCILED,
     EffectInput,
-    effects,
     kept_for,
     of_session,
+    read_effects,
 )
 from durable_autogen.record.events import Call
 from durable_autogen.record.place import call_id
@@ -285,7 +285,7 @@ class Guard:
             started = await self._journal.start_effect(kind, input, key)
             if started is not None:
                 return guarded, started
-            begun = await effects(self._client, key)
+            begun = await read_effects(self._client, key)
             earlier = next(one for one, execution in begun if execution.idempotency_key == key)
             if earlier.digest == input.digest:
                 # The earlier run began the same call, but a default argument had another value there: for instance, an
@@ -433,8 +433,8 @@ class Guard:
                 if not self._keeps_results:
                     return False, None
                 own = self._input(guarded)
-                before = await effects(client, of_session(session))
-                kept = await effects(client, f"{kept_for(session, own.digest)}/")
+                before = await read_effects(client, of_session(session))
+                kept = await read_effects(client, f"{kept_for(session, own.digest)}/")
                 for input, execution in before:
                     if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
                         return True, _result(execution, guarded)

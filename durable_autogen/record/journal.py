@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
-from durable_autogen.record.effects import TOOL_EFFECT, EffectInput, effects, of_session
+from durable_autogen.record.effects import TOOL_EFFECT, EffectInput, of_session, read_effects
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -348,13 +348,16 @@ class Journal:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
         await self._under_this_run(self._owner.record, TOOL_EFFECT, input, output, idempotency_key=key)
 
-    async def effects_of(self, events: Iterable[Event]) -> list[str]:
-        """Return the calls of these events whose effect must happen only once, as text."""
-        calls = {self.recorded.scope_of(event.address) for event in events if event.kind is Kind.TOOL}
-        if not calls:
-            return []
-        found = await effects(self.client, of_session(self.session))
-        return [str(input) for input, _ in found if input.call in calls]
+    async def warn_of_effects(self, dropped: Iterable[Event]) -> None:
+        """Log a warning if dropped events have calls whose effect must happen only once."""
+        calls = {self.recorded.scope_of(event.address) for event in dropped if event.kind is Kind.TOOL}
+        found = await read_effects(self.client, of_session(self.session)) if calls else []
+        if effects := [str(input) for input, _ in found if input.call in calls]:
+            self.log.warning(
+                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
+                "calls again: %s",
+                *(len(effects), ", ".join(effects)),
+            )
 
     async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
         """Record the result of an effect. Raises SessionBusy if another process has taken it over."""

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -457,8 +457,6 @@ class Recorder:
             live.answer.set_result(self.failed.result())
         elif self._session.is_over:
             live.answer.set_result(has_ended(self._session))
-        elif live.setback is not None:
-            live.answer.cancel()
         else:
             live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
 
@@ -754,7 +752,7 @@ class Recorder:
                 )
             else:
                 self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await self._warn_of_effects([event])
+                await self.journal.warn_of_effects([event])
             await self.journal.revoke([event], why, is_another_program=not follows_failure)
             self.replay.drop(event)
 
@@ -780,15 +778,6 @@ class Recorder:
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
-            await self._warn_of_effects([event for event in self.journal.events if event.seq > after])
+            await self.journal.warn_of_effects([event for event in self.journal.events if event.seq > after])
             await self.journal.revoke_after(after, what)
             self.replay.leave()
-
-    async def _warn_of_effects(self, dropped: Iterable[Event]) -> None:
-        """Log a warning if dropped events have calls whose effect must happen only once."""
-        if effects := await self.journal.effects_of(dropped):
-            self.journal.log.warning(
-                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
-                "calls again: %s",
-                *(len(effects), ", ".join(effects)),
-            )
