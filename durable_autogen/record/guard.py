@@ -455,14 +455,12 @@ def _is_unresolved(execution: Execution) -> bool:
 
 def _result(ended: Execution, guarded: GuardedCall) -> Any:
     if ended.status is not ExecutionStatus.COMPLETED:
-        raise _failed(ended, guarded)
+        error = next((node.error for node in ended.nodes if node.error), ended.error)
+        raise CallFailed(
+            f"{guarded.call.tool} has failed, and is not called again, because its effect is once: {error}"
+        )
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
     if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
         return guarded.form.read(output[TOOLS_OWN])
     return guarded.form.of_answer(output)
-
-
-def _failed(ended: Execution, guarded: GuardedCall) -> CallFailed:
-    error = next((node.error for node in ended.nodes if node.error), ended.error)
-    return CallFailed(f"{guarded.call.tool} has failed, and is not called again, because its effect is once: {error}")
