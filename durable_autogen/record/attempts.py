@@ -16,9 +16,7 @@ from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
-from durable_autogen.record.events import Call
+from durable_autogen.record.events import Call, Frozen
 from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
 from nexum_engine.deadline import Deadline
@@ -34,10 +32,8 @@ MAX_SCOPE = 100  # characters; in a key, a longer or unprintable scope is replac
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
-class LimitedCall(BaseModel):
+class LimitedCall(Frozen):
     """The input of the execution that counts a call against the limits of its policy."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     agent: str

@@ -21,6 +21,7 @@ from durable_autogen.record.events import (
     Call,
     Event,
     EventInput,
+    Frozen,
     GivenUp,
     Kind,
     Record,
@@ -190,10 +191,8 @@ def number_in_words(value: float) -> str:
 # ---- Questions to a person -------------------------------------------------------------------------------------------
 
 
-class BudgetQuestion(BaseModel):
+class BudgetQuestion(Frozen):
     """The question whether a session may spend more than its budget."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     number: int

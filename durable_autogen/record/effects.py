@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from durable_autogen.record.events import Frozen
 from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
@@ -17,10 +16,8 @@ from nexum_engine.records import Execution
 from nexum_engine.workflow import RetryPolicy, workflow
 
 
-class EffectInput(BaseModel):
+class EffectInput(Frozen):
     """The input of an effect's execution: the call that makes it."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     agent: str
