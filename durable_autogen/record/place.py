@@ -40,7 +40,7 @@ Its last parameter is a function that returns the recorded event of an address."
 
 
 class OpenSession(Protocol):
-    """The part of a `DurableSession` that this folder uses."""
+    """The part of `Session` (session.py) that a place uses."""
 
     session_id: str
     is_over: bool

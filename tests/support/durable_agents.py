@@ -21,6 +21,7 @@ from pydantic import BaseModel
 
 from durable_autogen import DurableSession, run_durable
 from durable_autogen.record.place import Place, at, current, steps_at
+from durable_autogen.record.session import Session
 from support.models.live import LiveModel
 
 TIMEOUT = 20  # seconds after which a program counts as hanging
@@ -118,11 +119,11 @@ def named(client: ChatCompletionClient, name: str) -> Any:
     return Named(client, name)
 
 
-def session() -> DurableSession:
+def session() -> Session:
     """Return the session inside which the caller runs."""
     place = current.get()
     assert place is not None
-    assert isinstance(place.session, DurableSession)
+    assert isinstance(place.session, Session)
     return place.session
 
 
