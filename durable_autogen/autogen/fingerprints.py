@@ -1,7 +1,7 @@
 """Fingerprints of calls: a hash of each request, and a short description.
 
-Each message of a conversation is fingerprinted once. A request's fingerprint holds only the request's new parts. The
-other parts are the same as in the agent's previous request. `base` is the position of that previous request.
+Each message of a conversation is fingerprinted once. A request's fingerprint holds only the model and the request's new
+parts. The other parts are the same as in the agent's previous request. `base` is the position of that previous request.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTINGS = (
 
 
 class Conversation:
-    """The requests of one agent. Each fingerprint holds only the parts that the previous request lacks."""
+    """The requests of one agent. Each fingerprint holds the model, and the parts that the previous request lacks."""
 
     def __init__(self) -> None:
         self._position = ""
@@ -73,7 +73,7 @@ class Conversation:
             "system": [str(message.content) for message in messages[:leading]],
             "tools": described,
         }
-        new = {name: value for name, value in whole.items() if self._whole.get(name) != value}
+        new = {"model": model, **{name: value for name, value in whole.items() if self._whole.get(name) != value}}
         if self._position:
             new["base"] = self._position
         new["same"] = same

@@ -85,7 +85,8 @@ class Session:
         self._stack = AsyncExitStack()
         self._recorder: Recorder | None = None
         self._waits: Waits
-        self._guard: Guard | None = None
+        self.guard: Guard
+        """The policies of the run."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
@@ -119,11 +120,6 @@ class Session:
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
         return _opened(self._recorder)
-
-    @property
-    def guard(self) -> Guard:
-        """The policies of the run. Raises RuntimeError outside `async with`."""
-        return _opened(self._guard)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -209,7 +205,7 @@ class Session:
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
             self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget)
             stack.push_async_callback(self._close)
-            self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
+            self.guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
             self._waits = Waits(self._recorder, self._command("send"))
             self._stack = stack.pop_all()
         return self
