@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
-from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session
-from durable_autogen.record.effects import effects as recorded_effects
+from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session, read_effects
 from durable_autogen.record.events import (
     AGENT_RUN,
     SERVER_PATIENCE,
@@ -21,7 +21,6 @@ from durable_autogen.record.events import (
     Revoked,
     Said,
     Waiting,
-    call_id_of,
     check_session_id,
     end_of_wait,
     read_record,
@@ -34,7 +33,7 @@ from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
@@ -65,18 +64,22 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
     The commands in the summaries name the server `nexum`, or no server if it is None.
     """
-    return await _sessions(client, "", nexum)
+    while True:
+        # If executions are pruned between two pages of the list, the server can't find the end of the first page.
+        with suppress(ExecutionNotFound):
+            return [shown.info async for shown in _sessions(client, "", nexum)]
 
 
-async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[SessionInfo]:
-    """Return a summary of each session whose runs have keys that begin with `key_prefix`, the latest session first."""
+async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> AsyncIterator[ShownSession]:
+    """Yield each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
-    return [await _info(client, session, found, questions.get(session, ())) for session, found in runs.items()]
+    for session, found in runs.items():
+        yield await _shown(client, session, found, questions.get(session, ()))
 
 
 async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
@@ -104,8 +107,10 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
     return f"waits for a decision on {what}: {how_to_decide(one.execution_id, nexum)}"
 
 
-async def _info(client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]) -> SessionInfo:
-    """Return the summary of a session. `runs` are its runs, the newest first."""
+async def _shown(
+    client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]
+) -> ShownSession:
+    """Return a session with its events. `runs` are its runs, the newest first."""
     completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
     record = await read_record(client, session)
     events = record.events
@@ -114,7 +119,7 @@ async def _info(client: NexumClient, session: str, runs: Sequence[Execution], qu
     task = _task_of(events) or [next(filter(None, map(text_asked, events)), "")]
     status = _status(runs[0], is_finished=record.end_of(completed) is not None)
     addresses = {event.address for event in events}
-    return SessionInfo(
+    info = SessionInfo(
         session=session,
         question=" / ".join(filter(None, [*task, *messages])),
         models=tuple(dict.fromkeys(models)),
@@ -130,6 +135,7 @@ async def _info(client: NexumClient, session: str, runs: Sequence[Execution], qu
         ),
         questions=tuple(questions),
     )
+    return ShownSession(info, tuple(events))
 
 
 @dataclass(frozen=True)
@@ -146,9 +152,10 @@ async def show_session(client: NexumClient, session: str, *, nexum: str | None =
 
     `nexum` means the same as in `list_sessions`.
     """
-    for info in await _sessions(client, f"{session}/", nexum):
-        return ShownSession(info, tuple((await read_record(client, session)).events))
-    raise unknown_session(session)
+    found = [shown async for shown in _sessions(client, f"{session}/", nexum)]
+    if not found:
+        raise unknown_session(session)
+    return found[0]
 
 
 def unknown_session(session: str) -> InvalidRequest:
@@ -248,7 +255,6 @@ async def fork_session(
         is_new = await _copy(journal, source, kept, message)
         if reused and is_new:
             await _keep_results(journal, reused)
-        await journal.release()
     return kept
 
 
@@ -354,12 +360,12 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Ef
     `before` have reused. If a later call has reused a result, include the result only once.
     """
     kept: defaultdict[str, list[Effect]] = defaultdict(list)
-    for input, execution in await recorded_effects(client, kept_for(source)):
-        kept[input.asked_digest].append((input, execution))
+    for input, execution in await read_effects(client, kept_for(source)):
+        kept[input.digest].append((input, execution))
     later = []
-    own = await recorded_effects(client, of_session(source))
+    own = await read_effects(client, of_session(source))
     for input, execution in sorted(own, key=lambda one: one[0].call not in before):  # the calls in `before` come first
-        left = kept[input.asked_digest]
+        left = kept[input.digest]
         result = left.pop(0) if left else (input, execution)
         if input.call not in before:
             later.append(result)
@@ -373,9 +379,7 @@ async def _effects_of_workers(
 
     Leave out the executions whose keys contain the id of a copied call.
     """
-    calls = [
-        call_id_of(source, record.scope_of(event.address), event.digest) for event in copied if event.kind is Kind.TOOL
-    ]
+    calls = [record.call_id_of(source, event) for event in copied if event.kind is Kind.TOOL]
     found = [
         one
         for separator in ":/"  # what follows the session in a key of submit_task.py, and in a call's id
@@ -398,15 +402,15 @@ def _in_words(execution: Execution) -> str:
 
 async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
     """Record the results of another session's effects, so that the journal's session may reuse them."""
-    recorded = await recorded_effects(journal.client, kept_for(journal.session))
+    recorded = await read_effects(journal.client, kept_for(journal.session))
     taken = {execution.idempotency_key for _, execution in recorded}
     numbers: Counter[str] = Counter()
     for input, execution in later:
-        numbers[input.asked_digest] += 1
-        key = f"{kept_for(journal.session, input.asked_digest)}/{numbers[input.asked_digest]}"
+        numbers[input.digest] += 1
+        key = f"{kept_for(journal.session, input.digest)}/{numbers[input.digest]}"
         if key not in taken:
             output = jsontext.parse(execution.outputs()[EFFECT], "the result")
-            await journal.record_effect(TOOL_EFFECT, input, output, key)
+            await journal.record_effect(input, output, key)
 
 
 def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:

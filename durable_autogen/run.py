@@ -132,7 +132,9 @@ class _Run:
             recorder = session.recorder
             ended = recorder.journal.ended
             recorder.ended = None if ended is None else ended.stop_reason
-            self._heed_the_token()
+            if self.token is not None:
+                # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
+                self.token.add_callback(partial(call_in, session.loop, self._cancelled))
             built = self.team if isinstance(self.team, (ChatAgent, Team)) else self.team()
             runnable = await built if inspect.isawaitable(built) else built
             _check_new(runnable)
@@ -190,12 +192,6 @@ class _Run:
                 was_replayed = self.session.state.was_replayed(item.source)
                 self.items.put_nowait(marked(item) if was_replayed else item)
         return result
-
-    def _heed_the_token(self) -> None:
-        if self.token is None:
-            return
-        # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
-        self.token.add_callback(partial(call_in, self.session.loop, self._cancelled))
 
     def _cancelled(self) -> None:
         line = (

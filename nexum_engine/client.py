@@ -83,6 +83,8 @@ class Started:
     """Whether the effect of the owner's node is unknown. Then the execution waits for a person, without a task."""
     retry_after: float = 0.0
     """If a limit holds the owner's node back, there is no task: start again after so many seconds. Otherwise 0."""
+    heartbeat_now: bool = False
+    """Whether the task's lease is short, because the owner's heartbeats don't reach the server that has answered."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,14 @@ class NexumClient:
         status = ExecutionStatus(answer.status or "RUNNING")
         task = _task(answer.task, [workflow.version_hash])
         return Started(
-            answer.execution_id, answer.existing, status, ended, task, answer.unknown, answer.retry_after_ms / 1000
+            answer.execution_id,
+            answer.existing,
+            status,
+            ended,
+            task,
+            answer.unknown,
+            answer.retry_after_ms / 1000,
+            answer.heartbeat_now,
         )
 
     async def get_execution(

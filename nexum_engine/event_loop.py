@@ -8,6 +8,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -82,6 +83,10 @@ class LoopThread(threading.Thread):
         # Create the loop in this thread. On Windows, a loop that is created in the main thread gets Ctrl+C in place of
         # the program's own loop.
         self.loop = loop = _library().new_event_loop()
+        # Not the loop's own executor: to shut that down, the loop starts a thread, and at the end of a program, Python
+        # 3.12 and later start no thread any more.
+        executor = ThreadPoolExecutor()
+        loop.set_default_executor(executor)
         self._is_ready.set()
         loop.run_forever()
         left = asyncio.all_tasks(loop)
@@ -90,5 +95,5 @@ class LoopThread(threading.Thread):
         if left:
             # Pass a future, not a coroutine: `durable_autogen run` would take a coroutine for the script's main one.
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_default_executor())
+        executor.shutdown()
         loop.close()

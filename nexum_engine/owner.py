@@ -214,6 +214,8 @@ class Owner:
             self._held_until = sent + HELD_FOR
         if started.task is not None:
             self._heartbeat.hold(started.task.task_id)
+            if started.heartbeat_now:
+                self._heartbeat.beat()
         elif not started.status.ended and not started.unknown:
             # The server doesn't know the field `owner`, and has queued the node for workers. Cancel the execution.
             await self._client.cancel_execution(started.execution_id)

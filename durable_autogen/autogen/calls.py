@@ -101,7 +101,7 @@ class Calls:
         # No heartbeat can come from a reply that isn't streamed.
         policy = self._guard.of_model(model).model_copy(update={"heartbeat": None})
 
-        async def perform() -> Performed:
+        async def perform(call: Call) -> Performed:
             replied = await Attempts(self._recorder, call, model, policy).make(lambda: ask(messages))
             written, result = written_reply(replied)
             return Performed(result, Returned(value=written, is_broken=is_broken(result)))
@@ -120,7 +120,7 @@ class Calls:
         """Yield a reply's pieces, live or from the record. The last piece is held back until the reply is recorded."""
         messages, call = self._reply_call(client, messages, options)
         model = self._agent_state.conversation.model
-        attempts = Attempts(self._recorder, call, model, self._guard.of_model(model))
+        policy = self._guard.of_model(model)
         stream = _Stream()
         held: list[str] = []
         loop = asyncio.get_running_loop()
@@ -156,7 +156,8 @@ class Calls:
                 raise RuntimeError("the model's stream ended without a result")
             return result
 
-        async def perform() -> Performed:
+        async def perform(call: Call) -> Performed:
+            attempts = Attempts(self._recorder, call, model, policy)
             # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
             result = await attempts.make(attempt, lambda: not stream.produced)
             written, result = written_reply(result)
@@ -292,9 +293,9 @@ class Calls:
                 raise asyncio.CancelledError
             raise RuntimeError(f"{name} ended with CancelledError")
 
-        async def perform() -> Performed:
+        async def perform(call: Call) -> Performed:
             journal = self._recorder.journal
-            recorded_call.set(journal.call_id_of(call))
+            recorded_call.set(journal.recorded.call_id_of(journal.session, call))
             # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
             noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
             try:
@@ -338,9 +339,8 @@ class Calls:
         will_run = policy.approval is not None or policy.is_once
         arguments = await made.checked(made.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        digest = str(call.request["hash"])
         form = ToolForm(made, lambda value: self._checked(made, value, []).value)
-        guarded = GuardedCall(call, name, policy, arguments, digest, form, made.differs_in_defaults, reason)
+        guarded = GuardedCall(call, policy, arguments, form, made.differs_in_defaults, reason)
         if policy.is_once:
             is_kept, value = await guard.kept_result(guarded)
             if is_kept:
@@ -355,7 +355,7 @@ class Calls:
             guarded, answer, by = await guard.approved(guarded)
             if answer is not None:
                 edited, note = await self._edited(made, answer, by or "the person who approved this call")
-                guarded = guarded.edited(edited)
+                guarded = dataclasses.replace(guarded, arguments=edited)
             shown = guarded.arguments
 
         async def once(arguments: Mapping[str, Any] | None) -> Any:
@@ -446,7 +446,7 @@ class Calls:
             with at(dataclasses.replace(self._place, in_call=True)):
                 asking = asyncio.ensure_future(run())
 
-        async def perform() -> Performed:
+        async def perform(_: Call) -> Performed:
             said = representable(str(await (asking or run())))
             return Performed(said, Returned(value=said))
 
@@ -473,7 +473,7 @@ class Calls:
         `declared` is the value's type, if the value isn't plain JSON.
         """
 
-        async def perform() -> Performed:
+        async def perform(_: Call) -> Performed:
             value = await run()
             return Performed(value, Returned(value=representable(written_value(value))))
 

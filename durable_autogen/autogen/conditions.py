@@ -65,7 +65,7 @@ async def look(
     if not is_recorded and message is None:
         return None
 
-    async def stops() -> Performed:
+    async def stops(_: Call) -> Performed:
         return Performed(message, Returned(value=written_value(message)))
 
     answer = await recorder.call(Call(Kind.STOP, name, position, {}), stops)

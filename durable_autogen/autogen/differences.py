@@ -101,10 +101,11 @@ def _options(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _messages(recorded: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
     for number, (one, other) in enumerate(zip(recorded, now, strict=False), 1):
         if one["hash"] != other["hash"]:
-            return [
-                f"the messages, from number {number} on: it was {one['text']!r} ({one['from']}), "
-                f"now it is {other['text']!r} ({other['from']})"
-            ]
+            was, is_now = (f"{message['text']!r} ({message['from']})" for message in (one, other))
+            what = f"it was {was}, now it is {is_now}"
+            if was == is_now:  # only the beginning of a message is recorded
+                what = f"it begins with {was} as before, but differs after that"
+            return [f"the messages, from number {number} on: {what}"]
     if len(recorded) != len(now):
         return [f"the messages: there were {len(recorded)}, now there are {len(now)}"]
     return []

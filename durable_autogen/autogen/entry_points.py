@@ -249,15 +249,14 @@ async def _preparation(self: Any, original: _Original) -> Any:
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
 
 
-def _at_work(method: str, *, is_team: bool = False) -> Wrapper:
+def _at_work(method: Callable[[AtWork, Any, Any], Any], *, is_team: bool = False) -> Wrapper:
     """Return a wrapper for a turn or a run of an agent or team. In a session, it calls the AtWork method `method`."""
 
     def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
         if place is None or place.owner is self:  # outside a session, or the object calls its own method
             return original()
-        working = AtWork(place, self, is_team=is_team)
-        return getattr(working, method)(original, _task_or_token(original))
+        return method(AtWork(place, self, is_team=is_team), original, _task_or_token(original))
 
     return wrapper
 
@@ -346,13 +345,13 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
         ChatAgent,
         {
-            "on_messages": _at_work("whole_turn"),
-            "on_messages_stream": _at_work("turn"),
-            "run": _at_work("whole_run"),
-            "run_stream": _at_work("run"),
+            "on_messages": _at_work(AtWork.whole_turn),
+            "on_messages_stream": _at_work(AtWork.turn),
+            "run": _at_work(AtWork.whole_run),
+            "run_stream": _at_work(AtWork.run),
         },
     ),
-    (Team, {"run_stream": _at_work("team_run", is_team=True)}),
+    (Team, {"run_stream": _at_work(AtWork.team_run, is_team=True)}),
     (BaseAgent, {"on_message_impl": _on_message}),
     (AgentRuntime, dict.fromkeys(("send_message", "publish_message"), _send)),
 )

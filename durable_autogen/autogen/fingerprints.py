@@ -1,13 +1,14 @@
 """Fingerprints of calls: a hash of each request, and a short description.
 
-Each message of a conversation is fingerprinted once. A request's fingerprint holds only the request's new parts. The
-other parts are the same as in the agent's previous request. `base` is the position of that previous request.
+Each message of a conversation is fingerprinted once. A request's fingerprint holds only the model and the request's new
+parts. The other parts are the same as in the agent's previous request. `base` is the position of that previous request.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ SETTINGS = (
 
 
 class Conversation:
-    """The requests of one agent. Each fingerprint holds only the parts that the previous request lacks."""
+    """The requests of one agent. Each fingerprint holds the model, and the parts that the previous request lacks."""
 
     def __init__(self) -> None:
         self._position = ""
@@ -72,7 +73,7 @@ class Conversation:
             "system": [str(message.content) for message in messages[:leading]],
             "tools": described,
         }
-        new = {name: value for name, value in whole.items() if self._whole.get(name) != value}
+        new = {"model": model, **{name: value for name, value in whole.items() if self._whole.get(name) != value}}
         if self._position:
             new["base"] = self._position
         new["same"] = same
@@ -145,7 +146,9 @@ def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
 def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
     """Return the model's name and settings, as far as the client shows them."""
     try:
-        config = client.dump_component().config
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # AutoGen warns the author of the client, who can't act on it here
+            config = client.dump_component().config
     except Exception:  # noqa: BLE001 - clients without a configuration raise different errors
         config = {}
     # Read also the settings that AutoGen's OpenAI client sends: the client's configuration lacks some of them.

@@ -16,9 +16,7 @@ from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
-
-from durable_autogen.record.events import Call
+from durable_autogen.record.events import Call, Frozen
 from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
 from nexum_engine.deadline import Deadline
@@ -34,10 +32,8 @@ MAX_SCOPE = 100  # characters; in a key, a longer or unprintable scope is replac
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
-class LimitedCall(BaseModel):
+class LimitedCall(Frozen):
     """The input of the execution that counts a call against the limits of its policy."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     agent: str
@@ -112,7 +108,7 @@ class Attempts:
         """Wait until the limits allow the call, and take a place. Do nothing if the call has a place already."""
         if not self._policy.is_limited or self._task is not None:
             return
-        journal, scope = self._journal, self._journal.scope_of(self._call.address)
+        journal, scope = self._journal, self._journal.recorded.scope_of(self._call.address)
         input = LimitedCall(session=journal.session, agent=self._call.agent, call=scope)
         if len(scope) > MAX_SCOPE or not scope.isprintable():
             scope = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).hexdigest()

@@ -7,7 +7,7 @@ as it does for the approval of a tool call (nexum_engine/approvals.py). A sessio
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ from durable_autogen.record.events import (
     Call,
     Event,
     EventInput,
+    Frozen,
     GivenUp,
     Kind,
     Record,
     Returned,
     Revoked,
-    scope_of,
     usage_of,
 )
 from durable_autogen.record.journal import Journal
@@ -87,50 +87,40 @@ class Spent:
     active_ms: int = 0
     """How long programs ran the session, up to the last event of each run."""
     tool_calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """The calls of each tool, by the tool's name. A call is stored as its scope (see `scope_of`)."""
+    """The calls of each tool, by the tool's name. A call is stored as its scope (see `Record.scope_of`)."""
     unpriced: set[str] = field(default_factory=set)
     """The models without a known price."""
     unmetered: set[str] = field(default_factory=set)
     """The models whose replies don't say how many tokens they took."""
-    _models: dict[str, str] = field(default_factory=dict)
-    """The models of the requests that name one or whose model was looked up, by the request's address."""
-    _bases: dict[str, str] = field(default_factory=dict)
-    """For each request that names no model: the address of the agent's previous request, which has the same model."""
 
     @classmethod
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
         """Count what a session has spent, from its record."""
-        spent, replaced = cls(is_in_usd), Counter[str]()
-        events = {one.seq: one for one in record.made if isinstance(one, Event)}
-        for event in events.values():
-            spent._note_model(event)  # of all events first: an agent's replies may be recorded in another order
+        spent, counted = cls(is_in_usd), Record()
         for one in record.made:
             content = one.content if isinstance(one, Event) else None
-            if isinstance(content, Revoked):
-                replaced.update(events[seq].address for seq in content.seqs if content.is_another_program)
-            elif not isinstance(content, GivenUp) or content.was_made:
-                spent.begun(one, scope_of(one.address, replaced[one.address]))
+            if not isinstance(content, GivenUp) or content.was_made:
+                spent.begun(one, counted.scope_of(one.address))
             if isinstance(one, Event):
+                counted.add(one)
                 spent.recorded(one)
-        spent.active_ms = _active_ms(events.values())
+        spent.active_ms = _active_ms(one for one in record.made if isinstance(one, Event))
         return spent
 
     def begun(self, call: Call | Event | EventInput, scope: str) -> None:
         """Count a call. `scope` is the part of the call's id that names the call."""
         if call.kind is Kind.REPLY:
             self.model_calls += 1
-            if isinstance(call, Call):
-                self._note_model(call)
         elif call.kind is Kind.TOOL:
             self.tool_calls[call.tool].add(scope)
 
     def recorded(self, event: Event) -> None:
         """Add the tokens of a model's reply, and what they cost."""
-        if event.kind is not Kind.REPLY:
+        if event.kind is not Kind.REPLY or not isinstance(event.content, Returned):
             return
-        model = self._models[event.address] = self._model_of(event.address)
-        if not isinstance(event.content, Returned) or event.content.value.get("cached"):
-            return  # the call failed, or the client took the reply from its own cache
+        if event.content.value.get("cached"):
+            return  # the client took the reply from its own cache
+        model = str(event.request.get("model", ""))
         prompt, completion = usage_of(event.content)
         self.tokens += prompt + completion
         if not prompt + completion:
@@ -140,17 +130,6 @@ class Spent:
             if price is None:
                 self.unpriced.add(model)
             self.usd += price or 0
-
-    def _note_model(self, call: Call | Event) -> None:
-        if model := call.request.get("model"):
-            self._models[call.address] = str(model)
-        else:
-            self._bases[call.address] = f"{call.agent}/{call.request.get('base')}"
-
-    def _model_of(self, address: str) -> str:
-        while address not in self._models and address in self._bases:
-            address = self._bases[address]
-        return self._models.get(address, "")
 
 
 def _active_ms(events: Iterable[Event]) -> int:
@@ -212,10 +191,8 @@ def number_in_words(value: float) -> str:
 # ---- Questions to a person -------------------------------------------------------------------------------------------
 
 
-class BudgetQuestion(BaseModel):
+class BudgetQuestion(Frozen):
     """The question whether a session may spend more than its budget."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     number: int
@@ -318,18 +295,15 @@ class BudgetCheck:
             if budget.usd is not None:
                 yield Use(spent.usd, budget.usd, "$", "--usd ")
         if call.kind is Kind.TOOL and (limit := budget.tool_calls.get(call.tool)) is not None:
-            made = spent.tool_calls[call.tool]
-            if self._scope(call) not in made:  # else a crash cut the call off: the same call, made again, counts once
+            made, scope = spent.tool_calls[call.tool], self._journal.recorded.scope_of(call.address)
+            if scope not in made:  # else a crash cut the call off: the same call, made again, counts once
                 yield Use(len(made), limit, f"calls of {call.tool}", f"--tool-calls {call.tool}=")
         if call.kind.is_call and budget.seconds is not None:
             yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
-    def _scope(self, call: Call) -> str:
-        return self._journal.scope_of(call.address)
-
     def begun(self, call: Call) -> None:
         """Count a call that is about to be made."""
-        self._spent.begun(call, self._scope(call))
+        self._spent.begun(call, self._journal.recorded.scope_of(call.address))
 
     def recorded(self, event: Event) -> None:
         """Count the tokens and the cost of a call whose outcome has just been recorded."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
+from durable_autogen.record.events import Frozen
 from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
@@ -17,10 +16,8 @@ from nexum_engine.records import Execution
 from nexum_engine.workflow import RetryPolicy, workflow
 
 
-class EffectInput(BaseModel):
+class EffectInput(Frozen):
     """The input of an effect's execution: the call that makes it."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     agent: str
@@ -30,9 +27,7 @@ class EffectInput(BaseModel):
     call: str
     """The part of the call's id that names the call in its session."""
     digest: str
-    """The digest of the tool and `arguments`."""
-    asked_digest: str
-    """The digest of the tool and the arguments that the model gave, without defaults and before a person's edit."""
+    """The hash of the tool and the arguments that the model gave, without defaults and before a person's edit."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"
@@ -58,12 +53,12 @@ def of_session(session: str) -> str:
     return f"{session}:{EFFECT}/"
 
 
-def kept_for(session: str, asked_digest: str = "") -> str:
-    """Return the key prefix of the results that a fork may reuse; with `asked_digest`, only of equal calls."""
-    return f"{session}:reuse/{asked_digest}"
+def kept_for(session: str, digest: str = "") -> str:
+    """Return the key prefix of the results that a fork may reuse; with the `digest` of a call, only of equal calls."""
+    return f"{session}:reuse/{digest}"
 
 
-async def effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
+async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
     """Return the effects whose keys begin with `key_prefix`, oldest first."""
     found = [
         (EffectInput.model_validate_json(one.input_json), one)

@@ -88,14 +88,16 @@ class Kind(str, Enum):
         return self not in (Kind.BEGIN, Kind.MESSAGE, Kind.REVOKE)
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """A value that is recorded as JSON and never changes."""
+
     model_config = ConfigDict(frozen=True)
 
 
 # ---- Contents of an event --------------------------------------------------------------------------------------------
 
 
-class Returned(_Frozen):
+class Returned(Frozen):
     """The content of a call that returned."""
 
     type: Literal["returned"] = "returned"
@@ -107,7 +109,7 @@ class Returned(_Frozen):
     """Whether the value is a broken reply. If a run ends with a broken reply, the next run makes the call again."""
 
 
-class Raised(_Frozen):
+class Raised(Frozen):
     """The content of a call that raised an error."""
 
     type: Literal["raised"] = "raised"
@@ -115,7 +117,7 @@ class Raised(_Frozen):
     streamed: list[Any] = []
 
 
-class GivenUp(_Frozen):
+class GivenUp(Frozen):
     """The content of a call that the program cancelled, or whose stream the program left early."""
 
     type: Literal["given_up"] = "given_up"
@@ -127,7 +129,7 @@ class GivenUp(_Frozen):
     """
 
 
-class Begun(_Frozen):
+class Begun(Frozen):
     """The content of a session's first event: its task."""
 
     type: Literal["begun"] = "begun"
@@ -137,14 +139,14 @@ class Begun(_Frozen):
     """The task's messages as JSON; empty if the task is a text."""
 
 
-class Said(_Frozen):
+class Said(Frozen):
     """The content of a user message added to a fork."""
 
     type: Literal["said"] = "said"
     text: str
 
 
-class Revoked(_Frozen):
+class Revoked(Frozen):
     """The content of an event that revokes earlier events. Revoked events no longer count."""
 
     type: Literal["revoked"] = "revoked"
@@ -158,13 +160,13 @@ class Revoked(_Frozen):
     """
 
 
-class Mark(_Frozen):
+class Mark(Frozen):
     """The empty content of a mark. Only the mark's place in the order of events matters."""
 
     type: Literal["mark"] = "mark"
 
 
-class Waiting(_Frozen):
+class Waiting(Frozen):
     """The content of a WAIT event, which begins a sleep or a wait for a sent event."""
 
     type: Literal["waiting"] = "waiting"
@@ -176,7 +178,7 @@ class Waiting(_Frozen):
     """The latest time at which the wait ends, in milliseconds since 1970; None if the wait has no limit."""
 
 
-class Received(_Frozen):
+class Received(Frozen):
     """The content of the event that ends a wait, if the wait received a sent event."""
 
     type: Literal["received"] = "received"
@@ -188,7 +190,7 @@ class Received(_Frozen):
     """The payload, as `encoded` writes it."""
 
 
-class TimedOut(_Frozen):
+class TimedOut(Frozen):
     """The content of a wait whose event was not sent in time."""
 
     type: Literal["timed_out"] = "timed_out"
@@ -203,14 +205,14 @@ Content: TypeAlias = Annotated[
 # ---- Runs and events -------------------------------------------------------------------------------------------------
 
 
-class RunInput(_Frozen):
+class RunInput(Frozen):
     """The input of a run's execution: session and run number."""
 
     session: str
     run: int
 
 
-class RunSummary(_Frozen):
+class RunSummary(Frozen):
     """The output of the execution that stands for a run: counts and the reason for the run's end."""
 
     stop_reason: str = ""
@@ -261,7 +263,7 @@ class Requested(Addressed):
         return f"{self.tool} for {self.agent or 'the program'}" if self.tool else str(self)
 
 
-class EventInput(Addressed, _Frozen):
+class EventInput(Addressed, Frozen):
     """The input of an event's execution: session, agent, position, kind, and which tool is called with what."""
 
     session: str
@@ -274,7 +276,7 @@ class EventInput(Addressed, _Frozen):
     """The hash of the tool's name and arguments; empty for other calls."""
 
 
-class Summary(_Frozen):
+class Summary(Frozen):
     """A summary of a session for `nexum ps`. Each event stores a summary of all events so far, without revoked ones."""
 
     number: int = 0
@@ -325,7 +327,7 @@ def usage_of(content: Content) -> tuple[int, int]:
     return 0, 0
 
 
-class Event(Requested, _Frozen):
+class Event(Requested, Frozen):
     """A recorded event."""
 
     seq: int
@@ -386,24 +388,6 @@ class Call(Requested):
     def name(self) -> str:
         """The call's name in errors and in the log."""
         return self.label or str(self)
-
-
-def call_id_of(session: str, scope: str, digest: str) -> str:
-    """Return the id of a tool's call (see `call_id` in place.py). `scope` is from `scope_of`, `digest` is the call's.
-
-    If an earlier call fails in one run and not in the next, the program may then make a different call at the same
-    place. The digest gives this call another id.
-    """
-    return f"{session}/{scope}/{digest[:DIGITS]}"
-
-
-def scope_of(address: str, times_replaced: int) -> str:
-    """Return the part of a call id that names the place of the call at `address`.
-
-    If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different call
-    has taken the place of the recorded call, the different call gets a new name.
-    """
-    return f"{address}/again/{times_replaced}" if times_replaced else address
 
 
 def end_of_wait(position: str) -> str:
@@ -543,8 +527,21 @@ class Record:
         return summary if summary.last == self.last_seq else None
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the place of the call at `address` (see the function `scope_of`)."""
-        return scope_of(address, self.times_replaced[address])
+        """Return the part of a call id that names the place of the call at `address`.
+
+        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
+        call has taken the place of the recorded call, the different call gets a new name.
+        """
+        times_replaced = self.times_replaced[address]
+        return f"{address}/again/{times_replaced}" if times_replaced else address
+
+    def call_id_of(self, session: str, call: Requested) -> str:
+        """Return the id of a tool's call in this record of `session` (see `call_id` in place.py).
+
+        If an earlier call fails in one run and not in the next, the program may then make a different call at the same
+        place. The digest gives this call another id.
+        """
+        return f"{session}/{self.scope_of(call.address)}/{call.digest[:DIGITS]}"
 
 
 async def read_record(client: NexumClient, session: str) -> Record:

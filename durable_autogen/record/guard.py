@@ -21,9 +21,9 @@ from durable_autogen.record.effects import (
     TOOL_EFFECT,
     TOOL_EFFECT_RECONCILED,
     EffectInput,
-    effects,
     kept_for,
     of_session,
+    read_effects,
 )
 from durable_autogen.record.events import Call
 from durable_autogen.record.place import call_id
@@ -43,7 +43,7 @@ from nexum_engine.approvals import (
 from nexum_engine.client import Started
 from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefused, UnknownEffect
 from nexum_engine.options import user_name
-from nexum_engine.policy import NOT_DONE, Policy, call_digest
+from nexum_engine.policy import NOT_DONE, Policy
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
 
 MODEL = "model"
@@ -72,12 +72,9 @@ class GuardedCall:
     """A call of a tool under a policy."""
 
     call: Call
-    tool: str
     policy: Policy
     arguments: Mapping[str, Any]
     """The validated arguments, as JSON, with the defaults filled in."""
-    asked_digest: str
-    """The digest of the tool and of the arguments that the model gave, without defaults."""
     form: ResultForm
     """The recorded form of the tool's results."""
     fits: Callable[[Mapping[str, Any]], bool]
@@ -94,11 +91,7 @@ class GuardedCall:
     def whole(self) -> str:
         """Return the call with all of its arguments. Characters that could deceive the reader are escaped."""
         arguments = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
-        return jsontext.escaped(f"{self.tool}({arguments}) of {self.call.agent or 'the program'}")
-
-    def edited(self, arguments: Mapping[str, Any]) -> GuardedCall:
-        """Return a copy with other arguments."""
-        return replace(self, arguments=arguments)
+        return jsontext.escaped(f"{self.call.tool}({arguments}) of {self.call.agent or 'the program'}")
 
 
 class ResultForm(Protocol):
@@ -211,9 +204,8 @@ class Guard:
         if a person rejects the call, or if nobody approves it in time.
         """
         call = guarded.call
-        question = Approval.of(self._journal.session, call.agent, guarded.tool, guarded.arguments, guarded.reason)
         asked = approval_workflow(guarded.policy.approval_timeout)
-        key = key_of(question.session, NODE, self._journal.scope_of(call.address), guarded.asked_digest)
+        key = key_of(self._journal.session, NODE, self._journal.recorded.scope_of(call.address), call.digest)
 
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
@@ -226,13 +218,15 @@ class Guard:
 
         self._journal.may_have_asked = True
         with self._recorder.servers_errors():
+            earlier = await asked_before(self._client, asked, key)
+        if earlier is not None:
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
-            if (earlier := await asked_before(self._client, asked, key)) is not None:
-                arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
-                if guarded.fits(arguments):
-                    guarded = guarded.edited(arguments)
-                    question = Approval.of(question.session, call.agent, guarded.tool, arguments, guarded.reason)
+            arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
+            if guarded.fits(arguments):
+                guarded = replace(guarded, arguments=arguments)
+        question = Approval.of(self._journal.session, call.agent, call.tool, guarded.arguments, guarded.reason)
+        with self._recorder.servers_errors():
             decision = await decided(self._client, asked, question, key, waiting=waiting)
         if not decision.approved:
             self._log.warning("%s: %s", guarded, jsontext.escaped(decision.refusal))
@@ -264,7 +258,7 @@ class Guard:
         there is no `reconcile`, or if it can't tell, a person decides. Raises CallFailed if an earlier attempt has
         failed, and DriftError if an earlier run has begun another call in its place.
         """
-        attempts = Attempts(self._recorder, guarded.call, guarded.tool, guarded.policy)
+        attempts = Attempts(self._recorder, guarded.call, guarded.call.tool, guarded.policy)
         try:
             while True:
                 # Wait for the limits before the effect begins: if the run dies in this wait, nothing has happened.
@@ -291,28 +285,28 @@ class Guard:
             started = await self._journal.start_effect(kind, input, key)
             if started is not None:
                 return guarded, started
-            begun = await effects(self._client, key)
+            begun = await read_effects(self._client, key)
             earlier = next(one for one, execution in begun if execution.idempotency_key == key)
-            if earlier.asked_digest == guarded.asked_digest:
+            if earlier.digest == input.digest:
                 # The earlier run began the same call, but a default argument had another value there: for instance, an
                 # id that is new for each call. Use the arguments of the earlier run.
-                input, guarded = earlier, guarded.edited(earlier.arguments)
+                input, guarded = earlier, replace(guarded, arguments=earlier.arguments)
             else:
                 self._recorder.differs(
                     f"an earlier run has begun {earlier}, whose effect must happen only once, and now the program asks "
                     f"for {guarded} in its place"
                 )
-                key = key_of(input.session, EFFECT, input.call, input.asked_digest)
+                key = key_of(input.session, EFFECT, input.call, input.digest)
 
     def _input(self, guarded: GuardedCall) -> EffectInput:
+        call = guarded.call
         return EffectInput(
             session=self._journal.session,
-            agent=guarded.call.agent,
-            tool=guarded.tool,
+            agent=call.agent,
+            tool=call.tool,
             arguments=dict(guarded.arguments),
-            call=self._journal.scope_of(guarded.call.address),
-            digest=call_digest(guarded.tool, guarded.arguments),
-            asked_digest=guarded.asked_digest,
+            call=self._journal.recorded.scope_of(call.address),
+            digest=call.digest,
         )
 
     async def _attempted(self, guarded: GuardedCall, task: Task, attempt: Attempt, attempts: Attempts) -> Any:
@@ -439,18 +433,18 @@ class Guard:
                 if not self._keeps_results:
                     return False, None
                 own = self._input(guarded)
-                before = await effects(client, of_session(session))
-                kept = await effects(client, f"{kept_for(session, own.asked_digest)}/")
+                before = await read_effects(client, of_session(session))
+                kept = await read_effects(client, f"{kept_for(session, own.digest)}/")
                 for input, execution in before:
                     if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
                         return True, _result(execution, guarded)
-                taken = len({input.call for input, _ in before if input.asked_digest == own.asked_digest})
+                taken = len({input.call for input, _ in before if input.digest == own.digest})
                 if taken >= len(kept):
                     return False, None
                 input, execution = kept[taken]
                 output = jsontext.parse(execution.outputs()[EFFECT], "the result")
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
-                await self._journal.record_effect(TOOL_EFFECT, input, output, input.key)
+                await self._journal.record_effect(input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded)
 
@@ -461,14 +455,12 @@ def _is_unresolved(execution: Execution) -> bool:
 
 def _result(ended: Execution, guarded: GuardedCall) -> Any:
     if ended.status is not ExecutionStatus.COMPLETED:
-        raise _failed(ended, guarded)
+        error = next((node.error for node in ended.nodes if node.error), ended.error)
+        raise CallFailed(
+            f"{guarded.call.tool} has failed, and is not called again, because its effect is once: {error}"
+        )
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
     if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
         return guarded.form.read(output[TOOLS_OWN])
     return guarded.form.of_answer(output)
-
-
-def _failed(ended: Execution, guarded: GuardedCall) -> CallFailed:
-    error = next((node.error for node in ended.nodes if node.error), ended.error)
-    return CallFailed(f"{guarded.tool} has failed, and is not called again, because its effect is once: {error}")

@@ -156,26 +156,26 @@ class Setbacks:
         A cancellation (Ctrl+C) comes from outside: no failure is its cause, even if the program is just handling one.
         """
         setbacks = [
-            one for one in self._setbacks if one.event is not None and one.event in events and not one.event.accepted
+            (one, one.event)
+            for one in self._setbacks
+            if one.event is not None and one.event in events and not one.event.accepted
         ]
-        failures = [one for one in setbacks if one.error is not None and not is_cancellation(error)]
-        found: list[Setback] = []
+        failures = [(one, event) for one, event in setbacks if one.error is not None and not is_cancellation(error)]
+        found: list[tuple[Setback, Event]] = []
         for causes in _causes(error):
-            found = found or [one for one in failures if one.error in causes]
+            found = found or [(one, event) for one, event in failures if one.error in causes]
         # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
-        found = found or [one for one in failures if _repeats(error, one.error)][-1:]
-        since = min((one.event.seq for one in found if one.event is not None), default=0)
+        found = found or [(one, event) for one, event in failures if _repeats(error, one.error)][-1:]
+        since = min((event.seq for _, event in found), default=0)
         # If no text matches, the error has another reason. Take every failure after which the run did not continue.
-        found = found or [one for one in failures if not one.continued]
+        found = found or [(one, event) for one, event in failures if not one.continued]
         # Add the given-up calls after which the run did not continue: the run's end cancelled them. But if a failure
         # ended the run, leave out the calls that the program gave up before that failure.
         found += [
-            one
-            for one in setbacks
-            if one.event is not None and one.event.seq > since and one.error is None and not one.continued
+            (one, event) for one, event in setbacks if event.seq > since and one.error is None and not one.continued
         ]
-        ended_it = {one.event.seq: one.event for one in found if one.event is not None}
-        if handled := [one.event.seq for one in found if one.event is not None and one.was_handled]:
+        ended_it = {event.seq: event for _, event in found}
+        if handled := [event.seq for one, event in found if one.was_handled]:
             ended_it.update((event.seq, event) for event in events if event.asked_after >= min(handled))
         return list(ended_it.values())
 

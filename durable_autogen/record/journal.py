@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
-from durable_autogen.record.effects import effects, of_session
+from durable_autogen.record.effects import TOOL_EFFECT, EffectInput, of_session, read_effects
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -30,7 +30,6 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
-    call_id_of,
     read_record,
 )
 from durable_autogen.record.log import LOG
@@ -122,7 +121,8 @@ class Journal:
                 await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
-                reason = f"{type(error).__name__}: {error}" if error is not None else "the run did not end"
+                # A journal that no session has opened, such as that of a fork, comes here without an error.
+                reason = "no program was run" if error is None else f"{type(error).__name__}: {error}"
                 await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
             elif error is None:
                 await self._cancel_given_back()
@@ -344,17 +344,20 @@ class Journal:
         """Return whether an effect still belongs to this run: no other run has taken it over, and it isn't lost."""
         return await self._owner.may_begin(task)
 
-    async def record_effect(self, workflow: Workflow, input: BaseModel, output: Any, key: str) -> None:
+    async def record_effect(self, input: EffectInput, output: Any, key: str) -> None:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
-        await self._under_this_run(self._owner.record, workflow, input, output, idempotency_key=key)
+        await self._under_this_run(self._owner.record, TOOL_EFFECT, input, output, idempotency_key=key)
 
-    async def effects_of(self, events: Iterable[Event]) -> list[str]:
-        """Return the calls of these events whose effect must happen only once, as text."""
-        calls = {self.scope_of(event.address) for event in events if event.kind is Kind.TOOL}
-        if not calls:
-            return []
-        found = await effects(self.client, of_session(self.session))
-        return [str(input) for input, _ in found if input.call in calls]
+    async def warn_of_effects(self, dropped: Iterable[Event]) -> None:
+        """Log a warning if dropped events have calls whose effect must happen only once."""
+        calls = {self.recorded.scope_of(event.address) for event in dropped if event.kind is Kind.TOOL}
+        found = await read_effects(self.client, of_session(self.session)) if calls else []
+        if effects := [str(input) for input, _ in found if input.call in calls]:
+            self.log.warning(
+                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
+                "calls again: %s",
+                *(len(effects), ", ".join(effects)),
+            )
 
     async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
         """Record the result of an effect. Raises SessionBusy if another process has taken it over."""
@@ -381,14 +384,6 @@ class Journal:
             await self._owner.complete(task, {})
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
-
-    def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the place of the call at `address` (see `scope_of` in events.py)."""
-        return self.recorded.scope_of(address)
-
-    def call_id_of(self, call: Call) -> str:
-        """Return the id of a tool's call."""
-        return call_id_of(self.session, self.scope_of(call.address), call.digest)
 
     async def before(self, call: Call, *, must_be_known: bool = False) -> None:
         """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.
@@ -551,15 +546,6 @@ class Journal:
         ):
             with contextlib.suppress(Conflict):  # it ended in the meantime
                 await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
-
-    async def release(self) -> None:
-        """Give up the ownership of a session that was begun as a fork.
-
-        Its run ends as failed, because no program ran in it.
-        """
-        if self._run is not None:
-            await self._owner.fail(self._run, "it was not run")
-            self._run = None
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for key in list(self._open):

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -93,6 +93,9 @@ class Answer:
     """The live call's value. For a replayed call, the caller builds the value from `content`."""
 
 
+Perform = Callable[[Call], Awaitable[Performed]]
+"""A function that makes a live call. Its parameter is the call, with the position at which the call is recorded."""
+
 Streamed = Callable[[bool], list[Any]]
 """A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got."""
 
@@ -112,7 +115,7 @@ class _PendingCall:
     """A call that waits for its recorded answer, or that is made live. The first fields are from `Recorder.call`."""
 
     call: Call
-    perform: Callable[[], Awaitable[Performed]] | None = None
+    perform: Perform | None = None
     streamed: Streamed = _nothing
     on_replay: Callable[[Content], None] = _ignore
     caller: Caller = None
@@ -377,7 +380,7 @@ class Recorder:
     async def call(
         self,
         call: Call,
-        perform: Callable[[], Awaitable[Performed]] | None,
+        perform: Perform | None,
         *,
         streamed: Streamed = _nothing,
         on_replay: Callable[[Content], None] = _ignore,
@@ -517,8 +520,6 @@ class Recorder:
             live.answer.set_result(self.failed.result())
         elif self._session.is_over:
             live.answer.set_result(has_ended(self._session))
-        elif live.setback is not None:
-            live.answer.cancel()
         else:
             live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
 
@@ -656,14 +657,14 @@ class Recorder:
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
-    async def _performed(self, live: _PendingCall, perform: Callable[[], Awaitable[Performed]]) -> Performed:
+    async def _performed(self, live: _PendingCall, perform: Perform) -> Performed:
         place = current.get()
         assert place is not None
         name = live.call.name
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
-                    done = await ordinary(perform(), name)
+                    done = await ordinary(perform(live.call), name)
             except asyncio.CancelledError as cancelled:
                 if live.token is not None and live.token.is_cancelled():
                     live.answer.cancel()  # the caller then gives the call up
@@ -834,7 +835,7 @@ class Recorder:
                 )
             else:
                 self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await self._warn_of_effects([event])
+                await self.journal.warn_of_effects([event])
             await self.journal.revoke([event], why, is_another_program=not follows_failure)
             self.replay.drop(event)
 
@@ -874,15 +875,6 @@ class Recorder:
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
-            await self._warn_of_effects([event for event in self.journal.events if event.seq > after])
+            await self.journal.warn_of_effects([event for event in self.journal.events if event.seq > after])
             await self.journal.revoke_after(after, what)
             self.replay.leave()
-
-    async def _warn_of_effects(self, dropped: Iterable[Event]) -> None:
-        """Log a warning if dropped events have calls whose effect must happen only once."""
-        if effects := await self.journal.effects_of(dropped):
-            self.journal.log.warning(
-                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
-                "calls again: %s",
-                *(len(effects), ", ".join(effects)),
-            )

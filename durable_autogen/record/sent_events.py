@@ -11,9 +11,7 @@ import re
 import uuid
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
-from durable_autogen.record.events import SERVER_PATIENCE, check_session_id
+from durable_autogen.record.events import SERVER_PATIENCE, Frozen, check_session_id
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest
@@ -26,10 +24,8 @@ MAX_EVENT_BYTES = 1024 * 1024
 _EVENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}")
 
 
-class SentEventInput(BaseModel):
+class SentEventInput(Frozen):
     """The input of a sent event's execution."""
-
-    model_config = ConfigDict(frozen=True)
 
     session: str
     name: str

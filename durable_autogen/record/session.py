@@ -86,7 +86,8 @@ class Session:
         self._stack = AsyncExitStack()
         self._recorder: Recorder | None = None
         self._waits: Waits
-        self._guard: Guard | None = None
+        self.guard: Guard
+        """The policies of the run."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
@@ -120,11 +121,6 @@ class Session:
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
         return _opened(self._recorder)
-
-    @property
-    def guard(self) -> Guard:
-        """The policies of the run. Raises RuntimeError outside `async with`."""
-        return _opened(self._guard)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -192,6 +188,7 @@ class Session:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
             stack.enter_context(watched_threads())
             stack.enter_context(recorded_console())
+            stack.enter_context(unrecorded.watched_processes())
             stack.enter_context(self.entry_points())
             # Connect without a place, so that nothing that the connection does counts as a call of the program.
             with at(None):
@@ -212,7 +209,7 @@ class Session:
                 journal, self, on_drift=self._on_drift, park=park, budget=budget, cancelled_before=times_before
             )
             stack.push_async_callback(self._close)
-            self._guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
+            self.guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
             self._waits = Waits(self._recorder, self._command("send"))
             self._stack = stack.pop_all()
         return self

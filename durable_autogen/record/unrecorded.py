@@ -2,17 +2,20 @@
 
 If a program starts a connection or a process in a session, but outside a recorded call, every later run starts it
 again. Python raises no audit event for a connection that a library makes without Python's socket module (uvloop, gRPC),
-nor for a second request over an open connection.
+nor for a second request over an open connection. It raises none for a process of multiprocessing either, so these are
+detected where they are started.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from durable_autogen.record.place import current
+from durable_autogen.record.while_open import replaced, while_open
 
 _installed = False
 
@@ -25,13 +28,42 @@ def watch() -> None:
         sys.addaudithook(_hook)
 
 
+@while_open
+def watched_processes() -> Iterator[None]:
+    """Detect the processes that a program starts with multiprocessing."""
+    with replaced(BaseProcess, "start", _start):
+        yield
+
+
+def _start(original: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
+    def start(self: BaseProcess) -> None:
+        _report("started a process with multiprocessing")
+        original(self)
+
+    return start
+
+
 def _hook(event: str, args: tuple[Any, ...]) -> None:
-    if event not in _WHAT:
-        return
+    if event in _WHAT and not _is_pythons_own():
+        _report(_WHAT[event](args))
+
+
+def _report(what: str) -> None:
     place = current.get()
-    if place is None or place.in_call or place.session.is_over:
-        return
-    place.session.left_the_record(place.agent, _WHAT[event](args))
+    if place is not None and not place.in_call and not place.session.is_over:
+        place.session.left_the_record(place.agent, what)
+
+
+def _is_pythons_own() -> bool:
+    """Return whether a module of Python has raised the audit event for a purpose of its own.
+
+    `platform` and others start processes to find out about the machine: vendors' clients send such facts with their
+    requests. `multiprocessing.forkserver` connects to the server that forks the processes.
+    """
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__") in ("subprocess", "os") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") in ("platform", "ctypes.util", "uuid", "multiprocessing.forkserver")
 
 
 def _connected(args: tuple[Any, ...]) -> str:

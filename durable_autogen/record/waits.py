@@ -57,7 +57,7 @@ class Waits:
         assert waiting.until_ms is not None
         until_ms = waiting.until_ms
 
-        async def perform() -> Performed:
+        async def perform(_: Call) -> Performed:
             if time.time() * 1000 < until_ms:
                 self._log.info("sleeping until %s", at_time(until_ms))
                 self._warn_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
@@ -78,7 +78,7 @@ class Waits:
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
 
-        async def perform() -> Performed:
+        async def perform(_: Call) -> Performed:
             self._warn_if_changed(name_of(Kind.WAIT, agent, position), waiting, seconds)
             content = await self._received(wait, name, waiting.until_ms)
             return Performed(None, content)
@@ -98,7 +98,7 @@ class Waits:
         request = {"hash": f"{what} {name}", "event": name} if name else {"hash": what}
         call = Call(Kind.WAIT, agent, self._recorder.next_position(agent, what), request)
 
-        async def perform() -> Performed:
+        async def perform(_: Call) -> Performed:
             until_ms = None if seconds is None else math.ceil((time.time() + seconds) * 1000)
             return Performed(None, Waiting(event=name, seconds=seconds, until_ms=until_ms))
 

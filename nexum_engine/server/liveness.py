@@ -28,6 +28,8 @@ RESTART_GRACE_MS = 1500
 """How long workers have to reconnect after the server has started. A running worker tries to reconnect several times a
 second. So the grace delays only the tasks of workers that died with the server."""
 SWEEP_RETRY_MS = 1000
+STALL_MS = 1000
+"""A sweep that has waited this long for the store ends nothing: the heartbeats have waited for the store, too."""
 LATE = 0.05
 """If the sweep's timer is late by this many seconds, the event loop was blocked, or the process was suspended."""
 MAX_BEAT_TASKS = 4000
@@ -118,13 +120,17 @@ class Liveness:
                 if not self._stopping.is_set():
                     self._disconnected(worker_id)
 
+    def is_connected(self, worker_id: str) -> bool:
+        """Return whether a worker or owner has a stream at this server."""
+        return worker_id in self._connected
+
     def lease_of_owner(self, owner: str) -> int:
         """Return the length in ms of a lease that an owner gets now.
 
         An owner without a stream gets the time for a reconnection: its process may have been killed, and the server may
         read the process's last request after the end of its stream.
         """
-        return self.lease_ms if owner in self._connected else min(self.lease_ms, RECONNECT_GRACE_MS)
+        return self.lease_ms if self.is_connected(owner) else min(self.lease_ms, RECONNECT_GRACE_MS)
 
     def tools(self) -> list[DeclaredTool]:
         """Return the tools that connected workers and owners have declared, sorted by name.
@@ -212,34 +218,43 @@ class Liveness:
         self.due_at(self._clock.now_ms() + lease_ms)
 
     async def _sweep(self) -> None:
+        may_wait_ms: int | None = STALL_MS
         while True:
             self._due_changed.clear()
             self._due_ms = None
-            now_ms = self._clock.now_ms()
+            earliest_ms, now_ms = 0, self._clock.now_ms()
+            latest_ms = None if may_wait_ms is None else now_ms + may_wait_ms
             try:
-                swept = await self._store.run(leases.sweep, self._swept_until_ms)
+                swept = await self._store.run(leases.sweep, self._swept_until_ms, latest_ms)
             except Exception as error:
                 if self._store.failed.done():
                     return  # the server stops, and says why
                 fault = None if isinstance(error, StoreUnavailable) else error
                 logger.warning("could not end the attempts whose lease has run out; retrying in 1 s", exc_info=fault)
+                may_wait_ms = -1  # the next sweep only finds out whether the store works again
                 self.due_at(self._clock.now_ms() + SWEEP_RETRY_MS)
             else:
-                self._swept_until_ms = now_ms
-                self.apply(swept.changed)
-                if swept.next_ms is not None:
-                    self.due_at(swept.next_ms)
+                if swept.is_late:
+                    # After an outage of the store, workers have as long to send a heartbeat as any disconnected worker.
+                    # But they get this time only once: a slow store must not keep the leases for ever.
+                    may_wait_ms, earliest_ms = None, self._clock.now_ms() + RECONNECT_GRACE_MS
+                    self.due_at(earliest_ms)
+                else:
+                    may_wait_ms = STALL_MS
+                    self._swept_until_ms = now_ms
+                    self.apply(swept.changed)
+                    if swept.next_ms is not None:
+                        self.due_at(swept.next_ms)
             self._due_changed.clear()
-            await self._until_due()
+            await self._until_due(earliest_ms)
 
-    async def _until_due(self) -> None:
-        """Wait until the sweep is due. If its timer is late, wait longer.
+    async def _until_due(self, earliest_ms: int) -> None:
+        """Wait until the sweep is due, and at least until `earliest_ms`. If the timer is late, wait longer.
 
         The event loop has not yet read the heartbeats that came while it was blocked. Workers may have broken their
         streams, because the server didn't answer. They have as long to reconnect as any disconnected worker.
         """
         loop = asyncio.get_running_loop()
-        earliest_ms = 0
         while True:
             if self._due_ms is None:
                 await self._due_changed.wait()

@@ -195,6 +195,7 @@ class NexumServicer(NexumServiceServicer):
             task=None if started.task is None else _task_message(started.task),
             unknown=started.unknown,
             retry_after_ms=retry_after_ms,
+            heartbeat_now=started.task is not None and not self.liveness.is_connected(request.owner),
         )
 
     async def _submit_owned(self, request: pb.StartRequest, input_json: str) -> Started:

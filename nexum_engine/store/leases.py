@@ -117,11 +117,13 @@ def restart(db: Db, grace_ms: int, unstreamed_ms: int, dead_process: str = "") -
     db.run("restart_waits", now=db.now_ms)
 
 
-def sweep(db: Db, since_ms: int) -> Swept:
+def sweep(db: Db, since_ms: int, latest_ms: int | None = None) -> Swept:
     """End the attempts whose lease has run out, and complete or fail the nodes that have waited as long as they may.
 
-    Also find the retries that became due after `since_ms`.
+    Also find the retries that became due after `since_ms`. If it is later than `latest_ms`, change nothing.
     """
+    if latest_ms is not None and db.now_ms > latest_ms:
+        return Swept(Changes(), None, is_late=True)
     # Query the due retries before `_expire` ends attempts. `_expire` announces the nodes that it makes due, and a later
     # query would announce these nodes a second time.
     retries = db.all("due_retries", since=since_ms, now=db.now_ms)

@@ -13,9 +13,13 @@ _LOCKS = {"oldest_task": "FOR UPDATE OF nodes SKIP LOCKED", "lock_limit": "FOR U
 _BY_SERVER = ("take_task", "renew_lease", "resume_node")
 """The statements that also store that the attempt's worker is connected to this server."""
 _OF_NO_OTHER = ("restart_leases", "restart_owned_leases", "shorten_leases")
-"""The statements that must not change the leases of workers that are connected to another live server."""
-_NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND alive_until > now() AND id <> :server)"
-"""The condition that `dialect` adds to the statements of _OF_NO_OTHER."""
+"""The statements that must not change the leases of workers that are connected to another server."""
+_NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND id <> :server)"
+"""The condition that `dialect` adds to the statements of _OF_NO_OTHER.
+
+It also leaves out servers that have not said for a while that they are alive: perhaps the database didn't answer. The
+statement `take_over` decides about these servers.
+"""
 
 
 @cache

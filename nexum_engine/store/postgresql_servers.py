@@ -84,15 +84,20 @@ class OtherServers:
         # Send empty news: from now on the other servers send their news, even before they next count the live servers.
         send(connection, self._channel, self._server, self._clock.now_ms(), News())
         call_in(self._loop, self._on_gap)
-        beaten = 0.0
+        beaten = steady_since = -ALIVE_SECONDS
         while not self._stopping.is_set():
             if time.monotonic() >= beaten + BEAT_SECONDS:
-                beaten = time.monotonic()
+                previous, beaten = beaten, time.monotonic()
                 row = connection.execute(queries["beat"], me).fetchone()
                 if row is not None and row["others"]:
                     self._on_alive()
                 now_ms = self._clock.now_ms()
-                connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
+                # If the database didn't answer for a while, no server could say that it is alive. So give the other
+                # servers the time to say so, before they count as dead.
+                if time.monotonic() >= previous + ALIVE_SECONDS:
+                    steady_since = time.monotonic()
+                if time.monotonic() >= steady_since + ALIVE_SECONDS:
+                    connection.execute(queries["take_over"], {"lease_expires_ms": now_ms + TAKEN_OVER_GRACE_MS})
                 connection.execute(queries["forget_dead"])
                 call_in(self._loop, self._on_news, News(due_ms=now_ms, anything=True))
             for note in connection.notifies(timeout=max(0.0, beaten + BEAT_SECONDS - time.monotonic()), stop_after=1):

@@ -117,6 +117,8 @@ class Swept:
     changed: Changes
     next_ms: int | None
     """When the next lease runs out, the next retry is due, or the next wait is over."""
+    is_late: bool = False
+    """Whether the sweep came too late to end anything (see `sweep`)."""
 
 
 @dataclass(frozen=True)

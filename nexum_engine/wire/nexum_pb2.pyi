@@ -150,6 +150,7 @@ class StartResponse(google.protobuf.message.Message):
     TASK_FIELD_NUMBER: builtins.int
     UNKNOWN_FIELD_NUMBER: builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    HEARTBEAT_NOW_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     existing: builtins.bool
     """Addition: true if the key already had this execution."""
@@ -162,6 +163,10 @@ class StartResponse(google.protobuf.message.Message):
     retry_after_ms: builtins.int
     """Addition: with `owner`: not 0 if a limit of the node (`rate`, `concurrency`) holds it back. The execution is RUNNING
     without a task: start the same key again after this time.
+    """
+    heartbeat_now: builtins.bool
+    """Addition: with `owner`: true if the owner has no WorkerStream at this server. The task's lease is then short, because
+    the owner may be dead. If the owner has a stream at another server of the database, it sends a heartbeat at once.
     """
     @property
     def ended(self) -> global___GetExecutionResponse:
@@ -181,9 +186,10 @@ class StartResponse(google.protobuf.message.Message):
         task: global___PollResponse | None = ...,
         unknown: builtins.bool = ...,
         retry_after_ms: builtins.int = ...,
+        heartbeat_now: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ended", b"ended", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "retry_after_ms", b"retry_after_ms", "status", b"status", "task", b"task", "unknown", b"unknown"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ended", b"ended", "execution_id", b"execution_id", "existing", b"existing", "heartbeat_now", b"heartbeat_now", "retry_after_ms", b"retry_after_ms", "status", b"status", "task", b"task", "unknown", b"unknown"]) -> None: ...
 
 global___StartResponse = StartResponse
 

@@ -145,7 +145,7 @@ def build_team():
 
 @pytest.mark.every_python
 def test_programs_of_durable_runs_run_as_printed(server: ServerThread, tmp_path: Path) -> None:
-    one_line, with_result, branches = programs(DURABLE_RUNS)[:3]
+    one_line, with_result, _, branches = programs(DURABLE_RUNS)[:4]
     (tmp_path / "program.py").write_text(
         f"{MODEL}\nfrom autogen_core.models import UserMessage\n{TEAM}\n"
         "async def main():\n"
@@ -166,6 +166,31 @@ def test_programs_of_durable_runs_run_as_printed(server: ServerThread, tmp_path:
     assert news <= {"NEWS ['first', 'second']", "NEWS ['second', 'first']"}
     assert len(news) == 1
     assert (tmp_path / "charged").read_text() == "c-17" * 2  # in two sessions
+
+
+def test_conversation_of_durable_runs_remembers_earlier_messages(server: ServerThread, tmp_path: Path) -> None:
+    conversation = programs(DURABLE_RUNS)[2].replace("(conversation)", "(conversation, on_drift=sys.argv[1])")
+    team = TEAM.replace('"c-17"}\')', '"c-17"}\'), "paid", "once"')
+    assert team != TEAM
+    (tmp_path / "program.py").write_text(
+        f"{MODEL}\nimport sys\n{team}\n{conversation}\n"
+        "try:\n    print('ANSWER', asyncio.run(answer('c1', sys.argv[2:])))\n"
+        "except Exception as error:\n    print(type(error).__name__)\n"
+    )
+
+    def asked(*arguments: str) -> str:
+        run = Process(["program.py", *arguments], cwd=tmp_path, env=libraries(server), forked=True)
+        assert run.wait() == 0, run.output
+        return run.output.splitlines()[-1]
+
+    for messages, answered in ((["Pay."], "receipt for c-17"), (["Pay.", "Done?"], "paid")):
+        for _ in range(2):
+            assert asked("stop", *messages) == f"ANSWER {answered}"
+    assert asked("stop", "Pay.", "Done?", "How often?") == "ANSWER once"
+    assert asked("stop", "Pay.", "Really?") == "DriftError"
+    assert asked("continue", "Pay.", "Really?") == "ANSWER paid"
+    assert asked("stop", "Pay.", "Really?", "How often?") == "ANSWER once"
+    assert (tmp_path / "charged").read_text() == "c-17"
 
 
 @pytest.mark.every_python

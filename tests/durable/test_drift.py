@@ -14,7 +14,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
 from autogen_core.models import UserMessage
 from autogen_core.tools import FunctionTool
-from durable_agents import TIMEOUT, agent, answer, client, named, run, texts
+from durable_agents import TIMEOUT, Scripted, agent, answer, client, named, run, texts
 from harness import logged
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
@@ -66,6 +66,18 @@ async def test_fewer_calls_raise_drift_error_although_call_was_in_flight(
         assert any(line.startswith("reply 1 of a is next on record: waiting up to ") for line in lines)
         said = await asyncio.wait_for(program("b", on_drift="continue"), TIMEOUT)
         assert await asyncio.wait_for(program("b"), TIMEOUT) == said
+
+
+async def test_drift_error_does_not_repeat_the_same_beginning_of_a_message(server: ServerThread) -> None:
+    begins = "The page in the browser has a long text, and only somewhere after its beginning comes the time: "
+
+    async def program(now: str) -> None:
+        async with DurableSession("s", nexum=server.address):
+            await Scripted([]).create([UserMessage(content=begins + now, source="surfer")])
+
+    await program("16:02")
+    with pytest.raises(DriftError, match=r"number 1 on: it begins with 'The page .*' \(.*\) as before, but differs"):
+        await program("16:03")
 
 
 async def test_replay_does_not_wait_for_given_up_call(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:

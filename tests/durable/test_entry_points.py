@@ -10,6 +10,7 @@ import pickle
 import random
 import threading
 import uuid
+import warnings
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -704,6 +705,28 @@ async def test_session_leaves_objects_unchanged(shared_server: Server, happened:
 
     outside = looks()
     assert await inside(shared_server, lambda: asyncio.sleep(0, looks()), new_session()) == outside
+
+
+class VendorSettings(BaseModel):
+    model: str = "m"
+
+
+class VendorClient(Scripted):
+    """A client as AutoGen's own for Azure: of a module that AutoGen calls internal."""
+
+    __module__ = "vendor._client"
+
+    def _to_config(self) -> VendorSettings:
+        return VendorSettings()
+
+
+async def test_warning_for_the_author_of_a_client_is_not_shown(shared_server: Server, happened: list[str]) -> None:
+    with pytest.warns(UserWarning, match="Internal module name"):
+        VendorClient(happened).dump_component()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        await inside(shared_server, lambda: asked(VendorClient(happened)), new_session())
+    assert not warned
 
 
 async def test_class_defined_in_session_is_recorded(shared_server: Server, happened: list[str]) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes.util
 import io
+import multiprocessing
+import os
+import platform
 import ssl
 import subprocess
 import sys
@@ -137,6 +141,51 @@ async def test_on_unrecorded_stop_prevents_connection_outside_record(
         with pytest.raises(NotDurable, match=f"reporter {target(way, world)}.*on_unrecorded='stop'"):
             await run(shared_server, lambda: Own("reporter", acting), session=new_session(), on_unrecorded="stop")  # noqa: B023
     assert world.touched == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Python asks Windows without a process")
+async def test_process_by_which_python_describes_the_machine_is_not_reported(shared_server: Server) -> None:
+    started: list[object] = []
+    lines: list[str] = []
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "subprocess.Popen" and is_watching:
+            started.append(arguments[1])
+
+    async def program() -> None:
+        platform.architecture()
+        ctypes.util.find_library("c")
+
+    is_watching = True
+    sys.addaudithook(hook)
+    await inside(shared_server, program, new_session(), logs=lines, on_unrecorded="stop")
+    is_watching = False
+    assert started
+    assert not about_outside(lines)
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+async def test_process_of_multiprocessing_is_reported(shared_server: Server, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    started: list[int | None] = []
+    lines: list[str] = []
+
+    async def program() -> None:
+        for _ in range(2):
+            process: Any = context.Process(target=os.getpid)  # type: ignore[attr-defined]
+            process.start()
+            await asyncio.to_thread(process.join, 60)
+            started.append(process.exitcode)
+
+    await inside(shared_server, program, new_session(), logs=lines)
+    assert started == [0, 0]
+    told, summary = about_outside(lines)
+    did = "the program started a process with multiprocessing"
+    assert told == f"{did} outside the record: a re-run does it again, unless you make it a tool"
+    assert summary.endswith(f"outside the record: {did} (2 times)")
+    with pytest.raises(NotDurable, match=did):
+        await inside(shared_server, program, new_session(), on_unrecorded="stop")
+    assert len(started) == 2
 
 
 async def test_program_and_each_agent_are_reported_separately(shared_server: Server, world: World) -> None:

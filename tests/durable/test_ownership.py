@@ -33,7 +33,17 @@ from openai_server import OpenAIServer, Reply
 from proxy import DIRECTIONS, TO_SERVER
 from server_thread import ServerThread
 
-from durable_autogen import NOT_DONE, Budget, DriftError, DurableSession, SessionBusy, durable_tool, list_sessions
+from durable_autogen import (
+    NOT_DONE,
+    Budget,
+    DriftError,
+    DurableSession,
+    SessionBusy,
+    call_id,
+    durable_tool,
+    list_sessions,
+)
+from durable_autogen.autogen.fingerprints import describe_call
 from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
 from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
@@ -101,7 +111,6 @@ async def failed_run(client: NexumClient) -> Execution | None:
     async with Journal(client, "s") as journal:
         seen = await journal._runs()
         await journal.record(Call(Kind.REPLY, "", "reply/1"), Returned(value="yes"))
-        await journal.release()
     return seen
 
 
@@ -317,7 +326,6 @@ async def next_run(server: ServerThread) -> AsyncIterator[Journal]:
     """Yield the journal of the next run."""
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
         yield journal
-        await journal.release()
 
 
 REPLIES = [Call(Kind.REPLY, "a", f"reply/{number}") for number in range(1, 4)]
@@ -403,6 +411,26 @@ async def test_simultaneous_calls_and_calls_without_agent_are_begun_first(
         *["start reply/0/tool/1", "complete"],
         "complete",  # the run
     ]
+
+
+async def test_simultaneous_calls_in_another_order_keep_their_ids_after_a_kill(server: ServerThread) -> None:
+    ids: dict[str, str] = {}
+
+    async def note(letter: str) -> None:
+        ids[letter] = call_id()
+
+    async with killed(server) as dead:
+        begun = {
+            letter: Call(Kind.TOOL, "", f"reply/0/tool/{number}", describe_call("note", {"letter": letter}))
+            for number, letter in enumerate("AB", 1)
+        }
+        for call in begun.values():
+            await dead.begin(call)
+        expected = {letter: dead.recorded.call_id_of(dead.session, call) for letter, call in begun.items()}
+    tool = FunctionTool(note, description="Note.")
+    async with DurableSession("s", nexum=server.address):
+        await asyncio.gather(*(tool.run_json({"letter": letter}, CancellationToken()) for letter in "BA"))
+    assert ids == expected
 
 
 async def test_failure_at_end_of_killed_run_is_retried(server: ServerThread) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from autogen_core.models import UserMessage
 from durable_agents import answer, client, named
 from openai_server import OpenAIServer
@@ -10,6 +13,7 @@ from server_thread import ServerThread
 from durable_autogen import DurableSession
 from durable_autogen.recorded_sessions import list_sessions
 from nexum_engine.client import NexumClient
+from nexum_engine.records import Execution
 
 
 async def test_session_is_kept_while_it_runs_and_pruned_as_a_whole_later(server: ServerThread) -> None:
@@ -42,3 +46,23 @@ async def test_session_is_kept_while_it_runs_and_pruned_as_a_whole_later(server:
             assert set(again).isdisjoint(first)
             assert await program(pruning=False) == again
             assert len(model.requests) == 6
+
+
+async def test_sessions_are_listed_although_one_is_pruned_between_two_pages(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for session in ("old", "new"):
+        async with DurableSession(session, nexum=server.address):
+            pass
+    async with NexumClient(server.address) as nexum:
+        list_executions, pruned = nexum.list_executions, 0
+
+        async def list_while_pruning(**query: Any) -> list[Execution]:
+            nonlocal pruned
+            if query["before"] and not pruned:
+                pruned = (await nexum.prune(0, session="old")).executions
+            return await list_executions(**query)
+
+        monkeypatch.setattr(nexum, "list_executions", list_while_pruning)
+        assert [one.session for one in await list_sessions(nexum)] == ["new"]
+        assert pruned == 1

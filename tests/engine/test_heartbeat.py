@@ -235,6 +235,25 @@ async def test_sweep_continues_after_a_fault(tmp_path: Path, caplog: pytest.LogC
     assert "RuntimeError: a bug" in caplog.text
 
 
+async def test_worker_keeps_its_task_over_an_outage_of_the_store_that_is_longer_than_its_lease(tmp_path: Path) -> None:
+    async with engine_server(tmp_path, lease=0.5) as server, NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        await client.start_execution(ONE, {})
+        task = await client.poll_task("w1", [ONE.version_hash], wait=SOON)
+        assert task is not None
+        waiting = asyncio.create_task(client.poll_task("w2", [ONE.version_hash], wait=SOON))
+        server.watch(leases.sweep, is_full, is_full)
+        while server.calls[leases.sweep] < 3:  # noqa: ASYNC110 - the third one is the first after the outage
+            await asyncio.sleep(0.01)
+        async with beating(server.address) as worker:
+            worker.heart.hold(task.task_id)
+            while server.calls[leases.sweep] < 5:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert not waiting.done()
+            await client.complete_task(task.task_id, "1")
+        waiting.cancel()
+
+
 @asynccontextmanager
 async def slow_line(port: int, delay: float) -> AsyncIterator[str]:
     """Yield an address through which the server's data arrive `delay` seconds late."""

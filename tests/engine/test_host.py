@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -290,4 +291,8 @@ async def test_threads_end_with_the_last_block_and_the_opening_is_logged_once(fo
                 assert {one.name for one in set(threading.enumerate()) - before} >= {"nexum"}
     left = {one.name for one in set(threading.enumerate()) - before}
     assert not {name for name in left if name.startswith("nexum")}
-    assert [OPENED in line for line in lines] == [True]
+    assert lines
+    assert all(OPENED in line for line in lines)
+    # Another line only tells that another program has taken or left the default port meanwhile.
+    reasons = [line.partition(": ")[0] for line in lines]
+    assert all(reason != next_reason for reason, next_reason in itertools.pairwise(reasons))

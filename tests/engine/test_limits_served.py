@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from programs.limited_worker import limited
 from server_thread import ServerThread
 
 from nexum_engine.client import NexumClient
+from nexum_engine.heartbeat import SECOND_BEAT_AFTER
 from nexum_engine.owner import Owner
 from nexum_engine.records import Attempt, ExecutionStatus, Outcome
+from nexum_engine.server.liveness import RECONNECT_GRACE_MS
 from nexum_engine.store import tasks
 from nexum_engine.workflow import Rate, Workflow
 
@@ -180,6 +182,24 @@ async def test_place_of_a_lost_owner_becomes_free(owners: Callable[[], Owner]) -
             waiting = asyncio.create_task(other.take_place(built, {}, key="two"))
         assert not waiting.done()
         await asyncio.wait_for(waiting, SOON)
+
+
+async def test_owner_keeps_its_place_if_its_calls_and_its_heartbeats_reach_different_servers(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """A load balancer may send the two connections of a client to different servers."""
+    built = limited(None, 1)
+    async with AsyncExitStack() as stack:
+        servers = [stack.enter_context(nexum_server(tmp_path, database_url=postgres_url)) for _ in range(2)]
+        for_calls, for_heartbeats = [await stack.enter_async_context(NexumClient(server.address)) for server in servers]
+        owner = Owner(for_calls)
+        owner._heartbeat._connection = for_heartbeats.connection
+        await stack.enter_async_context(owner)
+        await asyncio.sleep(SECOND_BEAT_AFTER + 0.1)  # no heartbeat is due now
+        await owner.take_place(built, {}, key="one")
+        other = await stack.enter_async_context(Owner(for_calls))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(other.take_place(built, {}, key="two"), 2 * RECONNECT_GRACE_MS / 1000)
 
 
 async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], server: ServerThread) -> None:

@@ -147,6 +147,10 @@ async def test_server_with_too_many_rpcs_answers_in_these_words(
                 await other.ping()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, grpc.__version__.split(".")[:2])) < (1, 84),
+    reason="before 1.84, grpcio counts the RPCs of a closed connection until the next RPC comes",
+)
 async def test_client_leaves_a_server_with_too_many_rpcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.shuffle", lambda _: None)
     first_folder, second_folder = folders_of_one_database(tmp_path)

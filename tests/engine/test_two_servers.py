@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from processes import wait_until
 
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, StaleTask
@@ -20,6 +21,8 @@ from nexum_engine.store.db import Db
 LEASE_MS = 30_000
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
+from nexum_engine.store import postgresql_servers  # noqa: E402
+from nexum_engine.store.postgresql_connection import connect  # noqa: E402
 from nexum_engine.store.postgresql_servers import ALIVE_SECONDS  # noqa: E402
 
 RACES = 30
@@ -233,6 +236,78 @@ async def test_server_that_follows_a_killed_one_takes_its_workers_at_once(
     assert [[one.outcome for one in attempts] for attempts in found] == [[Outcome.INTERRUPTED], [Outcome.RUNNING]]
     for store in (follower, living):
         await store.close()
+
+
+async def outcomes_after(store: Store, clock: ManualClock, seconds: float, execution_id: str) -> list[Outcome]:
+    clock.advance(seconds)
+    await store.run(leases.sweep, NO_RETRIES)
+    (node,) = (await store.run(reading.get_execution, execution_id, True)).nodes
+    return [one.outcome for one in node.attempts]
+
+
+async def test_outage_of_the_database_takes_no_task_from_the_workers_of_a_living_server(
+    postgres_url: str, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two servers reaches the database again later than the other one."""
+    reachable = {"one", "other"}
+
+    def connect_if_reachable(url: str) -> Any:
+        if url.rpartition("=")[2] not in reachable:
+            raise psycopg.OperationalError("the database is down")
+        return connect(url)
+
+    async def alive(count: int) -> None:
+        query = "SELECT count(*) FROM servers WHERE alive_until > now()"
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            await asyncio.to_thread(
+                wait_until, lambda: connection.execute(query).fetchone() == (count,), f"{count} server(s) are alive"
+            )
+
+    def cut(*names: str) -> None:
+        reachable.difference_update(names)
+        with psycopg.connect(postgres_url, autocommit=True) as connection:
+            end = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = ANY(%s)"
+            connection.execute(end, ([*names],))
+
+    monkeypatch.setattr(postgresql_servers, "connect", connect_if_reachable)
+    monkeypatch.setattr(postgresql_servers, "ALIVE_SECONDS", 1.0)
+    monkeypatch.setattr(postgresql_servers, "BEAT_SECONDS", 0.2)
+    mark = "&" if "?" in postgres_url else "?"
+    one, other = [await open_store(f"{postgres_url}{mark}application_name={name}", clock) for name in ("one", "other")]
+    for store in (one, other):
+        store.join(lambda news: None)
+    await register(one, ONE)
+    execution_id = await start(one)
+    await taken(one)
+    await alive(2)
+
+    cut("one", "other")
+    await alive(0)
+    reachable.add("other")
+    await alive(1)
+    await asyncio.sleep(0.4)  # the other server has looked for dead servers
+    reachable.add("one")
+    await alive(2)
+    await asyncio.sleep(1.5)
+    assert await outcomes_after(other, clock, 2, execution_id) == [Outcome.RUNNING]
+
+    cut("one")
+    await alive(1)
+    await asyncio.sleep(2.5)
+    assert await outcomes_after(other, clock, 2, execution_id) == [Outcome.INTERRUPTED]
+    for store in (one, other):
+        await store.close()
+
+
+async def test_server_that_starts_after_an_outage_of_the_database_leaves_the_workers_of_the_others(
+    stores: tuple[Store, Store], clock: ManualClock
+) -> None:
+    await register(stores[0], ONE)
+    execution_id = await start(stores[0])
+    await stores[0].run(lambda db: db.one("beat", seconds=0))
+    await taken(stores[0])
+    await stores[1].run(leases.restart, 1500, 60_000)
+    assert await outcomes_after(stores[1], clock, 2, execution_id) == [Outcome.RUNNING]
 
 
 async def test_loss_found_by_both_is_counted_once(stores: tuple[Store, Store], clock: ManualClock) -> None:
