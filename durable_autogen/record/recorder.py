@@ -478,9 +478,10 @@ class Recorder:
         return error
 
     async def _in_time(self, pending: _PendingCall, waiting: Coroutine[Any, Any, T]) -> T:
-        """Wait for the replay to reach a call. If Ctrl+C ends the replay, the program's clean-up is not reached.
+        """Wait for the replay to reach a call.
 
-        The program doesn't make the recorded calls before it any more. Then raise CancelledError.
+        If Ctrl+C ends the replay, the program no longer makes the recorded calls that come before its clean-up. So the
+        clean-up is not reached: then raise CancelledError.
         """
         if not pending.is_cleanup:
             return await waiting
@@ -635,7 +636,7 @@ class Recorder:
                 live.answer.set_result(error)
         except asyncio.CancelledError:
             if live.is_cleanup and not self.replay.over.is_set():
-                live.answer.cancel()
+                live.answer.cancel()  # the clean-up was not reached
             raise
 
     def _must_be_known(self, live: _PendingCall) -> bool:
