@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -66,6 +67,13 @@ COUNTED_AS = {
 def _nothing(_: bool) -> list[Any]:
     """Return the items of a call that isn't a stream."""
     return []
+
+
+def _handled_error() -> BaseException | None:
+    """Return the error that the current task handles, in an `except` or `finally`."""
+    error = sys.exc_info()[1]
+    # If a task leaves an async generator because of an error, the generator itself handles a GeneratorExit.
+    return error.__context__ if isinstance(error, GeneratorExit) else error
 
 
 def _ignore(_: Content) -> None:
@@ -420,15 +428,19 @@ class Recorder:
         return times_cancelled(self._task) > self._cancelled_before
 
     def _is_cleanup(self, caller: Caller) -> bool:
-        """Return whether `caller`, the task that is running, is cancelled, too, or was started by such a task.
+        """Return whether `caller`, the task that is running, cleans up after Ctrl+C.
 
-        Its calls then clean up after Ctrl+C. Other tasks, such as those of a team, may continue their work for a while.
+        It does while it handles the CancelledError, and so do the tasks that it starts then. Other tasks, such as those
+        of a team, may continue their work for a while.
         """
-        if not self._is_cancelled:
-            self._cleanups = set()  # the program has handled the cancellation, as asyncio.timeout does
-        elif times_cancelled(caller) > 0:
+        is_handling = isinstance(_handled_error(), asyncio.CancelledError)
+        if not self._is_cancelled or (caller is self._task and not is_handling):
+            # The program has handled the cancellation, as asyncio.timeout does. Its task may still count as cancelled:
+            # a program may catch the error without Task.uncancel, and so does TaskGroup in Python 3.11 and 3.12.
+            self._cleanups = set()
+        elif is_handling:
             _cleaning_up.set(self._cleanups)
-        return self._is_cancelled and _cleaning_up.get() is self._cleanups
+        return _cleaning_up.get() is self._cleanups
 
     def starts_an_agent(self) -> None:
         """Note that the current task runs an agent or a team."""

@@ -418,6 +418,39 @@ async def test_cancellation_during_replay_keeps_the_record(
     assert happened == ["first", "tidy up", "next", "last"]
 
 
+async def test_program_that_once_caught_a_cancellation_keeps_its_later_calls(
+    shared_server: Server, happened: list[str]
+) -> None:
+    """Such a task counts as being cancelled until its end. In Python 3.11 and 3.12, a failed TaskGroup does the same."""
+    session, here = new_session(), asyncio.Event()
+    is_down = True
+
+    async def act() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                await asyncio.sleep(0)
+            finally:
+                await asked(Scripted(happened, name="tidy up"))
+        names = ("first", "second")
+        found = [await asked(Scripted(happened, name=name)) for name in names]
+        found += await asyncio.gather(*(asked(Scripted(happened, name=name)) for name in names))
+        here.set()
+        return "".join(found) + await asked(Scripted(happened, *[hangs] * is_down, name="last"))
+
+    running = asyncio.create_task(inside(shared_server, act, session))
+    await asyncio.wait_for(here.wait(), TIMEOUT)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    is_down = False
+    happened.clear()
+    await inside(shared_server, act, session)
+    assert happened == ["last"]
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
 @pytest.mark.parametrize("is_killed", [False, True])
 @pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks", "by a team"])
