@@ -162,7 +162,14 @@ class _Sessions:
         """Return a wrapper of `asyncio.Runner.run`, or of `run_until_complete` of an event loop."""
 
         def run(runner: Any, main: Any, **options: Any) -> Any:
-            return original(runner, self._inside(main), **options)
+            try:
+                return original(runner, self._inside(main), **options)
+            except asyncio.CancelledError:
+                # Python's Runner doesn't raise KeyboardInterrupt if the main task had caught another cancellation before.
+                # In Python 3.11 and 3.12, a failed TaskGroup has the same effect.
+                if getattr(runner, "_interrupt_count", 0):
+                    raise KeyboardInterrupt from None
+                raise
 
         return run
 

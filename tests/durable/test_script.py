@@ -255,6 +255,21 @@ def test_interrupted_script_ends_with_the_exit_code_of_python_and_one_line(folde
     assert codes[0] == codes[1]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.run doesn't cancel the main task on Ctrl+C")
+def test_interrupted_script_that_had_caught_a_cancellation_ends_with_one_line(folder: Folder) -> None:
+    catches = (
+        "asyncio.current_task().cancel()\n    try: await asyncio.sleep(0)\n    except asyncio.CancelledError:\n"
+        "        print('caught', flush=True)\n        await asyncio.sleep(60)"
+    )
+    folder.write(ENDS.format(end=catches, after=""))
+    with running(folder.command(), cwd=folder.path, env=folder.env) as process:
+        process.wait_for("caught")
+        process.interrupt()
+        assert process.wait() in (-signal.SIGINT, 130)
+        assert process.output.splitlines()[-1] == INTERRUPTED_LINE
+        assert "Traceback" not in process.output
+
+
 def test_interrupted_script_ends_although_a_thread_waits(folder: Folder) -> None:
     folder.write(
         "import threading, time\nthreading.Thread(target=threading.Event().wait).start()\n"
