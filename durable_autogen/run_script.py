@@ -165,7 +165,7 @@ class _Sessions:
             try:
                 return original(runner, self._inside(main), **options)
             except asyncio.CancelledError:
-                # Python's Runner doesn't raise KeyboardInterrupt if the main task had caught another cancellation before.
+                # Python's Runner raises no KeyboardInterrupt if the main task had caught another cancellation before.
                 # In Python 3.11 and 3.12, a failed TaskGroup has the same effect.
                 if getattr(runner, "_interrupt_count", 0):
                     raise KeyboardInterrupt from None

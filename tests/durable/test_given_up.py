@@ -421,7 +421,7 @@ async def test_cancellation_during_replay_keeps_the_record(
 async def test_program_that_once_caught_a_cancellation_keeps_its_later_calls(
     shared_server: Server, happened: list[str]
 ) -> None:
-    """Such a task counts as cancelled until its end. In Python 3.11 and 3.12, a failed TaskGroup has the same effect."""
+    """Such a task counts as cancelled until it ends. In Python 3.11 and 3.12, so it does after a failed TaskGroup."""
     session, here = new_session(), asyncio.Event()
     is_down = True
 
