@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
+from durable_autogen.record.cleanup import Cleanup
 from durable_autogen.record.events import (
     Begun,
     Call,
@@ -32,7 +31,7 @@ from durable_autogen.record.events import (
     Returned,
     usage_of,
 )
-from durable_autogen.record.failures import Failure, ordinary, times_cancelled
+from durable_autogen.record.failures import Failure, ordinary
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks, is_cancellation
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
@@ -49,9 +48,6 @@ CLEANUP_PATIENCE = 1.0  # seconds that a clean-up after Ctrl+C waits for the rep
 GIVE_UP_PATIENCE = 1.0  # seconds that a live call waits for given-up calls to end
 
 
-_cleaning_up: ContextVar[set[str] | None] = ContextVar("durable_cleaning_up", default=None)
-"""The calls of the clean-up to which the current task, or the task that started it, belongs."""
-
 COUNTED_AS = {
     Kind.REPLY: "model calls",
     Kind.TOOL: "tool calls",
@@ -67,13 +63,6 @@ COUNTED_AS = {
 def _nothing(_: bool) -> list[Any]:
     """Return the items of a call that isn't a stream."""
     return []
-
-
-def _handled_error() -> BaseException | None:
-    """Return the error that the current task handles, in an `except` or `finally`."""
-    error = sys.exc_info()[1]
-    # If a task leaves an async generator because of an error, the generator itself handles a GeneratorExit.
-    return error.__context__ if isinstance(error, GeneratorExit) else error
 
 
 def _ignore(_: Content) -> None:
@@ -186,7 +175,7 @@ class Recorder:
         on_drift: OnDrift,
         budget: BudgetCheck | None,
         park: bool,
-        cancelled_before: int,
+        cleanup: Cleanup,
     ) -> None:
         self.journal = journal
         self.on_drift = on_drift
@@ -203,12 +192,7 @@ class Recorder:
         self.replayed: Counter[str] = Counter()
         """The same of the replayed calls."""
         self._session = session
-        self._task = asyncio.current_task()
-        """The task that opened the session. Ctrl+C cancels it."""
-        self._cancelled_before = cancelled_before
-        """How many cancellations of that task were in progress when it began to open the session."""
-        self._cleanups: set[str] = set()
-        """The addresses of the calls that this run has recorded since Ctrl+C cancelled it: those of its clean-up."""
+        self._cleanup = cleanup
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made."""
@@ -368,7 +352,7 @@ class Recorder:
                 ended_it += [
                     one
                     for one in self.journal.events
-                    if one.address in self._cleanups and not one.accepted and one not in ended_it
+                    if one.address in self._cleanup.calls and not one.accepted and one not in ended_it
                 ]
             if ended_it:
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
@@ -408,7 +392,7 @@ class Recorder:
         self._check_not_failed()
         caller = caller or asyncio.current_task()
         pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
-        pending.is_cleanup = self._is_cleanup(caller)
+        pending.is_cleanup = self._cleanup.includes(caller)
         is_cancelled = pending.is_cleanup or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
         if early and (event := self.replay.peek(pending.call)) is not None:
@@ -422,30 +406,10 @@ class Recorder:
         self._count(call.kind, answer.content, is_replayed=answer.replayed)
         return answer
 
-    @property
-    def _is_cancelled(self) -> bool:
-        """Whether the program is being cancelled, as after Ctrl+C."""
-        return times_cancelled(self._task) > self._cancelled_before
-
-    def _is_cleanup(self, caller: Caller) -> bool:
-        """Return whether `caller`, the task that is running, cleans up after Ctrl+C.
-
-        It does while it handles the CancelledError, and so do the tasks that it starts then. Other tasks, such as those
-        of a team, may continue their work for a while.
-        """
-        is_handling = isinstance(_handled_error(), asyncio.CancelledError)
-        if not self._is_cancelled or (caller is self._task and not is_handling):
-            # The program has handled the cancellation, as asyncio.timeout does. Its task may still count as cancelled:
-            # a program may catch the error without Task.uncancel, and so does TaskGroup in Python 3.11 and 3.12.
-            self._cleanups = set()
-        elif is_handling:
-            _cleaning_up.set(self._cleanups)
-        return _cleaning_up.get() is self._cleanups
-
     def starts_an_agent(self) -> None:
         """Note that the current task runs an agent or a team."""
         caller = asyncio.current_task()
-        if not self._is_cleanup(caller):
+        if not self._cleanup.includes(caller):
             self.setbacks.starts_an_agent(caller)
 
     def _found(self, pending: _PendingCall, content: Content) -> None:
@@ -540,7 +504,7 @@ class Recorder:
         """Cancel a call that the program has cancelled, or has not waited for."""
         if live.setback is None:
             live.setback = self.setbacks.add(live.call.agent, live.caller)
-            live.is_cleanup = self._is_cleanup(live.caller)
+            live.is_cleanup = self._cleanup.includes(live.caller)
             live.cancel(running)
             self._start(live, self._take_back(live, running))
 
@@ -791,7 +755,7 @@ class Recorder:
             is_cleanup=live.is_cleanup,
         )
         if live.is_cleanup:
-            self._cleanups.add(event.address)
+            self._cleanup.calls.add(event.address)
         if self._budget is not None:
             self._budget.recorded(event)
         return event

@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar, get_args
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix
+from durable_autogen.record.cleanup import Cleanup
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.events import check_session_id
-from durable_autogen.record.failures import times_cancelled
 from durable_autogen.record.guard import Guard
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
@@ -183,7 +183,7 @@ class Session:
     async def __aenter__(self: S) -> S:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
-        times_before = times_cancelled(asyncio.current_task())
+        cleanup = Cleanup()
         async with AsyncExitStack() as stack:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
             stack.enter_context(watched_threads())
@@ -205,9 +205,7 @@ class Session:
                 budget = BudgetCheck(self._budget, journal, self._command("budget"))
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
-            self._recorder = Recorder(
-                journal, self, on_drift=self._on_drift, park=park, budget=budget, cancelled_before=times_before
-            )
+            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget, cleanup=cleanup)
             stack.push_async_callback(self._close)
             self.guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
             self._waits = Waits(self._recorder, self._command("send"))
