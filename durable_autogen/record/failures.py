@@ -235,3 +235,8 @@ def times_cancelled(task: asyncio.Task[Any] | None) -> int:
     """Return how many cancellations of a task are in progress."""
     # Return 0 in Python 3.10: it has no Task.cancelling.
     return 0 if task is None else int(getattr(task, "cancelling", lambda: 0)())
+
+
+def is_cancellation(error: BaseException) -> bool:
+    """Return whether a run that ends with this error was cancelled from outside, as by Ctrl+C."""
+    return isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from durable_autogen.record.events import Call, Event
+from durable_autogen.record.failures import is_cancellation
 
 MAX_CONTINUED = 100  # how many setbacks to remember of those after which the run continued
 
@@ -178,11 +179,6 @@ class Setbacks:
         if handled := [event.seq for one, event in found if one.was_handled]:
             ended_it.update((event.seq, event) for event in events if event.asked_after >= min(handled))
         return list(ended_it.values())
-
-
-def is_cancellation(error: BaseException) -> bool:
-    """Return whether a run that ends with this error was cancelled from outside, as by Ctrl+C."""
-    return isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
 
 
 def _contains(outer: str, agent: str) -> bool:

@@ -32,7 +32,7 @@ from durable_autogen.record.events import (
     usage_of,
 )
 from durable_autogen.record.failures import Failure, ordinary
-from durable_autogen.record.handled_failures import Caller, Setback, Setbacks, is_cancellation
+from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
@@ -127,8 +127,8 @@ class _PendingCall:
     """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
     setback: Setback | None = None
     """Set when the program gives the call up."""
-    is_cleanup: bool = False
-    """See `Event.is_cleanup`."""
+    cleanup: set[str] | None = None
+    """The calls of the clean-up that the call is part of, or before which the program gave it up."""
     is_cancelled: bool = False
     _is_sending: bool = False
     answer: asyncio.Future[Answer | Exception] = field(init=False)
@@ -192,7 +192,7 @@ class Recorder:
         self.replayed: Counter[str] = Counter()
         """The same of the replayed calls."""
         self._session = session
-        self._cleanup = cleanup
+        self.cleanup = cleanup
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made."""
@@ -347,12 +347,12 @@ class Recorder:
             self._apart = [(live, content) for live, content in self._apart if isinstance(content, Returned)]
             await self._record_apart()
             ended_it = self.setbacks.ended_by(error, self.journal.events)
-            if is_cancellation(error):
+            if self.cleanup.is_end(error):
                 # A later run that isn't cancelled makes no such calls.
                 ended_it += [
                     one
                     for one in self.journal.events
-                    if one.address in self._cleanup.calls and not one.accepted and one not in ended_it
+                    if one.address in self.cleanup.calls and not one.accepted and one not in ended_it
                 ]
             if ended_it:
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
@@ -392,8 +392,10 @@ class Recorder:
         self._check_not_failed()
         caller = caller or asyncio.current_task()
         pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
-        pending.is_cleanup = self._cleanup.includes(caller)
-        is_cancelled = pending.is_cleanup or (token is not None and token.is_cancelled())
+        if caller is asyncio.current_task():
+            self.cleanup.look()
+        pending.cleanup = self.cleanup.of_this_task()
+        is_cancelled = pending.cleanup is not None or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
         if early and (event := self.replay.peek(pending.call)) is not None:
             self._found(pending, event.content)
@@ -408,9 +410,9 @@ class Recorder:
 
     def starts_an_agent(self) -> None:
         """Note that the current task runs an agent or a team."""
-        caller = asyncio.current_task()
-        if not self._cleanup.includes(caller):
-            self.setbacks.starts_an_agent(caller)
+        self.cleanup.look()
+        if self.cleanup.of_this_task() is None:
+            self.setbacks.starts_an_agent(asyncio.current_task())
 
     def _found(self, pending: _PendingCall, content: Content) -> None:
         """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print.
@@ -459,7 +461,7 @@ class Recorder:
         If Ctrl+C ends the replay, the program no longer makes the recorded calls that come before its clean-up. So the
         clean-up is not reached: then raise CancelledError.
         """
-        if not pending.is_cleanup:
+        if pending.cleanup is None:
             return await waiting
         reached = asyncio.ensure_future(waiting)
         try:
@@ -504,7 +506,7 @@ class Recorder:
         """Cancel a call that the program has cancelled, or has not waited for."""
         if live.setback is None:
             live.setback = self.setbacks.add(live.call.agent, live.caller)
-            live.is_cleanup = self._cleanup.includes(live.caller)
+            live.cleanup = self.cleanup.of_cancelled(live.caller)
             live.cancel(running)
             self._start(live, self._take_back(live, running))
 
@@ -540,7 +542,7 @@ class Recorder:
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # If the recorded run did nothing but clean up since then, Ctrl+C may have ended it, and a kill its clean-up.
-        later = [one for one in self.journal.events if one.seq >= event.seq]
+        later = self._since(event)
         was_ending = self.journal.ended is None and all(one.is_cleanup for one in later)
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
@@ -611,7 +613,7 @@ class Recorder:
             if not live.answer.done():
                 live.answer.set_result(error)
         except asyncio.CancelledError:
-            if live.is_cleanup and not self.replay.over.is_set():
+            if live.cleanup is not None and not self.replay.over.is_set():
                 live.answer.cancel()  # the clean-up was not reached
             raise
 
@@ -752,10 +754,10 @@ class Recorder:
             asked_after=live.asked_after,
             asked_ms=live.asked_ms,
             active_ms=self.active_now_ms,
-            is_cleanup=live.is_cleanup,
+            is_cleanup=live.cleanup is not None,
         )
-        if live.is_cleanup:
-            self._cleanup.calls.add(event.address)
+        if live.cleanup is not None:
+            live.cleanup.add(event.address)
         if self._budget is not None:
             self._budget.recorded(event)
         return event
@@ -816,10 +818,13 @@ class Recorder:
             await self.journal.revoke([event], why, is_another_program=not follows_failure)
             self.replay.drop(event)
 
+    def _since(self, first: Event) -> list[Event]:
+        return [event for event in self.journal.events if event.seq >= first.seq and event.kind is not Kind.REVOKE]
+
     async def _revoke_cleanup(self, first: Event) -> None:
         """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
         async with self._record_lock:
-            events = [event for event in self.journal.events if event.seq >= first.seq]
+            events = self._since(first)
             if first not in events:
                 return  # another call that Ctrl+C cut off has revoked it
             self.journal.log.warning(

@@ -15,7 +15,7 @@ from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.messages import BaseChatMessage, ModelClientStreamingChunkEvent, TextMessage
 from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core import CancellationToken
-from autogen_core.models import ChatCompletionClient, CreateResult
+from autogen_core.models import ChatCompletionClient, CreateResult, UserMessage
 from autogen_core.tools import BaseTool, FunctionTool
 from durable_agents import QUESTION, TIMEOUT, Own, Scripted, asked, inside, new_session, plain, reply, run, twice, word
 from harness import Server
@@ -453,7 +453,7 @@ async def test_program_that_once_caught_a_cancellation_keeps_its_later_calls(
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
 @pytest.mark.parametrize("is_killed", [False, True])
-@pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks", "by a team"])
+@pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks", "by a team", "by streams", "in vain"])
 async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run(
     shared_server: Server, happened: list[str], how: str, is_killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -474,8 +474,13 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
             try:
                 return await asked(Scripted(happened, answers, name="work"))
             except asyncio.CancelledError:
-                await asked(Scripted(happened, name="undo"))
-                agent = AssistantAgent(f"undo_{branch}", Scripted(happened, name="undo"))
+                if how == "by streams":
+                    question = UserMessage(content="Q", source="user")
+                    assert [piece async for piece in Scripted(happened, name="undo").create_stream([question])]
+                else:
+                    await asked(Scripted(happened, name="undo"))
+                model = Scripted(happened, *[LookupError("gone")] * (how == "in vain"), name="undo")
+                agent = AssistantAgent(f"undo_{branch}", model, model_client_stream=how == "by streams")
                 if how == "by a team":
                     await RoundRobinGroupChat([agent], max_turns=1).run(task="Q")
                 else:
@@ -491,7 +496,7 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
                         await asked(Scripted(happened, hangs, name="late"))
                     finally:
                         await asked(Scripted(happened, name="note"))
-        if how in ("in the program", "by a team"):
+        if how in ("in the program", "by a team", "by streams", "in vain"):
             return first + await work("")
         if how == "in an agent":
             agent = Own("one", lambda _: work("one"))
@@ -504,7 +509,7 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
         for _ in range(at_once):
             await asyncio.wait_for(begun.acquire(), TIMEOUT)
         running.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises((asyncio.CancelledError, LookupError)):
             await running
         again = [*["work"] * at_once, *["undo"] * 2 * at_once]
         assert happened == ["first", "late", "note", *again * (number + 1)]
