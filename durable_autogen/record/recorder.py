@@ -824,7 +824,8 @@ class Recorder:
     async def _revoke_cleanup(self, first: Event) -> None:
         """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
         async with self._record_lock:
-            events = self._since(first)
+            # Leave out what this run has recorded: another branch may have revoked later calls before.
+            events = [event for event in self._since(first) if event.is_cleanup]
             if first not in events:
                 return  # another call that Ctrl+C cut off has revoked it
             self.journal.log.warning(

@@ -470,6 +470,8 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
         return word() if survives else await hangs()
 
     async def work(branch: str) -> str:
+        if branch == "one":  # then a later run waits longer for the cancellation of this branch
+            await asyncio.sleep(0.2)
         with current_session().agent(branch):
             try:
                 return await asked(Scripted(happened, answers, name="work"))
