@@ -188,7 +188,7 @@ class Session:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
             stack.enter_context(watched_threads())
             stack.enter_context(recorded_console())
-            stack.enter_context(unrecorded.watched_processes())
+            stack.enter_context(unrecorded.watched_without_events())
             stack.enter_context(self.entry_points())
             # Connect without a place, so that nothing that the connection does counts as a call of the program.
             with at(None):
