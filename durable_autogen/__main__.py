@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as in python -m NAME"
     )
-    run.add_argument("script", type=Path, metavar="SCRIPT")
+    run.add_argument("script", metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )

@@ -258,7 +258,7 @@ def _in_thread(name: str, fn: Callable[..., T], /, *args: Any, **kwargs: Any) ->
 
 def run_script(args: argparse.Namespace) -> int:
     """Run the script in sessions; return the exit code of the command."""
-    script: Path = args.script
+    script = Path(args.script)
     if args.is_module:
         if not _is_module(str(script)):
             complain(f"error: there is no module {script}: check its name and this folder")
@@ -271,7 +271,7 @@ def run_script(args: argparse.Namespace) -> int:
         _log.info("session %s (from the script's path and arguments; choose another one with --session)", session)
     else:
         session = check_session_id(args.session)
-    sys.argv = [str(script), *args.arguments]
+    sys.argv = [args.script, *args.arguments]
     if not args.is_module:
         sys.path[0] = str(script.resolve().parent)
         script = script.absolute()  # the script may change the folder

@@ -139,7 +139,7 @@ if __name__ == "__main__":
 
 def test_script_has_pythons_environment_and_only_its_output(folder: Folder) -> None:
     (folder.path / "deeper").mkdir()
-    folder.script = "deeper/script.py"
+    folder.script = "./deeper/script.py"
     folder.write(LOOKS, folder.script)
     folder.write("NAME = 'beside it'", "deeper/beside.py")
     arguments = ["--", "--session", "its own", "-x", "--", ""]
