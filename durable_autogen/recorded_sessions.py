@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import DriftError
-from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session, read_effects
+from durable_autogen.record.effects import (
+    EFFECT,
+    TOOL_EFFECT,
+    EffectInput,
+    has_not_happened,
+    kept_for,
+    of_session,
+    read_effects,
+    with_attempts,
+)
 from durable_autogen.record.events import (
     AGENT_RUN,
     SERVER_PATIENCE,
@@ -34,7 +43,7 @@ from nexum_engine.approvals import PATIENCE, how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, PendingApproval, UnknownNode
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
 Effect = tuple[EffectInput, Execution]
@@ -326,11 +335,8 @@ async def _later_effects(client: NexumClient, source: str, record: Record, copie
     """Return the effects that a session has begun after the events that a fork copies."""
     later = []
     for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
-        execution = found
-        if not execution.status.ended:
-            observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)
-            execution = observed.execution
-        if not _has_not_begun(execution):
+        execution = found if found.status.ended else await with_attempts(client, found)
+        if not has_not_happened(execution):
             later.append((input, execution))
     return later
 
@@ -364,12 +370,6 @@ def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Executi
                 + (how_to_resolve(execution.execution_id, nexum) if is_unknown else "Let the session continue first")
             )
     return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
-
-
-def _has_not_begun(execution: Execution) -> bool:
-    """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
-    (node,) = execution.nodes
-    return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
 
 
 async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Effect]:

@@ -521,7 +521,7 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         failed=args.failed,
     )
     if args.not_done:
-        return f"{node} of {args.execution} is handed out again"
+        return f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call"
     return f"{node} of {args.execution} is {'COMPLETED' if args.failed is None else 'FAILED'}"
 
 

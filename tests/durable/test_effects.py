@@ -41,7 +41,7 @@ from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
 from nexum_engine.owner import Owner
-from nexum_engine.records import Task
+from nexum_engine.records import ExecutionStatus, Task
 from nexum_engine.workflow import RetryPolicy, workflow
 
 PROGRAM = """
@@ -695,6 +695,20 @@ async def test_fork_makes_a_call_that_a_person_has_resolved_as_not_done(server: 
                 await Scripted([]).create(QUESTION)
                 await target.call()
     assert len(target.done) == 3
+
+
+async def test_call_resolved_as_not_done_that_nobody_makes_any_more_is_cancelled(server: ServerThread) -> None:
+    target = Target(UnknownEffect("the line broke"), effect="once")
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    async with NexumClient(server.address) as client:
+        (unknown,) = await client.unknown()
+        await client.resolve(unknown.execution_id, unknown.node_id, not_done=True)
+        async with DurableSession("s", nexum=server.address, on_drift="continue"):
+            await Scripted([]).create(QUESTION)
+        assert await client.get_status(unknown.execution_id) is ExecutionStatus.CANCELLED
+        assert (await client.prune(0, session="s")).sessions == 1
+    assert len(target.done) == 1
 
 
 async def test_fork_can_not_reuse_an_effect_that_is_under_way(server: ServerThread) -> None:
