@@ -29,6 +29,7 @@ from durable_autogen import (
     DurableSession,
     Parked,
     Policy,
+    SessionBusy,
     call_id,
     durable_tool,
     fork_session,
@@ -667,6 +668,39 @@ async def one_charge(server: ServerThread, target: Target) -> None:
     async with DurableSession("s", nexum=server.address, park=True):
         await Scripted([]).create(QUESTION)
         await target.call()
+
+
+async def test_answer_of_reconcile_does_not_count_after_another_run_has_taken_over(server: ServerThread) -> None:
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+    is_slow = False
+
+    async def look_up(arguments: Any, key: str) -> Any:
+        if is_slow and not asked.is_set():
+            asked.set()
+            await may_answer.wait()
+        return NOT_DONE
+
+    target = Target(UnknownEffect("no answer"), UnknownEffect("no answer"), effect="once", reconcile=look_up)
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    is_slow = True
+
+    async def suspended() -> None:
+        async with DurableSession("s", nexum=server.address, park=True) as session:
+            await session.recorder.journal._owner.__aexit__()  # no heartbeats: the process is suspended
+            await Scripted([]).create(QUESTION)
+            await target.call()
+
+    first = asyncio.create_task(suspended())
+    await asked.wait()
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    assert len(target.done) == 2
+    may_answer.set()
+    with pytest.raises(SessionBusy):
+        await first
+    async with NexumClient(server.address) as client:
+        assert len(await client.unknown()) == 1
 
 
 async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> None:
