@@ -188,7 +188,8 @@ async def look(args: argparse.Namespace) -> str:
             return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message, effects=args.effects, nexum=args.nexum)
-        return f"session {args.new} begins with the first {count} call(s) of {source}"
+        copied = f"the first {count} call(s)" if count else "none of the calls"
+        return f"session {args.new} begins with {copied} of {source}"
 
 
 async def _settled(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:

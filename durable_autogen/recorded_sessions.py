@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence, Set
+from collections.abc import Awaitable, Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import DriftError
-from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session, read_effects
+from durable_autogen.record.effects import (
+    EFFECT,
+    TOOL_EFFECT,
+    EffectInput,
+    has_not_happened,
+    kept_for,
+    of_session,
+    read_effects,
+    with_attempts,
+)
 from durable_autogen.record.events import (
     AGENT_RUN,
     SERVER_PATIENCE,
@@ -34,10 +43,11 @@ from nexum_engine.approvals import PATIENCE, how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, PendingApproval, UnknownNode
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 OnEffects = Literal["refuse", "reuse", "again"]
 Effect = tuple[EffectInput, Execution]
+T = TypeVar("T")
 SHOWN_INPUT = 200  # characters of the input of a worker's call in a message
 
 
@@ -64,22 +74,30 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
     The commands in the summaries name the server `nexum`, or no server if it is None.
     """
+    return [shown.info for shown in await _sessions(client, "", nexum)]
+
+
+async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
+    """Call `read`, which reads lists of executions. Call it again if executions are pruned at the same time."""
     while True:
-        # If executions are pruned between two pages of the list, the server can't find the end of the first page.
+        # If executions are pruned between two pages of a list, the server can't find the end of the first page.
         with suppress(ExecutionNotFound):
-            return [shown.info async for shown in _sessions(client, "", nexum)]
+            return await read()
 
 
-async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> AsyncIterator[ShownSession]:
-    """Yield each session whose runs have keys that begin with `key_prefix`, the latest session first."""
+async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[ShownSession]:
+    """Return the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
+    return await while_pruning(lambda: _read_sessions(client, key_prefix, nexum))
+
+
+async def _read_sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[ShownSession]:
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
-    for session, found in runs.items():
-        yield await _shown(client, session, found, questions.get(session, ()))
+    return [await _shown(client, session, found, questions.get(session, ())) for session, found in runs.items()]
 
 
 async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
@@ -152,16 +170,17 @@ async def show_session(client: NexumClient, session: str, *, nexum: str | None =
 
     `nexum` means the same as in `list_sessions`.
     """
-    found = [shown async for shown in _sessions(client, f"{session}/", nexum)]
+    found = await _sessions(client, f"{session}/", nexum)
     if not found:
         raise unknown_session(session)
     return found[0]
 
 
 def unknown_session(session: str) -> InvalidRequest:
-    """Return the error for a session that has recorded nothing."""
+    """Return the error for a session that has recorded nothing, or that was pruned."""
     return InvalidRequest(
-        f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
+        f"session {session!r} has nothing on record here: it has not begun, or it was pruned. List the sessions with: "
+        "python -m durable_autogen ls"
     )
 
 
@@ -175,7 +194,7 @@ def fork_source(text: str) -> tuple[str, int]:
 
 async def question_of(client: NexumClient, session: str) -> str | None:
     """Return the text of a session's task; None if the session has not begun."""
-    events = (await read_record(client, session)).events
+    events = (await while_pruning(lambda: read_record(client, session))).events
     return "\n".join(_task_of(events)) if any(isinstance(event.content, Begun) for event in events) else None
 
 
@@ -241,21 +260,30 @@ async def fork_session(
         raise InvalidRequest(f"effects is {effects!r}: give one of {', '.join(get_args(OnEffects))}")
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
-    record = await read_record(client, source)
-    kept = _first_events(record.events, source, count)
-    reused: list[Effect] = []
-    if effects != "again":
-        later = await _later_effects(client, source, record, kept)
-        of_workers = await _effects_of_workers(client, source, record, kept)
-        if effects == "refuse":
-            _refuse(source, count, later, of_workers)
-        else:
-            reused = _reusable(source, later, of_workers, nexum)
+    kept, reused = await while_pruning(lambda: _forked(client, source, count, effects, nexum))
     async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
         if reused and is_new:
             await _keep_results(journal, reused)
     return kept
+
+
+async def _forked(
+    client: NexumClient, source: str, count: int, effects: OnEffects, nexum: str | None
+) -> tuple[list[Event], list[Effect]]:
+    """Return the events that a fork copies, and the effects that it may reuse. Raises InvalidRequest."""
+    record = await read_record(client, source)
+    kept = _first_events(record.events, source, count)
+    if effects == "again":
+        return kept, []
+    later = await _later_effects(client, source, record, kept)
+    of_workers = await _effects_of_workers(client, source, record, kept)
+    if not await has_begun(client, source):  # the session was pruned before its effects were read
+        raise unknown_session(source)
+    if effects == "refuse":
+        _refuse(source, count, later, of_workers)
+        return kept, []
+    return kept, _reusable(source, later, of_workers, nexum)
 
 
 def _first_events(events: Sequence[Event], source: str, count: int) -> list[Event]:
@@ -307,11 +335,8 @@ async def _later_effects(client: NexumClient, source: str, record: Record, copie
     """Return the effects that a session has begun after the events that a fork copies."""
     later = []
     for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
-        execution = found
-        if not execution.status.ended:
-            observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)
-            execution = observed.execution
-        if not _has_not_begun(execution):
+        execution = found if found.status.ended else await with_attempts(client, found)
+        if not has_not_happened(execution):
             later.append((input, execution))
     return later
 
@@ -345,12 +370,6 @@ def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Executi
                 + (how_to_resolve(execution.execution_id, nexum) if is_unknown else "Let the session continue first")
             )
     return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
-
-
-def _has_not_begun(execution: Execution) -> bool:
-    """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
-    (node,) = execution.nodes
-    return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
 
 
 async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Effect]:

@@ -143,7 +143,8 @@ async def _all_parts(part: Callable[[int], Awaitable[Pruned]]) -> Pruned:
 def _pruned(args: argparse.Namespace, found: Pruned) -> str:
     if args.session and not found.executions:
         raise Conflict(
-            f"session {args.session} is kept: it has an execution that is RUNNING (see ps), or that ended more recently"
+            f"session {args.session} is kept: it has an execution that is RUNNING, or that ended more recently. List "
+            f"its executions with: ps --all --key {args.session}"
         )
     if args.json:
         counts = {"executions": found.executions, "sessions": found.sessions, "kept": found.kept}

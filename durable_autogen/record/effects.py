@@ -12,7 +12,7 @@ from durable_autogen.record.events import Frozen
 from nexum_engine import jsontext
 from nexum_engine.approvals import PATIENCE, key_of
 from nexum_engine.client import NexumClient
-from nexum_engine.records import Execution
+from nexum_engine.records import Execution, NodeStatus, Outcome
 from nexum_engine.workflow import RetryPolicy, workflow
 
 
@@ -67,3 +67,14 @@ async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[Effec
         )
     ]
     return found[::-1]
+
+
+async def with_attempts(client: NexumClient, execution: Execution) -> Execution:
+    """Return the present state of an execution, with its attempts, which lists leave out."""
+    return (await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)).execution
+
+
+def has_not_happened(execution: Execution) -> bool:
+    """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
+    (node,) = execution.nodes
+    return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])

@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from durable_autogen.errors import SessionBusy
-from durable_autogen.record.effects import TOOL_EFFECT, EffectInput, of_session, read_effects
+from durable_autogen.record.effects import (
+    TOOL_EFFECT,
+    EffectInput,
+    has_not_happened,
+    of_session,
+    read_effects,
+    with_attempts,
+)
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -546,6 +553,13 @@ class Journal:
         ):
             with contextlib.suppress(Conflict):  # it ended in the meantime
                 await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
+
+    async def cancel_effects_to_be_made(self) -> None:
+        """Cancel the effects that have not happened: this run has ended without making their calls."""
+        for _, execution in await read_effects(self.client, of_session(self.session)):
+            if not execution.status.ended and has_not_happened(await with_attempts(self.client, execution)):
+                with contextlib.suppress(Conflict):  # it ended in the meantime
+                    await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
 
     async def _close_open(self, reason: str, patience: float) -> None:
         for key in list(self._open):

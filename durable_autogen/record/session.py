@@ -244,7 +244,7 @@ class Session:
             self.guard.warn_of_unknown_names()
 
     async def _withdraw_questions(self, journal: Journal) -> None:
-        """Cancel the questions to people, and the executions of events, that no call waits for any more.
+        """Cancel the questions to people, the executions of events, and the effects that no call waits for any more.
 
         Calls of earlier runs may have begun them. The server never prunes a session that has running executions. If an
         event is sent later, its execution is started again.
@@ -253,6 +253,7 @@ class Session:
             await journal.cancel_running(approval_workflow(), f"{self.session_id}:{NODE}/")
             await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
             await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
+            await journal.cancel_effects_to_be_made()
 
     async def _close(self) -> None:
         self.is_over = True

@@ -10,10 +10,13 @@ from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq.abc import PGconn
 from psycopg.rows import dict_row
 from psycopg.types.numeric import Int8Dumper
 from psycopg.types.string import StrDumperUnknown
+from psycopg.waiting import Ready, Wait
 
 from nexum_engine.errors import StoreRefused
 
@@ -161,6 +164,21 @@ def database_ms(connection: Connection) -> tuple[int, int]:
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None
     return int(row["ms"]), math.ceil(row["ms"] + math.ceil((time.monotonic() - begun) * 1000))
+
+
+def send_all(connection: Connection) -> None:
+    """Send the rest of a pipeline's statements.
+
+    If a large statement is only partly sent, psycopg may already wait for answers, which then never come.
+    """
+    if connection.pgconn.flush():
+        connection.wait(_sent(connection.pgconn))
+
+
+def _sent(pgconn: PGconn) -> PQGen[None]:
+    while pgconn.flush():
+        if (yield Wait.RW) & Ready.R:
+            pgconn.consume_input()  # PostgreSQL reads no more until its answers are read
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------
