@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from importlib.resources import files
 from typing import Any
 
 import psycopg
@@ -19,6 +18,7 @@ from psycopg.types.string import StrDumperUnknown
 from psycopg.waiting import Ready, Wait
 
 from nexum_engine.errors import StoreRefused
+from nexum_engine.store.db import load_migrations
 
 MINIMUM_VERSION = 14
 CONNECT_SECONDS = 5
@@ -124,8 +124,7 @@ def _check_session(url: str, connection: Connection) -> None:
 
 def _migrate(url: str, connection: Connection) -> None:
     """Create or update the tables. If several servers start together, one of them updates, and the others wait."""
-    folder = files("nexum_engine.store") / "postgresql_migrations"
-    scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
+    scripts = load_migrations("postgresql_migrations")
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
         found = connection.execute("SELECT to_regclass('nexum_schema') AS name").fetchone()
@@ -148,7 +147,7 @@ def _migrate(url: str, connection: Connection) -> None:
                 f"{len(scripts)}): update this server with pip install -U nexum-durable-autogen"
             )
         for script in scripts[version:]:
-            connection.execute(script.read_text(encoding="utf-8").encode())
+            connection.execute(script.encode())
         connection.execute("UPDATE nexum_schema SET version = %s", (len(scripts),))
 
 
