@@ -85,6 +85,7 @@ def error_of(rpc_error: grpc.RpcError, address: str) -> errors.NexumError:
     if details == CUT_OFF:
         return errors.ServerUnavailable(f"the connection to the Nexum server on {address} broke")
     if kind is errors.ServerUnavailable:
+        details = " ".join(details.split())  # on Windows, the system's messages end with a line break
         return errors.ServerUnavailable(f"no Nexum server answers on {address}: {errors.START_A_SERVER} ({details})")
     if kind is errors.NotANexumServer:
         return errors.NotANexumServer(f"the server on {address} does not speak this Nexum contract ({details})")

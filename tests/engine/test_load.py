@@ -136,6 +136,13 @@ def test_stream_that_broke_while_a_request_was_sent_is_a_lost_connection() -> No
         assert str(error) == "the connection to the Nexum server on here broke"
 
 
+def test_error_of_a_lost_connection_is_one_line() -> None:
+    """The messages of Windows that gRPC passes on end with a line break."""
+    refused = "Failed to connect (No connection could be made.\r\n -- 10061)"
+    error = error_of(rpc_error(grpc.StatusCode.UNAVAILABLE, refused), "here")
+    assert str(error).endswith("(Failed to connect (No connection could be made. -- 10061))")
+
+
 async def test_server_with_too_many_rpcs_answers_in_these_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

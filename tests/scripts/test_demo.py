@@ -238,7 +238,7 @@ def test_unreadable_session_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / ".session-s.json").mkdir()
     code, output = run_demo(tmp_path, "--session-id", "s")
     assert code == 2
-    assert output.splitlines()[-1].startswith(f"error: the session file {tmp_path}/.session-s.json can't be read")
+    assert output.splitlines()[-1].startswith(f"error: the session file {tmp_path / '.session-s.json'} can't be read")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ from processes import (
     send,
     wait_until,
 )
+
+if sys.platform != "linux":
+    pytest.skip("finds the demo's processes in /proc", allow_module_level=True)
 
 GONE_WITHIN = 2.0  # seconds after the demo's end
 OTHER_QUESTION = "What is the difference between asyncio and threading in Python?"

@@ -58,7 +58,10 @@ def free_port() -> int:
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment with `changes`, without the variables that select a model, server or database."""
     base = {name: value for name, value in os.environ.items() if name not in MODEL_VARIABLES}
-    return {**base, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(changes or {})}
+    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    if sys.platform == "win32":
+        own["PYTHONIOENCODING"] = "utf-8"  # otherwise a code page that lacks some characters of the output
+    return {**base, **own, **(changes or {})}
 
 
 class Process:
