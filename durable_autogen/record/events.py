@@ -348,12 +348,6 @@ class Event(Requested, Frozen):
     """The session's active time at the recording: the length of all its runs, without the waits for a person."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
-    under_way: list[str] = []
-    """The addresses (kind, agent and position) of calls that were made since the previous event and are under way.
-
-    If the process dies, the next run learns from this list that these calls were made, though their results are lost.
-    Calls whose beginning is recorded are not listed.
-    """
     is_cleanup: bool = False
     """Whether the program was being cancelled, as after Ctrl+C, when it made this call or gave it up."""
     summary: Summary | None = None
@@ -469,8 +463,6 @@ class Record:
     """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
     begun: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
-    tried: set[str] = field(default_factory=set)
-    """The addresses of revoked events, and of all calls that earlier runs made without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
@@ -489,13 +481,11 @@ class Record:
 
     def add(self, event: Event) -> None:
         """Add the session's next event. If it revokes earlier events, remove those."""
-        self.tried.update(event.under_way)
         if isinstance(event.content, Revoked):
             seqs, is_another_program = set(event.content.seqs), event.content.is_another_program
             for revoked in (one for one in self.events if one.seq in seqs):
                 self.times_revoked[revoked.address] += 1
                 self.times_replaced[revoked.address] += is_another_program
-                self.tried.add(revoked.address)
                 if isinstance(revoked.content, Raised):
                     self.failed.setdefault(revoked.address, revoked.seq)
                 elif isinstance(revoked.content, GivenUp):
@@ -563,7 +553,6 @@ async def read_record(client: NexumClient, session: str) -> Record:
         last_begun_ms = max(last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
         found.made.append(input)
-        found.tried.add(input.address)
         if execution.status is ExecutionStatus.RUNNING:
             found.begun.append(input)
     found.made.reverse()  # the server lists the newest first

@@ -82,8 +82,6 @@ class Journal:
 
         The keys are the idempotency keys of their executions.
         """
-        self._unrecorded: list[str] = []
-        """The addresses of calls that were made since the last event, and whose beginning isn't recorded."""
 
     @property
     def events(self) -> list[Event]:
@@ -395,7 +393,6 @@ class Journal:
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
         if not must_be_known and not is_setback and self.is_holding:
-            self._unrecorded.append(call.address)
             return
         key = self._key(self._input(call))
         if call.kind is Kind.REPLY and key in self._open:
@@ -453,9 +450,7 @@ class Journal:
 
     async def _write(self, event: Event) -> Event:
         self.next_seq = event.seq + 1
-        under_way = [address for address in self._unrecorded if address != event.address]
-        self._unrecorded = []
-        event = event.model_copy(update={"under_way": under_way, "summary": self.recorded.summary_with(event)})
+        event = event.model_copy(update={"summary": self.recorded.summary_with(event)})
         input = self._input(event)
         key, run = self._key(input), self._run
         task = self._open.get(key)

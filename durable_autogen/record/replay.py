@@ -24,7 +24,6 @@ NAMES_HINT = (
     "Agents of one name that start at the same time, as with asyncio.as_completed, may start in another order: give "
     "them different names"
 )
-TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
 
 
 @dataclass
@@ -244,16 +243,16 @@ class Replay:
             self._waiting_since = loop.time()
         # Wait longer for a call that the recorded run made late: this run may make it late, too.
         late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
-        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
+        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, DRIFT_PATIENCE + late)
         try:
             while event.address in self.ahead and event.address not in self._asked:
                 self._changed.clear()
-                patience = self._patience(event)
-                if patience is None:
+                if not self._another_call_waits:
+                    # The program does other work, and will then make a call or end.
                     await self._changed.wait()
                     self._waiting_since = loop.time()
                     continue
-                left = self._waiting_since + patience + late - loop.time()
+                left = self._waiting_since + DRIFT_PATIENCE + late - loop.time()
                 if left <= 0:
                     return False
                 await wait_until_set(self._changed, left)
@@ -261,23 +260,16 @@ class Replay:
         finally:
             notice.cancel()
 
-    def _tell_waiting(self, event: Event, late: float) -> None:
-        if (patience := self._patience(event)) is not None:
-            limit = patience + late
+    def _tell_waiting(self, event: Event, limit: float) -> None:
+        if self._another_call_waits:
             self._journal.log.warning(
                 "%s is next on record: waiting up to %g s for the run to ask for it", event, limit
             )
 
-    def _patience(self, event: Event) -> float | None:
-        """Return how many seconds to wait for the program to make the next recorded call; None for no limit.
-
-        While no call waits, there is no limit: the program is doing other work, and will then make a call or end.
-        """
-        if self._follows_failure(event):
-            return TRIED_PATIENCE
-        if self._asked or not all(call.address in self._journal.recorded.tried for call in self._waiting_live):
-            return DRIFT_PATIENCE
-        return TRIED_PATIENCE if self._waiting_live else None
+    @property
+    def _another_call_waits(self) -> bool:
+        """Whether the program waits for another call than the next recorded one."""
+        return bool(self._asked or self._waiting_live)
 
 
 def _is_accepted(one: Event | EventInput) -> bool:

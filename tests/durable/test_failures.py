@@ -633,7 +633,7 @@ async def test_call_made_again_after_its_failure_keeps_its_id(server: ServerThre
 async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     monkeypatch.setattr("durable_autogen.record.recorder.DRIFT_PATIENCE", 0.5)
     charges: list[str] = []
     notes: list[str] = []
@@ -689,7 +689,7 @@ async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
 async def test_waits_for_calls_that_may_depend_on_a_retried_failure_do_not_add_up(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     waits: list[tuple[float, float]] = []  # the beginning and the latest end of each wait
     wait_until_set = clock.wait_until_set
 

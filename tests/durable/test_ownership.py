@@ -451,26 +451,13 @@ async def test_failure_followed_by_call_of_killed_run_is_kept(server: ServerThre
         await again.before(REPLIES[1])
     async with next_run(server) as journal:
         assert [event.position for event in journal.events] == ["reply/1"]
-        assert REPLIES[1].address in journal.recorded.tried
+        assert [one.position for one in journal.recorded.begun] == ["reply/2"]
         # The reply is recorded in the execution that the last dead run had begun.
         await journal.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
         record = await read_record(nexum, "s")
     assert [event.position for event in record.events] == ["reply/1", "reply/2"]
     assert not record.begun
-
-
-async def test_call_in_flight_at_kill_is_known_from_later_event(server: ServerThread) -> None:
-    async with killed(server) as dead:
-        for call in REPLIES:
-            await dead.before(call)
-        await dead.record(REPLIES[1], Returned(value="yes"))
-        await dead.record(Call(Kind.TURN, "a", "turn/1"), Returned())
-        await dead.before(TOOL, must_be_known=True)
-    async with next_run(server) as journal:
-        tried = [call.position for call in (*REPLIES, TOOL) if call.address in journal.recorded.tried]
-        assert tried == ["reply/1", "reply/3", TOOL.position]
-        assert [event.under_way for event in journal.events] == [["a/reply/1", "a/reply/3"], []]
 
 
 async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: ServerThread) -> None:

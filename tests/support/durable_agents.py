@@ -256,8 +256,6 @@ def plain(value: Any) -> Any:
 
 # ---- Programs that ask a model themselves -------------------------------------------------------------------------
 
-HOURS = 10_000.0  # seconds: a patience that never runs out in a test
-
 
 def said(*texts: str) -> list[UserMessage]:
     return [UserMessage(content=text, source="user") for text in texts]
