@@ -130,8 +130,7 @@ class _Run:
         session = self.session
         async with session:
             recorder = session.recorder
-            ended = recorder.journal.ended
-            recorder.ended = None if ended is None else ended.stop_reason
+            recorder.holds_one_task = True
             if self.token is not None:
                 # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
                 self.token.add_callback(partial(call_in, session.loop, self._cancelled))

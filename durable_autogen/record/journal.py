@@ -62,7 +62,7 @@ class Journal:
         self.recorded = Record()
         """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
-        """The summary of the session's last run, if the session is finished."""
+        """The summary of the session's last run, if the session is finished. None after drift."""
         self.may_have_asked = False
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person or waited for an
         event."""

@@ -183,8 +183,8 @@ class Recorder:
         self._waiting_since = self._waited = 0.0
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
-        self.ended: str | None = None
-        """The recorded run's stop reason if that run is finished, else None. A finished run makes no further call."""
+        self.holds_one_task = False
+        """Whether the session holds one task, as with `run_durable`. If it is finished, each further call is drift."""
         self.looks: Counter[str] = Counter()
         """How often each recorded termination condition was checked."""
         self.live: Counter[str] = Counter()
@@ -569,8 +569,8 @@ class Recorder:
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
             await self._in_time(live, self.replay.wait_until_over(call))
-            if self.ended is not None:
-                why = self.ended or "it had its answer"
+            if self.holds_one_task and self.journal.ended is not None:
+                why = self.journal.ended.stop_reason or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
             # Wait until the session is idle, because the program may still be closing streams that it left.
@@ -852,7 +852,7 @@ class Recorder:
         """Handle drift after event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
         self.differs(what)
-        self.ended = None
+        self.journal.ended = None  # what follows is another run: it makes calls and stops on its own
         async with self._record_lock:
             left = len(self.replay.ahead)
             self.journal.log.warning(
