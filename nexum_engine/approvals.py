@@ -86,13 +86,20 @@ class Approval(BaseModel):
 def key_of(session: str, purpose: str, scope: str, digest: str = "") -> str:
     """Return the idempotency key of an execution that belongs to one call of a session.
 
-    `purpose` says what the execution is for, and `scope` names the call. A key that is too long or has characters that
-    can't be printed is replaced by its hash.
+    `purpose` says what the execution is for, and `scope` names the call (see `key_within`).
     """
-    key = f"{session}:{purpose}/{scope}{digest and f'/{digest}'}"
-    if len(key) <= MAX_ID_LENGTH and key.isprintable():
+    return key_within(f"{session}:{purpose}/", f"{scope}{digest and f'/{digest}'}")
+
+
+def key_within(prefix: str, name: str, *, room: int = 0) -> str:
+    """Return the idempotency key that begins with `prefix`, and in which `room` more characters have place.
+
+    If the key is too long with `name`, or has characters that can't be printed, it ends with a hash instead.
+    """
+    key = f"{prefix}{name}"
+    if len(key) <= MAX_ID_LENGTH - room and key.isprintable():
         return key
-    return f"{session}:{purpose}/{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return f"{prefix}{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def approval_workflow(timeout: float | None = None) -> Workflow:

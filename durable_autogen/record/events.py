@@ -213,11 +213,10 @@ class RunInput(Frozen):
 
 
 class RunSummary(Frozen):
-    """The output of the execution that stands for a run: counts and the reason for the run's end."""
+    """The output of the execution that stands for a run."""
 
     stop_reason: str = ""
-    live: dict[str, int]
-    replayed: dict[str, int]
+    """The reason for the run's end."""
     last: int = 0
     """The number of the session's last event at the run's end. A later event makes the session unfinished again."""
     looks: dict[str, int] = {}

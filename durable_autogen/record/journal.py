@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -35,6 +34,7 @@ from durable_autogen.record.events import (
 from durable_autogen.record.log import LOG
 from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
+from nexum_engine.approvals import key_within
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
 from nexum_engine.event_loop import to_its_end
@@ -42,7 +42,7 @@ from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.policy import Policy
 from nexum_engine.records import DeclaredTool, Execution, ExecutionStatus, Task
-from nexum_engine.workflow import MAX_ID_LENGTH, Workflow
+from nexum_engine.workflow import Workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
@@ -237,14 +237,12 @@ class Journal:
             raise self._busy(f"another process has taken over {what} ({stale})") from stale
 
     def _key(self, input: EventInput) -> str:
-        key = f"{self.session}/{input.agent}/{input.position}"
+        name = input.address
         if again := self.recorded.times_revoked[input.address]:
-            key += f"/again/{again}"  # the old key still names the revoked event
+            name += f"/again/{again}"  # the old key still names the revoked event
         if input.digest:  # an earlier run may have begun a different call at this position, and left no result
-            key += f"/{input.digest[:DIGITS]}"
-        if len(key) <= MAX_ID_LENGTH and key.isprintable():
-            return key
-        return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
+            name += f"/{input.digest[:DIGITS]}"
+        return key_within(f"{self.session}/", name)
 
     async def _move_if_replaced(self, run: Task | None) -> bool:
         """Record all events again if the server's database was replaced; return whether the database was replaced.
@@ -499,10 +497,8 @@ class Journal:
 
     async def end(
         self,
-        stop_reason: str,
+        stop_reason: str = "",
         *,
-        live: Mapping[str, int],
-        replayed: Mapping[str, int],
         looks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
@@ -512,9 +508,7 @@ class Journal:
         )
         if self._run is not None:
             last = self.recorded.last_seq if is_finished else -1
-            summary = RunSummary(
-                stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
-            )
+            summary = RunSummary(stop_reason=stop_reason, last=last, looks=dict(looks or {}))
             try:
                 with self._held("it"):
                     try:

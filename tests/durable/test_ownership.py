@@ -131,7 +131,7 @@ async def test_process_that_saw_an_earlier_run_does_not_keep_later_ones_from_the
         late = Late(client, await failed_run(client))
         for one in (Journal(client, "s"), late, Journal(client, "s")):
             async with one as journal:
-                await journal.end("done", live={}, replayed={})
+                await journal.end()
         assert not late.seen
 
 
@@ -478,7 +478,7 @@ async def test_begun_event_of_dead_run_fails_if_not_called_again(server: ServerT
         await dead.before(Call(Kind.REPLY, "a", "reply/1"), must_be_known=True)
         await dead._owner.__aexit__()  # this owner sends no more heartbeats
         async with Journal(nexum, "s") as journal:
-            await journal.end("done", live={}, replayed={})
+            await journal.end()
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
         assert left.error == "event: the run that made this call died, and a later run did not make it again"
 
