@@ -278,7 +278,7 @@ class Calls:
         position = self._agent_state.position_of_call(made.call_id, name)
         policy = self._guard.of_tool(*made.names, own=made.own_policy)
         request = describe_call(name, made.arguments)
-        call = Call(Kind.TOOL, self._agent, position, request, label=name, has_policy=policy is not None)
+        call = Call(Kind.TOOL, self._agent, position, request, has_policy=policy is not None)
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
@@ -478,9 +478,8 @@ class Calls:
             value = await run()
             return Performed(value, Returned(value=representable(written_value(value))))
 
-        label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
         position = self._recorder.next_position(self._agent, kind.value)
-        call = Call(kind, self._agent, position, hashed(request), label=label)
+        call = Call(kind, self._agent, position, hashed(request))
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         return self._value(answer, declared)
 

@@ -372,15 +372,13 @@ class Call(Requested):
     """The call's fingerprint. If it has a `base`, it holds only what is new since the request at position `base`."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
-    label: str = ""
-    """The call's name in errors and in the log, if it has another one than `str` returns."""
     has_policy: bool = False
     """Whether it is the call of a tool with a policy."""
 
     @property
     def name(self) -> str:
-        """The call's name in errors and in the log."""
-        return self.label or str(self)
+        """The name in errors: of a tool's call, the tool."""
+        return self.tool or str(self)
 
 
 def end_of_wait(position: str) -> str:

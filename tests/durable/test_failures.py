@@ -220,7 +220,7 @@ async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
         return RoundRobinGroupChat([AssistantAgent("one", client(model), workbench=Unlisted([]))], max_turns=1)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
-        with pytest.raises(RuntimeError, match=rf"the tools of one ended with {error.__name__}"):
+        with pytest.raises(RuntimeError, match=rf"tools 1 of one ended with {error.__name__}"):
             await run(server, build)
         assert not model.requests
 
