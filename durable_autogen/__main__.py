@@ -167,7 +167,7 @@ async def look(args: argparse.Namespace) -> str:
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(
-                lambda: list_sessions(client, nexum=args.nexum),
+                lambda: list_sessions(client),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
             return (
@@ -175,7 +175,7 @@ async def look(args: argparse.Namespace) -> str:
             )
         if args.command == "show":
             shown = await _settled(
-                lambda: show_session(client, args.session, nexum=args.nexum),
+                lambda: show_session(client, args.session),
                 lambda found: nexum.embedded and found.info.status == "running",
             )
             return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())
@@ -187,7 +187,7 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "budget":
             return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message, effects=args.effects, nexum=args.nexum)
+        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
         return f"session {args.new} begins with the first {count} call(s) of {source}"
 
 

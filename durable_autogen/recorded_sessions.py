@@ -59,30 +59,27 @@ class SessionInfo:
     """The decisions that the session waits for, each with the command for it."""
 
 
-async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> list[SessionInfo]:
-    """Return a summary of every session on the server, the latest session first.
-
-    The commands in the summaries name the server `nexum`, or no server if it is None.
-    """
+async def list_sessions(client: NexumClient) -> list[SessionInfo]:
+    """Return a summary of every session on the server, the latest session first."""
     while True:
         # If executions are pruned between two pages of the list, the server can't find the end of the first page.
         with suppress(ExecutionNotFound):
-            return [shown.info async for shown in _sessions(client, "", nexum)]
+            return [shown.info async for shown in _sessions(client, "")]
 
 
-async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> AsyncIterator[ShownSession]:
+async def _sessions(client: NexumClient, key_prefix: str) -> AsyncIterator[ShownSession]:
     """Yield each session whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
-    questions = await _questions(client, nexum)
+    questions = await _questions(client)
     for session, found in runs.items():
         yield await _shown(client, session, found, questions.get(session, ()))
 
 
-async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
+async def _questions(client: NexumClient) -> dict[str, list[str]]:
     """Return, by session, texts about what waits for a person's decision."""
     found: dict[str, list[str]] = {}
     pending: list[PendingApproval | UnknownNode] = [*await client.pending_approvals(patience=SERVER_PATIENCE)]
@@ -93,11 +90,11 @@ async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[s
             input_json = whole.execution.input_json
         input = jsontext.parse(input_json, "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
-            found.setdefault(session, []).append(_question(one, input, nexum))
+            found.setdefault(session, []).append(_question(one, input, client.address))
     return found
 
 
-def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: str | None) -> str:
+def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: str) -> str:
     arguments = jsontext.dump(input.get("arguments"), "it") if one.input_json else "…"  # left out: too long to show
     what = f"{input['tool']}({arguments})" if "tool" in input else one.node_id
     if isinstance(one, UnknownNode):
@@ -147,12 +144,9 @@ class ShownSession:
     """The session's events in recorded order, without revoked ones."""
 
 
-async def show_session(client: NexumClient, session: str, *, nexum: str | None = None) -> ShownSession:
-    """Return a session with its events. Raises InvalidRequest if the server has no session of this id.
-
-    `nexum` means the same as in `list_sessions`.
-    """
-    found = [shown async for shown in _sessions(client, f"{session}/", nexum)]
+async def show_session(client: NexumClient, session: str) -> ShownSession:
+    """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
+    found = [shown async for shown in _sessions(client, f"{session}/")]
     if not found:
         raise unknown_session(session)
     return found[0]
@@ -225,7 +219,6 @@ async def fork_session(
     *,
     effects: OnEffects = "refuse",
     tell: Callable[[str], None] | None = None,
-    nexum: str | None = None,
 ) -> list[Event]:
     """Begin `session` with the first `count` recorded calls of the session `source`; return the copied events.
 
@@ -233,8 +226,8 @@ async def fork_session(
     message to add after the copied events. `effects` says what to do if, after the copied events, the source
     made calls whose effect must happen only once: "refuse" to fork, "reuse" their results if the fork makes equal
     calls, or make such calls "again". `tell` is called with each line about progress. Without `tell`, the logger
-    `durable_autogen` logs these lines. `nexum` means the same as in `list_sessions`. A second fork with equal arguments
-    changes nothing. Raises InvalidRequest for a wrong argument, and DriftError if `session` has other events on record.
+    `durable_autogen` logs these lines. A second fork with equal arguments changes nothing. Raises InvalidRequest for a
+    wrong argument, and DriftError if `session` has other events on record.
     """
     check_session_id(session)
     if effects not in get_args(OnEffects):
@@ -250,7 +243,7 @@ async def fork_session(
         if effects == "refuse":
             _refuse(source, count, later, of_workers)
         else:
-            reused = _reusable(source, later, of_workers, nexum)
+            reused = _reusable(source, later, of_workers, client.address)
     async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
         if reused and is_new:
@@ -330,7 +323,7 @@ def _refuse(source: str, count: int, later: Sequence[Effect], of_workers: Sequen
     )
 
 
-def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Execution], nexum: str | None) -> list[Effect]:
+def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Execution], nexum: str) -> list[Effect]:
     """Return the later effects that have a result. Raises InvalidRequest if one has not ended, or is a worker's."""
     if of_workers:
         raise InvalidRequest(

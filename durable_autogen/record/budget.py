@@ -254,16 +254,14 @@ async def decide(client: NexumClient, session: str, raised: Budget | None, *, by
 
 
 class BudgetCheck:
-    """The check of one run: it counts the run's calls, and asks a person when a limit is reached.
+    """The check of one run: it counts the run's calls, and asks a person when a limit is reached."""
 
-    `command` is the command line that decides the question, without its options.
-    """
-
-    def __init__(self, budget: Budget, journal: Journal, command: str) -> None:
+    def __init__(self, budget: Budget, journal: Journal) -> None:
         self._budget = budget
         self._client = journal.client
         self._journal = journal
-        self._command = command
+        self._command = journal.command("budget")
+        """The command line that decides the question, without its options."""
         self._spent = Spent.of(journal.recorded, is_in_usd=budget.usd is not None)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""

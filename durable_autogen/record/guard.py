@@ -108,11 +108,9 @@ class ResultForm(Protocol):
 
 
 class Guard:
-    """The policies of one run, and the calls under them. `nexum` is the server's address, if the program named one."""
+    """The policies of one run, and the calls under them."""
 
-    def __init__(
-        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None, ask: Ask | None
-    ) -> None:
+    def __init__(self, recorder: Recorder, policies: Mapping[str, Policy], *, ask: Ask | None) -> None:
         self._recorder = recorder
         self._journal = recorder.journal
         self._client = recorder.journal.client
@@ -124,7 +122,6 @@ class Guard:
                 "are for tools"
             )
         self._policies = policies
-        self._nexum = nexum
         self._ask = ask
         self._known: set[str] = set()
         """The names of the tools and models that the run has seen."""
@@ -209,7 +206,7 @@ class Guard:
 
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
-            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._nexum)}"
+            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._client.address)}"
             with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
                 if self._ask is not None:
                     asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
@@ -389,7 +386,7 @@ class Guard:
                 why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
                 line = (
                     f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
-                    f"{how_to_resolve(execution_id, self._nexum)}"
+                    f"{how_to_resolve(execution_id, self._client.address)}"
                 )
                 with self._recorder.waiting_for_a_person(guarded.call.address, line):
                     while _is_unresolved(execution):

@@ -34,7 +34,7 @@ from durable_autogen.record.events import (
 from durable_autogen.record.log import LOG
 from durable_autogen.record.surrogates import representable
 from nexum_engine import jsontext
-from nexum_engine.approvals import key_within
+from nexum_engine.approvals import key_within, server_option
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
 from nexum_engine.event_loop import to_its_end
@@ -82,6 +82,10 @@ class Journal:
 
         The keys are the idempotency keys of their executions.
         """
+
+    def command(self, name: str) -> str:
+        """Return the beginning of a command that works on this session, such as the command `send`."""
+        return f"python -m durable_autogen {name}{server_option(self.client.address)} {self.session}"
 
     @property
     def events(self) -> list[Event]:

@@ -28,7 +28,7 @@ from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.surrogates import representable
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
-from nexum_engine.approvals import NODE, approval_workflow, server_option
+from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
@@ -91,10 +91,6 @@ class Session:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
-
-    def _command(self, name: str) -> str:
-        """Return the beginning of a command that works on this session, such as the command `send`."""
-        return f"python -m durable_autogen {name}{server_option(self._address)} {self.session_id}"
 
     def _could_not_tell(self, error: Exception) -> None:
         # Stop the run from its event loop: this function may be called in another thread.
@@ -200,15 +196,13 @@ class Session:
             self._loop = asyncio.get_running_loop()
             unrecorded.watch()
             stack.enter_context(at(Place(self, around=current.get())))
-            budget = None
-            if self._budget is not None:
-                budget = BudgetCheck(self._budget, journal, self._command("budget"))
+            budget = None if self._budget is None else BudgetCheck(self._budget, journal)
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
             self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget, cleanup=cleanup)
             stack.push_async_callback(self._close)
-            self.guard = Guard(self._recorder, self._policies, nexum=self._address, ask=ask)
-            self._waits = Waits(self._recorder, self._command("send"))
+            self.guard = Guard(self._recorder, self._policies, ask=ask)
+            self._waits = Waits(self._recorder)
             self._stack = stack.pop_all()
         return self
 

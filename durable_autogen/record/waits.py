@@ -38,16 +38,15 @@ CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machin
 
 
 class Waits:
-    """The durable waits of one run. `send_command` is the beginning of the command that sends an event to the session.
+    """The durable waits of one run.
 
     No two waits receive the same event. Events of one name are received in the order of their numbers.
     """
 
-    def __init__(self, recorder: Recorder, send_command: str) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         self._client = recorder.journal.client
         self._recorder = recorder
         self._log = recorder.journal.log
-        self._send_command = send_command
         self._receiving: dict[object, tuple[str, int] | None] = {}
         """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
@@ -140,7 +139,8 @@ class Waits:
                 if not is_logged:
                     is_logged = True
                     until = "" if until_ms is None else f" until {at_time(until_ms)}"
-                    self._log.warning("waiting for event %r%s (send it: %s %s)", name, until, self._send_command, name)
+                    command = self._recorder.journal.command("send")
+                    self._log.warning("waiting for event %r%s (send it: %s %s)", name, until, command, name)
 
     def _next_number(self, name: str) -> int:
         """Return the number of the first event `name` that no wait of the session has received."""

@@ -401,7 +401,7 @@ async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> 
     async with NexumClient(server.address) as client:
         shown = {text for one in await list_sessions(client) for text in one.questions}
         words = 'may or may not have called charge({"cents":990}). '
-        assert shown == {words + how_to_resolve(one.execution_id) for one in await client.unknown()}
+        assert shown == {words + how_to_resolve(one.execution_id, client.address) for one in await client.unknown()}
     target = Target(UnknownEffect("the line broke"), effect="once", reconcile=lambda arguments, key: "receipt found")
     async with DurableSession("s3", nexum=server.address, park=True):
         assert (await target.result()).to_text() == "receipt found"
@@ -676,7 +676,7 @@ async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> Non
     async with NexumClient(server.address) as client:
         (unknown,) = await client.unknown()
         with pytest.raises(InvalidRequest) as refused:
-            await fork_session(client, "s", 0, "f", effects="reuse", nexum=server.address)
+            await fork_session(client, "s", 0, "f", effects="reuse")
         assert str(refused.value).endswith(
             f"may or may not have happened. {how_to_resolve(unknown.execution_id, server.address)}"
         )
