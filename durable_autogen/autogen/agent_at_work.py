@@ -44,7 +44,6 @@ class AtWork:
             outer,
             agent=agent,
             path=path,
-            is_inside=True,
             is_beside_others=outer.is_beside_others or isinstance(runnable, GraphFlow),
             owner=runnable,
         )

@@ -273,7 +273,7 @@ async def _on_message(self: Any, original: _Original) -> Any:
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = place.session.state.names.of(self, self.id.type)
-        place = Place(place.session, agent=name, path=name, is_inside=True, owner=self, around=place.around)
+        place = Place(place.session, agent=name, path=name, owner=self, around=place.around)
     with at(place):
         return await original()
 

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,10 +32,9 @@ from durable_autogen.record.events import (
     usage_of,
 )
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.prices import price_of
 from nexum_engine.approvals import NODE, PATIENCE, Decision, ask, decided
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, first_problem
+from nexum_engine.errors import Conflict, InvalidRequest, first_problem
 from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
@@ -70,6 +71,38 @@ class Budget(BaseModel):
             mine, others = getattr(self, name), getattr(other, name)
             found[name] = None if mine is None else max(mine, others or 0)
         return Budget(**found)
+
+
+# ---- Prices ----------------------------------------------------------------------------------------------------------
+
+
+def has_prices() -> bool:
+    """Return whether the package `genai-prices` is installed. Don't import it: that takes 0.4 s."""
+    return find_spec("genai_prices") is not None
+
+
+def check_prices() -> None:
+    """Raise InvalidRequest if the package `genai-prices` is not installed."""
+    if not has_prices():
+        raise InvalidRequest(
+            "a budget in US dollars needs the package genai-prices: install it with pip install genai-prices, or limit "
+            "the tokens instead"
+        )
+
+
+def price_of(model: str, prompt_tokens: int, completion_tokens: int, at_ms: int) -> float | None:
+    """Return the cost of a reply at the time `at_ms`, in US dollars; None if the model has no known price.
+
+    The prices are those in the package `genai-prices`: no server is asked.
+    """
+    from genai_prices import Usage, calc_price
+
+    usage = Usage(input_tokens=prompt_tokens, output_tokens=completion_tokens)
+    at = datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc)
+    try:
+        return float(calc_price(usage, model, genai_request_timestamp=at).total_price)
+    except LookupError:
+        return None
 
 
 # ---- What is spent ---------------------------------------------------------------------------------------------------

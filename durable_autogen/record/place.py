@@ -76,8 +76,6 @@ class Place:
     """The agent's name, under which its calls are recorded; empty for the program itself."""
     path: str = ""
     """The prefix for the names of the agents inside this agent or team."""
-    is_inside: bool = False
-    """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
     """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
     is_beside_others: bool = False
@@ -85,9 +83,14 @@ class Place:
     hands_on_late: bool = False
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     owner: Any = None
-    """The agent or team at work."""
+    """The agent, team or termination condition at work; None for the program itself."""
     around: Place | None = None
     """The place at which the session was opened, if that was inside another session."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether an agent or a team is at work, and not the program itself."""
+        return self.owner is not None
 
     def inside(self, name: str) -> str:
         """Return the name under which an agent inside this agent or team is recorded."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
-from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix
+from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix, check_prices
 from durable_autogen.record.cleanup import Cleanup
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.events import check_session_id
@@ -22,7 +22,6 @@ from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
-from durable_autogen.record.prices import check_prices
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.surrogates import representable
