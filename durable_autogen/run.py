@@ -152,7 +152,7 @@ class _Run:
             finally:
                 _at_work.pop(runnable, None)
             session.stop_reason = result.stop_reason or ""
-            if not (recorder.live or recorder.replayed):
+            if not (recorder.live_counts or recorder.replayed_counts):
                 session.log.warning(
                     "session %s: nothing was recorded: the run called no model, tool or person through AutoGen",
                     session.session_id,
@@ -238,7 +238,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
 
 async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
     content = Begun(task=_texts(task), messages=[representable(_dumped(message)) for message in messages_of(task)])
-    await recorder.begin(content, _description(runnable, task))
+    await recorder.begin_session(content, _description(runnable, task))
 
 
 def _dumped(message: BaseChatMessage) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Kind(str, Enum):
     """The beginning of a sleep or of a wait for a sent event."""
     SLEEP = "sleep"
     """The end of a sleep."""
-    EVENT = "event"
+    SENT_EVENT = "event"
     """The end of a wait for a sent event: the event's payload, or a timeout."""
     MESSAGE = "message"
     """A user message added to a fork."""
@@ -80,7 +80,7 @@ class Kind(str, Enum):
     @property
     def is_call(self) -> bool:
         """Whether a call of this kind costs money or a person's time, acts on the world, or waits for a sent event."""
-        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
+        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.SENT_EVENT)
 
     @property
     def is_asked_for(self) -> bool:
@@ -388,7 +388,7 @@ def end_of_wait(position: str) -> str:
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
     """Return an event's name in words, such as `reply 2 of writer`."""
-    if kind in (Kind.SLEEP, Kind.EVENT):
+    if kind in (Kind.SLEEP, Kind.SENT_EVENT):
         return f"end of {name_of(Kind.WAIT, agent, position.removesuffix(end_of_wait('')))}"
     words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0 is the time before the agent's first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
@@ -458,13 +458,13 @@ class Record:
     """The events without revoked ones, in order."""
     made: list[Event | EventInput] = field(default_factory=list)
     """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
-    begun: list[EventInput] = field(default_factory=list)
+    unfinished: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked and replaced by a different call."""
-    failed: dict[str, int] = field(default_factory=dict)
+    revoked_failures: dict[str, int] = field(default_factory=dict)
     """For each address with a revoked failure or given-up call: the event number after which calls may depend on it.
 
     For a given-up call, this is the last event before the call was made."""
@@ -484,9 +484,9 @@ class Record:
                 self.times_revoked[revoked.address] += 1
                 self.times_replaced[revoked.address] += is_another_program
                 if isinstance(revoked.content, Raised):
-                    self.failed.setdefault(revoked.address, revoked.seq)
+                    self.revoked_failures.setdefault(revoked.address, revoked.seq)
                 elif isinstance(revoked.content, GivenUp):
-                    self.failed.setdefault(revoked.address, revoked.asked_after)
+                    self.revoked_failures.setdefault(revoked.address, revoked.asked_after)
             self.events = [one for one in self.events if one.seq not in seqs]
             if is_another_program:
                 self.programs.append(event.seq)
@@ -551,7 +551,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
         input = EventInput.model_validate_json(execution.input_json)
         found.made.append(input)
         if execution.status is ExecutionStatus.RUNNING:
-            found.begun.append(input)
+            found.unfinished.append(input)
     found.made.reverse()  # the server lists the newest first
     for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
         found.add(event)

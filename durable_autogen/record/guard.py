@@ -380,7 +380,7 @@ class Guard:
             execution = (await look()).execution
             if _is_unresolved(execution) and execution_id not in self._attempted_effects:
                 self._attempted_effects.add(execution_id)
-                if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
+                if guarded.policy.reconcile is not None and await self._resolve_by_reconcile(guarded, execution_id):
                     execution = (await look()).execution
             if _is_unresolved(execution):
                 why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
@@ -393,7 +393,7 @@ class Guard:
                         execution = (await look(wait=RESOLVE_INTERVAL)).execution
         return execution if execution.status.ended else None
 
-    async def _resolve(self, guarded: GuardedCall, execution_id: str) -> bool:
+    async def _resolve_by_reconcile(self, guarded: GuardedCall, execution_id: str) -> bool:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
         try:
             value = await self._reconciled(guarded)

@@ -189,7 +189,7 @@ class Journal:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
             record = self.recorded = await read_record(self.client, self.session)
-            for input in record.begun:
+            for input in record.unfinished:
                 if not await self._start(input):
                     break  # the event was recorded in the meantime: read the record again
             else:
@@ -385,7 +385,7 @@ class Journal:
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
-    async def before(self, call: Call, *, must_be_known: bool = False) -> None:
+    async def begin_if_needed(self, call: Call, *, must_be_known: bool = False) -> None:
         """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.
 
         If an earlier run began the call, continue its execution. But each request to a model counts: end the execution

@@ -65,12 +65,14 @@ class Replay:
         self._by_address = {event.address: event for event in journal.events}
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
-        self._begun = {
-            one.address: one for one in journal.recorded.begun if one.digest and one.address not in self._by_address
+        self._unfinished = {
+            one.address: one
+            for one in journal.recorded.unfinished
+            if one.digest and one.address not in self._by_address
         }
         """The calls of tools that earlier runs began, and that have no recorded result."""
-        self.failed = dict(journal.recorded.failed)
-        """See `Record.failed`: these failures and given-up calls ended earlier runs, which have revoked them."""
+        self.revoked_failures = dict(journal.recorded.revoked_failures)
+        """See `Record.revoked_failures`: these failures and given-up calls ended earlier runs."""
         self._taken: set[str] = set()
         """The addresses that `matching` gave to calls."""
         self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
@@ -113,9 +115,9 @@ class Replay:
         wanted, is_taken = call.request.get("hash"), call.address in self._taken
         if wanted is None:
             return call
-        expected = None if is_taken else self.recorded(call.address) or self._begun.get(call.address)
+        expected = None if is_taken else self.recorded(call.address) or self._unfinished.get(call.address)
         if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
-            every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._begun.values()]
+            every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
             left = {
                 one.position: _hash_of(one)
@@ -191,7 +193,7 @@ class Replay:
         """Drop all events that are not delivered yet. The calls that wait for them are made live."""
         self.ahead.clear()
         self._apart.clear()
-        self._begun.clear()
+        self._unfinished.clear()
         self._changed.set()
         for asked in self._asked.values():
             _deliver(asked, None)
@@ -202,7 +204,9 @@ class Replay:
         That call failed or was given up, which ended the last run, but not at once: the program kept the failure, as
         `gather(..., return_exceptions=True)` does, and made other calls first.
         """
-        return any(event.asked_after >= self.failed.get(call.address, math.inf) for call in self._waiting_live)
+        return any(
+            event.asked_after >= self.revoked_failures.get(call.address, math.inf) for call in self._waiting_live
+        )
 
     def drop(self, event: Event) -> None:
         """Drop an event that was revoked: the next event, or that of a given-up call."""

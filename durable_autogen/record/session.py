@@ -268,10 +268,10 @@ class Session:
 
     def _log_counts(self) -> None:
         recorder = self.recorder
-        if recorder.live or recorder.replayed:
-            live, replayed = _counts(recorder.live), _counts(recorder.replayed)
+        if recorder.live_counts or recorder.replayed_counts:
+            live, replayed = _counts(recorder.live_counts), _counts(recorder.replayed_counts)
             # A program's handler can read the counts from the record instead of its text.
-            counts = {"live": dict(recorder.live), "replayed": dict(recorder.replayed)}
+            counts = {"live": dict(recorder.live_counts), "replayed": dict(recorder.replayed_counts)}
             line = "session %s, live: %s; replayed from the record: %s"
             self.log.info(line, self.session_id, live, replayed, extra=counts)
         if self._left:

@@ -84,7 +84,7 @@ class Waits:
 
         self._receiving[wait] = None
         try:
-            answer = await self._recorder.call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
+            answer = await self._recorder.call(Call(Kind.SENT_EVENT, agent, end_of_wait(position)), perform)
         finally:
             del self._receiving[wait]
         if isinstance(answer.content, Received):

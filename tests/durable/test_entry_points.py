@@ -146,7 +146,7 @@ async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Se
     async def program() -> Any:
         said = await AssistantAgent("a", Fallback(happened)).run(task="Q")
         recorder = session().recorder
-        assert recorder.live["model calls"] + recorder.replayed["model calls"] == 1
+        assert recorder.live_counts["model calls"] + recorder.replayed_counts["model calls"] == 1
         return said
 
     await twice(shared_server, program, happened)

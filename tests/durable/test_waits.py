@@ -340,7 +340,7 @@ async def test_timeout_is_not_extended_by_a_crash_and_replayed(shared_server: Se
     timeout = LONG
     for _ in range(2):
         assert await inside(shared_server, program, name) == "late"  # the next wait for this name receives the event
-    ends = [event.content for event in await recorded(client, name, Kind.EVENT)]
+    ends = [event.content for event in await recorded(client, name, Kind.SENT_EVENT)]
     assert isinstance(ends[0], TimedOut)
     assert ends[1] == Received(event="payment", number=1, payload="late")
 
