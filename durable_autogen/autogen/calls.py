@@ -44,7 +44,7 @@ from durable_autogen.record.failures import end, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
 from durable_autogen.record.place import Place, at, closing, items_of, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem

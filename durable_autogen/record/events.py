@@ -8,8 +8,6 @@ only the process that owns the run's execution may record events.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,7 +26,6 @@ from nexum_engine.workflow import workflow
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
 MAX_QUESTION = 200  # characters; a longer question is cut in a summary
 DIGITS = 12  # of a call's digest, in ids and keys
-MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -396,55 +393,6 @@ def name_of(kind: Kind, agent: str, position: str) -> str:
 
 AGENT_RUN = workflow("agent-run", input=RunInput).effect("run", RunSummary).build()
 AGENT_EVENT = workflow("agent-event", input=EventInput).effect("event", Event).build()
-
-
-# ---- Values ----------------------------------------------------------------------------------------------------------
-
-_FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
-
-
-def encoded(value: Any) -> Any:
-    """Return a JSON-like value in a form that every database can store. `decoded` restores the value.
-
-    Infinite numbers and NaN, which JSON lacks, are replaced by tagged values. So are values that are nested too deeply.
-    Raises InvalidRequest if the value can't be written as JSON.
-    """
-    try:
-        return _encoded(value, MAX_DEPTH)
-    except RecursionError:
-        pass
-    try:
-        return {_TEXT: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the value can't be written as JSON: {error}") from error
-
-
-def _encoded(value: Any, levels: int) -> Any:
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {_FLOAT: repr(value)}
-    if levels == 0:
-        raise RecursionError
-    if isinstance(value, Mapping):
-        items = {key: _encoded(item, levels - 1) for key, item in value.items()}
-        return {_DICT: items} if items.keys() & {_FLOAT, _TEXT, _DICT} else items
-    if isinstance(value, (list, tuple)):
-        return [_encoded(item, levels - 1) for item in value]
-    raise InvalidRequest(f"a {type(value).__name__} can't be written as JSON")
-
-
-def decoded(value: Any) -> Any:
-    """Return the original of a value that `encoded` returned."""
-    if isinstance(value, list):
-        return [decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _FLOAT in value:
-        return float(value[_FLOAT])
-    if _TEXT in value:
-        return json.loads(value[_TEXT])
-    return {key: decoded(item) for key, item in value.get(_DICT, value).items()}
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from durable_autogen.record.events import (
     read_record,
 )
 from durable_autogen.record.log import LOG
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import representable
 from nexum_engine import jsontext
 from nexum_engine.approvals import key_within, server_option
 from nexum_engine.client import NexumClient, Started

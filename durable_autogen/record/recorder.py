@@ -37,7 +37,7 @@ from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import representable
 from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import call_in, to_its_end
 

@@ -24,7 +24,7 @@ from durable_autogen.record.log import log_for
 from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import representable
 from durable_autogen.record.terminal import Terminal
 from durable_autogen.record.waits import Waits
 from nexum_engine.approvals import NODE, approval_workflow

@@ -11,22 +11,11 @@ import asyncio
 import math
 import time
 
-from durable_autogen.record.events import (
-    Call,
-    Kind,
-    Mark,
-    Received,
-    TimedOut,
-    Waiting,
-    decoded,
-    encoded,
-    end_of_wait,
-    name_of,
-)
+from durable_autogen.record.events import Call, Kind, Mark, Received, TimedOut, Waiting, end_of_wait, name_of
 from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Performed, Recorder
 from durable_autogen.record.sent_events import check_event_name, expect
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import decoded, encoded, representable
 from nexum_engine import jsontext
 from nexum_engine.connection import MAX_SERVER_WAIT
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
