@@ -43,16 +43,10 @@ from durable_autogen.errors import (
     RunCancelled,
     SessionBusy,
 )
+from durable_autogen.fork import fork_session, fork_source
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import call_id
-from durable_autogen.recorded_sessions import (
-    SessionInfo,
-    fork_session,
-    fork_source,
-    list_sessions,
-    question_of,
-    send_event,
-)
+from durable_autogen.recorded_sessions import SessionInfo, list_sessions, question_of, send_event
 from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession, current_session
 from nexum_engine.deadline import heartbeat

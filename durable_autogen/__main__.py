@@ -158,8 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
 async def look(args: argparse.Namespace) -> str:
     """Run a command about recorded sessions; return its output."""
     from durable_autogen import budget_command, session_report
+    from durable_autogen.fork import fork_session, fork_source
     from durable_autogen.record.sent_events import send
-    from durable_autogen.recorded_sessions import fork_session, fork_source, has_begun, list_sessions, show_session
+    from durable_autogen.recorded_sessions import has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum

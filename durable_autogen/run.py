@@ -20,7 +20,7 @@ from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Message, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
-from durable_autogen.record.events import Begun, Kind
+from durable_autogen.record.events import Begun
 from durable_autogen.record.failures import end
 from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
@@ -215,7 +215,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     """Record the task and the team of a new session, or compare them with the recorded ones; return the task to run."""
     journal = recorder.journal
     task = _recordable(task)
-    begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
+    begun = journal.recorded.beginning
     if begun is None:
         if task is None:
             raise InvalidRequest(f"session {journal.session} is new: give it a task")

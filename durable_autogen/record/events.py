@@ -450,6 +450,17 @@ class Record:
         return summary.plus(event)
 
     @property
+    def beginning(self) -> Event | None:
+        """The event that holds the session's task. After drift, the newest one counts."""
+        return next((event for event in reversed(self.events) if event.kind is Kind.BEGIN), None)
+
+    @property
+    def task(self) -> list[str]:
+        """The texts of the session's task; empty if no task is recorded."""
+        begun = None if self.beginning is None else self.beginning.content
+        return begun.task if isinstance(begun, Begun) else []
+
+    @property
     def last_seq(self) -> int:
         """The number of the session's last event. That event is not revoked: a later event would have revoked it."""
         return self.events[-1].seq if self.events else 0
