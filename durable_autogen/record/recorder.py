@@ -185,8 +185,6 @@ class Recorder:
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.holds_one_task = False
         """Whether the session holds one task, as with `run_durable`. If it is finished, each further call is drift."""
-        self.looks: Counter[str] = Counter()
-        """How often each recorded termination condition was checked."""
         self.live_counts: Counter[str] = Counter()
         """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
         self.replayed_counts: Counter[str] = Counter()
@@ -195,7 +193,7 @@ class Recorder:
         self.cleanup = cleanup
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
-        """How many calls of each kind each agent has made."""
+        """How many calls of each kind each agent has made, and how often each termination condition was checked."""
         self._unrecorded: list[tuple[_PendingCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
@@ -261,10 +259,15 @@ class Recorder:
         """How often a changed program continued the session live, up to the last delivered event."""
         return sum(start < self.replay.last_seq for start in self.journal.recorded.programs)
 
-    def was_checked(self, condition: str, look: int) -> bool:
-        """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
+    @property
+    def _checks(self) -> dict[str, int]:
+        """How often the run has checked each recorded termination condition."""
+        return {name: count for (name, what), count in self._counts.items() if what == Kind.STOP.value}
+
+    def was_checked(self, condition: str) -> bool:
+        """Return whether the recorded run is finished, and made the latest check of a termination condition, too."""
         ended = self.journal.ended
-        return ended is not None and look <= ended.looks.get(condition, 0)
+        return ended is not None and self._checks[condition] <= ended.looks.get(condition, 0)
 
     @property
     def active_now_ms(self) -> int:
@@ -328,7 +331,7 @@ class Recorder:
                 "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
                 event,
             )
-        await self.journal.end(stop_reason, looks=self.looks, is_finished=not broken)
+        await self.journal.end(stop_reason, looks=self._checks, is_finished=not broken)
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
