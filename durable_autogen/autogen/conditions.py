@@ -35,7 +35,7 @@ MESSAGES_ALONE = {
 """Conditions that depend only on messages. They need no record: a replay has the same messages."""
 
 
-async def look(
+async def check(
     condition: TerminationCondition, place: Place, ask: Callable[[], Awaitable[StopMessage | None]]
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.

@@ -216,7 +216,7 @@ async def _stream_inside_a_call(tool: Any, place: Place, stream: AsyncIterator[A
                 yield item
 
 
-async def _look(self: Any, original: _Original) -> Any:
+async def _check(self: Any, original: _Original) -> Any:
     place = recording_place()
     if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
         return await original()
@@ -226,7 +226,7 @@ async def _look(self: Any, original: _Original) -> Any:
         with at(replace(place, owner=self)):
             return await original()
 
-    return await conditions.look(self, place, ask)
+    return await conditions.check(self, place, ask)
 
 
 def _usage(self: Any, original: _Original) -> Any:
@@ -341,7 +341,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         },
     ),
     (Memory, {"query": _recorded(_memory)}),
-    (TerminationCondition, {"__call__": _look}),
+    (TerminationCondition, {"__call__": _check}),
     (
         ChatAgent,
         {
