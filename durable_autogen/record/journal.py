@@ -255,18 +255,19 @@ class Journal:
         the same time: only the first of them records the events again.
         """
         async with self._moving:
-            return self._run is not run or await self._moved()
+            if self._run is None or self._run is not run:
+                return self._run is not run
+            try:
+                await self.client.get_execution(run.execution_id, patience=OWNER_PATIENCE)
+                return False
+            except ExecutionNotFound:
+                await self._record_again()
+                return True
 
-    async def _moved(self) -> bool:
-        if self._run is None:
-            return False
-        try:
-            await self.client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
-            return False
-        except ExecutionNotFound:
-            self.log.warning(
-                "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
-            )
+    async def _record_again(self) -> None:
+        self.log.warning(
+            "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
+        )
         self._open.clear()
         run, _ = await self._take_session(await self._runs())
         if (await read_record(self.client, self.session)).events:
@@ -279,7 +280,6 @@ class Journal:
             await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
         # Set it last. Until then, the server refuses the other requests of this process. They wait for this method.
         self._run = run
-        return True
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ class Replay:
         self._taken: set[str] = set()
         """The addresses that `matching` gave to calls."""
         self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
-        """The positions of each kind and agent whose calls `matching` moved to other positions."""
+        """For each kind and agent: the positions that the program has reached, and that `matching` gave to no call."""
         self._waiting_live: list[Call] = []
         """The calls that have no recorded event: they wait for the end of the replay."""
         self._waiting_since: float | None = None
@@ -123,6 +123,9 @@ class Replay:
         wanted, is_taken = call.request.get("hash"), call.address in self._taken
         if wanted is None:
             return call
+        free = self._free[call.kind, call.agent]
+        if not is_taken:
+            free.append(call.position)
         expected = None if is_taken else self.recorded(call.address) or self._unfinished.get(call.address)
         if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
             every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
@@ -132,17 +135,14 @@ class Replay:
                 for one in same_agent
                 if one.address not in self._taken and not _is_accepted(one)
             }
-            free = self._free[call.kind, call.agent]
             found = [position for position, recorded in left.items() if recorded == wanted]
-            if found and not is_taken:
-                free.append(call.position)
-            elif not found and is_taken:
+            if not found and is_taken:
                 # Leave the positions of recorded calls to those calls, if there is another one.
                 found = [position for position in free if position not in left] or free
             if found:
                 call = dataclasses.replace(call, position=found[0])
-            if call.position in free:
-                free.remove(call.position)
+        if call.position in free:
+            free.remove(call.position)
         self._taken.add(call.address)
         return call
 
