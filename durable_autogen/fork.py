@@ -22,8 +22,9 @@ from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
 from durable_autogen.recorded_sessions import unknown_session
 from nexum_engine import jsontext
-from nexum_engine.approvals import PATIENCE, how_to_resolve
+from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
 
@@ -129,7 +130,7 @@ async def _later_effects(client: NexumClient, source: str, record: Record, copie
     for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
         execution = found
         if not execution.status.ended:
-            observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)
+            observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)
             execution = observed.execution
         if not _has_not_begun(execution):
             later.append((input, execution))
@@ -203,7 +204,9 @@ async def _effects_of_workers(
     found = [
         one
         for separator in ":/"  # what follows the session in a key of submit_task.py, and in a call's id
-        async for one in client.all_executions(key_prefix=f"{source}{separator}", with_nodes=True, patience=PATIENCE)
+        async for one in client.all_executions(
+            key_prefix=f"{source}{separator}", with_nodes=True, patience=OUTAGE_PATIENCE
+        )
         if any(node.once for node in one.nodes)
         and one.workflow_id != TOOL_EFFECT.workflow_id
         and not any(_names(one.idempotency_key, call) for call in calls)

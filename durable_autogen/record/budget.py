@@ -32,8 +32,9 @@ from durable_autogen.record.events import (
     usage_of,
 )
 from durable_autogen.record.journal import Journal
-from nexum_engine.approvals import NODE, PATIENCE, Decision, ask, decided
+from nexum_engine.approvals import NODE, Decision, ask, decided
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, InvalidRequest, first_problem
 from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
@@ -369,7 +370,7 @@ class BudgetCheck:
         session, words = self._journal.session, ", ".join(map(str, exceeded))
         ahead = [
             question
-            for question, _ in await questions_of(self._client, session, patience=PATIENCE)
+            for question, _ in await questions_of(self._client, session, patience=OUTAGE_PATIENCE)
             if question.number > self._decided
         ]
         options = " ".join(use.raised for use in exceeded)

@@ -10,8 +10,9 @@ from typing import Any
 
 from durable_autogen.record.events import Frozen
 from nexum_engine import jsontext
-from nexum_engine.approvals import PATIENCE, key_of
+from nexum_engine.approvals import key_of
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.records import Execution
 from nexum_engine.workflow import RetryPolicy, workflow
 
@@ -63,7 +64,7 @@ async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[Effec
     found = [
         (EffectInput.model_validate_json(one.input_json), one)
         async for one in client.all_executions(
-            workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=PATIENCE
+            workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=OUTAGE_PATIENCE
         )
     ]
     return found[::-1]

@@ -31,7 +31,6 @@ from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
 from nexum_engine.approvals import (
     NODE,
-    PATIENCE,
     Approval,
     approval_workflow,
     asked_before,
@@ -41,6 +40,7 @@ from nexum_engine.approvals import (
     key_of,
 )
 from nexum_engine.client import Started
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefused, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy
@@ -375,7 +375,7 @@ class Guard:
 
         If an earlier run has left the effect unknown, `reconcile` is asked first, then a person.
         """
-        look = partial(self._client.get_execution, execution_id, with_attempts=True, patience=PATIENCE)
+        look = partial(self._client.get_execution, execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)
         with self._recorder.servers_errors():
             execution = (await look()).execution
             if _is_unresolved(execution) and execution_id not in self._attempted_effects:
@@ -424,7 +424,7 @@ class Guard:
                             workflow_id=TOOL_EFFECT.workflow_id,
                             key_prefix=kept_for(session),
                             limit=1,
-                            patience=PATIENCE,
+                            patience=OUTAGE_PATIENCE,
                         )
                     )
                 if not self._keeps_results:

@@ -36,9 +36,9 @@ from durable_autogen.record.storable import representable
 from nexum_engine import jsontext
 from nexum_engine.approvals import key_within, server_option
 from nexum_engine.client import NexumClient, Started
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
 from nexum_engine.event_loop import to_its_end
-from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
 from nexum_engine.policy import Policy
 from nexum_engine.records import DeclaredTool, Execution, ExecutionStatus, Task
@@ -68,7 +68,7 @@ class Journal:
         event."""
         self.client = client
         self._owner = Owner(
-            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
+            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OUTAGE_PATIENCE)
         )
         self._run: Task | None = None
         self._moving = asyncio.Lock()
@@ -258,7 +258,7 @@ class Journal:
             if self._run is None or self._run is not run:
                 return self._run is not run
             try:
-                await self.client.get_execution(run.execution_id, patience=OWNER_PATIENCE)
+                await self.client.get_execution(run.execution_id, patience=OUTAGE_PATIENCE)
                 return False
             except ExecutionNotFound:
                 await self._record_again()
@@ -398,7 +398,7 @@ class Journal:
             return
         key = self._key(self._input(call))
         if call.kind is Kind.REPLY and key in self._open:
-            await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
+            await self._close(key, "the run that made this call died, and the call was made again", OUTAGE_PATIENCE)
         await self.begin(call)
 
     @property
@@ -508,7 +508,7 @@ class Journal:
     ) -> None:
         """Record the end and the summary of the run. Raises SessionBusy if another process owns the session."""
         await self._close_open(
-            "the run that made this call died, and a later run did not make it again", OWNER_PATIENCE
+            "the run that made this call died, and a later run did not make it again", OUTAGE_PATIENCE
         )
         if self._run is not None:
             last = self.recorded.last_seq if is_finished else -1

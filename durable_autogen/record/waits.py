@@ -17,9 +17,8 @@ from durable_autogen.record.recorder import Performed, Recorder
 from durable_autogen.record.sent_events import check_event_name, expect
 from durable_autogen.record.storable import decoded, encoded, representable
 from nexum_engine import jsontext
-from nexum_engine.connection import MAX_SERVER_WAIT
+from nexum_engine.connection import MAX_SERVER_WAIT, OUTAGE_PATIENCE
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
-from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.workflow import MAX_SECONDS
 
@@ -104,12 +103,14 @@ class Waits:
         while True:
             number = self._next_number(name)
             left = math.inf if until_ms is None else until_ms / 1000 - time.time()
-            expected = await expect(self._client, self._recorder.journal.session, name, number, patience=PATIENCE)
+            expected = await expect(
+                self._client, self._recorder.journal.session, name, number, patience=OUTAGE_PATIENCE
+            )
             try:
                 observed = await self._client.get_execution(
                     expected.execution_id,
                     wait=min(max(left, 0), MAX_SERVER_WAIT) if is_logged else 0,
-                    patience=PATIENCE,
+                    patience=OUTAGE_PATIENCE,
                 )
             except ExecutionNotFound:
                 continue  # the server's database was replaced: start the execution there
