@@ -203,17 +203,17 @@ class Recorder:
         self._cancelled: dict[str, _PendingCall] = {}
         """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._record_lock = asyncio.Lock()
-        self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
         """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
-        self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _PendingCall] = {}
         self.replay = Replay(journal, session, compare)
         self._handled_seq = 0
         """The number of the last event that the program has surely handled: the session was idle after it."""
-        self._replaying = asyncio.create_task(self._run_replay(), name="replay")
+        self._in_background = [asyncio.create_task(self._run_replay(), name="replay")]
+        if park:
+            self._in_background.append(asyncio.create_task(self._park_when_all_wait(), name="parking"))
 
     async def _idle(self) -> None:
         delivered = self.replay.last_seq
@@ -223,10 +223,9 @@ class Recorder:
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(has_ended(self._session))
-        others = [self._replaying, *([] if self._parking is None else [self._parking])]
-        for one in others:
+        for one in self._in_background:
             one.cancel()
-        await asyncio.gather(*others, *self._calls, return_exceptions=True)
+        await asyncio.gather(*self._in_background, *self._calls, return_exceptions=True)
 
     def stop(self, error: Exception) -> None:
         """End the run with an error. Every waiting call and every later call raises the error."""
@@ -677,8 +676,6 @@ class Recorder:
             self._waiting_since = time.monotonic()
         self._questions_to_people.append((address, what))
         self._another_waits.set()
-        if self._park and self._parking is None:
-            self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
         try:
             yield
         finally:
@@ -687,7 +684,9 @@ class Recorder:
                 self._waited += time.monotonic() - self._waiting_since
 
     async def _park_when_all_wait(self) -> None:
-        while self._questions_to_people:
+        while True:
+            if not self._questions_to_people:
+                await self._another_waits.wait()
             self._another_waits.clear()
             # Let the other branches continue: they may be running a tool, and their replies are paid for.
             await self._idle()
@@ -712,7 +711,6 @@ class Recorder:
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(self.journal.session, waits))
                 return
-        self._parking = None
 
     def typed_before(self, call: Call) -> str | None:
         """Return the recorded answer to a question at the console; None if there is none.
