@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
-from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, kept_for, of_session, read_effects
+from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, Effects, kept_for, of_session, read_effects
 from durable_autogen.record.events import (
     Event,
     Kind,
@@ -233,7 +233,7 @@ async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
         key = f"{kept_for(journal.session, input.digest)}/{numbers[input.digest]}"
         if key not in taken:
             output = jsontext.parse(execution.outputs()[EFFECT], "the result")
-            await journal.record_effect(input, output, key)
+            await Effects(journal).record(input, output, key)
 
 
 def _identities(events: Sequence[Event]) -> list[tuple[str, Any]]:

@@ -20,7 +20,7 @@ from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
 from nexum_engine.approvals import key_within
 from nexum_engine.deadline import Deadline
-from nexum_engine.errors import FinalError, UnknownEffect
+from nexum_engine.errors import FinalError, StaleTask, TaskNotFound, UnknownEffect
 from nexum_engine.policy import Policy
 from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow, workflow
@@ -114,7 +114,8 @@ class Attempts:
         saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)
         try:
             with self._recorder.servers_errors():
-                self._task = await journal.take_place(limited_call(self._name, self._policy), input, key)
+                limits = limited_call(self._name, self._policy)
+                self._task = await journal.under_this_run(journal.owner.take_place, limits, input, key=key)
         finally:
             saying.cancel()
 
@@ -127,8 +128,9 @@ class Attempts:
         """Free the place for another call."""
         task, self._task = self._task, None
         if task is not None:
-            with self._recorder.servers_errors():
-                await self._journal.free_place(task)
+            # Do nothing if the server freed the place already, or if its database was replaced.
+            with self._recorder.servers_errors(), contextlib.suppress(StaleTask, TaskNotFound):
+                await self._journal.owner.complete(task, {})
 
 
 def cause_of(error: BaseException) -> BaseException:

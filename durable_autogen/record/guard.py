@@ -21,6 +21,7 @@ from durable_autogen.record.effects import (
     TOOL_EFFECT,
     TOOL_EFFECT_RECONCILED,
     EffectInput,
+    Effects,
     kept_for,
     of_session,
     read_effects,
@@ -44,7 +45,7 @@ from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefused, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
+from nexum_engine.records import DeclaredTool, Execution, ExecutionStatus, NodeStatus, Task
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
@@ -113,6 +114,7 @@ class Guard:
     def __init__(self, recorder: Recorder, policies: Mapping[str, Policy], *, ask: Ask | None) -> None:
         self._recorder = recorder
         self._journal = recorder.journal
+        self._effects = Effects(recorder.journal)
         self._client = recorder.journal.client
         self._log = recorder.journal.log
         self._of_models = policies.get(MODEL, Policy())
@@ -154,7 +156,8 @@ class Guard:
         """Let `nexum tools` list the tool, or the model clients, while the run is connected."""
         if name not in self._declared:
             self._declared.add(name)
-            self._journal.declare_tool(name, policy)
+            declared = jsontext.dump(policy.described(), "the policy")
+            self._journal.owner.declare([DeclaredTool(name, "", declared, self._journal.session)])
 
     def _check_name(self, tool: str) -> None:
         """Raise InvalidRequest if a tool without a policy has a name similar to that of a policy without a tool.
@@ -279,7 +282,7 @@ class Guard:
         input = self._input(guarded)
         key = input.key
         while True:
-            started = await self._journal.start_effect(kind, input, key)
+            started = await self._effects.start(kind, input, key)
             if started is not None:
                 return guarded, started
             begun = await read_effects(self._client, key)
@@ -310,9 +313,9 @@ class Guard:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
         self._attempted_effects.add(task.execution_id)
         try:
-            may_begin = await self._journal.may_begin_effect(task)
+            may_begin = await self._journal.owner.may_begin(task)
         except asyncio.CancelledError:
-            self._journal.give_back_effect(task)
+            self._effects.give_back(task)
             raise
         if not may_begin:
             return _UNKNOWN
@@ -320,14 +323,14 @@ class Guard:
             value = await self._performed(guarded, task, attempt, attempts)
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # a failed run ends, and the server notices
-                given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
+                given_up = self._effects.fail(task, "the program gave the call up", unknown=True)
                 with self._recorder.servers_errors():
                     await asyncio.shield(asyncio.ensure_future(given_up))
             raise
         except Exception as error:
             cause = cause_of(error)
             with self._recorder.servers_errors():
-                await self._journal.fail_effect(task, str(cause) or type(cause).__name__, unknown=is_unknown(cause))
+                await self._effects.fail(task, str(cause) or type(cause).__name__, unknown=is_unknown(cause))
             if is_unknown(cause):
                 return _UNKNOWN
             raise
@@ -335,9 +338,9 @@ class Guard:
             try:
                 output = {TOOLS_OWN: guarded.form.write(value)}
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
-                await self._journal.fail_effect(task, str(error), unknown=True)
+                await self._effects.fail(task, str(error), unknown=True)
                 return _UNKNOWN
-            completing = asyncio.ensure_future(self._journal.complete_effect(task, output))
+            completing = asyncio.ensure_future(self._effects.complete(task, output))
             try:
                 await asyncio.shield(completing)
             except asyncio.CancelledError:
@@ -441,7 +444,7 @@ class Guard:
                 input, execution = kept[taken]
                 output = jsontext.parse(execution.outputs()[EFFECT], "the result")
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
-                await self._journal.record_effect(input, output, input.key)
+                await self._effects.record(input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded)
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
 from durable_autogen.record.cleanup import Cleanup
+from durable_autogen.record.effects import warn_of_effects
 from durable_autogen.record.events import (
     Begun,
     Call,
@@ -816,7 +817,7 @@ class Recorder:
                 )
             else:
                 self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await self.journal.warn_of_effects([event])
+                await warn_of_effects(self.journal, [event])
             await self.journal.revoke([event], why, is_another_program=not follows_failure)
             self.replay.drop(event)
 
@@ -860,6 +861,6 @@ class Recorder:
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
-            await self.journal.warn_of_effects([event for event in self.journal.events if event.seq > after])
+            await warn_of_effects(self.journal, [event for event in self.journal.events if event.seq > after])
             await self.journal.revoke_after(after, what)
             self.replay.leave()

@@ -36,7 +36,7 @@ from durable_autogen import (
 )
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.attempts import TookTooLong, retry_after
-from durable_autogen.record.journal import Journal
+from durable_autogen.record.effects import Effects
 from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
@@ -48,7 +48,9 @@ PROGRAM = """
 import asyncio, logging, os, signal, sys
 from autogen_core import CancellationToken
 from durable_autogen import DurableSession, NOT_DONE, Parked, call_id, durable_tool
+from durable_autogen.record.effects import Effects
 from durable_autogen.record.journal import Journal
+from nexum_engine.owner import Owner
 
 logging.basicConfig(format="%(message)s")
 die = os.environ.get("DIE", "")
@@ -75,16 +77,16 @@ def look_up(arguments, key):
         raise OSError("the shop is closed")
     return "receipt found" if key in entries() else NOT_DONE
 
-start = Journal.start_effect
-async def start_and_stop(journal, *args):
+start = Effects.start
+async def start_and_stop(effects, *args):
     global die
-    started = await start(journal, *args)
+    started = await start(effects, *args)
     if die == "suspended":
         die = ""
         print("AT suspended", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     return started
-Journal.start_effect = start_and_stop
+Effects.start = start_and_stop
 
 write = Journal._write
 async def stop_and_write(journal, event):
@@ -99,10 +101,10 @@ async def main():
     async with DurableSession("s", park="park" in sys.argv):
         calling = asyncio.ensure_future(tool.run_json({"cents": 990}, CancellationToken()))
         if "give-up" in sys.argv:
-            async def give_up(journal, task):
+            async def give_up(owner, task):
                 calling.cancel()
                 await asyncio.Event().wait()
-            Journal.may_begin_effect = give_up
+            Owner.may_begin = give_up
             await asyncio.wait({calling})
             print("GAVE UP", calling.cancelled())
         else:
@@ -480,14 +482,14 @@ async def test_result_of_once_call_is_recorded_if_program_gives_it_up_meanwhile(
 ) -> None:
     target = Target(effect="once")
     recording, go_on = asyncio.Event(), asyncio.Event()
-    complete = Journal.complete_effect
+    complete = Effects.complete
 
-    async def complete_later(journal: Journal, task: Task, output: Mapping[str, Any]) -> None:
+    async def complete_later(effects: Effects, task: Task, output: Mapping[str, Any]) -> None:
         recording.set()
         await go_on.wait()
-        await complete(journal, task, output)
+        await complete(effects, task, output)
 
-    monkeypatch.setattr(Journal, "complete_effect", complete_later)
+    monkeypatch.setattr(Effects, "complete", complete_later)
     async with DurableSession("s", nexum=server.address):
         calling = asyncio.ensure_future(target.call())
         await recording.wait()

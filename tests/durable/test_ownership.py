@@ -149,7 +149,7 @@ async def test_process_that_lost_session_records_nothing(server: ServerThread) -
         async with DurableSession("s", nexum=server.address) as stopped:
             asking = named(client(model), "me")
             await asking.create([UserMessage(content="one", source="user")])
-            await stopped.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            await stopped.recorder.journal.owner.__aexit__()  # this owner sends no more heartbeats
             async with DurableSession("s", nexum=server.address):
                 again = named(client(model), "me")
                 await again.create([UserMessage(content="one", source="user")])
@@ -185,7 +185,7 @@ async def test_process_that_lost_session_executes_no_tool(server: ServerThread, 
             async with DurableSession("s", nexum=server.address) as again:
                 with again.agent("me"):
                     await tool.run_json({"text": "one"}, CancellationToken())
-                assert cut_off.recorder.journal._owner._heartbeat.is_holding, "it doesn't notice"
+                assert cut_off.recorder.journal.owner._heartbeat.is_holding, "it doesn't notice"
                 requests = len(sent)
                 with cut_off.agent("me"):
                     late = asyncio.create_task(tool.run_json({"text": "two, too late"}, CancellationToken()))
@@ -237,7 +237,7 @@ async def test_process_that_lost_session_while_its_call_waited_executes_no_tool(
                 waiting = asyncio.create_task(tool.run_json({}, CancellationToken()))
             while not (has_failed.is_set() or await nexum.pending_approvals()):  # noqa: ASYNC110 - nothing sets an event
                 await asyncio.sleep(0.01)
-            await former.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            await former.recorder.journal.owner.__aexit__()  # this owner sends no more heartbeats
             async with DurableSession("s", nexum=server.address) as again:
                 with again.agent("me"):
                     asking = asyncio.create_task(tool.run_json({}, CancellationToken()))
@@ -317,7 +317,7 @@ async def killed(server: ServerThread) -> AsyncIterator[Journal]:
     async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal(nexum, "s"))
         yield journal
-        await journal._owner.__aexit__()
+        await journal.owner.__aexit__()
         stack.pop_all()
 
 
@@ -463,7 +463,7 @@ async def test_failure_followed_by_call_of_killed_run_is_kept(server: ServerThre
 async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: ServerThread) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as hung:
         await hung.begin_if_needed(REPLIES[0])
-        await hung._owner.__aexit__()
+        await hung.owner.__aexit__()
         async with next_run(server):
             with pytest.raises(SessionBusy, match="another process has taken over"):
                 await hung.begin_if_needed(REPLIES[1])
@@ -476,7 +476,7 @@ async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Ser
 async def test_begun_event_of_dead_run_fails_if_not_called_again(server: ServerThread) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
         await dead.begin_if_needed(Call(Kind.REPLY, "a", "reply/1"), must_be_known=True)
-        await dead._owner.__aexit__()  # this owner sends no more heartbeats
+        await dead.owner.__aexit__()  # this owner sends no more heartbeats
         async with Journal(nexum, "s") as journal:
             await journal.end()
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
