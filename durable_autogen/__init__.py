@@ -16,8 +16,8 @@ If a person has to approve a tool's calls, or if the tool's effect must happen o
 an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log
 progress and warnings.
 
-The folder `record` records and replays calls, and doesn't import AutoGen. The folder `autogen` defines which of
-AutoGen's methods are recorded, and how.
+The folder `record` records and replays calls, and doesn't import AutoGen: `record/__init__.py` says where a call is
+recorded, and where it is compared. The folder `autogen` defines which of AutoGen's methods are recorded, and how.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -793,8 +793,7 @@ class Recorder:
             return False
         async with self._record_lock:
             if event in self.journal.events:  # the end of the run and the replay may both revoke it
-                await self.journal.revoke([event], "the program gave the call up")
-                self.replay.drop(event)
+                await self._revoke([event], "the program gave the call up")
                 cancelled.setback = self.setbacks.add(cancelled.call.agent, cancelled.caller)
                 self._unrecorded.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
         return True
@@ -818,8 +817,11 @@ class Recorder:
             else:
                 self.journal.log.warning("session %s makes this call live", self.journal.session)
                 await warn_of_effects(self.journal, [event])
-            await self.journal.revoke([event], why, is_another_program=not follows_failure)
-            self.replay.drop(event)
+            await self._revoke([event], why, is_another_program=not follows_failure)
+
+    async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
+        await self.journal.revoke(events, why, is_another_program=is_another_program)
+        self.replay.drop(events)
 
     def _since(self, first: Event) -> list[Event]:
         return [event for event in self.journal.events if event.seq >= first.seq and event.kind is not Kind.REVOKE]
@@ -835,9 +837,7 @@ class Recorder:
                 "session %s: the last run was being cancelled when it died, so %s is made again",
                 *(self.journal.session, first),
             )
-            await self.journal.revoke(events, "the run died while it was being cancelled")
-            for event in events:
-                self.replay.drop(event)
+            await self._revoke(events, "the run died while it was being cancelled")
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""
