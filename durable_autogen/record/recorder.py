@@ -438,6 +438,7 @@ class Recorder:
             counts["tokens"] += sum(usage_of(content))
 
     async def _replayed(self, pending: _PendingCall) -> Answer | Exception | None:
+        """Return the call's recorded outcome in its turn; None if the call has to be made live."""
         call = pending.call
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, pending)
@@ -477,6 +478,7 @@ class Recorder:
             reached.cancel()
 
     async def _made_live(self, pending: _PendingCall) -> Answer | Exception:
+        """Let a task of its own make the call; return the outcome. If the caller is cancelled, give the call up."""
         if self._session.is_over:
             raise has_ended(self._session)
         pending.asked_after = self.replay.last_seq
@@ -489,6 +491,7 @@ class Recorder:
             raise
 
     def _start(self, pending: _PendingCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that makes the call, or that takes it back. The end of the run waits for the task."""
         running = asyncio.create_task(work)
         self._calls[running] = pending
         running.add_done_callback(self._ended)
@@ -533,7 +536,11 @@ class Recorder:
         self._unrecorded.append((pending, GivenUp(streamed=pending.streamed(False), was_made=was_made)))
 
     async def _wait_to_be_given_up(self, event: Event, pending: _PendingCall) -> None:
-        """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
+        """Wait until the call is cancelled, as in the recorded run: then raise CancelledError.
+
+        If that takes too long, the program has changed, or the reason for the cancellation is gone: a failure that
+        doesn't occur again, or Ctrl+C. Then revoke the event, so that the call is made live, or raise DriftError.
+        """
         differing = self.replay.differences(event, pending.call)
         if differing:
             await self._revoke_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
@@ -820,6 +827,7 @@ class Recorder:
             await self._revoke([event], why, is_another_program=not follows_failure)
 
     async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
+        """Revoke events that the replay has not delivered yet."""
         await self.journal.revoke(events, why, is_another_program=is_another_program)
         self.replay.drop(events)
 
