@@ -91,9 +91,9 @@ def key_of(session: str, purpose: str, scope: str, digest: str = "") -> str:
 
 
 def key_within(prefix: str, name: str, *, room: int = 0) -> str:
-    """Return the idempotency key that begins with `prefix`, and in which `room` more characters have place.
+    """Return an idempotency key: `prefix` and `name`. The key leaves room for `room` more characters.
 
-    If the key is too long with `name`, or has characters that can't be printed, it ends with a hash instead.
+    If the name makes the key too long, or has characters that can't be printed, a hash takes the name's place.
     """
     key = f"{prefix}{name}"
     if len(key) <= MAX_ID_LENGTH - room and key.isprintable():
