@@ -65,6 +65,8 @@ class Replay:
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.active_ms = 0
         """The session's active time when the last delivered event was recorded."""
+        self._last_ms: dict[str, int] = {}
+        """The session's active time when the last delivered event of each agent was recorded."""
         self.over_since: float | None = None
         """The time at which the replay ended, by time.monotonic(); None until then."""
         self._journal = journal
@@ -242,7 +244,8 @@ class Replay:
                 what = f"{event} is not what this run asks for: {'; '.join(differing)}"
                 return Mismatch(event, f"{what}. {NAMES_HINT}" if self._is_one_of_several(event) else what)
             del self.ahead[event.address]
-            self.active_ms, self._waiting_since = event.active_ms, None
+            self.active_ms = self._last_ms[event.agent] = event.active_ms
+            self._waiting_since = None
             self.delivered(event)
             _deliver(asked, event)
 
@@ -254,9 +257,7 @@ class Replay:
         loop = asyncio.get_running_loop()
         if self._waiting_since is None:
             self._waiting_since = loop.time()
-        # Wait longer for a call that the recorded run made late: this run may make it late, too.
-        late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
-        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, DRIFT_PATIENCE + late)
+        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event)
         try:
             while event.address in self.ahead and event.address not in self._asked:
                 self._changed.clear()
@@ -265,7 +266,7 @@ class Replay:
                     await self._changed.wait()
                     self._waiting_since = loop.time()
                     continue
-                left = self._waiting_since + DRIFT_PATIENCE + late - loop.time()
+                left = self._waiting_since + self._patience(event) - loop.time()
                 if left <= 0:
                     return False
                 await wait_until_set(self._changed, left)
@@ -273,11 +274,37 @@ class Replay:
         finally:
             notice.cancel()
 
-    def _tell_waiting(self, event: Event, limit: float) -> None:
+    def _tell_waiting(self, event: Event) -> None:
         if self._another_call_waits:
             self._journal.log.warning(
-                "%s is next on record: waiting up to %g s for the run to ask for it", event, limit
+                "%s is next on record: waiting up to %g s for the run to ask for it", event, self._patience(event)
             )
+
+    def _patience(self, event: Event) -> float:
+        """Return how many seconds to wait for the program to make the next recorded call, while other calls wait.
+
+        A call that the recorded run made late may come late in this run, too: after work that isn't recorded, such as a
+        sleep. Other branches get their recorded results at once, so don't count this work from their last event.
+        """
+        began_ms = self.active_ms
+        if not self._seems_changed and not self._follows_failure(event):
+            began_ms = min(began_ms, self._last_ms.get(event.agent, 0))
+        return DRIFT_PATIENCE + round(2 * max(0, event.asked_ms - began_ms) / 1000, 1)
+
+    @property
+    def _seems_changed(self) -> bool:
+        """Whether a call waits that the recorded program hardly made.
+
+        Such a call has another request than the recorded one, or is not on record: it is a new agent's, or the recorded
+        run came to its end without it. A run that was cut off may have made further calls of the recorded agents.
+        """
+        is_finished = self._journal.ended is not None
+        agents = {event.agent for event in self._by_address.values()}
+        return any(is_finished or call.agent not in agents for call in self._waiting_live) or any(
+            bool(self.differences(self.ahead[address], asked.call))
+            for address, asked in self._asked.items()
+            if address in self.ahead
+        )
 
     @property
     def _another_call_waits(self) -> bool:
