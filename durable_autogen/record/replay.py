@@ -73,6 +73,7 @@ class Replay:
         self._session = session
         self._compare = compare
         self._by_address = {event.address: event for event in journal.events}
+        self._agents = {event.agent for event in journal.events}
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
         self._unfinished = {
@@ -299,8 +300,7 @@ class Replay:
         run came to its end without it. A run that was cut off may have made further calls of the recorded agents.
         """
         is_finished = self._journal.ended is not None
-        agents = {event.agent for event in self._by_address.values()}
-        return any(is_finished or call.agent not in agents for call in self._waiting_live) or any(
+        return any(is_finished or call.agent not in self._agents for call in self._waiting_live) or any(
             bool(self.differences(self.ahead[address], asked.call))
             for address, asked in self._asked.items()
             if address in self.ahead
