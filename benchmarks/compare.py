@@ -87,6 +87,10 @@ class PlainCommits:
             seconds.append(time.perf_counter() - began)
         return seconds
 
+    def close(self) -> None:
+        """Close the database: on Windows, an open file can't be deleted."""
+        self._connection.close()
+
 
 async def run(caller: Child, name: str, calls: int) -> list[Call]:
     """Make a run; return its calls."""
@@ -96,12 +100,12 @@ async def run(caller: Child, name: str, calls: int) -> list[Call]:
 class Comparison:
     """The peers, with their measurements."""
 
-    def __init__(self, peers: Sequence[Peer], folder: Path, calls: int, together: int) -> None:
+    def __init__(self, peers: Sequence[Peer], folder: Path, plain: PlainCommits, calls: int, together: int) -> None:
         self.rows = {peer: Row(peer) for peer in peers}
         self._folder = folder
         self._calls = calls
         self._together = together
-        self._plain = PlainCommits(folder)
+        self._plain = plain
         self._ports: dict[str, dict[str, int]] = {peer.name: {} for peer in peers}
 
     async def measure(self, rounds: int, *, set_up: bool) -> None:
@@ -265,9 +269,10 @@ def main() -> int:
         calls, together = (
             (BLOCK, IN_FLIGHT * 2) if args.quick else (args.calls, args.calls * 3 // IN_FLIGHT * IN_FLIGHT)
         )
-        comparison = Comparison(peers, Path(folder), calls, max(together, IN_FLIGHT))
-        rounds = 1 if args.quick else args.rounds
-        asyncio.run(comparison.measure(rounds, set_up=not args.quick))
+        with contextlib.closing(PlainCommits(Path(folder))) as plain:
+            comparison = Comparison(peers, Path(folder), plain, calls, max(together, IN_FLIGHT))
+            rounds = 1 if args.quick else args.rounds
+            asyncio.run(comparison.measure(rounds, set_up=not args.quick))
     rows = [row.figures() for row in comparison.rows.values()]
     machine = (
         f"{rounds} round(s) of {calls} calls; Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, "

@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "-m", dest="is_module", action="store_true", help="SCRIPT is a module's name, as in python -m NAME"
     )
-    run.add_argument("script", type=Path, metavar="SCRIPT")
+    run.add_argument("script", metavar="SCRIPT")
     arguments = run.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the script's own arguments"
     )
@@ -189,7 +189,8 @@ async def look(args: argparse.Namespace) -> str:
             return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
         await fork_session(client, source, count, args.new, args.message, effects=args.effects)
-        return f"session {args.new} begins with the first {count} call(s) of {source}"
+        copied = f"the first {count} call(s)" if count else "none of the calls"
+        return f"session {args.new} begins with {copied} of {source}"
 
 
 async def _settled(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:

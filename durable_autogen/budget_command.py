@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from durable_autogen.record.budget import Budget, Spent, decide, has_prices, number_in_words, questions_of
 from durable_autogen.record.events import check_session_id, read_record
-from durable_autogen.recorded_sessions import unknown_session
+from durable_autogen.recorded_sessions import has_begun, unknown_session, while_pruning
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.report import printable
@@ -60,9 +60,10 @@ async def run_command(client: NexumClient, args: argparse.Namespace) -> str:
     if raised is not None and args.stop is not None:
         raise InvalidRequest("--stop stops the session, and a limit raises its budget: give one of them")
     await decide(client, args.session, raised, by=args.by, reason=args.stop or "")
+    unbegun = "" if await has_begun(client, args.session) else "; it has not begun: the decision is kept for it"
     if raised is None:
-        return f"session {args.session} stops when a limit of its budget is reached"
-    return f"raised the budget of session {args.session} to {_limits(raised)}"
+        return f"session {args.session} stops when a limit of its budget is reached{unbegun}"
+    return f"raised the budget of session {args.session} to {_limits(raised)}{unbegun}"
 
 
 def _limits(budget: Budget) -> str:
@@ -79,7 +80,8 @@ def _limits(budget: Budget) -> str:
 
 async def _report(client: NexumClient, session: str) -> str:
     """Return a text about what a session has spent, and about the budget decision that it waits for, if any."""
-    record, questions = await read_record(client, session), await questions_of(client, session)
+    record = await while_pruning(lambda: read_record(client, session))
+    questions = await questions_of(client, session)
     if not record.made and not questions:
         raise unknown_session(session)
     spent = Spent.of(record, is_in_usd=has_prices())

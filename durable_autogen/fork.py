@@ -8,7 +8,17 @@ from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, get_args
 
 from durable_autogen.errors import DriftError
-from durable_autogen.record.effects import EFFECT, TOOL_EFFECT, EffectInput, Effects, kept_for, of_session, read_effects
+from durable_autogen.record.effects import (
+    EFFECT,
+    TOOL_EFFECT,
+    EffectInput,
+    Effects,
+    has_not_happened,
+    kept_for,
+    of_session,
+    read_effects,
+    with_attempts,
+)
 from durable_autogen.record.events import (
     Event,
     Kind,
@@ -20,13 +30,13 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
-from durable_autogen.recorded_sessions import unknown_session
+from durable_autogen.recorded_sessions import has_begun, unknown_session, while_pruning
 from nexum_engine import jsontext
 from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
 
 OnEffects = Literal["refuse", "reuse", "again"]
 Effect = tuple[EffectInput, Execution]
@@ -65,21 +75,28 @@ async def fork_session(
         raise InvalidRequest(f"effects is {effects!r}: give one of {', '.join(get_args(OnEffects))}")
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
-    record = await read_record(client, source)
-    kept = _first_events(record, source, count)
-    reused: list[Effect] = []
-    if effects != "again":
-        later = await _later_effects(client, source, record, kept)
-        of_workers = await _effects_of_workers(client, source, record, kept)
-        if effects == "refuse":
-            _refuse(source, count, later, of_workers)
-        else:
-            reused = _reusable(source, later, of_workers, client.address)
+    kept, reused = await while_pruning(lambda: _forked(client, source, count, effects))
     async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)
         if reused and is_new:
             await _keep_results(journal, reused)
     return kept
+
+
+async def _forked(client: NexumClient, source: str, count: int, effects: OnEffects) -> tuple[list[Event], list[Effect]]:
+    """Return the events that a fork copies, and the effects that it may reuse. Raises InvalidRequest."""
+    record = await read_record(client, source)
+    kept = _first_events(record, source, count)
+    if effects == "again":
+        return kept, []
+    later = await _later_effects(client, source, record, kept)
+    of_workers = await _effects_of_workers(client, source, record, kept)
+    if not await has_begun(client, source):  # the session was pruned before its effects were read
+        raise unknown_session(source)
+    if effects == "refuse":
+        _refuse(source, count, later, of_workers)
+        return kept, []
+    return kept, _reusable(source, later, of_workers, client.address)
 
 
 def _first_events(record: Record, source: str, count: int) -> list[Event]:
@@ -128,11 +145,8 @@ async def _later_effects(client: NexumClient, source: str, record: Record, copie
     """Return the effects that a session has begun after the events that a fork copies."""
     later = []
     for input, found in await _unused(client, source, {record.scope_of(event.address) for event in copied}):
-        execution = found
-        if not execution.status.ended:
-            observed = await client.get_execution(execution.execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)
-            execution = observed.execution
-        if not _has_not_begun(execution):
+        execution = found if found.status.ended else await with_attempts(client, found)
+        if not has_not_happened(execution):
             later.append((input, execution))
     return later
 
@@ -166,12 +180,6 @@ def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Executi
                 + (how_to_resolve(execution.execution_id, nexum) if is_unknown else "Let the session continue first")
             )
     return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
-
-
-def _has_not_begun(execution: Execution) -> bool:
-    """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
-    (node,) = execution.nodes
-    return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
 
 
 async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Effect]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from durable_autogen.record.events import (
     AGENT_RUN,
@@ -25,6 +25,8 @@ from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,30 @@ class SessionInfo:
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
     """Return a summary of every session on the server, the latest session first."""
+    return [shown.info for shown in await _sessions(client, "")]
+
+
+async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
+    """Call `read`, which reads lists of executions. Call it again if executions are pruned at the same time."""
     while True:
-        # If executions are pruned between two pages of the list, the server can't find the end of the first page.
+        # If executions are pruned between two pages of a list, the server can't find the end of the first page.
         with suppress(ExecutionNotFound):
-            return [shown.info async for shown in _sessions(client, "")]
+            return await read()
 
 
-async def _sessions(client: NexumClient, key_prefix: str) -> AsyncIterator[ShownSession]:
-    """Yield each session whose runs have keys that begin with `key_prefix`, the latest session first."""
+async def _sessions(client: NexumClient, key_prefix: str) -> list[ShownSession]:
+    """Return the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
+    return await while_pruning(lambda: _read_sessions(client, key_prefix))
+
+
+async def _read_sessions(client: NexumClient, key_prefix: str) -> list[ShownSession]:
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client)
-    for session, found in runs.items():
-        yield await _shown(client, session, found, questions.get(session, ()))
+    return [await _shown(client, session, found, questions.get(session, ())) for session, found in runs.items()]
 
 
 async def _questions(client: NexumClient) -> dict[str, list[str]]:
@@ -132,22 +142,23 @@ class ShownSession:
 
 async def show_session(client: NexumClient, session: str) -> ShownSession:
     """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
-    found = [shown async for shown in _sessions(client, f"{session}/")]
+    found = await _sessions(client, f"{session}/")
     if not found:
         raise unknown_session(session)
     return found[0]
 
 
 def unknown_session(session: str) -> InvalidRequest:
-    """Return the error for a session that has recorded nothing."""
+    """Return the error for a session that has recorded nothing, or that was pruned."""
     return InvalidRequest(
-        f"session {session!r} has nothing on record here; list the sessions with: python -m durable_autogen ls"
+        f"session {session!r} has nothing on record here: it has not begun, or it was pruned. List the sessions with: "
+        "python -m durable_autogen ls"
     )
 
 
 async def question_of(client: NexumClient, session: str) -> str | None:
     """Return the text of a session's task; None if the session has not begun."""
-    record = await read_record(client, session)
+    record = await while_pruning(lambda: read_record(client, session))
     return None if record.beginning is None else "\n".join(record.task)
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.messages import BaseChatMessage, MessageFactory
@@ -38,6 +38,8 @@ Runnable = ChatAgent | Team
 
 _at_work: WeakKeyDictionary[Any, DurableSession] = WeakKeyDictionary()
 """The session of each agent or team that is being run."""
+_has_run: WeakSet[Any] = WeakSet()
+"""The agents and teams that have run."""
 
 
 async def run_durable_stream(
@@ -180,6 +182,7 @@ class _Run:
             await end(running, 0)
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
+        _has_run.add(runnable)
         result = TaskResult(messages=[])
         # Pass `output_task_messages` only if it is False: a custom agent or team may not accept it.
         more: Any = {} if self.output_task_messages else {"output_task_messages": False}
@@ -203,7 +206,7 @@ def _check_new(runnable: Runnable) -> None:
     busy = _at_work.get(runnable)
     if busy is not None:
         raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build a new one")
-    if getattr(runnable, "_initialized", False):
+    if runnable in _has_run or getattr(runnable, "_initialized", False):  # the latter says it of a team
         raise InvalidRequest(
             f"{runnable.name} has run before, and its memory of that run isn't recorded: give run_durable a function "
             "that builds a new one"

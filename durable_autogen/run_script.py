@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import pkgutil
 import re
 import runpy
 import signal
@@ -23,6 +24,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import Context
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -258,12 +260,12 @@ def _in_thread(name: str, fn: Callable[..., T], /, *args: Any, **kwargs: Any) ->
 
 def run_script(args: argparse.Namespace) -> int:
     """Run the script in sessions; return the exit code of the command."""
-    script: Path = args.script
+    script = Path(args.script)
     if args.is_module:
         if not _is_module(str(script)):
             complain(f"error: there is no module {script}: check its name and this folder")
             return 2
-    elif not script.is_file():
+    elif not script.is_file() and not (script / "__main__.py").is_file():
         complain(f"error: there is no script {script}: check the path")
         return 2
     if args.session is None:
@@ -271,9 +273,11 @@ def run_script(args: argparse.Namespace) -> int:
         _log.info("session %s (from the script's path and arguments; choose another one with --session)", session)
     else:
         session = check_session_id(args.session)
-    sys.argv = [str(script), *args.arguments]
+    sys.argv = [args.script, *args.arguments]
     if not args.is_module:
-        sys.path[0] = str(script.resolve().parent)
+        # `python -m` puts the working folder there. With -P or -I it doesn't, and then Python adds no script's folder.
+        if not getattr(sys.flags, "safe_path", sys.flags.isolated):
+            sys.path[:1] = [] if _is_bundle(script) else [str(script.resolve().parent)]
         script = script.absolute()  # the script may change the folder
     sessions = _Sessions(session, args)
     with sessions.installed():
@@ -313,18 +317,29 @@ def _is_module(name: str) -> bool:
         return False
 
 
+def _is_bundle(script: Path) -> bool:
+    """Return whether a path is a folder or a zip archive, as zipapp makes. Python runs the `__main__.py` inside."""
+    return pkgutil.get_importer(str(script)) is not None
+
+
 def _run_as_main(script: Path) -> None:
     """Run a script as `python SCRIPT` does.
 
-    Don't use runpy: it makes sys.argv[0] equal to `__file__`. Python leaves sys.argv[0] as the user typed it.
+    Use runpy only for folders and archives: it makes sys.argv[0] an absolute path. Python leaves sys.argv[0] as the
+    user typed it.
     """
+    if _is_bundle(script):
+        runpy.run_path(str(script), run_name="__main__")
+        return
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=str(script), __builtins__=builtins, __cached__=None)
     before = sys.modules["__main__"]
     sys.modules["__main__"] = module
     try:
         # Without dont_inherit, this file's `from __future__ import annotations` would hold for the script, too.
-        exec(compile(script.read_bytes(), str(script), "exec", dont_inherit=True), module.__dict__)
+        source = script.read_bytes()
+        code = pkgutil.read_code(BytesIO(source)) or compile(source, str(script), "exec", dont_inherit=True)
+        exec(code, module.__dict__)
     finally:
         sys.modules["__main__"] = before
 

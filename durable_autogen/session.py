@@ -19,6 +19,7 @@ from durable_autogen.record import unrecorded
 from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix, check_prices
 from durable_autogen.record.cleanup import Cleanup
 from durable_autogen.record.console import recorded_console
+from durable_autogen.record.effects import cancel_effects_to_be_made
 from durable_autogen.record.events import check_session_id
 from durable_autogen.record.guard import Guard
 from durable_autogen.record.idle import watched_threads
@@ -210,7 +211,7 @@ class DurableSession:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
             stack.enter_context(watched_threads())
             stack.enter_context(recorded_console())
-            stack.enter_context(unrecorded.watched_processes())
+            stack.enter_context(unrecorded.watched_without_events())
             stack.enter_context(entry_points(self))
             # Connect without a place, so that nothing that the connection does counts as a call of the program.
             with at(None):
@@ -272,7 +273,7 @@ class DurableSession:
             self.guard.warn_of_unknown_names()
 
     async def _withdraw_questions(self, journal: Journal) -> None:
-        """Cancel the questions to people, and the executions of events, that no call waits for any more.
+        """Cancel the questions to people, the executions of events, and the effects that no call waits for any more.
 
         Calls of earlier runs may have begun them. The server never prunes a session that has running executions. If an
         event is sent later, its execution is started again.
@@ -281,6 +282,7 @@ class DurableSession:
             await journal.cancel_running(approval_workflow(), f"{self.session_id}:{NODE}/")
             await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
             await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
+            await cancel_effects_to_be_made(journal)
 
     async def _close(self) -> None:
         self.is_over = True

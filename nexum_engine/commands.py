@@ -195,7 +195,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     approve.add_argument("--comment", default="", help="stored with the approval")
     approve.add_argument(
         "--args",
-        type=_json,
+        type=_not_null,
         metavar="JSON",
         help="an answer that is stored with the approval: for a tool call, the arguments to call the tool with instead",
     )
@@ -232,6 +232,14 @@ def _json(text: str) -> Any:
         return jsontext.parse(text, "the value")
     except InvalidRequest as error:
         raise argparse.ArgumentTypeError(f"{error}; a text needs quotes: '\"text\"'") from error
+
+
+def _not_null(text: str) -> Any:
+    """Read the answer of an approval. An approval without an answer has null, so null can't be an answer."""
+    value = _json(text)
+    if value is None:
+        raise argparse.ArgumentTypeError("null is no answer: give another value, or leave out the option")
+    return value
 
 
 class PartlyDecided(Conflict):
@@ -513,7 +521,7 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         failed=args.failed,
     )
     if args.not_done:
-        return f"{node} of {args.execution} is handed out again"
+        return f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call"
     return f"{node} of {args.execution} is {'COMPLETED' if args.failed is None else 'FAILED'}"
 
 

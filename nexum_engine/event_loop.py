@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
 
+from nexum_engine.errors import NexumError
+
 CHOICE = "NEXUM_EVENT_LOOP"
 """With the value `asyncio`, this environment variable turns uvloop off."""
 
@@ -67,7 +69,7 @@ class LoopThread(threading.Thread):
     """A daemon thread that runs an event loop until `loop.stop`. Then it cancels the loop's tasks and closes the loop.
 
     The constructor starts the thread without the caller's context variables, because the thread's connections are not
-    part of the caller's work.
+    part of the caller's work. It raises NexumError if a library has replaced Python's threads with its own.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -75,11 +77,20 @@ class LoopThread(threading.Thread):
     def __init__(self, name: str) -> None:
         super().__init__(name=name, daemon=True)
         self._is_ready = threading.Event()
+        self._started_in = threading.get_native_id()
         contextvars.Context().run(self.start)
         self._is_ready.wait()
+        if not hasattr(self, "loop"):
+            raise NexumError(
+                "this program's threads are greenlets of gevent or eventlet, in which no second event loop can run: "
+                "start the program without monkey patching (a Celery worker with --pool prefork or --pool threads)"
+            )
 
     def run(self) -> None:
         """Run the event loop."""
+        if threading.get_native_id() == self._started_in:
+            self._is_ready.set()
+            return
         # Create the loop in this thread. On Windows, a loop that is created in the main thread gets Ctrl+C in place of
         # the program's own loop.
         self.loop = loop = _library().new_event_loop()

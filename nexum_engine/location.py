@@ -56,12 +56,22 @@ def database_path(database_url: str) -> Path:
     return absolute(name)
 
 
-def absolute(name: str) -> Path:
-    """Return the absolute path of a file. Raises StoreError if this process's working folder was deleted."""
+def absolute(name: str | Path) -> Path:
+    """Return the absolute path of a database or a backup.
+
+    Raises StoreError if this process's working folder was deleted, and StoreRefused if the path is not text in UTF-8:
+    servers and clients tell each other the path, and their messages can't hold other paths.
+    """
     try:
-        return Path(name).absolute()
+        path = Path(name).absolute()
+        str(path).encode()
     except FileNotFoundError as error:
         raise StoreError(NO_WORKING_FOLDER) from error
+    except UnicodeEncodeError as error:
+        raise StoreRefused(
+            f"the path {str(path)!a} is not text in UTF-8: rename the folder, or set DATABASE_URL to a file elsewhere"
+        ) from error
+    return path
 
 
 def database_url(path: Path) -> str:

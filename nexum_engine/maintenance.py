@@ -18,7 +18,7 @@ from pathlib import Path
 from nexum_engine.client import NexumClient, Pruned
 from nexum_engine.commands import on_server_or_database, when_released
 from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
-from nexum_engine.location import database_path, default_database_url, read_address
+from nexum_engine.location import absolute, database_path, default_database_url, read_address
 from nexum_engine.options import duration, not_empty
 from nexum_engine.report import WIDTH, printable, size
 from nexum_engine.store import Checked, Store, check_database, retention
@@ -143,7 +143,8 @@ async def _all_parts(part: Callable[[int], Awaitable[Pruned]]) -> Pruned:
 def _pruned(args: argparse.Namespace, found: Pruned) -> str:
     if args.session and not found.executions:
         raise Conflict(
-            f"session {args.session} is kept: it has an execution that is RUNNING (see ps), or that ended more recently"
+            f"session {args.session} is kept: it has an execution that is RUNNING, or that ended more recently. List "
+            f"its executions with: ps --all --key {args.session}"
         )
     if args.json:
         counts = {"executions": found.executions, "sessions": found.sessions, "kept": found.kept}
@@ -176,7 +177,7 @@ def _count(number: int, what: str) -> str:
 
 async def backup(args: argparse.Namespace) -> str:
     """Run `backup`; return what to print."""
-    file, progress = args.file.absolute(), _Progress()
+    file, progress = absolute(args.file), _Progress()
     total = await on_server_or_database(
         args,
         lambda client: _copy_from_server(client, file, overwrite=args.overwrite),
@@ -213,7 +214,7 @@ async def check(args: argparse.Namespace) -> tuple[str, bool]:
 
 def _checked_file(args: argparse.Namespace) -> Path:
     file: Path | None = args.file
-    return database_path(default_database_url()) if file is None else file.absolute()
+    return database_path(default_database_url()) if file is None else absolute(file)
 
 
 async def _checked(file: Path) -> Checked:

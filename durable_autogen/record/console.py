@@ -78,9 +78,12 @@ def _peek() -> bytes:
     descriptor = buffer.fileno()
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return bytes(buffer.peek())
-    was_blocking = os.get_blocking(descriptor)  # on Windows, since Python 3.12
-    os.set_blocking(descriptor, False)
-    try:
-        return bytes(buffer.peek())
-    finally:
-        os.set_blocking(descriptor, was_blocking)
+    waiting = b""  # on Windows, Python before 3.12 can't read from a pipe without waiting for more
+    if sys.platform != "win32" or sys.version_info >= (3, 12):
+        was_blocking = os.get_blocking(descriptor)
+        os.set_blocking(descriptor, False)
+        try:
+            waiting = bytes(buffer.peek())
+        finally:
+            os.set_blocking(descriptor, was_blocking)
+    return waiting

@@ -19,8 +19,8 @@ from nexum_engine import jsontext
 from nexum_engine.approvals import key_of
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.connection import OUTAGE_PATIENCE
-from nexum_engine.errors import IdempotencyConflict, NexumError, TaskNotFound
-from nexum_engine.records import Execution, Task
+from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, TaskNotFound
+from nexum_engine.records import Execution, NodeStatus, Outcome, Task
 from nexum_engine.workflow import RetryPolicy, Workflow, workflow
 
 
@@ -75,6 +75,25 @@ async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[Effec
         )
     ]
     return found[::-1]
+
+
+async def with_attempts(client: NexumClient, execution: Execution) -> Execution:
+    """Return the present state of an execution, with its attempts, which lists leave out."""
+    return (await client.get_execution(execution.execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)).execution
+
+
+def has_not_happened(execution: Execution) -> bool:
+    """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
+    (node,) = execution.nodes
+    return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
+
+
+async def cancel_effects_to_be_made(journal: Journal) -> None:
+    """Cancel the effects that have not happened: the run has ended without making their calls."""
+    for _, execution in await read_effects(journal.client, of_session(journal.session)):
+        if not execution.status.ended and has_not_happened(await with_attempts(journal.client, execution)):
+            with contextlib.suppress(Conflict):  # it ended in the meantime
+                await journal.client.cancel_execution(execution.execution_id, by=f"session {journal.session}")
 
 
 async def warn_of_effects(journal: Journal, dropped: Iterable[Event]) -> None:

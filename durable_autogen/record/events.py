@@ -8,6 +8,7 @@ only the process that owns the run's execution may record events.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -491,7 +492,22 @@ class Record:
 
 
 async def read_record(client: NexumClient, session: str) -> Record:
-    """Return everything that a session has recorded."""
+    """Return everything that a session has recorded.
+
+    If a process records more at the same time, the last events may be missing, but no event before the last one is.
+    Raises ExecutionNotFound if the session is pruned at the same time.
+    """
+    found = await _read(client, session)
+    numbers = {one.seq for one in found.made if isinstance(one, Event)}
+    if len(numbers) < max(numbers, default=0):
+        # The list was read in several pages. A long call that ended meanwhile is on a later page, but the events
+        # between the first page and this call's end are on no page.
+        found = await _read(client, session, last=max(numbers))
+    return found
+
+
+async def _read(client: NexumClient, session: str, *, last: float = math.inf) -> Record:
+    """Return what a session has recorded up to the event with the number `last`."""
     found = Record()
     ended_ms: dict[int, int] = {}  # when each event was recorded, by the server's clock
     last_begun_ms = 0  # when the last call without a recorded result began
@@ -503,6 +519,8 @@ async def read_record(client: NexumClient, session: str) -> Record:
     ):
         if execution.status is ExecutionStatus.COMPLETED:
             event = Event.model_validate_json(execution.outputs()["event"])
+            if event.seq > last:
+                continue
             found.made.append(event)
             ended_ms[event.seq] = execution.ended_ms or 0
             continue

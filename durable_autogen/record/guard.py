@@ -9,7 +9,7 @@ import asyncio
 import difflib
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -403,9 +403,10 @@ class Guard:
             answer: dict[str, Any] = {"not_done": True}
             if value is not NOT_DONE:
                 answer = {"output": {TOOLS_OWN: guarded.form.write(value)}}
-            await self._client.resolve(execution_id, EFFECT, resolved_by="reconcile", **answer)
-        except Conflict:
-            pass  # a person was faster
+            # If another run has taken over, it may have made the call since `reconcile` looked.
+            await self._recorder.before_attempt(guarded.call)
+            with suppress(Conflict):  # a person was faster
+                await self._client.resolve(execution_id, EFFECT, resolved_by="reconcile", **answer)
         except (UnknownEffect, ValueError, RoleRefused) as error:
             self._log.warning("%s: %s", guarded, error)
             return False

@@ -361,6 +361,11 @@ class Recorder:
             if ended_it:
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
         self.setbacks.restore_origin(error)
+        if self.cleanup.is_end(error):
+            # As asyncio.run does later, cancel the calls of tasks that the program has left behind. Otherwise these
+            # calls would raise NotDurable, and Python would print a traceback for each.
+            for live in self._calls.values():
+                live.answer.cancel()
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 

@@ -79,8 +79,10 @@ class Terminal:
 
 def _read(line: asyncio.Future[str], loop: asyncio.AbstractEventLoop) -> None:
     try:
-        # Don't read with sys.stdin: its lock would block the end of the process.
-        text = os.read(sys.stdin.fileno(), 65536).decode(sys.stdin.encoding or "utf-8", "replace")
+        # Don't read with sys.stdin: its lock would block the end of the process. And its encoding isn't the terminal's:
+        # on Windows, it reads without an encoding, as UTF-16.
+        descriptor = sys.stdin.fileno()
+        text = os.read(descriptor, 65536).decode(os.device_encoding(descriptor) or "utf-8", "replace")
     except OSError:
         text = ""
 

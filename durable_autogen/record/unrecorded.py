@@ -2,8 +2,8 @@
 
 If a program starts a connection or a process in a session, but outside a recorded call, every later run starts it
 again. Python raises no audit event for a connection that a library makes without Python's socket module (uvloop, gRPC),
-nor for a second request over an open connection. It raises none for a process of multiprocessing either, so these are
-detected where they are started.
+nor for a second request over an open connection. It raises none for a process of multiprocessing and for a connection
+of asyncio on Windows either, so these are detected where they are started.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -29,9 +30,14 @@ def watch() -> None:
 
 
 @while_open
-def watched_processes() -> Iterator[None]:
-    """Detect the processes that a program starts with multiprocessing."""
-    with replaced(BaseProcess, "start", _start):
+def watched_without_events() -> Iterator[None]:
+    """Detect what a program starts without an audit event."""
+    with ExitStack() as stack:
+        stack.enter_context(replaced(BaseProcess, "start", _start))
+        if sys.platform == "win32":
+            from asyncio.windows_events import IocpProactor
+
+            stack.enter_context(replaced(IocpProactor, "connect", _connect))
         yield
 
 
@@ -41,6 +47,14 @@ def _start(original: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], N
         original(self)
 
     return start
+
+
+def _connect(original: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    def connect(self: Any, connection: Any, address: Any) -> Any:
+        _report(_connected((connection, address)))
+        return original(self, connection, address)
+
+    return connect
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any, Protocol, TypeVar
+
+from nexum_engine.errors import StoreRefused
 
 Row = Mapping[str, Any]
 Marked = TypeVar("Marked", bound=Callable[..., Any])
@@ -69,6 +72,26 @@ def brief(transition: Marked) -> Marked:
 
 def load_queries(file: str = "queries.sql") -> dict[str, str]:
     """Return the statements of an SQL file in this package, by name."""
-    text = (files("nexum_engine.store") / file).read_text(encoding="utf-8")
+    with _reading_package():
+        text = (files("nexum_engine.store") / file).read_text(encoding="utf-8")
     parts = re.split(r"^-- name: (\w+)\n", text, flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def load_migrations(folder: str) -> list[str]:
+    """Return the SQL scripts of a schema in order. The first script makes version 1."""
+    with _reading_package():
+        entries = sorted((files("nexum_engine.store") / folder).iterdir(), key=lambda entry: entry.name)
+        return [entry.read_text(encoding="utf-8") for entry in entries if entry.name.endswith(".sql")]
+
+
+@contextmanager
+def _reading_package() -> Iterator[None]:
+    """Raise StoreRefused if a file of this package is missing. Otherwise it would look like a missing database."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise StoreRefused(
+            f"the package nexum_engine lacks its file {error.filename}: install the package again. If this program was "
+            "frozen, freeze it again with the package's data files (PyInstaller: --collect-data nexum_engine)"
+        ) from error

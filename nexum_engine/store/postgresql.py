@@ -39,6 +39,7 @@ from nexum_engine.store.postgresql_connection import (
     line_of,
     open_database,
     read_database_id,
+    send_all,
     vacuum,
     without_password,
 )
@@ -303,7 +304,9 @@ class _PostgresDb:
 
     def _execute(self, query: str, parameters: Mapping[str, object]) -> psycopg.Cursor[dict[str, Any]]:
         self.written += query in self._writes
-        return self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
+        cursor = self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
+        send_all(self._connection)
+        return cursor
 
     def all(self, query: str, **parameters: object) -> list[Row]:
         return [*self._execute(query, parameters).fetchall()]

@@ -75,12 +75,14 @@ WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempoten
   AND status = 'COMPLETED' AND (idempotency_key ~ '/.*[^0-9]' OR NOT idempotency_key ~ '/[0-9]');
 
 -- name: session_summary
-SELECT CAST(CAST(output_json AS json) -> 'summary' AS text) AS summary
-FROM executions JOIN nodes ON node = 1000 * sequence
-WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
-  AND executions.status = 'COMPLETED' AND executions.ended_ms = :last_ms
-ORDER BY CASE json_typeof(CAST(output_json AS json) -> 'summary' -> 'number')
-         WHEN 'number' THEN CAST(CAST(output_json AS json) -> 'summary' ->> 'number' AS numeric) END DESC NULLS LAST,
+-- PostgreSQL has no character NUL, and refuses to look into JSON that has one.
+SELECT CAST(event -> 'summary' AS text) AS summary
+FROM (SELECT sequence, CAST(replace(output_json, '\u0000', '\ufffd') AS json) AS event
+      FROM executions JOIN nodes ON node = 1000 * sequence
+      WHERE workflow_id = :workflow_id AND idempotency_key >= :first_key AND idempotency_key < :end_key
+        AND executions.status = 'COMPLETED' AND executions.ended_ms = :last_ms) AS events
+ORDER BY CASE json_typeof(event -> 'summary' -> 'number')
+         WHEN 'number' THEN CAST(event -> 'summary' ->> 'number' AS numeric) END DESC NULLS LAST,
          sequence DESC
 LIMIT 1;
 

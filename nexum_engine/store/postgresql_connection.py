@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from importlib.resources import files
 from typing import Any
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq.abc import PGconn
 from psycopg.rows import dict_row
 from psycopg.types.numeric import Int8Dumper
 from psycopg.types.string import StrDumperUnknown
+from psycopg.waiting import Ready, Wait
 
 from nexum_engine.errors import StoreRefused
+from nexum_engine.store.db import load_migrations
 
 MINIMUM_VERSION = 14
 CONNECT_SECONDS = 5
@@ -121,8 +124,7 @@ def _check_session(url: str, connection: Connection) -> None:
 
 def _migrate(url: str, connection: Connection) -> None:
     """Create or update the tables. If several servers start together, one of them updates, and the others wait."""
-    folder = files("nexum_engine.store") / "postgresql_migrations"
-    scripts = sorted((one for one in folder.iterdir() if one.name.endswith(".sql")), key=lambda one: one.name)
+    scripts = load_migrations("postgresql_migrations")
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(%s)", (MIGRATION_LOCK,))
         found = connection.execute("SELECT to_regclass('nexum_schema') AS name").fetchone()
@@ -145,7 +147,7 @@ def _migrate(url: str, connection: Connection) -> None:
                 f"{len(scripts)}): update this server with pip install -U nexum-durable-autogen"
             )
         for script in scripts[version:]:
-            connection.execute(script.read_text(encoding="utf-8").encode())
+            connection.execute(script.encode())
         connection.execute("UPDATE nexum_schema SET version = %s", (len(scripts),))
 
 
@@ -161,6 +163,21 @@ def database_ms(connection: Connection) -> tuple[int, int]:
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None
     return int(row["ms"]), math.ceil(row["ms"] + math.ceil((time.monotonic() - begun) * 1000))
+
+
+def send_all(connection: Connection) -> None:
+    """Send the rest of a pipeline's statements.
+
+    If a large statement is only partly sent, psycopg may already wait for answers, which then never come.
+    """
+    if connection.pgconn.flush():
+        connection.wait(_sent(connection.pgconn))
+
+
+def _sent(pgconn: PGconn) -> PQGen[None]:
+    while pgconn.flush():
+        if (yield Wait.RW) & Ready.R:
+            pgconn.consume_input()  # PostgreSQL reads no more until its answers are read
 
 
 # ---- Errors ----------------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import os
 import sqlite3
 import stat
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
+from nexum_engine.store.db import load_migrations
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, read_stamp, write_stamp
 
 APPLICATION_ID = 0x4E58554D
@@ -101,13 +101,7 @@ def check_version(path: Path, version: int) -> None:
 
 @cache
 def _migrations() -> list[str]:
-    """Return the SQL scripts of the schema in order. The first script makes version 1."""
-    folder = files("nexum_engine.store") / "sqlite_migrations"
-    return [
-        entry.read_text(encoding="utf-8")
-        for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
-        if entry.name.endswith(".sql")
-    ]
+    return load_migrations("sqlite_migrations")
 
 
 def migrate(path: Path, connection: sqlite3.Connection) -> None:

@@ -294,8 +294,10 @@ class DatabaseFile:
     def _read(self, descriptor: int, start: int, size: int) -> bytes:
         if sys.platform == "win32":  # it has no pread
             os.lseek(descriptor, start, os.SEEK_SET)
-            return os.read(descriptor, size)
-        return os.pread(descriptor, size, start)
+            contents = os.read(descriptor, size)
+        else:
+            contents = os.pread(descriptor, size, start)
+        return contents
 
     def _lost(self, why: str) -> str:
         return (

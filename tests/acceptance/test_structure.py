@@ -87,7 +87,7 @@ ENGINE = {
     "screen": (),
     "options": (),
     "signals": (),
-    "event_loop": (),
+    "event_loop": ("errors",),
     "forks": (),
     "records": (),
     "jsontext": ("errors",),

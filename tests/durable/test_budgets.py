@@ -18,8 +18,11 @@ from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
 from processes import run_script
 from pydantic import ValidationError
+from server_thread import ServerThread
 
 from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session, list_sessions
+from durable_autogen.__main__ import build_parser
+from durable_autogen.budget_command import run_command
 from durable_autogen.record.budget import BudgetQuestion, Spent, decide, questions_of
 from durable_autogen.record.events import read_record
 from durable_autogen.record.journal import Journal
@@ -467,3 +470,14 @@ def test_wrong_budget_on_the_command_line_is_one_line(
     assert code == 2
     assert output.startswith(f"error: {said}")
     assert output.count("\n") <= 1
+
+
+async def test_command_budget_tells_that_a_session_has_not_begun(server: ServerThread) -> None:
+    async with NexumClient(server.address) as nexum:
+        for arguments in (["s", "--usd", "4"], ["s", "--stop"]):
+            told = await run_command(nexum, build_parser().parse_args(["budget", *arguments]))
+            assert told.endswith("; it has not begun: the decision is kept for it")
+        async with DurableSession("s", nexum=server.address):
+            pass
+        told = await run_command(nexum, build_parser().parse_args(["budget", "s", "--usd", "4"]))
+        assert told == "raised the budget of session s to $4"

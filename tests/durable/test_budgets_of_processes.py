@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Process, running
+from harness import KILLED, Process, running
 
-KILLED = -signal.SIGKILL if sys.platform != "win32" else 1
 RUNS = int(os.environ.get("BUDGET_RUNS") or 5)
 LIMIT = 3
 
@@ -101,7 +98,7 @@ def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Pat
             if number > LIMIT:
                 told = killed.wait_for("has used 3 of 3 model calls of its budget")
                 killed.kill()
-            assert killed.wait() == KILLED
+            assert killed.wait() in KILLED
         assert len(calls(folder)) == min(number, LIMIT)
     raising, _, stopping = told.partition("Raise the budget: ")[2].partition("; or stop the session: ")
     # A decision that is made while no program runs counts.
@@ -118,7 +115,7 @@ def test_program_that_is_killed_at_each_call_stays_within_its_budget(folder: Pat
 
 def test_tool_call_that_is_made_again_after_a_kill_counts_once(folder: Path) -> None:
     with program(folder, "tool", "in a call") as killed:
-        assert killed.wait() == KILLED
+        assert killed.wait() in KILLED
     with program(folder, "tool") as resumed:
         resumed.wait_for("has used 1 of 1 calls of charge of its budget")
         assert calls(folder) == ["charge 0", "charge 0"]

@@ -29,6 +29,7 @@ from durable_autogen import (
     DurableSession,
     Parked,
     Policy,
+    SessionBusy,
     call_id,
     durable_tool,
     fork_session,
@@ -41,7 +42,7 @@ from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
 from nexum_engine.owner import Owner
-from nexum_engine.records import Task
+from nexum_engine.records import ExecutionStatus, Task
 from nexum_engine.workflow import RetryPolicy, workflow
 
 PROGRAM = """
@@ -671,6 +672,39 @@ async def one_charge(server: ServerThread, target: Target) -> None:
         await target.call()
 
 
+async def test_answer_of_reconcile_does_not_count_after_another_run_has_taken_over(server: ServerThread) -> None:
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+    is_slow = False
+
+    async def look_up(arguments: Any, key: str) -> Any:
+        if is_slow and not asked.is_set():
+            asked.set()
+            await may_answer.wait()
+        return NOT_DONE
+
+    target = Target(UnknownEffect("no answer"), UnknownEffect("no answer"), effect="once", reconcile=look_up)
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    is_slow = True
+
+    async def suspended() -> None:
+        async with DurableSession("s", nexum=server.address, park=True) as session:
+            await session.recorder.journal.owner.__aexit__()  # no heartbeats: the process is suspended
+            await Scripted([]).create(QUESTION)
+            await target.call()
+
+    first = asyncio.create_task(suspended())
+    await asked.wait()
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    assert len(target.done) == 2
+    may_answer.set()
+    with pytest.raises(SessionBusy):
+        await first
+    async with NexumClient(server.address) as client:
+        assert len(await client.unknown()) == 1
+
+
 async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> None:
     target = Target(UnknownEffect("the line broke"), effect="once")
     with pytest.raises(Parked):
@@ -697,6 +731,20 @@ async def test_fork_makes_a_call_that_a_person_has_resolved_as_not_done(server: 
                 await Scripted([]).create(QUESTION)
                 await target.call()
     assert len(target.done) == 3
+
+
+async def test_call_resolved_as_not_done_that_nobody_makes_any_more_is_cancelled(server: ServerThread) -> None:
+    target = Target(UnknownEffect("the line broke"), effect="once")
+    with pytest.raises(Parked):
+        await one_charge(server, target)
+    async with NexumClient(server.address) as client:
+        (unknown,) = await client.unknown()
+        await client.resolve(unknown.execution_id, unknown.node_id, not_done=True)
+        async with DurableSession("s", nexum=server.address, on_drift="continue"):
+            await Scripted([]).create(QUESTION)
+        assert await client.get_status(unknown.execution_id) is ExecutionStatus.CANCELLED
+        assert (await client.prune(0, session="s")).sessions == 1
+    assert len(target.done) == 1
 
 
 async def test_fork_can_not_reuse_an_effect_that_is_under_way(server: ServerThread) -> None:

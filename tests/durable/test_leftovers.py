@@ -16,7 +16,7 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent, UserProxyAgent
 from autogen_agentchat.conditions import TimeoutTermination
 from autogen_agentchat.teams import RoundRobinGroupChat
-from durable_agents import QUESTION, Scripted, new_session
+from durable_agents import QUESTION, Scripted, asked, new_session
 from harness import Server
 
 from durable_autogen import DriftError, DurableSession, Policy, run_durable_stream
@@ -108,6 +108,32 @@ async def test_error_of_unrecorded_input_is_not_reported_as_unread(
         gc.collect()
         await asyncio.sleep(0)
     assert not found
+
+
+@pytest.mark.parametrize("is_shielded", [True, False])
+async def test_call_left_behind_by_a_cancelled_program_is_cancelled(shared_server: Server, is_shielded: bool) -> None:
+    name, model = new_session(), Scripted([], lambda: asyncio.sleep(60), "yes")
+    left: list[weakref.ref[asyncio.Task[str]]] = []
+
+    async def program() -> str:
+        async with DurableSession(name, nexum=shared_server.address):
+            asking = asyncio.create_task(asked(model))
+            left.append(weakref.ref(asking))
+            return await (asyncio.shield(asking) if is_shielded else asyncio.sleep(60, "slept"))
+
+    with complaints() as reported:
+        running = asyncio.create_task(program())
+        while not model.requests:  # noqa: ASYNC110 - nothing sets an event
+            await asyncio.sleep(0.01)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        del running
+        await asyncio.sleep(0.01)
+    assert reported == []
+    assert left[0]() is None
+    async with DurableSession(name, nexum=shared_server.address):
+        assert await asked(model) == "yes"
 
 
 async def test_closed_stream_of_run_has_released_its_session(shared_server: Server) -> None:

@@ -146,6 +146,16 @@ async def test_second_run_of_running_team_is_refused(server: ServerThread) -> No
         assert "end" in texts(await running)[-1]
 
 
+async def test_agent_that_has_run_before_is_refused(server: ServerThread) -> None:
+    with OpenAIServer(lambda _: answer("yes")) as model:
+        one = agent(model, "one")
+        await run(server, lambda: one)
+        for session in ("s", "other"):
+            with pytest.raises(InvalidRequest, match="one has run before, and its memory of that run isn't recorded"):
+                await run(server, lambda: one, session=session)
+        assert len(model.requests) == 1
+
+
 def replies(*asked: Sequence[tuple[str, str]]) -> AgentState:
     """Return an agent's state after replies that requested these tool calls. A call is given as its id and name."""
     found = AgentState()

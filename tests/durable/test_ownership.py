@@ -44,7 +44,7 @@ from durable_autogen import (
     list_sessions,
 )
 from durable_autogen.autogen.fingerprints import describe_call
-from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Raised, Returned, read_record
+from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Mark, Raised, Returned, read_record
 from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
@@ -585,3 +585,27 @@ async def test_parallel_calls_continue_after_server_is_replaced_by_empty_one(
         assert len(asked) >= CALLS
         assert await whole(program) == live
         assert sorted(done) == list(range(CALLS + 1))
+
+
+async def test_record_that_is_read_while_a_long_call_ends_lacks_no_earlier_event(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nexum_engine.client.PAGE", 1)
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as journal:
+        await journal.begin(TOOL)
+        await journal.record(REPLIES[0], Mark())
+        list_executions, pages = nexum.list_executions, 0
+
+        async def list_while_recording(**query: Any) -> list[Execution]:
+            nonlocal pages
+            pages += 1
+            if pages == 2:  # the first page has the newest event, and the second one the tool's call
+                await journal.record(REPLIES[1], Mark())
+                await journal.record(TOOL, Mark())
+                await journal.record(REPLIES[2], Mark())
+            return await list_executions(**query)
+
+        monkeypatch.setattr(nexum, "list_executions", list_while_recording)
+        record = await read_record(nexum, "s")
+        assert [event.seq for event in record.events] == [1, 2, 3]
+        assert [event.seq for event in (await read_record(nexum, "s")).events] == [1, 2, 3, 4]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 from autogen_core.models import UserMessage
-from durable_agents import answer, client, named
+from durable_agents import Scripted, answer, asked, client, named
 from openai_server import OpenAIServer
 from server_thread import ServerThread
 
-from durable_autogen import DurableSession
-from durable_autogen.recorded_sessions import list_sessions
+from durable_autogen import DurableSession, fork_session, question_of
+from durable_autogen.__main__ import build_parser
+from durable_autogen.budget_command import run_command
+from durable_autogen.record.effects import TOOL_EFFECT
+from durable_autogen.recorded_sessions import list_sessions, show_session
 from nexum_engine.client import NexumClient
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution
 
 
@@ -66,3 +72,61 @@ async def test_sessions_are_listed_although_one_is_pruned_between_two_pages(
         monkeypatch.setattr(nexum, "list_executions", list_while_pruning)
         assert [one.session for one in await list_sessions(nexum)] == ["new"]
         assert pruned == 1
+
+
+def budget_report(session: str) -> argparse.Namespace:
+    return build_parser().parse_args(["budget", session])
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda nexum: show_session(nexum, "s"),
+        lambda nexum: fork_session(nexum, "s", 1, "f"),
+        lambda nexum: run_command(nexum, budget_report("s")),
+    ],
+    ids=["show", "fork", "budget"],
+)
+async def test_session_that_is_pruned_between_two_pages_is_named(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch, read: Callable[[NexumClient], Awaitable[object]]
+) -> None:
+    monkeypatch.setattr("nexum_engine.client.PAGE", 1)
+    async with DurableSession("s", nexum=server.address):
+        await asked(Scripted([]))
+        await asked(Scripted([]))
+    async with NexumClient(server.address) as nexum:
+        list_executions, pruned = nexum.list_executions, 0
+
+        async def list_while_pruning(**query: Any) -> list[Execution]:
+            nonlocal pruned
+            if query["before"] and not pruned:
+                pruned = (await nexum.prune(0)).executions
+            return await list_executions(**query)
+
+        monkeypatch.setattr(nexum, "list_executions", list_while_pruning)
+        with pytest.raises(InvalidRequest, match=r"session 's' has nothing on record here: .*pruned"):
+            await read(nexum)
+        assert pruned == 3
+        assert await question_of(nexum, "s") is None
+
+
+async def test_fork_of_a_session_that_is_pruned_before_its_effects_are_read_is_refused(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with DurableSession("s", nexum=server.address):
+        await asked(Scripted([]))
+    async with NexumClient(server.address) as nexum:
+        list_executions, pruned = nexum.list_executions, 0
+
+        async def list_after_pruning(**query: Any) -> list[Execution]:
+            nonlocal pruned
+            if query.get("workflow_id") == TOOL_EFFECT.workflow_id and not pruned:
+                pruned = (await nexum.prune(0)).executions
+            return await list_executions(**query)
+
+        monkeypatch.setattr(nexum, "list_executions", list_after_pruning)
+        with pytest.raises(InvalidRequest, match="session 's' has nothing on record here"):
+            await fork_session(nexum, "s", 1, "f")
+        assert pruned == 2
+        monkeypatch.undo()
+        assert await list_sessions(nexum) == []

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import py_compile
 import re
 import signal
 import subprocess
 import sys
+import zipapp
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from durable_agents import answer
-from harness import Server, nexum_server, run_to_end, running
+from harness import ROOT, Server, nexum_server, run_to_end, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
@@ -139,7 +142,7 @@ if __name__ == "__main__":
 
 def test_script_has_pythons_environment_and_only_its_output(folder: Folder) -> None:
     (folder.path / "deeper").mkdir()
-    folder.script = "deeper/script.py"
+    folder.script = "./deeper/script.py"
     folder.write(LOOKS, folder.script)
     folder.write("NAME = 'beside it'", "deeper/beside.py")
     arguments = ["--", "--session", "its own", "-x", "--", ""]
@@ -169,6 +172,34 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+BUNDLE = "import sys, beside; print(__name__, __package__, __file__, sys.argv[1:], sys.path[:2], beside.NAME)"
+
+
+@pytest.mark.parametrize("script", ["bundle", "bundle.pyz", "compiled.pyc"])
+def test_folder_archive_and_compiled_file_run_as_under_python(folder: Folder, script: str) -> None:
+    (folder.path / "bundle").mkdir()
+    for place in ("bundle/beside.py", "beside.py"):
+        folder.write("NAME = 'beside it'", place)
+    folder.write(BUNDLE, "bundle/__main__.py")
+    zipapp.create_archive(folder.path / "bundle", folder.path / "bundle.pyz")
+    py_compile.compile(str(folder.path / "bundle" / "__main__.py"), str(folder.path / "compiled.pyc"))
+    folder.script = script
+    durable, plain = folder.durable("x"), folder.python("x")
+    assert (durable.returncode, durable.stdout) == (plain.returncode, plain.stdout) == (0, plain.stdout)
+    assert "beside it" in durable.stdout
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11 brought PYTHONSAFEPATH")
+def test_script_finds_what_pythonpath_names_also_with_a_safe_path(folder: Folder) -> None:
+    (folder.path / "own").mkdir()
+    folder.write("NAME = 'beside it'", "own/beside.py")
+    folder.write("import sys, beside; print(sys.path[0], beside.NAME)")
+    folder.env |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(folder.path / "own"), str(ROOT)])}
+    durable, plain = folder.durable(), folder.python()
+    assert (durable.returncode, durable.stdout) == (plain.returncode, plain.stdout) == (0, plain.stdout)
+    assert "beside it" in durable.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["gone"]])

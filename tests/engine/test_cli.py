@@ -180,6 +180,24 @@ def test_bad_arguments_are_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [["ps"], ["check"], ["check", "copy.db"], ["backup", "copy.db"]])
+def test_folder_that_is_not_text_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nexum: Command, arguments: list[str]
+) -> None:
+    folder = tmp_path / "caf\udce9"  # as an archive that was made in Latin-1 leaves it
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("file names are text here")
+    (folder / "copy.db").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    code, output = nexum(*arguments)
+    assert code == 1
+    assert r"caf\udce9" in output.splitlines()[-1]
+    assert "is not text in UTF-8: rename the folder" in output.splitlines()[-1]
+
+
 def test_foreign_database_is_refused_and_left_untouched(tmp_path: Path, nexum: Command) -> None:
     foreign = tmp_path / "nexum.db"
     with sqlite3.connect(foreign) as connection:

@@ -22,7 +22,7 @@ from nexum_engine import in_process
 from nexum_engine.client import NexumClient
 from nexum_engine.commands import look
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import ServerNotReady
+from nexum_engine.errors import NexumError, ServerNotReady
 from nexum_engine.owner import Owner
 from nexum_engine.store.sqlite_file import DatabaseFile
 from nexum_engine.workflow import workflow
@@ -225,6 +225,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+async def test_program_whose_threads_are_greenlets_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Monkey patching by gevent runs all threads in one thread of the system. Without the refusal, the program hangs.
+    monkeypatch.setattr("threading.get_native_id", lambda: 1)
+    with pytest.raises(NexumError, match="threads are greenlets of gevent or eventlet"):
+        async with EmbeddedNexum(None, owners=True):
+            pass
 
 
 async def test_recorded_event_costs_one_commit_and_no_grpc_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,3 +194,13 @@ async def test_odd_summary_is_empty(store: Store, odd: object) -> None:
     run = await own(store, "run", "s/1")
     await own(store, "event", "s//1", {"summary": odd})
     assert await grouped(store) == [(run, SessionSummary("s", 1, True, "", 0, 0))]
+
+
+@pytest.mark.both_stores
+async def test_session_whose_newest_event_has_the_character_nul_is_listed(store: Store) -> None:
+    summary = {"question": "Why\0?", "calls": 1, "tokens": 2, "number": 1}
+    await own(store, "event", "s/agent/1", {"content": "a\0b", "summary": summary})
+    await own(store, "run", "s/1", {"last": 1})
+    ((_, session),) = await grouped(store)
+    assert session is not None
+    assert (session.calls, session.question.replace("\0", "\ufffd")) == (1, "Why\ufffd?")

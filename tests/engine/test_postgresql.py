@@ -57,6 +57,27 @@ def end_connection(store: PostgresStore) -> None:
     assert ended == (True,)
 
 
+# ---- Large statements ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "megabytes"), [(1, 3), (1, 15), (60, 0.25)])
+async def test_results_above_the_buffers_of_a_socket_are_recorded(
+    store: PostgresStore, number: int, megabytes: float
+) -> None:
+    output = json.dumps("x" * round(megabytes * 1024 * 1024))
+    recorded = await asyncio.wait_for(
+        asyncio.gather(
+            *(
+                store.run(tasks.start_owned, "w", "v1", "{}", f"k{one}", "owner", 1000, output_json=output)
+                for one in range(number)
+            )
+        ),
+        20,
+    )
+    for one in recorded:
+        assert (await store.run(reading.get_execution, one.execution_id)).nodes[0].output_json == output
+
+
 # ---- Lost connections ------------------------------------------------------------------------------------------------
 
 

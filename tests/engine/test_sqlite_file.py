@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from server_thread import ServerThread
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import StoreLocked, StoreRefused, StoreUnavailable
 from nexum_engine.location import read_address
-from nexum_engine.store import executions, listing, open_store, restore_database, sqlite_file
+from nexum_engine.store import db, executions, listing, open_store, restore_database, sqlite_connection, sqlite_file
 from nexum_engine.store.sqlite import SqliteStore
 
 pytestmark = pytest.mark.sqlite
@@ -478,6 +479,19 @@ def test_database_of_a_running_server_is_not_restored(tmp_path: Path, server: Se
     with pytest.raises(StoreLocked):
         restore_database(f"sqlite:///{tmp_path / 'nexum.db'}", tmp_path / "backup.db")
     assert nexum(tmp_path, "ps", "--nexum", server.address).returncode == 0
+
+
+@pytest.mark.parametrize("missing", ["queries.sql", "sqlite_migrations"])
+async def test_missing_file_of_the_package_is_not_reported_as_a_missing_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(ROOT / "nexum_engine" / "store", package)
+    (package / missing).rename(package / "other")  # as a program that was frozen without its data files
+    monkeypatch.setattr(db, "files", lambda name: package)
+    monkeypatch.setattr(sqlite_connection, "_migrations", partial(db.load_migrations, "sqlite_migrations"))
+    with pytest.raises(StoreRefused, match=f"the package nexum_engine lacks its file .*{missing}: install"):
+        await opened(tmp_path / "nexum.db")
 
 
 async def test_database_of_the_version_before_is_opened_with_its_data(tmp_path: Path) -> None:
