@@ -268,7 +268,7 @@ class DurableSession:
             await recorder.replay_rest()
             self.is_over = True  # a call that a background task makes from now on would not be recorded
             await recorder.end(self.stop_reason)
-            if recorder.journal.may_have_asked:
+            if recorder.journal.may_leave_open:
                 await self._withdraw_questions(recorder.journal)
             self.guard.warn_of_unknown_names()
 

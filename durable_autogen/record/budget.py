@@ -381,7 +381,7 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
-        self._journal.may_have_asked = True
+        self._journal.may_leave_open = True
         try:
             decision = await decided(
                 self._client, BUDGET_QUESTION, question, question.key, waiting=lambda _: waiting(line)

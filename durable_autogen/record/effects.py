@@ -129,13 +129,10 @@ class Effects:
 
         starting = asyncio.create_task(self._journal.under_this_run(start, workflow, input, idempotency_key=key))
         try:
-            started = await asyncio.shield(starting)
+            return await asyncio.shield(starting)
         except asyncio.CancelledError:
             self._journal.finish_later(self._give_back_started(starting))
             raise
-        if started is not None:
-            self._journal.unneeded.discard(started.execution_id)
-        return started
 
     def give_back(self, task: Task) -> None:
         """Record, in the background, that an effect has not begun, although this run has its task.
@@ -158,7 +155,7 @@ class Effects:
             await self._journal.owner.give_back(
                 task, "the call was given up before the tool began", patience=TAKE_OVER_PATIENCE
             )
-            self._journal.unneeded.add(task.execution_id)
+            self._journal.may_leave_open = True
 
     async def record(self, input: EffectInput, output: Any, key: str) -> None:
         """Record an effect together with its result. Raises SessionBusy if another process owns the run."""

@@ -216,7 +216,7 @@ class Guard:
                     stack.callback(asking.cancel)
                 yield
 
-        self._journal.may_have_asked = True
+        self._journal.may_leave_open = True
         with self._recorder.servers_errors():
             earlier = await asked_before(self._client, asked, key)
         if earlier is not None:

@@ -58,9 +58,9 @@ class Journal:
         """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
         """The summary of the session's last run, if the session is finished. None after drift."""
-        self.may_have_asked = False
-        """Whether calls of this run, or of an earlier run that did not finish, may have asked a person or waited for an
-        event."""
+        self.may_leave_open = False
+        """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
+        event, or given back an effect."""
         self.client = client
         self.owner = Owner(
             client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OUTAGE_PATIENCE)
@@ -70,8 +70,6 @@ class Journal:
         self.next_seq = 1
         """The number of the next event."""
         self._in_background: set[asyncio.Task[None]] = set()
-        self.unneeded: set[str] = set()
-        """The ids of the executions to cancel if the run comes to its end (see `Effects.give_back`)."""
         self._open: dict[str, Task] = {}
         """The tasks of calls whose beginning is recorded, by this run or an earlier one, and whose outcome isn't.
 
@@ -97,7 +95,7 @@ class Journal:
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = self.recorded.end_of(latest)
-                self.may_have_asked = self.ended is None
+                self.may_leave_open = self.ended is None
                 if self.ended is None:
                     await self._revoke_failures_at_end()
                 else:
@@ -114,15 +112,12 @@ class Journal:
 
     async def _leave(self, error: BaseException | None) -> None:
         try:
-            if self._in_background:
-                await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
+            await self._finish_background()
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
                 # A journal that no session has opened, such as that of a fork, comes here without an error.
                 reason = "no program was run" if error is None else f"{type(error).__name__}: {error}"
                 await self.owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
-            elif error is None:
-                await self._cancel_unneeded()
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
@@ -236,10 +231,14 @@ class Journal:
             raise self._busy(f"another process has taken over {what} ({stale})") from stale
 
     def finish_later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work in the background. The session's end waits for it."""
+        """Do the work in the background. The run's end waits for it."""
         working = asyncio.create_task(work)
         self._in_background.add(working)
         working.add_done_callback(self._in_background.discard)
+
+    async def _finish_background(self) -> None:
+        if self._in_background:
+            await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
 
     def _key(self, input: EventInput) -> str:
         name = input.address
@@ -406,6 +405,7 @@ class Journal:
         is_finished: bool = True,
     ) -> None:
         """Record the end and the summary of the run. Raises SessionBusy if another process owns the session."""
+        await self._finish_background()
         await self._close_open(
             "the run that made this call died, and a later run did not make it again", OUTAGE_PATIENCE
         )
@@ -421,11 +421,6 @@ class Journal:
                         await self.owner.complete(self._run, summary)
             finally:
                 self._run = None
-
-    async def _cancel_unneeded(self) -> None:
-        for execution_id in self.unneeded:
-            with contextlib.suppress(Conflict):  # it has ended
-                await self.client.cancel_execution(execution_id)
 
     async def cancel_running(self, workflow: Workflow, key_prefix: str) -> None:
         """Cancel the running executions of a workflow whose keys begin with `key_prefix`."""

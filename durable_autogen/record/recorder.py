@@ -682,7 +682,7 @@ class Recorder:
         `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
-        self.journal.may_have_asked = True  # a tool may have asked, about a call of a worker
+        self.journal.may_leave_open = True  # a tool may have asked, about a call of a worker
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:

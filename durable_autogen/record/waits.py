@@ -60,7 +60,7 @@ class Waits:
         Raises TimeoutError if no such event is sent in time.
         """
         check_event_name(name)
-        self._recorder.journal.may_have_asked = True
+        self._recorder.journal.may_leave_open = True
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
