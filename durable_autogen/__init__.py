@@ -16,8 +16,8 @@ If a person has to approve a tool's calls, or if the tool's effect must happen o
 an unchanged script durable. Tools run in the program's process. The loggers `durable_autogen` and `nexum_engine` log
 progress and warnings.
 
-The folder `record` records and replays calls, and doesn't import AutoGen. The folder `autogen` defines which of
-AutoGen's methods are recorded, and how.
+The folder `record` records and replays calls, and doesn't import AutoGen: `record/__init__.py` says where a call is
+recorded, and where it is compared. The folder `autogen` defines which of AutoGen's methods are recorded, and how.
 """
 
 from __future__ import annotations
@@ -43,16 +43,10 @@ from durable_autogen.errors import (
     RunCancelled,
     SessionBusy,
 )
+from durable_autogen.fork import fork_session, fork_source
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.place import call_id
-from durable_autogen.recorded_sessions import (
-    SessionInfo,
-    fork_session,
-    fork_source,
-    list_sessions,
-    question_of,
-    send_event,
-)
+from durable_autogen.recorded_sessions import SessionInfo, list_sessions, question_of, send_event
 from durable_autogen.run import run_durable, run_durable_stream
 from durable_autogen.session import DurableSession, current_session
 from nexum_engine.deadline import heartbeat

@@ -158,8 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
 async def look(args: argparse.Namespace) -> str:
     """Run a command about recorded sessions; return its output."""
     from durable_autogen import budget_command, session_report
+    from durable_autogen.fork import fork_session, fork_source
     from durable_autogen.record.sent_events import send
-    from durable_autogen.recorded_sessions import fork_session, fork_source, has_begun, list_sessions, show_session
+    from durable_autogen.recorded_sessions import has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
@@ -167,7 +168,7 @@ async def look(args: argparse.Namespace) -> str:
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(
-                lambda: list_sessions(client, nexum=args.nexum),
+                lambda: list_sessions(client),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
             return (
@@ -175,7 +176,7 @@ async def look(args: argparse.Namespace) -> str:
             )
         if args.command == "show":
             shown = await _settled(
-                lambda: show_session(client, args.session, nexum=args.nexum),
+                lambda: show_session(client, args.session),
                 lambda found: nexum.embedded and found.info.status == "running",
             )
             return session_report.events_as_json(shown) if args.json else session_report.details(shown, time.time())
@@ -187,7 +188,7 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "budget":
             return await budget_command.run_command(client, args)
         source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message, effects=args.effects, nexum=args.nexum)
+        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
         copied = f"the first {count} call(s)" if count else "none of the calls"
         return f"session {args.new} begins with {copied} of {source}"
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from durable_autogen.record.budget import Budget, Spent, decide, number_in_words, questions_of
+from durable_autogen.record.budget import Budget, Spent, decide, has_prices, number_in_words, questions_of
 from durable_autogen.record.events import check_session_id, read_record
-from durable_autogen.record.prices import has_prices
 from durable_autogen.recorded_sessions import has_begun, unknown_session, while_pruning
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest

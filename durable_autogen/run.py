@@ -20,13 +20,12 @@ from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Message, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
-from durable_autogen.record.events import Begun, Kind
+from durable_autogen.record.events import Begun
 from durable_autogen.record.failures import end
 from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
-from durable_autogen.record.session import OnUnrecorded
-from durable_autogen.record.surrogates import representable
-from durable_autogen.session import DurableSession
+from durable_autogen.record.storable import representable
+from durable_autogen.session import DurableSession, OnUnrecorded
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.event_loop import call_in
 from nexum_engine.policy import Policy
@@ -132,8 +131,7 @@ class _Run:
         session = self.session
         async with session:
             recorder = session.recorder
-            ended = recorder.journal.ended
-            recorder.ended = None if ended is None else ended.stop_reason
+            recorder.holds_one_task = True
             if self.token is not None:
                 # Don't pass the token to the team: AutoGen would wait for ever for a tool call that the token cancels.
                 self.token.add_callback(partial(call_in, session.loop, self._cancelled))
@@ -155,7 +153,7 @@ class _Run:
             finally:
                 _at_work.pop(runnable, None)
             session.stop_reason = result.stop_reason or ""
-            if not (recorder.live or recorder.replayed):
+            if not (recorder.live_counts or recorder.replayed_counts):
                 session.log.warning(
                     "session %s: nothing was recorded: the run called no model, tool or person through AutoGen",
                     session.session_id,
@@ -219,7 +217,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
     """Record the task and the team of a new session, or compare them with the recorded ones; return the task to run."""
     journal = recorder.journal
     task = _recordable(task)
-    begun = next((event for event in reversed(journal.events) if event.kind is Kind.BEGIN), None)
+    begun = journal.recorded.beginning
     if begun is None:
         if task is None:
             raise InvalidRequest(f"session {journal.session} is new: give it a task")
@@ -242,7 +240,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
 
 async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
     content = Begun(task=_texts(task), messages=[representable(_dumped(message)) for message in messages_of(task)])
-    await recorder.begin(content, _description(runnable, task))
+    await recorder.begin_session(content, _description(runnable, task))
 
 
 def _dumped(message: BaseChatMessage) -> dict[str, Any]:

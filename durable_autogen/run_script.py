@@ -130,7 +130,7 @@ class _Sessions:
             )
             async with session:
                 found = await main
-            self.has_recorded |= bool(session.recorder.live or session.recorder.replayed)
+            self.has_recorded |= bool(session.recorder.live_counts or session.recorder.replayed_counts)
             return found
         finally:
             main.close()

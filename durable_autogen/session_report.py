@@ -21,9 +21,9 @@ from durable_autogen.record.events import (
     Said,
     TimedOut,
     Waiting,
-    decoded,
 )
 from durable_autogen.record.log import at_time
+from durable_autogen.record.storable import decoded
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import MAX_SERVER_WAIT
+from nexum_engine.connection import MAX_SERVER_WAIT, OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, ExecutionNotFound
 from nexum_engine.policy import call_digest
 from nexum_engine.records import Execution, ExecutionStatus
@@ -30,7 +30,6 @@ from nexum_engine.workflow import MAX_ID_LENGTH, Workflow, workflow
 
 NODE = "approval"
 """The name of the HUMAN_APPROVAL node of each question."""
-PATIENCE = 300.0  # seconds to wait for a server that does not answer
 
 
 noted_by: ContextVar[Callable[[str], AbstractContextManager[None]] | None] = ContextVar("noted_by", default=None)
@@ -86,13 +85,20 @@ class Approval(BaseModel):
 def key_of(session: str, purpose: str, scope: str, digest: str = "") -> str:
     """Return the idempotency key of an execution that belongs to one call of a session.
 
-    `purpose` says what the execution is for, and `scope` names the call. A key that is too long or has characters that
-    can't be printed is replaced by its hash.
+    `purpose` says what the execution is for, and `scope` names the call (see `key_within`).
     """
-    key = f"{session}:{purpose}/{scope}{digest and f'/{digest}'}"
-    if len(key) <= MAX_ID_LENGTH and key.isprintable():
+    return key_within(f"{session}:{purpose}/", f"{scope}{digest and f'/{digest}'}")
+
+
+def key_within(prefix: str, name: str, *, room: int = 0) -> str:
+    """Return an idempotency key: `prefix` and `name`. The key leaves room for `room` more characters.
+
+    If the name makes the key too long, or has characters that can't be printed, a hash takes the name's place.
+    """
+    key = f"{prefix}{name}"
+    if len(key) <= MAX_ID_LENGTH - room and key.isprintable():
         return key
-    return f"{session}:{purpose}/{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
+    return f"{prefix}{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()}"
 
 
 def approval_workflow(timeout: float | None = None) -> Workflow:
@@ -139,7 +145,7 @@ async def decided(
     """
     while True:
         execution_id = await ask(client, asked, question, key)
-        look = partial(client.get_execution, execution_id, with_attempts=True, patience=PATIENCE)
+        look = partial(client.get_execution, execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)
         try:
             execution = (await look()).execution
             if not execution.status.ended:
@@ -160,7 +166,9 @@ async def ask(client: NexumClient, asked: Workflow, question: BaseModel, key: st
         if not _is_same(found.input_json, question):
             raise Conflict(f"execution {found.execution_id} asks another question under the key {key!r}")
         return found.execution_id
-    started = await client.start_execution(asked, question, idempotency_key=key, register=True, patience=PATIENCE)
+    started = await client.start_execution(
+        asked, question, idempotency_key=key, register=True, patience=OUTAGE_PATIENCE
+    )
     return started.execution_id
 
 
@@ -170,7 +178,7 @@ async def asked_before(client: NexumClient, asked: Workflow, key: str) -> Execut
     Return None if no question was asked, or if the newest one was withdrawn (CANCELLED).
     """
     newest = await client.list_executions(
-        workflow_id=asked.workflow_id, key_prefix=key, limit=1, with_nodes=True, patience=PATIENCE
+        workflow_id=asked.workflow_id, key_prefix=key, limit=1, with_nodes=True, patience=OUTAGE_PATIENCE
     )
     is_there = newest and newest[0].idempotency_key == key and newest[0].status is not ExecutionStatus.CANCELLED
     return newest[0] if is_there else None

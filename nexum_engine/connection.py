@@ -38,6 +38,7 @@ OTHER_ANSWERS = 0.3  # seconds to wait for the other servers after the first one
 CALL_DEADLINE = 10.0  # seconds for a call, in addition to the wait that the call requests
 RECONNECT_DELAY = 0.1  # seconds
 MAX_PAUSE = 20.0  # the longest pause between calls to an overloaded server, in seconds, without the random factor
+OUTAGE_PATIENCE = 300.0  # seconds to retry a call while no server answers
 MAX_SERVER_WAIT = 25.0  # the longest wait, in seconds, that a call requests; the server allows more
 
 Request = TypeVar("Request")

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.connection import MAX_SERVER_WAIT
+from nexum_engine.connection import MAX_SERVER_WAIT, OUTAGE_PATIENCE
 from nexum_engine.errors import (
     Conflict,
     NexumError,
@@ -37,7 +37,6 @@ from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
 GIVE_UP_PATIENCE = 5.0  # seconds for the server to free a call's place after the caller was cancelled
-PATIENCE = 300.0  # seconds to retry a call while no server answers
 HELD_FOR = 0.5
 """For how many seconds after an accepted start the owner counts as holding its tasks.
 
@@ -202,7 +201,7 @@ class Owner:
             output_json=output_json,
             # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
             wait=MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0,
-            patience=PATIENCE,
+            patience=OUTAGE_PATIENCE,
         )
         sent = time.monotonic()
         started = await start()
@@ -235,11 +234,11 @@ class Owner:
 
     async def _complete(self, task: Task, text: str) -> None:
         try:
-            await self._client.complete_task(task.task_id, text, patience=PATIENCE)
+            await self._client.complete_task(task.task_id, text, patience=OUTAGE_PATIENCE)
         finally:
             self._heartbeat.release(task.task_id)
 
-    async def fail(self, task: Task, error: str, *, unknown: bool = False, patience: float = PATIENCE) -> None:
+    async def fail(self, task: Task, error: str, *, unknown: bool = False, patience: float = OUTAGE_PATIENCE) -> None:
         """Record that `task` failed. The next start with its idempotency key starts a new execution.
 
         With `unknown`, the effect of the task may have happened. The execution then waits for a person, and the next
@@ -250,7 +249,7 @@ class Owner:
         finally:
             self._heartbeat.release(task.task_id)
 
-    async def give_back(self, task: Task, reason: str, *, patience: float = PATIENCE) -> None:
+    async def give_back(self, task: Task, reason: str, *, patience: float = OUTAGE_PATIENCE) -> None:
         """Record that the work of `task` has not begun. The next start with its idempotency key begins the work."""
         try:
             await self._client.fail_task(task.task_id, reason, patience=patience)

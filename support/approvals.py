@@ -16,7 +16,6 @@ from pydantic import ValidationError
 
 from nexum_engine.approvals import (
     NODE,
-    PATIENCE,
     Approval,
     approval_workflow,
     decided,
@@ -25,6 +24,7 @@ from nexum_engine.approvals import (
     waiting_for_a_person,
 )
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import ExecutionNotFound, FinalError
 from nexum_engine.records import NodeType
 from nexum_engine.worker import TaskContext
@@ -109,7 +109,7 @@ async def ask(
 
 async def _begun(client: NexumClient, workflow: str, key: str) -> ApprovedCall | None:
     """Return the call whose execution has this key, or None."""
-    found = client.all_executions(workflow_id=workflow, key_prefix=key, with_nodes=True, patience=PATIENCE)
+    found = client.all_executions(workflow_id=workflow, key_prefix=key, with_nodes=True, patience=OUTAGE_PATIENCE)
     newest_first = [one async for one in found if one.idempotency_key == key]  # longer keys begin with `key`, too
     if not newest_first:
         return None
@@ -133,7 +133,7 @@ async def check(
             raise _refused(tool, "nobody was asked")
         return ""
     try:
-        execution = (await client.get_execution(approval, patience=PATIENCE)).execution
+        execution = (await client.get_execution(approval, patience=OUTAGE_PATIENCE)).execution
         question = Question.model_validate_json(execution.input_json)
     except (ExecutionNotFound, ValidationError):
         raise _refused(tool, f"execution {approval} asks no such question") from None

@@ -239,7 +239,7 @@ def run_killed(bench: Bench, shape: str, session: str, kills: int, *options: str
 async def _events(session: str) -> list[Event]:
     async with EmbeddedNexum(None, owners=True) as nexum, NexumClient(nexum.address) as client:
         record = await read_record(client, session)
-    assert not record.begun
+    assert not record.unfinished
     return record.events
 
 

@@ -44,7 +44,6 @@ class AtWork:
             outer,
             agent=agent,
             path=path,
-            is_inside=True,
             is_beside_others=outer.is_beside_others or isinstance(runnable, GraphFlow),
             owner=runnable,
         )
@@ -56,7 +55,7 @@ class AtWork:
         async with closing(steps_at(self.place, turn())) as steps:
             try:
                 async for item in steps:
-                    yield await self._passed_on(item)
+                    yield await self._settled(item)
             except GeneratorExit:
                 raise
             except BaseException as error:  # noqa: BLE001 - `_raise` raises it
@@ -69,7 +68,7 @@ class AtWork:
                 item = await turn()
         except BaseException as error:  # noqa: BLE001 - `_raise` raises it
             self._raise(error, token)
-        return await self._passed_on(item)
+        return await self._settled(item)
 
     def team_run(self, run: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
         """Return the items of a team's run. The team's own code runs at the team's place."""
@@ -80,20 +79,20 @@ class AtWork:
         await self._begin()
         async with closing(run()) as items:
             async for item in items:
-                yield await self._passed_on(item, task)
+                yield await self._settled(item, task)
 
     async def whole_run(self, run: Callable[[], Awaitable[TaskResult]], task: Any) -> TaskResult:
         """Return the result of an agent's run that isn't streamed."""
         await self._begin()
-        result: TaskResult = await self._passed_on(await run(), task)
+        result: TaskResult = await self._settled(await run(), task)
         return result
 
     async def _begin(self) -> None:
         self._recorder.starts_an_agent()
         if not self._outer.is_inside:
-            await self._recorder.begin()
+            await self._recorder.begin_session()
 
-    async def _passed_on(self, item: Any, task: Any = None) -> Any:
+    async def _settled(self, item: Any, task: Any = None) -> Any:
         """Return an item of a turn or a run, ready for the consumer."""
         place = self.place
         self._session_state.transcript.settle(place.agent, item, messages_of(task))

@@ -18,10 +18,10 @@ from pydantic import PydanticUserError, ValidationError
 
 from durable_autogen.autogen.fingerprints import describe_call, hashed
 from durable_autogen.autogen.policies import (
+    CallUnderPolicy,
     ToolCall,
     ToolForm,
-    UnderPolicy,
-    under_policy,
+    call_under_policy,
     with_note,
 )
 from durable_autogen.autogen.session_state import AgentState, SessionState
@@ -44,7 +44,7 @@ from durable_autogen.record.failures import end, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
 from durable_autogen.record.place import Place, at, closing, items_of, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import representable
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
@@ -83,7 +83,7 @@ class Calls:
         self._agent = place.agent
         self._agent_state: AgentState = self._session_state.agent(place.agent)
         self._task = asyncio.current_task()
-        self._recorder.cleanup.look()
+        self._recorder.cleanup.notice()
         self._must_not_raise = isinstance(place.owner, AssistantAgent)
         """Whether the agent would wait for ever if a tool raised an error."""
 
@@ -230,23 +230,23 @@ class Calls:
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
 
-    async def tool(self, run: Run, made: ToolCall, stream: _Stream | None = None) -> Any:
+    async def tool(self, run: Run, tool_call: ToolCall, stream: _Stream | None = None) -> Any:
         """Return the recorded result of a tool, or call the tool and record its result."""
-        must_not_raise = self._must_not_raise and made.workbench is not None
+        must_not_raise = self._must_not_raise and tool_call.workbench is not None
         try:
-            answer = await self._tool(run, made, stream or _Stream())
+            answer = await self._tool(run, tool_call, stream or _Stream())
         except asyncio.CancelledError:
-            if made.token is None or not made.token.is_cancelled() or not must_not_raise:
+            if tool_call.token is None or not tool_call.token.is_cancelled() or not must_not_raise:
                 raise
-            return failed_result(made.name, RuntimeError(f"the call of {made.name} was cancelled"))
+            return failed_result(tool_call.name, RuntimeError(f"the call of {tool_call.name} was cancelled"))
         except Exception as error:
             if not must_not_raise:
                 raise
-            return failed_result(made.name, error)
-        return self._value(answer, made.result_type)
+            return failed_result(tool_call.name, error)
+        return self._value(answer, tool_call.result_type)
 
     def tool_stream(
-        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], made: ToolCall
+        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], tool_call: ToolCall
     ) -> AsyncGenerator[Any, None]:
         """Yield the items of a streaming tool, then the tool's result. Record the items and the result.
 
@@ -258,7 +258,7 @@ class Calls:
             result: Any = _NOTHING
             async for item in run(edited):
                 heartbeat()
-                may_be_result = made.workbench is None or isinstance(item, ToolResult)
+                may_be_result = tool_call.workbench is None or isinstance(item, ToolResult)
                 piece = result if may_be_result else item
                 if piece is not _NOTHING:
                     # Set a message's lasting id and time before the message is recorded or passed on.
@@ -268,17 +268,17 @@ class Calls:
                 if may_be_result:
                     result = item
             if result is _NOTHING:
-                raise RuntimeError(f"the stream of {made.name} ended without a result")
+                raise RuntimeError(f"the stream of {tool_call.name} ended without a result")
             return result
 
-        return _passed_on(stream, self.tool(last, made, stream))
+        return _passed_on(stream, self.tool(last, tool_call, stream))
 
-    async def _tool(self, run: Run, made: ToolCall, stream: _Stream) -> Answer:
-        name, token = made.name, made.token
-        position = self._agent_state.position_of_call(made.call_id, name)
-        policy = self._guard.of_tool(*made.names, own=made.own_policy)
-        request = describe_call(name, made.arguments)
-        call = Call(Kind.TOOL, self._agent, position, request, label=name, has_policy=policy is not None)
+    async def _tool(self, run: Run, tool_call: ToolCall, stream: _Stream) -> Answer:
+        name, token = tool_call.name, tool_call.token
+        position = self._agent_state.position_of_call(tool_call.call_id, name)
+        policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
+        request = describe_call(name, tool_call.arguments)
+        call = Call(Kind.TOOL, self._agent, position, request, has_policy=policy is not None)
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
@@ -303,15 +303,15 @@ class Calls:
                 if policy is None:
                     value = await attempt()
                 else:
-                    value = await self._under_policy(policy, call, made, attempt, stream.produced)
-                return Performed(value, self._checked(made, value, stream.produced))
+                    value = await self._under_policy(policy, call, tool_call, attempt, stream.produced)
+                return Performed(value, self._checked(tool_call, value, stream.produced))
             except Exception as error:
                 is_refused = isinstance(error, (CallRejected, CallFailed))
-                if made.result_type is not ToolResult or not (self._must_not_raise or is_refused):
+                if tool_call.result_type is not ToolResult or not (self._must_not_raise or is_refused):
                     raise
                 # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
-                return Performed(failed, self._checked(made, failed, []))
+                return Performed(failed, self._checked(tool_call, failed, []))
 
         def replayed(content: Content) -> None:
             if isinstance(content, (Returned, Raised, GivenUp)):
@@ -331,17 +331,17 @@ class Calls:
         self,
         policy: Policy,
         call: Call,
-        made: ToolCall,
+        tool_call: ToolCall,
         attempt: Callable[[Mapping[str, Any] | None], Awaitable[Any]],
         streamed: Sequence[Any],
     ) -> Any:
         """Make a tool call under its policy; return its result."""
-        name, guard = made.name, self._guard
+        name, guard = tool_call.name, self._guard
         will_run = policy.approval is not None or policy.is_once
-        arguments = await made.checked(made.arguments, will_run=will_run)
+        arguments = await tool_call.checked(tool_call.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        form = ToolForm(made, lambda value: self._checked(made, value, []).value)
-        guarded = GuardedCall(call, policy, arguments, form, made.differs_in_defaults, reason)
+        form = ToolForm(tool_call, lambda value: self._checked(tool_call, value, []).value)
+        guarded = GuardedCall(call, policy, arguments, form, tool_call.differs_in_defaults, reason)
         if policy.is_once:
             is_kept, value = await guard.kept_result(guarded)
             if is_kept:
@@ -355,13 +355,13 @@ class Calls:
         if is_asked:
             guarded, answer, by = await guard.approved(guarded)
             if answer is not None:
-                edited, note = await self._edited(made, answer, by or "the person who approved this call")
+                edited, note = await self._edited(tool_call, answer, by or "the person who approved this call")
                 guarded = dataclasses.replace(guarded, arguments=edited)
             shown = guarded.arguments
 
         async def once(arguments: Mapping[str, Any] | None) -> Any:
-            under = UnderPolicy(frozenset(made.names))
-            under_policy.set(under)
+            under = CallUnderPolicy(frozenset(tool_call.names))
+            call_under_policy.set(under)
             value = await attempt(arguments)
             if isinstance(value, ToolResult) and value.is_error:
                 raise ToolError(value.to_text(), value) from (under.raised[-1] if under.raised else None)
@@ -377,7 +377,7 @@ class Calls:
             value = error.value
         return with_note(value, note)
 
-    async def _edited(self, made: ToolCall, answer: Any, by: str) -> tuple[Mapping[str, Any], str]:
+    async def _edited(self, tool_call: ToolCall, answer: Any, by: str) -> tuple[Mapping[str, Any], str]:
         """Validate the arguments that a person has edited; return them, and a line that tells the model about the edit.
 
         Raises CallRejected if the edited arguments don't fit the tool.
@@ -385,26 +385,26 @@ class Calls:
         try:
             if not isinstance(answer, dict):
                 raise InvalidRequest("they must be a JSON object")
-            edited = await made.checked(answer, will_run=True)
+            edited = await tool_call.checked(answer, will_run=True)
         except ValueError as error:
             why = first_problem(error) if isinstance(error, ValidationError) else error
-            raise CallRejected(f"{by} changed the arguments, but they don't fit {made.name}: {why}") from error
+            raise CallRejected(f"{by} changed the arguments, but they don't fit {tool_call.name}: {why}") from error
         shown = json.dumps(edited, ensure_ascii=False)
-        line = f"{made.name}: {by} changed the arguments to {shown}"
+        line = f"{tool_call.name}: {by} changed the arguments to {shown}"
         self._recorder.journal.log.warning("%s", escaped(line))
         return edited, f"({by} changed the arguments to {shown})"
 
-    def _checked(self, made: ToolCall, value: Any, streamed: Sequence[Any]) -> Returned:
+    def _checked(self, tool_call: ToolCall, value: Any, streamed: Sequence[Any]) -> Returned:
         """Return a tool's value in the form that is recorded. Raises ValueError if the value has no such form."""
         try:
             written = written_value(value)
         except (ValueError, PydanticUserError) as error:
-            if made.result_type is ToolResult:
-                raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
+            if tool_call.result_type is ToolResult:
+                raise ValueError(f"{tool_call.name} ran, but its result can't be recorded: {error}") from error
             self._recorder.journal.log.warning(
                 "%s returned a %s, which can't be recorded: a replay will stop here. Return a Pydantic model, a "
                 "dataclass or plain values",
-                made.name,
+                tool_call.name,
                 type(value).__name__,
             )
             written = unrecorded_value(value)
@@ -412,7 +412,7 @@ class Calls:
             content = Returned(value=written, streamed=[written_value(item) for item in streamed])
             check_size(dump(content, "it"), "it", max_bytes=MAX_RESULT_BYTES)
         except ValueError as error:
-            raise ValueError(f"{made.name} ran, but its result can't be recorded: {error}") from error
+            raise ValueError(f"{tool_call.name} ran, but its result can't be recorded: {error}") from error
         return content
 
     def is_recorded_inside(self, tool: object, name: str) -> bool:
@@ -426,12 +426,12 @@ class Calls:
             raise InvalidRequest(f"{name} is an agent or team as a tool: give the policies to the tools inside it")
         return True
 
-    def agent_as_tool(self, made: ToolCall) -> Place:
+    def agent_as_tool(self, tool_call: ToolCall) -> Place:
         """Return the place for an agent or team that a reply calls as a tool.
 
         The calls that the agent or team makes are recorded under its own name.
         """
-        self._agent_state.position_of_call(made.call_id, made.name)
+        self._agent_state.position_of_call(tool_call.call_id, tool_call.name)
         return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
 
     # ---- People, code, memory ----------------------------------------------------------------------------------------
@@ -478,9 +478,8 @@ class Calls:
             value = await run()
             return Performed(value, Returned(value=representable(written_value(value))))
 
-        label = f"the tools of {self._agent or 'the program'}" if kind is Kind.TOOLS else ""
         position = self._recorder.next_position(self._agent, kind.value)
-        call = Call(kind, self._agent, position, hashed(request), label=label)
+        call = Call(kind, self._agent, position, hashed(request))
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         return self._value(answer, declared)
 

@@ -35,7 +35,7 @@ MESSAGES_ALONE = {
 """Conditions that depend only on messages. They need no record: a replay has the same messages."""
 
 
-async def look(
+async def check(
     condition: TerminationCondition, place: Place, ask: Callable[[], Awaitable[StopMessage | None]]
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.
@@ -46,16 +46,14 @@ async def look(
     recorder: Recorder = place.session.recorder
     session_state: SessionState = place.session.state
     name = session_state.names.of(condition, place.inside(type(condition).__name__))
-    recorder.looks[name] += 1
-    look_number = recorder.looks[name]
-    position = f"stop/{look_number}"
+    position = recorder.next_position(name, Kind.STOP.value)
     if isinstance(condition, TimeoutTermination):
         _count_the_sessions_time(condition, session_state, recorder.active_now_ms)
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before = dict(state)
     message = await ask()
     is_recorded = f"{name}/{position}" in recorder.replay.ahead
-    is_decided = bool(recorder.replay.ahead) or recorder.was_checked(name, look_number)
+    is_decided = bool(recorder.replay.ahead) or recorder.was_checked(name)
     if not is_recorded and message is not None and is_decided:
         # This run doesn't stop here, so undo the condition's stop. Otherwise, the condition would raise an error at its
         # next check.

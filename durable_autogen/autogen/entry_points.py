@@ -35,8 +35,7 @@ from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary, with_subclasses
 from durable_autogen.record.log import LOG
-from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
-from durable_autogen.record.session import Session
+from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
 from durable_autogen.record.while_open import while_open
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
@@ -216,7 +215,7 @@ async def _stream_inside_a_call(tool: Any, place: Place, stream: AsyncIterator[A
                 yield item
 
 
-async def _look(self: Any, original: _Original) -> Any:
+async def _check(self: Any, original: _Original) -> Any:
     place = recording_place()
     if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
         return await original()
@@ -226,7 +225,7 @@ async def _look(self: Any, original: _Original) -> Any:
         with at(replace(place, owner=self)):
             return await original()
 
-    return await conditions.look(self, place, ask)
+    return await conditions.check(self, place, ask)
 
 
 def _usage(self: Any, original: _Original) -> Any:
@@ -273,7 +272,7 @@ async def _on_message(self: Any, original: _Original) -> Any:
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = place.session.state.names.of(self, self.id.type)
-        place = Place(place.session, agent=name, path=name, is_inside=True, owner=self, around=place.around)
+        place = Place(place.session, agent=name, path=name, owner=self, around=place.around)
     with at(place):
         return await original()
 
@@ -341,7 +340,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         },
     ),
     (Memory, {"query": _recorded(_memory)}),
-    (TerminationCondition, {"__call__": _look}),
+    (TerminationCondition, {"__call__": _check}),
     (
         ChatAgent,
         {
@@ -363,7 +362,7 @@ _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 
 
 @contextmanager
-def entry_points(session: Session) -> Iterator[None]:
+def entry_points(session: OpenSession) -> Iterator[None]:
     """Record calls of AutoGen's methods inside a `with` block. The blocks of several sessions may overlap."""
     log = logging.getLogger("autogen_core")
 

@@ -27,7 +27,7 @@ AnyTool = Callable[..., Any] | BaseTool[Any, Any]
 
 
 @dataclass
-class UnderPolicy:
+class CallUnderPolicy:
     """A call in progress whose tool has a policy: the tool's names, and the exceptions that the tool has raised.
 
     AutoGen's workbenches turn the exceptions into texts. They may also show a tool under another name.
@@ -37,7 +37,7 @@ class UnderPolicy:
     raised: list[Exception] = field(default_factory=list)
 
 
-under_policy: ContextVar[UnderPolicy | None] = ContextVar("durable_policy", default=None)
+call_under_policy: ContextVar[CallUnderPolicy | None] = ContextVar("durable_policy", default=None)
 
 _own: WeakKeyDictionary[BaseTool[Any, Any], Policy] = WeakKeyDictionary()
 
@@ -49,7 +49,7 @@ def inside_a_call(tool: BaseTool[Any, Any], place: Place | None) -> Iterator[Non
     Raises NotDurable if the tool has a policy with an approval or with the effect "once", but the recorded call is not
     a call of this tool. The recorded call would not apply the tool's policy.
     """
-    call = under_policy.get()
+    call = call_under_policy.get()
     if place is not None and (call is None or tool.name not in call.names):
         policy = place.session.guard.of_tool(tool.name, own=_own.get(tool))
         if policy is not None and (policy.approval is not None or policy.is_once):

@@ -18,9 +18,8 @@ from autogen_core.tools import TextResultContent, ToolResult
 from pydantic import BaseModel, TypeAdapter
 
 from durable_autogen.errors import NotDurable
-from durable_autogen.record.events import decoded, encoded
 from durable_autogen.record.failures import class_named
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import decoded, encoded, representable
 
 _CLASS, _VALUE, _UNRECORDED = "$class", "$value", "$unrecorded"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from email.utils import parsedate_to_datetime
@@ -19,8 +18,9 @@ from typing import Any, TypeVar
 from durable_autogen.record.events import Call, Frozen
 from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
+from nexum_engine.approvals import key_within
 from nexum_engine.deadline import Deadline
-from nexum_engine.errors import FinalError, UnknownEffect
+from nexum_engine.errors import FinalError, StaleTask, TaskNotFound, UnknownEffect
 from nexum_engine.policy import Policy
 from nexum_engine.records import Task
 from nexum_engine.workflow import Workflow, workflow
@@ -28,7 +28,7 @@ from nexum_engine.workflow import Workflow, workflow
 T = TypeVar("T")
 
 SAY_AFTER = 1.0  # seconds; if a call waits longer, a log line says so
-MAX_SCOPE = 100  # characters; in a key, a longer or unprintable scope is replaced by its hash
+ROOM_FOR_NUMBER = 10  # characters that follow the key of a call's place: a slash and the attempt's number
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
@@ -110,13 +110,12 @@ class Attempts:
             return
         journal, scope = self._journal, self._journal.recorded.scope_of(self._call.address)
         input = LimitedCall(session=journal.session, agent=self._call.agent, call=scope)
-        if len(scope) > MAX_SCOPE or not scope.isprintable():
-            scope = hashlib.sha256(scope.encode("utf-8", "surrogatepass")).hexdigest()
-        key = f"{journal.session}:limited/{scope}"
+        key = key_within(f"{journal.session}:limited/", scope, room=ROOM_FOR_NUMBER)
         saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)
         try:
             with self._recorder.servers_errors():
-                self._task = await journal.take_place(limited_call(self._name, self._policy), input, key)
+                limits = limited_call(self._name, self._policy)
+                self._task = await journal.under_this_run(journal.owner.take_place, limits, input, key=key)
         finally:
             saying.cancel()
 
@@ -129,8 +128,9 @@ class Attempts:
         """Free the place for another call."""
         task, self._task = self._task, None
         if task is not None:
-            with self._recorder.servers_errors():
-                await self._journal.free_place(task)
+            # Do nothing if the server freed the place already, or if its database was replaced.
+            with self._recorder.servers_errors(), contextlib.suppress(StaleTask, TaskNotFound):
+                await self._journal.owner.complete(task, {})
 
 
 def cause_of(error: BaseException) -> BaseException:

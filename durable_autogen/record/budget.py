@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,10 +32,10 @@ from durable_autogen.record.events import (
     usage_of,
 )
 from durable_autogen.record.journal import Journal
-from durable_autogen.record.prices import price_of
-from nexum_engine.approvals import NODE, PATIENCE, Decision, ask, decided
+from nexum_engine.approvals import NODE, Decision, ask, decided
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import Conflict, first_problem
+from nexum_engine.connection import OUTAGE_PATIENCE
+from nexum_engine.errors import Conflict, InvalidRequest, first_problem
 from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
 from nexum_engine.workflow import workflow
@@ -70,6 +72,38 @@ class Budget(BaseModel):
             mine, others = getattr(self, name), getattr(other, name)
             found[name] = None if mine is None else max(mine, others or 0)
         return Budget(**found)
+
+
+# ---- Prices ----------------------------------------------------------------------------------------------------------
+
+
+def has_prices() -> bool:
+    """Return whether the package `genai-prices` is installed. Don't import it: that takes 0.4 s."""
+    return find_spec("genai_prices") is not None
+
+
+def check_prices() -> None:
+    """Raise InvalidRequest if the package `genai-prices` is not installed."""
+    if not has_prices():
+        raise InvalidRequest(
+            "a budget in US dollars needs the package genai-prices: install it with pip install genai-prices, or limit "
+            "the tokens instead"
+        )
+
+
+def price_of(model: str, prompt_tokens: int, completion_tokens: int, at_ms: int) -> float | None:
+    """Return the cost of a reply at the time `at_ms`, in US dollars; None if the model has no known price.
+
+    The prices are those in the package `genai-prices`: no server is asked.
+    """
+    from genai_prices import Usage, calc_price
+
+    usage = Usage(input_tokens=prompt_tokens, output_tokens=completion_tokens)
+    at = datetime.fromtimestamp(at_ms / 1000, tz=timezone.utc)
+    try:
+        return float(calc_price(usage, model, genai_request_timestamp=at).total_price)
+    except LookupError:
+        return None
 
 
 # ---- What is spent ---------------------------------------------------------------------------------------------------
@@ -254,16 +288,14 @@ async def decide(client: NexumClient, session: str, raised: Budget | None, *, by
 
 
 class BudgetCheck:
-    """The check of one run: it counts the run's calls, and asks a person when a limit is reached.
+    """The check of one run: it counts the run's calls, and asks a person when a limit is reached."""
 
-    `command` is the command line that decides the question, without its options.
-    """
-
-    def __init__(self, budget: Budget, journal: Journal, command: str) -> None:
+    def __init__(self, budget: Budget, journal: Journal) -> None:
         self._budget = budget
         self._client = journal.client
         self._journal = journal
-        self._command = command
+        self._command = journal.command("budget")
+        """The command line that decides the question, without its options."""
         self._spent = Spent.of(journal.recorded, is_in_usd=budget.usd is not None)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
@@ -338,7 +370,7 @@ class BudgetCheck:
         session, words = self._journal.session, ", ".join(map(str, exceeded))
         ahead = [
             question
-            for question, _ in await questions_of(self._client, session, patience=PATIENCE)
+            for question, _ in await questions_of(self._client, session, patience=OUTAGE_PATIENCE)
             if question.number > self._decided
         ]
         options = " ".join(use.raised for use in exceeded)
@@ -349,7 +381,7 @@ class BudgetCheck:
             f"session {session} has used {words} of its budget, and waits for a decision. Raise the budget: "
             f"{self._command} {options}; or stop the session: {self._command} --stop"
         )
-        self._journal.may_have_asked = True
+        self._journal.may_leave_open = True
         try:
             decision = await decided(
                 self._client, BUDGET_QUESTION, question, question.key, waiting=lambda _: waiting(line)

@@ -34,10 +34,10 @@ class Cleanup:
         """Whether the task that opened the session counts as cancelled. It may have handled that long ago."""
         return times_cancelled(self._task) > self._cancelled_before
 
-    def look(self) -> None:
+    def notice(self) -> None:
         """Find out whether the current task cleans up: whether it handles a CancelledError. Tasks inherit the answer.
 
-        So a task that makes calls has to look before it starts a task for the call.
+        So a task that makes calls has to call `notice` before it starts a task for the call.
         """
         is_handling = isinstance(_handled_error(), asyncio.CancelledError)
         if not self._is_due or (asyncio.current_task() is self._task and not is_handling):

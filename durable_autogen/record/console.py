@@ -21,7 +21,7 @@ from typing import Any
 from durable_autogen.record.events import Call, Kind, Returned
 from durable_autogen.record.place import at, current, has_ended
 from durable_autogen.record.recorder import Recorder
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import representable
 from durable_autogen.record.while_open import replaced, while_open
 
 

@@ -1,4 +1,4 @@
-"""Records of effects that must happen only once.
+"""Effects that must happen only once, and their records.
 
 Each effect is an owned execution of the workflow `tool-effect`. Its key names the session and the call. If the run dies
 while the tool runs, the server knows that the effect may have happened, and doesn't hand it out again.
@@ -6,14 +6,22 @@ while the tool runs, the server knows that the effect may have happened, and doe
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from durable_autogen.record.events import Frozen
+from pydantic import BaseModel
+
+from durable_autogen.record.events import Event, Frozen, Kind
+from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from nexum_engine import jsontext
-from nexum_engine.approvals import PATIENCE, key_of
-from nexum_engine.client import NexumClient
-from nexum_engine.records import Execution, NodeStatus, Outcome
-from nexum_engine.workflow import RetryPolicy, workflow
+from nexum_engine.approvals import key_of
+from nexum_engine.client import NexumClient, Started
+from nexum_engine.connection import OUTAGE_PATIENCE
+from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, TaskNotFound
+from nexum_engine.records import Execution, NodeStatus, Outcome, Task
+from nexum_engine.workflow import RetryPolicy, Workflow, workflow
 
 
 class EffectInput(Frozen):
@@ -40,7 +48,7 @@ class EffectInput(Frozen):
 
 EFFECT = "effect"
 """The name of the only node of an effect's execution."""
-# The run reports every failure of the tool as final. Only an effect that has not begun is retried (`give_back_effect`).
+# The run reports every failure of the tool as final. Only an effect that has not begun is retried (see `give_back`).
 _RETRY = RetryPolicy(max_attempts=1000)
 TOOL_EFFECT = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True, retry=_RETRY).build()
 TOOL_EFFECT_RECONCILED = (
@@ -63,7 +71,7 @@ async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[Effec
     found = [
         (EffectInput.model_validate_json(one.input_json), one)
         async for one in client.all_executions(
-            workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=PATIENCE
+            workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=OUTAGE_PATIENCE
         )
     ]
     return found[::-1]
@@ -71,10 +79,94 @@ async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[Effec
 
 async def with_attempts(client: NexumClient, execution: Execution) -> Execution:
     """Return the present state of an execution, with its attempts, which lists leave out."""
-    return (await client.get_execution(execution.execution_id, with_attempts=True, patience=PATIENCE)).execution
+    return (await client.get_execution(execution.execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)).execution
 
 
 def has_not_happened(execution: Execution) -> bool:
     """Return whether an effect has certainly not happened: a person has said so, or it was given up before it began."""
     (node,) = execution.nodes
     return node.status is NodeStatus.READY and all(one.outcome is Outcome.FAILED for one in node.attempts[-1:])
+
+
+async def cancel_effects_to_be_made(journal: Journal) -> None:
+    """Cancel the effects that have not happened: the run has ended without making their calls."""
+    for _, execution in await read_effects(journal.client, of_session(journal.session)):
+        if not execution.status.ended and has_not_happened(await with_attempts(journal.client, execution)):
+            with contextlib.suppress(Conflict):  # it ended in the meantime
+                await journal.client.cancel_execution(execution.execution_id, by=f"session {journal.session}")
+
+
+async def warn_of_effects(journal: Journal, dropped: Iterable[Event]) -> None:
+    """Log a warning if dropped events have calls whose effect must happen only once."""
+    calls = {journal.recorded.scope_of(event.address) for event in dropped if event.kind is Kind.TOOL}
+    found = await read_effects(journal.client, of_session(journal.session)) if calls else []
+    if effects := [str(input) for input, _ in found if input.call in calls]:
+        journal.log.warning(
+            "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
+            "calls again: %s",
+            *(len(effects), ", ".join(effects)),
+        )
+
+
+class Effects:
+    """The effects of one run. Its methods raise SessionBusy if another process owns the run, or has taken it over."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    async def start(self, workflow: Workflow, input: BaseModel, key: str) -> Started | None:
+        """Start an effect's execution for this run. If it exists already, take it over, or find its result.
+
+        Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run. If the
+        caller is cancelled, an effect that was started for it is given back (see `give_back`).
+        """
+
+        async def start(*args: Any, **options: Any) -> Started | None:
+            try:
+                return await self._journal.owner.start(*args, **options)
+            except IdempotencyConflict:
+                return None
+
+        starting = asyncio.create_task(self._journal.under_this_run(start, workflow, input, idempotency_key=key))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self._journal.finish_later(self._give_back_started(starting))
+            raise
+
+    def give_back(self, task: Task) -> None:
+        """Record, in the background, that an effect has not begun, although this run has its task.
+
+        If the effect's call is made again, the effect begins then, and no person has to find out whether it happened.
+        """
+        self._journal.finish_later(self._give_back(task))
+
+    async def _give_back_started(self, starting: asyncio.Task[Started | None]) -> None:
+        with contextlib.suppress(NexumError):  # the server has started nothing, or another process owns the run
+            started = await starting
+            if started is not None and started.task is not None:
+                await self._give_back(started.task)
+
+    async def _give_back(self, task: Task) -> None:
+        if task.must_reconcile:
+            return  # an earlier attempt may have had its effect: the end of the run must not cancel it
+        # If the server doesn't answer, it notices later that the task is lost, and a person decides.
+        with contextlib.suppress(NexumError):
+            await self._journal.owner.give_back(
+                task, "the call was given up before the tool began", patience=TAKE_OVER_PATIENCE
+            )
+            self._journal.may_leave_open = True
+
+    async def record(self, input: EffectInput, output: Any, key: str) -> None:
+        """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
+        await self._journal.under_this_run(self._journal.owner.record, TOOL_EFFECT, input, output, idempotency_key=key)
+
+    async def complete(self, task: Task, output: Mapping[str, Any]) -> None:
+        """Record the result of an effect. Raises SessionBusy if another process has taken it over."""
+        with self._journal.held("its effect"), contextlib.suppress(TaskNotFound):  # the server's database was replaced
+            await self._journal.owner.complete(task, output)
+
+    async def fail(self, task: Task, error: str, *, unknown: bool) -> None:
+        """Record that an effect failed, or that it is unknown whether it happened."""
+        with self._journal.held("its effect"), contextlib.suppress(TaskNotFound):
+            await self._journal.owner.fail(task, error, unknown=unknown)

@@ -8,7 +8,6 @@ only the process that owns the run's execution may record events.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -28,7 +27,6 @@ from nexum_engine.workflow import workflow
 SERVER_PATIENCE = 3.0  # seconds to wait for a server that may be restarting
 MAX_QUESTION = 200  # characters; a longer question is cut in a summary
 DIGITS = 12  # of a call's digest, in ids and keys
-MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is recorded as a text
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -66,7 +64,7 @@ class Kind(str, Enum):
     """The beginning of a sleep or of a wait for a sent event."""
     SLEEP = "sleep"
     """The end of a sleep."""
-    EVENT = "event"
+    SENT_EVENT = "event"
     """The end of a wait for a sent event: the event's payload, or a timeout."""
     MESSAGE = "message"
     """A user message added to a fork."""
@@ -80,7 +78,7 @@ class Kind(str, Enum):
     @property
     def is_call(self) -> bool:
         """Whether a call of this kind costs money or a person's time, acts on the world, or waits for a sent event."""
-        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.EVENT)
+        return self in (Kind.REPLY, Kind.TOOL, Kind.INPUT, Kind.CONSOLE, Kind.CODE, Kind.SENT_EVENT)
 
     @property
     def is_asked_for(self) -> bool:
@@ -213,11 +211,10 @@ class RunInput(Frozen):
 
 
 class RunSummary(Frozen):
-    """The output of the execution that stands for a run: counts and the reason for the run's end."""
+    """The output of the execution that stands for a run."""
 
     stop_reason: str = ""
-    live: dict[str, int]
-    replayed: dict[str, int]
+    """The reason for the run's end."""
     last: int = 0
     """The number of the session's last event at the run's end. A later event makes the session unfinished again."""
     looks: dict[str, int] = {}
@@ -348,12 +345,6 @@ class Event(Requested, Frozen):
     """The session's active time at the recording: the length of all its runs, without the waits for a person."""
     asked_ms: int = 0
     """The session's active time when the call was made."""
-    under_way: list[str] = []
-    """The addresses (kind, agent and position) of calls that were made since the previous event and are under way.
-
-    If the process dies, the next run learns from this list that these calls were made, though their results are lost.
-    Calls whose beginning is recorded are not listed.
-    """
     is_cleanup: bool = False
     """Whether the program was being cancelled, as after Ctrl+C, when it made this call or gave it up."""
     summary: Summary | None = None
@@ -379,15 +370,13 @@ class Call(Requested):
     """The call's fingerprint. If it has a `base`, it holds only what is new since the request at position `base`."""
     whole_request: Callable[[], Mapping[str, Any]] | None = None
     """A function that returns the whole fingerprint, if `request` is only a part."""
-    label: str = ""
-    """The call's name in errors and in the log, if it has another one than `str` returns."""
     has_policy: bool = False
     """Whether it is the call of a tool with a policy."""
 
     @property
     def name(self) -> str:
-        """The call's name in errors and in the log."""
-        return self.label or str(self)
+        """The name in errors: of a tool's call, the tool."""
+        return self.tool or str(self)
 
 
 def end_of_wait(position: str) -> str:
@@ -397,7 +386,7 @@ def end_of_wait(position: str) -> str:
 
 def name_of(kind: Kind, agent: str, position: str) -> str:
     """Return an event's name in words, such as `reply 2 of writer`."""
-    if kind in (Kind.SLEEP, Kind.EVENT):
+    if kind in (Kind.SLEEP, Kind.SENT_EVENT):
         return f"end of {name_of(Kind.WAIT, agent, position.removesuffix(end_of_wait('')))}"
     words = position.removeprefix("reply/0/").replace("/", " ")  # reply/0 is the time before the agent's first reply
     return f"{words} of {agent or 'the program'}" if kind.is_asked_for else kind.value
@@ -405,55 +394,6 @@ def name_of(kind: Kind, agent: str, position: str) -> str:
 
 AGENT_RUN = workflow("agent-run", input=RunInput).effect("run", RunSummary).build()
 AGENT_EVENT = workflow("agent-event", input=EventInput).effect("event", Event).build()
-
-
-# ---- Values ----------------------------------------------------------------------------------------------------------
-
-_FLOAT, _TEXT, _DICT = "$float", "$json", "$dict"
-
-
-def encoded(value: Any) -> Any:
-    """Return a JSON-like value in a form that every database can store. `decoded` restores the value.
-
-    Infinite numbers and NaN, which JSON lacks, are replaced by tagged values. So are values that are nested too deeply.
-    Raises InvalidRequest if the value can't be written as JSON.
-    """
-    try:
-        return _encoded(value, MAX_DEPTH)
-    except RecursionError:
-        pass
-    try:
-        return {_TEXT: json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequest(f"the value can't be written as JSON: {error}") from error
-
-
-def _encoded(value: Any, levels: int) -> Any:
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {_FLOAT: repr(value)}
-    if levels == 0:
-        raise RecursionError
-    if isinstance(value, Mapping):
-        items = {key: _encoded(item, levels - 1) for key, item in value.items()}
-        return {_DICT: items} if items.keys() & {_FLOAT, _TEXT, _DICT} else items
-    if isinstance(value, (list, tuple)):
-        return [_encoded(item, levels - 1) for item in value]
-    raise InvalidRequest(f"a {type(value).__name__} can't be written as JSON")
-
-
-def decoded(value: Any) -> Any:
-    """Return the original of a value that `encoded` returned."""
-    if isinstance(value, list):
-        return [decoded(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _FLOAT in value:
-        return float(value[_FLOAT])
-    if _TEXT in value:
-        return json.loads(value[_TEXT])
-    return {key: decoded(item) for key, item in value.get(_DICT, value).items()}
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------
@@ -467,15 +407,13 @@ class Record:
     """The events without revoked ones, in order."""
     made: list[Event | EventInput] = field(default_factory=list)
     """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
-    begun: list[EventInput] = field(default_factory=list)
+    unfinished: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
-    tried: set[str] = field(default_factory=set)
-    """The addresses of revoked events, and of all calls that earlier runs made without recording a result."""
     times_revoked: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked."""
     times_replaced: Counter[str] = field(default_factory=Counter)
     """How many events of each address were revoked and replaced by a different call."""
-    failed: dict[str, int] = field(default_factory=dict)
+    revoked_failures: dict[str, int] = field(default_factory=dict)
     """For each address with a revoked failure or given-up call: the event number after which calls may depend on it.
 
     For a given-up call, this is the last event before the call was made."""
@@ -489,17 +427,15 @@ class Record:
 
     def add(self, event: Event) -> None:
         """Add the session's next event. If it revokes earlier events, remove those."""
-        self.tried.update(event.under_way)
         if isinstance(event.content, Revoked):
             seqs, is_another_program = set(event.content.seqs), event.content.is_another_program
             for revoked in (one for one in self.events if one.seq in seqs):
                 self.times_revoked[revoked.address] += 1
                 self.times_replaced[revoked.address] += is_another_program
-                self.tried.add(revoked.address)
                 if isinstance(revoked.content, Raised):
-                    self.failed.setdefault(revoked.address, revoked.seq)
+                    self.revoked_failures.setdefault(revoked.address, revoked.seq)
                 elif isinstance(revoked.content, GivenUp):
-                    self.failed.setdefault(revoked.address, revoked.asked_after)
+                    self.revoked_failures.setdefault(revoked.address, revoked.asked_after)
             self.events = [one for one in self.events if one.seq not in seqs]
             if is_another_program:
                 self.programs.append(event.seq)
@@ -513,6 +449,17 @@ class Record:
             for revoked in (one for one in self.events if one.seq in seqs):
                 summary = summary.minus(revoked)
         return summary.plus(event)
+
+    @property
+    def beginning(self) -> Event | None:
+        """The event that holds the session's task. After drift, the newest one counts."""
+        return next((event for event in reversed(self.events) if event.kind is Kind.BEGIN), None)
+
+    @property
+    def task(self) -> list[str]:
+        """The texts of the session's task; empty if no task is recorded."""
+        begun = None if self.beginning is None else self.beginning.content
+        return begun.task if isinstance(begun, Begun) else []
 
     @property
     def last_seq(self) -> int:
@@ -580,9 +527,8 @@ async def _read(client: NexumClient, session: str, *, last: float = math.inf) ->
         last_begun_ms = max(last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
         found.made.append(input)
-        found.tried.add(input.address)
         if execution.status is ExecutionStatus.RUNNING:
-            found.begun.append(input)
+            found.unfinished.append(input)
     found.made.reverse()  # the server lists the newest first
     for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
         found.add(event)

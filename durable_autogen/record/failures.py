@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
-from durable_autogen.record.surrogates import has_surrogates, representable
+from durable_autogen.record.storable import has_surrogates, representable
 
 T = TypeVar("T")
 

@@ -21,6 +21,7 @@ from durable_autogen.record.effects import (
     TOOL_EFFECT,
     TOOL_EFFECT_RECONCILED,
     EffectInput,
+    Effects,
     kept_for,
     of_session,
     read_effects,
@@ -31,7 +32,6 @@ from durable_autogen.record.recorder import Recorder
 from nexum_engine import jsontext
 from nexum_engine.approvals import (
     NODE,
-    PATIENCE,
     Approval,
     approval_workflow,
     asked_before,
@@ -41,10 +41,11 @@ from nexum_engine.approvals import (
     key_of,
 )
 from nexum_engine.client import Started
+from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, InvalidRequest, NexumError, RoleRefused, UnknownEffect
 from nexum_engine.options import user_name
 from nexum_engine.policy import NOT_DONE, Policy
-from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Task
+from nexum_engine.records import DeclaredTool, Execution, ExecutionStatus, NodeStatus, Task
 
 MODEL = "model"
 """The name of the policy of all model clients that have no policy under their model's name."""
@@ -108,13 +109,12 @@ class ResultForm(Protocol):
 
 
 class Guard:
-    """The policies of one run, and the calls under them. `nexum` is the server's address, if the program named one."""
+    """The policies of one run, and the calls under them."""
 
-    def __init__(
-        self, recorder: Recorder, policies: Mapping[str, Policy], *, nexum: str | None, ask: Ask | None
-    ) -> None:
+    def __init__(self, recorder: Recorder, policies: Mapping[str, Policy], *, ask: Ask | None) -> None:
         self._recorder = recorder
         self._journal = recorder.journal
+        self._effects = Effects(recorder.journal)
         self._client = recorder.journal.client
         self._log = recorder.journal.log
         self._of_models = policies.get(MODEL, Policy())
@@ -124,7 +124,6 @@ class Guard:
                 "are for tools"
             )
         self._policies = policies
-        self._nexum = nexum
         self._ask = ask
         self._known: set[str] = set()
         """The names of the tools and models that the run has seen."""
@@ -157,7 +156,8 @@ class Guard:
         """Let `nexum tools` list the tool, or the model clients, while the run is connected."""
         if name not in self._declared:
             self._declared.add(name)
-            self._journal.declare_tool(name, policy)
+            declared = jsontext.dump(policy.described(), "the policy")
+            self._journal.owner.declare([DeclaredTool(name, "", declared, self._journal.session)])
 
     def _check_name(self, tool: str) -> None:
         """Raise InvalidRequest if a tool without a policy has a name similar to that of a policy without a tool.
@@ -209,14 +209,14 @@ class Guard:
 
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
-            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._nexum)}"
+            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._client.address)}"
             with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
                 if self._ask is not None:
                     asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                     stack.callback(asking.cancel)
                 yield
 
-        self._journal.may_have_asked = True
+        self._journal.may_leave_open = True
         with self._recorder.servers_errors():
             earlier = await asked_before(self._client, asked, key)
         if earlier is not None:
@@ -282,7 +282,7 @@ class Guard:
         input = self._input(guarded)
         key = input.key
         while True:
-            started = await self._journal.start_effect(kind, input, key)
+            started = await self._effects.start(kind, input, key)
             if started is not None:
                 return guarded, started
             begun = await read_effects(self._client, key)
@@ -313,9 +313,9 @@ class Guard:
         """Make one attempt at an effect; return its result, or _UNKNOWN if the effect may or may not have happened."""
         self._attempted_effects.add(task.execution_id)
         try:
-            may_begin = await self._journal.may_begin_effect(task)
+            may_begin = await self._journal.owner.may_begin(task)
         except asyncio.CancelledError:
-            self._journal.give_back_effect(task)
+            self._effects.give_back(task)
             raise
         if not may_begin:
             return _UNKNOWN
@@ -323,14 +323,14 @@ class Guard:
             value = await self._performed(guarded, task, attempt, attempts)
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # a failed run ends, and the server notices
-                given_up = self._journal.fail_effect(task, "the program gave the call up", unknown=True)
+                given_up = self._effects.fail(task, "the program gave the call up", unknown=True)
                 with self._recorder.servers_errors():
                     await asyncio.shield(asyncio.ensure_future(given_up))
             raise
         except Exception as error:
             cause = cause_of(error)
             with self._recorder.servers_errors():
-                await self._journal.fail_effect(task, str(cause) or type(cause).__name__, unknown=is_unknown(cause))
+                await self._effects.fail(task, str(cause) or type(cause).__name__, unknown=is_unknown(cause))
             if is_unknown(cause):
                 return _UNKNOWN
             raise
@@ -338,9 +338,9 @@ class Guard:
             try:
                 output = {TOOLS_OWN: guarded.form.write(value)}
             except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
-                await self._journal.fail_effect(task, str(error), unknown=True)
+                await self._effects.fail(task, str(error), unknown=True)
                 return _UNKNOWN
-            completing = asyncio.ensure_future(self._journal.complete_effect(task, output))
+            completing = asyncio.ensure_future(self._effects.complete(task, output))
             try:
                 await asyncio.shield(completing)
             except asyncio.CancelledError:
@@ -378,25 +378,25 @@ class Guard:
 
         If an earlier run has left the effect unknown, `reconcile` is asked first, then a person.
         """
-        look = partial(self._client.get_execution, execution_id, with_attempts=True, patience=PATIENCE)
+        look = partial(self._client.get_execution, execution_id, with_attempts=True, patience=OUTAGE_PATIENCE)
         with self._recorder.servers_errors():
             execution = (await look()).execution
             if _is_unresolved(execution) and execution_id not in self._attempted_effects:
                 self._attempted_effects.add(execution_id)
-                if guarded.policy.reconcile is not None and await self._resolve(guarded, execution_id):
+                if guarded.policy.reconcile is not None and await self._resolve_by_reconcile(guarded, execution_id):
                     execution = (await look()).execution
             if _is_unresolved(execution):
                 why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
                 line = (
                     f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
-                    f"{how_to_resolve(execution_id, self._nexum)}"
+                    f"{how_to_resolve(execution_id, self._client.address)}"
                 )
                 with self._recorder.waiting_for_a_person(guarded.call.address, line):
                     while _is_unresolved(execution):
                         execution = (await look(wait=RESOLVE_INTERVAL)).execution
         return execution if execution.status.ended else None
 
-    async def _resolve(self, guarded: GuardedCall, execution_id: str) -> bool:
+    async def _resolve_by_reconcile(self, guarded: GuardedCall, execution_id: str) -> bool:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
         try:
             value = await self._reconciled(guarded)
@@ -428,7 +428,7 @@ class Guard:
                             workflow_id=TOOL_EFFECT.workflow_id,
                             key_prefix=kept_for(session),
                             limit=1,
-                            patience=PATIENCE,
+                            patience=OUTAGE_PATIENCE,
                         )
                     )
                 if not self._keeps_results:
@@ -445,7 +445,7 @@ class Guard:
                 input, execution = kept[taken]
                 output = jsontext.parse(execution.outputs()[EFFECT], "the result")
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
-                await self._journal.record_effect(input, output, input.key)
+                await self._effects.record(input, output, input.key)
         self._log.info("%s: result of the session that this one was forked from ✓", guarded)
         return True, _result(execution, guarded)
 

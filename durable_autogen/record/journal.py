@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
 from durable_autogen.errors import SessionBusy
-from durable_autogen.record.effects import (
-    TOOL_EFFECT,
-    EffectInput,
-    has_not_happened,
-    of_session,
-    read_effects,
-    with_attempts,
-)
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -40,16 +29,15 @@ from durable_autogen.record.events import (
     read_record,
 )
 from durable_autogen.record.log import LOG
-from durable_autogen.record.surrogates import representable
-from nexum_engine import jsontext
-from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import Conflict, ExecutionNotFound, IdempotencyConflict, NexumError, StaleTask, TaskNotFound
+from durable_autogen.record.storable import representable
+from nexum_engine.approvals import key_within, server_option
+from nexum_engine.client import NexumClient
+from nexum_engine.connection import OUTAGE_PATIENCE
+from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
 from nexum_engine.event_loop import to_its_end
-from nexum_engine.owner import PATIENCE as OWNER_PATIENCE
 from nexum_engine.owner import Owner
-from nexum_engine.policy import Policy
-from nexum_engine.records import DeclaredTool, Execution, ExecutionStatus, Task
-from nexum_engine.workflow import MAX_ID_LENGTH, Workflow
+from nexum_engine.records import Execution, ExecutionStatus, Task
+from nexum_engine.workflow import Workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
@@ -69,28 +57,28 @@ class Journal:
         self.recorded = Record()
         """All that the session has recorded, including this process's events."""
         self.ended: RunSummary | None = None
-        """The summary of the session's last run, if the session is finished."""
-        self.may_have_asked = False
-        """Whether calls of this run, or of an earlier run that did not finish, may have asked a person or waited for an
-        event."""
+        """The summary of the session's last run, if the session is finished. None after drift."""
+        self.may_leave_open = False
+        """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
+        event, or given back an effect."""
         self.client = client
-        self._owner = Owner(
-            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OWNER_PATIENCE)
+        self.owner = Owner(
+            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OUTAGE_PATIENCE)
         )
         self._run: Task | None = None
         self._moving = asyncio.Lock()
         self.next_seq = 1
         """The number of the next event."""
         self._in_background: set[asyncio.Task[None]] = set()
-        self._given_back: set[str] = set()
-        """The ids of the executions of effects that were given back (see `give_back_effect`)."""
         self._open: dict[str, Task] = {}
         """The tasks of calls whose beginning is recorded, by this run or an earlier one, and whose outcome isn't.
 
         The keys are the idempotency keys of their executions.
         """
-        self._unrecorded: list[str] = []
-        """The addresses of calls that were made since the last event, and whose beginning isn't recorded."""
+
+    def command(self, name: str) -> str:
+        """Return the beginning of a command that works on this session, such as the command `send`."""
+        return f"python -m durable_autogen {name}{server_option(self.client.address)} {self.session}"
 
     @property
     def events(self) -> list[Event]:
@@ -99,7 +87,7 @@ class Journal:
 
     async def __aenter__(self) -> Journal:
         latest = await self._runs()
-        await self._owner.__aenter__()
+        await self.owner.__aenter__()
         try:
             self._run, latest = await self._take_session(latest)
             await self._read_and_take_over()
@@ -107,7 +95,7 @@ class Journal:
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
                 self.ended = self.recorded.end_of(latest)
-                self.may_have_asked = self.ended is None
+                self.may_leave_open = self.ended is None
                 if self.ended is None:
                     await self._revoke_failures_at_end()
                 else:
@@ -115,7 +103,7 @@ class Journal:
                         "session %s is finished: its record is replayed (new work needs a new session id)", self.session
                     )
         except BaseException:
-            await self._owner.__aexit__()
+            await self.owner.__aexit__()
             raise
         return self
 
@@ -124,19 +112,16 @@ class Journal:
 
     async def _leave(self, error: BaseException | None) -> None:
         try:
-            if self._in_background:
-                await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
+            await self._finish_background()
             await self._close_open("the run was stopped before it had a result", TAKE_OVER_PATIENCE)
             if self._run is not None:
                 # A journal that no session has opened, such as that of a fork, comes here without an error.
                 reason = "no program was run" if error is None else f"{type(error).__name__}: {error}"
-                await self._owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
-            elif error is None:
-                await self._cancel_given_back()
+                await self.owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
-            await self._owner.__aexit__()
+            await self.owner.__aexit__()
 
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
@@ -151,7 +136,7 @@ class Journal:
         while True:
             try:
                 input = RunInput(session=self.session, run=_run_number(latest))
-                started = await self._owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
+                started = await self.owner.start(AGENT_RUN, input, idempotency_key=f"{self.session}/{input.run}")
             except Conflict as conflict:
                 if loop.time() >= give_up:
                     raise SessionBusy(
@@ -194,7 +179,7 @@ class Journal:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
         while True:
             record = self.recorded = await read_record(self.client, self.session)
-            for input in record.begun:
+            for input in record.unfinished:
                 if not await self._start(input):
                     break  # the event was recorded in the meantime: read the record again
             else:
@@ -213,12 +198,12 @@ class Journal:
         Raises SessionBusy if another process owns the run.
         """
         key = self._key(input)
-        started = await self._under_this_run(self._owner.start, AGENT_EVENT, input, idempotency_key=key)
+        started = await self.under_this_run(self.owner.start, AGENT_EVENT, input, idempotency_key=key)
         if started.task is not None:
             self._open[key] = started.task
         return started.task is not None
 
-    async def _under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
+    async def under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
         """Call `send`, a method of the owner, with `holding` set to this run. Return the result.
 
         The server refuses the request if another process owns the run. Then SessionBusy is raised.
@@ -238,22 +223,30 @@ class Journal:
                 await asyncio.sleep(LOOK_INTERVAL)
 
     @contextlib.contextmanager
-    def _held(self, what: str) -> Iterator[None]:
+    def held(self, what: str) -> Iterator[None]:
         """Raise SessionBusy if the server answers, inside a `with`, that another process has taken over `what`."""
         try:
             yield
         except StaleTask as stale:
             raise self._busy(f"another process has taken over {what} ({stale})") from stale
 
+    def finish_later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do the work in the background. The run's end waits for it."""
+        working = asyncio.create_task(work)
+        self._in_background.add(working)
+        working.add_done_callback(self._in_background.discard)
+
+    async def _finish_background(self) -> None:
+        if self._in_background:
+            await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
+
     def _key(self, input: EventInput) -> str:
-        key = f"{self.session}/{input.agent}/{input.position}"
+        name = input.address
         if again := self.recorded.times_revoked[input.address]:
-            key += f"/again/{again}"  # the old key still names the revoked event
+            name += f"/again/{again}"  # the old key still names the revoked event
         if input.digest:  # an earlier run may have begun a different call at this position, and left no result
-            key += f"/{input.digest[:DIGITS]}"
-        if len(key) <= MAX_ID_LENGTH and key.isprintable():
-            return key
-        return f"{self.session}/{hashlib.sha256(key.encode()).hexdigest()}"
+            name += f"/{input.digest[:DIGITS]}"
+        return key_within(f"{self.session}/", name)
 
     async def _move_if_replaced(self, run: Task | None) -> bool:
         """Record all events again if the server's database was replaced; return whether the database was replaced.
@@ -262,18 +255,19 @@ class Journal:
         the same time: only the first of them records the events again.
         """
         async with self._moving:
-            return self._run is not run or await self._moved()
+            if self._run is None or self._run is not run:
+                return self._run is not run
+            try:
+                await self.client.get_execution(run.execution_id, patience=OUTAGE_PATIENCE)
+                return False
+            except ExecutionNotFound:
+                await self._record_again()
+                return True
 
-    async def _moved(self) -> bool:
-        if self._run is None:
-            return False
-        try:
-            await self.client.get_execution(self._run.execution_id, patience=OWNER_PATIENCE)
-            return False
-        except ExecutionNotFound:
-            self.log.warning(
-                "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
-            )
+    async def _record_again(self) -> None:
+        self.log.warning(
+            "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
+        )
         self._open.clear()
         run, _ = await self._take_session(await self._runs())
         if (await read_record(self.client, self.session)).events:
@@ -283,116 +277,13 @@ class Journal:
             )
         for event in self.events:
             input = self._input(event)
-            await self._owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
+            await self.owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
         # Set it last. Until then, the server refuses the other requests of this process. They wait for this method.
         self._run = run
-        return True
-
-    # ---- Effects -----------------------------------------------------------------------------------------------------
-
-    async def start_effect(self, workflow: Workflow, input: BaseModel, key: str) -> Started | None:
-        """Start an effect's execution for this run. If it exists already, take it over, or find its result.
-
-        Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run. If the
-        caller is cancelled, an effect that was started for it is given back (see `give_back_effect`).
-        """
-
-        async def start(*args: Any, **options: Any) -> Started | None:
-            try:
-                return await self._owner.start(*args, **options)
-            except IdempotencyConflict:
-                return None
-
-        starting = asyncio.create_task(self._under_this_run(start, workflow, input, idempotency_key=key))
-        try:
-            started = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            self._finish_later(self._give_back_started(starting))
-            raise
-        if started is not None:
-            self._given_back.discard(started.execution_id)
-        return started
-
-    def give_back_effect(self, task: Task) -> None:
-        """Record, in the background, that an effect has not begun, although this run has its task.
-
-        If the effect's call is made again, the effect begins then, and no person has to find out whether it happened.
-        """
-        self._finish_later(self._give_back(task))
-
-    async def _give_back_started(self, starting: asyncio.Task[Started | None]) -> None:
-        with contextlib.suppress(NexumError):  # the server has started nothing, or another process owns the run
-            started = await starting
-            if started is not None and started.task is not None:
-                await self._give_back(started.task)
-
-    async def _give_back(self, task: Task) -> None:
-        if task.must_reconcile:
-            return  # an earlier attempt may have had its effect: the end of the run must not cancel it
-        # If the server doesn't answer, it notices later that the task is lost, and a person decides.
-        with contextlib.suppress(NexumError):
-            await self._owner.give_back(
-                task, "the call was given up before the tool began", patience=TAKE_OVER_PATIENCE
-            )
-            self._given_back.add(task.execution_id)
-
-    def _finish_later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work in the background. The session's end waits for it."""
-        working = asyncio.create_task(work)
-        self._in_background.add(working)
-        working.add_done_callback(self._in_background.discard)
-
-    def declare_tool(self, name: str, policy: Policy) -> None:
-        """Tell the server about a tool of the session that has a policy."""
-        declared = jsontext.dump(policy.described(), "the policy")
-        self._owner.declare([DeclaredTool(name, "", declared, self.session)])
-
-    async def may_begin_effect(self, task: Task) -> bool:
-        """Return whether an effect still belongs to this run: no other run has taken it over, and it isn't lost."""
-        return await self._owner.may_begin(task)
-
-    async def record_effect(self, input: EffectInput, output: Any, key: str) -> None:
-        """Record an effect together with its result. Raises SessionBusy if another process owns the run."""
-        await self._under_this_run(self._owner.record, TOOL_EFFECT, input, output, idempotency_key=key)
-
-    async def warn_of_effects(self, dropped: Iterable[Event]) -> None:
-        """Log a warning if dropped events have calls whose effect must happen only once."""
-        calls = {self.recorded.scope_of(event.address) for event in dropped if event.kind is Kind.TOOL}
-        found = await read_effects(self.client, of_session(self.session)) if calls else []
-        if effects := [str(input) for input, _ in found if input.call in calls]:
-            self.log.warning(
-                "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
-                "calls again: %s",
-                *(len(effects), ", ".join(effects)),
-            )
-
-    async def complete_effect(self, task: Task, output: Mapping[str, Any]) -> None:
-        """Record the result of an effect. Raises SessionBusy if another process has taken it over."""
-        with self._held("its effect"), contextlib.suppress(TaskNotFound):  # the server's database was replaced
-            await self._owner.complete(task, output)
-
-    async def fail_effect(self, task: Task, error: str, *, unknown: bool) -> None:
-        """Record that an effect failed, or that it is unknown whether it happened."""
-        with self._held("its effect"), contextlib.suppress(TaskNotFound):
-            await self._owner.fail(task, error, unknown=unknown)
-
-    # ---- Limits ------------------------------------------------------------------------------------------------------
-
-    async def take_place(self, workflow: Workflow, input: BaseModel, key: str) -> Task:
-        """Wait until the limits of `workflow` allow a call of this run; return the task that holds the call's place.
-
-        Raises SessionBusy if another process owns the run.
-        """
-        return await self._under_this_run(self._owner.take_place, workflow, input, key=key)
-
-    async def free_place(self, task: Task) -> None:
-        """Give back the place that a call holds under its limits (see `take_place`)."""
-        with contextlib.suppress(StaleTask, TaskNotFound):  # the server freed it already, or its database was replaced
-            await self._owner.complete(task, {})
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 
-    async def before(self, call: Call, *, must_be_known: bool = False) -> None:
+    async def begin_if_needed(self, call: Call, *, must_be_known: bool = False) -> None:
         """Record the beginning of a call if `must_be_known` is set, or after a failure, or if the lease may be lost.
 
         If an earlier run began the call, continue its execution. But each request to a model counts: end the execution
@@ -402,17 +293,16 @@ class Journal:
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
         if not must_be_known and not is_setback and self.is_holding:
-            self._unrecorded.append(call.address)
             return
         key = self._key(self._input(call))
         if call.kind is Kind.REPLY and key in self._open:
-            await self._close(key, "the run that made this call died, and the call was made again", OWNER_PATIENCE)
+            await self._close(key, "the run that made this call died, and the call was made again", OUTAGE_PATIENCE)
         await self.begin(call)
 
     @property
     def is_holding(self) -> bool:
         """Whether it is certain that this process still owns the session."""
-        return self._owner.is_holding
+        return self.owner.is_holding
 
     def has_begun(self, call: Call) -> bool:
         """Return whether the beginning of a call is recorded, by this run or an earlier one, and its outcome isn't."""
@@ -460,22 +350,20 @@ class Journal:
 
     async def _write(self, event: Event) -> Event:
         self.next_seq = event.seq + 1
-        under_way = [address for address in self._unrecorded if address != event.address]
-        self._unrecorded = []
-        event = event.model_copy(update={"under_way": under_way, "summary": self.recorded.summary_with(event)})
+        event = event.model_copy(update={"summary": self.recorded.summary_with(event)})
         input = self._input(event)
         key, run = self._key(input), self._run
         task = self._open.get(key)
         try:
             if task is not None:
-                with self._held(str(event)):
-                    await self._owner.complete(task, event)
+                with self.held(str(event)):
+                    await self.owner.complete(task, event)
                 self._open.pop(key, None)
         except TaskNotFound:
             await self._move_if_replaced(run)
             task = None
         if task is None:
-            await self._under_this_run(self._owner.record, AGENT_EVENT, input, event, idempotency_key=key)
+            await self.under_this_run(self.owner.record, AGENT_EVENT, input, event, idempotency_key=key)
         self.recorded.add(event)
         return event
 
@@ -511,37 +399,28 @@ class Journal:
 
     async def end(
         self,
-        stop_reason: str,
+        stop_reason: str = "",
         *,
-        live: Mapping[str, int],
-        replayed: Mapping[str, int],
         looks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
         """Record the end and the summary of the run. Raises SessionBusy if another process owns the session."""
+        await self._finish_background()
         await self._close_open(
-            "the run that made this call died, and a later run did not make it again", OWNER_PATIENCE
+            "the run that made this call died, and a later run did not make it again", OUTAGE_PATIENCE
         )
         if self._run is not None:
             last = self.recorded.last_seq if is_finished else -1
-            summary = RunSummary(
-                stop_reason=stop_reason, live=dict(live), replayed=dict(replayed), last=last, looks=dict(looks or {})
-            )
+            summary = RunSummary(stop_reason=stop_reason, last=last, looks=dict(looks or {}))
             try:
-                with self._held("it"):
+                with self.held("it"):
                     try:
-                        await self._owner.complete(self._run, summary)
+                        await self.owner.complete(self._run, summary)
                     except TaskNotFound:
                         await self._move_if_replaced(self._run)
-                        await self._owner.complete(self._run, summary)
+                        await self.owner.complete(self._run, summary)
             finally:
                 self._run = None
-
-    async def _cancel_given_back(self) -> None:
-        """Cancel the effects that were given back: the run has ended without making their calls again."""
-        for execution_id in self._given_back:
-            with contextlib.suppress(Conflict):  # it has ended
-                await self.client.cancel_execution(execution_id)
 
     async def cancel_running(self, workflow: Workflow, key_prefix: str) -> None:
         """Cancel the running executions of a workflow whose keys begin with `key_prefix`."""
@@ -554,13 +433,6 @@ class Journal:
             with contextlib.suppress(Conflict):  # it ended in the meantime
                 await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
 
-    async def cancel_effects_to_be_made(self) -> None:
-        """Cancel the effects that have not happened: this run has ended without making their calls."""
-        for _, execution in await read_effects(self.client, of_session(self.session)):
-            if not execution.status.ended and has_not_happened(await with_attempts(self.client, execution)):
-                with contextlib.suppress(Conflict):  # it ended in the meantime
-                    await self.client.cancel_execution(execution.execution_id, by=f"session {self.session}")
-
     async def _close_open(self, reason: str, patience: float) -> None:
         for key in list(self._open):
             await self._close(key, reason, patience)
@@ -568,7 +440,7 @@ class Journal:
     async def _close(self, key: str, reason: str, patience: float) -> None:
         # Ignore a task that was recorded in the meantime, or that the server lost with its old database.
         with contextlib.suppress(StaleTask, TaskNotFound):
-            await self._owner.fail(self._open[key], reason, patience=patience)
+            await self.owner.fail(self._open[key], reason, patience=patience)
         self._open.pop(key, None)
 
 

@@ -7,14 +7,13 @@ to that session.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
-from durable_autogen.record.events import Call, Event
 from durable_autogen.record.failures import end
 
 T = TypeVar("T")
@@ -33,14 +32,8 @@ class Activity:
         """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
 
 
-Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
-"""A function that returns a line for each difference between a recorded event and a call.
-
-Its last parameter is a function that returns the recorded event of an address."""
-
-
 class OpenSession(Protocol):
-    """The part of `Session` (session.py) that a place uses."""
+    """The part of `DurableSession` (session.py) that a place uses."""
 
     session_id: str
     is_over: bool
@@ -61,9 +54,6 @@ class OpenSession(Protocol):
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
 
-    @property
-    def differences(self) -> Compare: ...
-
     def left_the_record(self, agent: str, what: str) -> None: ...
 
 
@@ -76,8 +66,6 @@ class Place:
     """The agent's name, under which its calls are recorded; empty for the program itself."""
     path: str = ""
     """The prefix for the names of the agents inside this agent or team."""
-    is_inside: bool = False
-    """Whether an agent or a team is at work; False for the program itself."""
     in_call: bool = False
     """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
     is_beside_others: bool = False
@@ -85,9 +73,14 @@ class Place:
     hands_on_late: bool = False
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     owner: Any = None
-    """The agent or team at work."""
+    """The agent, team or termination condition at work; None for the program itself."""
     around: Place | None = None
     """The place at which the session was opened, if that was inside another session."""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether an agent or a team is at work, and not the program itself."""
+        return self.owner is not None
 
     def inside(self, name: str) -> str:
         """Return the name under which an agent inside this agent or team is recorded."""

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
 from durable_autogen.record.cleanup import Cleanup
+from durable_autogen.record.effects import warn_of_effects
 from durable_autogen.record.events import (
     Begun,
     Call,
@@ -36,8 +37,8 @@ from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
-from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
+from durable_autogen.record.storable import representable
 from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import call_in, to_its_end
 
@@ -55,7 +56,7 @@ COUNTED_AS = {
     Kind.INPUT: "inputs",
     Kind.CONSOLE: "inputs",
     Kind.SLEEP: "waits",
-    Kind.EVENT: "waits",
+    Kind.SENT_EVENT: "waits",
 }
 """The name under which a run counts its calls, by their kind. It counts no other calls."""
 
@@ -172,6 +173,7 @@ class Recorder:
         journal: Journal,
         session: OpenSession,
         *,
+        compare: Compare,
         on_drift: OnDrift,
         budget: BudgetCheck | None,
         park: bool,
@@ -183,20 +185,18 @@ class Recorder:
         self._waiting_since = self._waited = 0.0
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
-        self.ended: str | None = None
-        """The recorded run's stop reason if that run is finished, else None. A finished run makes no further call."""
-        self.looks: Counter[str] = Counter()
-        """How often each recorded termination condition was checked."""
-        self.live: Counter[str] = Counter()
+        self.holds_one_task = False
+        """Whether the session holds one task, as with `run_durable`. If it is finished, each further call is drift."""
+        self.live_counts: Counter[str] = Counter()
         """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
-        self.replayed: Counter[str] = Counter()
+        self.replayed_counts: Counter[str] = Counter()
         """The same of the replayed calls."""
         self._session = session
         self.cleanup = cleanup
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
-        """How many calls of each kind each agent has made."""
-        self._apart: list[tuple[_PendingCall, Returned | GivenUp]] = []
+        """How many calls of each kind each agent has made, and how often each termination condition was checked."""
+        self._unrecorded: list[tuple[_PendingCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
         They are recorded before the next event. A replay delivers them outside the order of events.
@@ -204,17 +204,17 @@ class Recorder:
         self._cancelled: dict[str, _PendingCall] = {}
         """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._record_lock = asyncio.Lock()
-        self._park = park
         self._questions_to_people: list[tuple[str, str]] = []
         """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
-        self._parking: asyncio.Task[None] | None = None
         self._calls: dict[asyncio.Task[None], _PendingCall] = {}
-        self.replay = Replay(journal, session)
+        self.replay = Replay(journal, session, compare)
         self._handled_seq = 0
         """The number of the last event that the program has surely handled: the session was idle after it."""
-        self._replaying = asyncio.create_task(self._run_replay(), name="replay")
+        self._in_background = [asyncio.create_task(self._run_replay(), name="replay")]
+        if park:
+            self._in_background.append(asyncio.create_task(self._park_when_all_wait(), name="parking"))
 
     async def _idle(self) -> None:
         delivered = self.replay.last_seq
@@ -224,18 +224,17 @@ class Recorder:
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
         self.stop(has_ended(self._session))
-        others = [self._replaying, *([] if self._parking is None else [self._parking])]
-        for one in others:
+        for one in self._in_background:
             one.cancel()
-        await asyncio.gather(*others, *self._calls, return_exceptions=True)
+        await asyncio.gather(*self._in_background, *self._calls, return_exceptions=True)
 
     def stop(self, error: Exception) -> None:
         """End the run with an error. Every waiting call and every later call raises the error."""
         if not self.failed.done():
             self.failed.set_result(error)
         self.replay.fail(error)
-        for running, live in self._calls.items():
-            live.cancel(running, is_ending=True)
+        for running, pending in self._calls.items():
+            pending.cancel(running, is_ending=True)
 
     @contextmanager
     def servers_errors(self) -> Iterator[None]:
@@ -261,10 +260,15 @@ class Recorder:
         """How often a changed program continued the session live, up to the last delivered event."""
         return sum(start < self.replay.last_seq for start in self.journal.recorded.programs)
 
-    def was_checked(self, condition: str, look: int) -> bool:
-        """Return whether the recorded run is finished, and made at least `look` checks of a termination condition."""
+    @property
+    def _checks(self) -> dict[str, int]:
+        """How often the run has checked each recorded termination condition."""
+        return {name: count for (name, what), count in self._counts.items() if what == Kind.STOP.value}
+
+    def was_checked(self, condition: str) -> bool:
+        """Return whether the recorded run is finished, and made the latest check of a termination condition, too."""
         ended = self.journal.ended
-        return ended is not None and look <= ended.looks.get(condition, 0)
+        return ended is not None and self._checks[condition] <= ended.looks.get(condition, 0)
 
     @property
     def active_now_ms(self) -> int:
@@ -281,15 +285,15 @@ class Recorder:
         waited = self._waited + (now - self._waiting_since if self._questions_to_people else 0)
         return round((now - since - waited) * 1000)
 
-    async def begin(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
+    async def begin_session(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
         if request is None and self.journal.events:
             return  # without waiting for the lock: in a replay, too, the agent begins at once
         # The journal needs the answer. Otherwise the server could have a beginning that the journal doesn't know of.
         # The server would then refuse the next beginning.
-        await to_its_end(self._begin(content, request))
+        await to_its_end(self._begin_session(content, request))
 
-    async def _begin(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
+    async def _begin_session(self, content: Begun | None, request: Mapping[str, Any] | None) -> None:
         async with self._record_lock:
             if request is not None or not self.journal.events:
                 position = f"begin/{len(programs)}" if (programs := self.journal.recorded.programs) else "begin"
@@ -314,12 +318,12 @@ class Recorder:
         while self._calls:
             # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
             # them either.
-            for running, live in list(self._calls.items()):
-                if not live.answer.done():
-                    self._give_up(live, running)
+            for running, pending in list(self._calls.items()):
+                if not pending.answer.done():
+                    self._give_up(pending, running)
             await asyncio.wait(self._calls)  # gather would not let an ended task leave `_calls` (Python 3.12 and newer)
         async with self._record_lock:
-            await self._record_apart()
+            await self._record_unrecorded()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
             if broken:
                 await self.journal.revoke(broken, "the run ended with a broken reply")
@@ -328,9 +332,7 @@ class Recorder:
                 "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
                 event,
             )
-        await self.journal.end(
-            stop_reason, live=self.live, replayed=self.replayed, looks=self.looks, is_finished=not broken
-        )
+        await self.journal.end(stop_reason, looks=self._checks, is_finished=not broken)
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
@@ -344,8 +346,10 @@ class Recorder:
         """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
         async with self._record_lock:
             # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
-            self._apart = [(live, content) for live, content in self._apart if isinstance(content, Returned)]
-            await self._record_apart()
+            self._unrecorded = [
+                (pending, content) for pending, content in self._unrecorded if isinstance(content, Returned)
+            ]
+            await self._record_unrecorded()
             ended_it = self.setbacks.ended_by(error, self.journal.events)
             if self.cleanup.is_end(error):
                 # A later run that isn't cancelled makes no such calls.
@@ -398,7 +402,7 @@ class Recorder:
         caller = caller or asyncio.current_task()
         pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
         if caller is asyncio.current_task():
-            self.cleanup.look()
+            self.cleanup.notice()
         pending.cleanup = self.cleanup.of_this_task()
         is_cancelled = pending.cleanup is not None or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
@@ -415,7 +419,7 @@ class Recorder:
 
     def starts_an_agent(self) -> None:
         """Note that the current task runs an agent or a team."""
-        self.cleanup.look()
+        self.cleanup.notice()
         if self.cleanup.of_this_task() is None:
             self.setbacks.starts_an_agent(asyncio.current_task())
 
@@ -432,13 +436,14 @@ class Recorder:
         pending.on_replay(content)
 
     def _count(self, kind: Kind, content: Content, *, is_replayed: bool) -> None:
-        counts = self.replayed if is_replayed else self.live
+        counts = self.replayed_counts if is_replayed else self.live_counts
         if kind in COUNTED_AS:
             counts[COUNTED_AS[kind]] += 1
         if kind is Kind.REPLY:
             counts["tokens"] += sum(usage_of(content))
 
     async def _replayed(self, pending: _PendingCall) -> Answer | Exception | None:
+        """Return the call's recorded outcome in its turn; None if the call has to be made live."""
         call = pending.call
         if (event := self.replay.take_apart(call.address)) is not None:
             await self._wait_to_be_given_up(event, pending)
@@ -477,64 +482,70 @@ class Recorder:
         finally:
             reached.cancel()
 
-    async def _made_live(self, live: _PendingCall) -> Answer | Exception:
+    async def _made_live(self, pending: _PendingCall) -> Answer | Exception:
+        """Let a task of its own make the call; return the outcome. If the caller is cancelled, give the call up."""
         if self._session.is_over:
             raise has_ended(self._session)
-        live.asked_after = self.replay.last_seq
-        live.answer = asyncio.get_running_loop().create_future()
-        running = self._start(live, self._live(live))
+        pending.asked_after = self.replay.last_seq
+        pending.answer = asyncio.get_running_loop().create_future()
+        running = self._start(pending, self._make_and_record(pending))
         try:
-            return await live.answer
+            return await pending.answer
         except asyncio.CancelledError:
-            self._give_up(live, running)
+            self._give_up(pending, running)
             raise
 
-    def _start(self, live: _PendingCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, pending: _PendingCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that makes the call, or that takes it back. The end of the run waits for the task."""
         running = asyncio.create_task(work)
-        self._calls[running] = live
+        self._calls[running] = pending
         running.add_done_callback(self._ended)
         return running
 
     def _ended(self, running: asyncio.Task[None]) -> None:
         """Answer a live call whose task was cancelled, perhaps even before it began."""
-        live = self._calls.pop(running)
-        if live.answer.done():
+        pending = self._calls.pop(running)
+        if pending.answer.done():
             return
         if self.failed.done():
-            live.answer.set_result(self.failed.result())
+            pending.answer.set_result(self.failed.result())
         elif self._session.is_over:
-            live.answer.set_result(has_ended(self._session))
+            pending.answer.set_result(has_ended(self._session))
         else:
-            live.answer.set_result(RuntimeError(f"{live.call} was cancelled"))
+            pending.answer.set_result(RuntimeError(f"{pending.call} was cancelled"))
 
-    def _give_up(self, live: _PendingCall, running: asyncio.Task[None]) -> None:
+    def _give_up(self, pending: _PendingCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
-        if live.setback is None:
-            live.setback = self.setbacks.add(live.call.agent, live.caller)
-            live.cleanup = self.cleanup.of_cancelled(live.caller)
-            live.cancel(running)
-            self._start(live, self._take_back(live, running))
+        if pending.setback is None:
+            pending.setback = self.setbacks.add(pending.call.agent, pending.caller)
+            pending.cleanup = self.cleanup.of_cancelled(pending.caller)
+            pending.cancel(running)
+            self._start(pending, self._take_back(pending, running))
 
-    async def _take_back(self, live: _PendingCall, running: asyncio.Task[None]) -> None:
+    async def _take_back(self, pending: _PendingCall, running: asyncio.Task[None]) -> None:
         """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
         await asyncio.wait({running})
         if self.failed.done():
             return
         async with self._record_lock:  # the run may be ending and revoke the same event
-            event = next((one for one in reversed(self.journal.events) if one.address == live.call.address), None)
+            event = next((one for one in reversed(self.journal.events) if one.address == pending.call.address), None)
             if event is not None:
                 try:
                     await self.journal.revoke([event], "the program gave the call up")
                 except NexumError as error:
                     self.stop(error)
                     return
-                live.was_made = False
+                pending.was_made = False
         # If an earlier run began the call and was killed, the call counts, too: this event ends its execution.
-        was_made = live.was_made or self.journal.has_begun(live.call)
-        self._apart.append((live, GivenUp(streamed=live.streamed(False), was_made=was_made)))
+        was_made = pending.was_made or self.journal.has_begun(pending.call)
+        self._unrecorded.append((pending, GivenUp(streamed=pending.streamed(False), was_made=was_made)))
 
     async def _wait_to_be_given_up(self, event: Event, pending: _PendingCall) -> None:
-        """Wait until the call is cancelled, as in the recorded run. If that takes too long, report drift."""
+        """Wait until the call is cancelled, as in the recorded run: then raise CancelledError.
+
+        If that takes too long, the program has changed, or the reason for the cancellation is gone: a failure that
+        doesn't occur again, or Ctrl+C. Then revoke the event, so that the call is made live, or raise DriftError.
+        """
         differing = self.replay.differences(event, pending.call)
         if differing:
             await self._revoke_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
@@ -551,7 +562,7 @@ class Recorder:
         was_ending = self.journal.ended is None and all(one.is_cleanup for one in later)
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
-        follows_failure = not was_ending and any(failed < event.seq for failed in self.replay.failed.values())
+        follows_failure = not was_ending and any(failed < event.seq for failed in self.replay.revoked_failures.values())
         if follows_failure:
             over = asyncio.ensure_future(self.replay.over.wait())
             try:
@@ -568,14 +579,14 @@ class Recorder:
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
         await self._revoke_one(event, what, follows_failure=follows_failure)
 
-    async def _live(self, live: _PendingCall) -> None:
+    async def _make_and_record(self, pending: _PendingCall) -> None:
         """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
-        call = live.call
+        call = pending.call
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
-            await self._in_time(live, self.replay.wait_until_over(call))
-            if self.ended is not None:
-                why = self.ended or "it had its answer"
+            await self._in_time(pending, self.replay.wait_until_over(call))
+            if self.holds_one_task and self.journal.ended is not None:
+                why = self.journal.ended.stop_reason or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
             # Wait until the session is idle, because the program may still be closing streams that it left.
@@ -583,54 +594,54 @@ class Recorder:
             giving_up = [running for running, one in self._calls.items() if one.setback is not None]
             if giving_up:
                 await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
-            if self._apart:
+            if self._unrecorded:
                 async with self._record_lock:
-                    with live.sending():
-                        await self._record_apart()
-            live.asked_ms = self.active_now_ms
+                    with pending.sending():
+                        await self._record_unrecorded()
+            pending.asked_ms = self.active_now_ms
             done = Performed(None, Returned())
-            if live.perform is not None:
+            if pending.perform is not None:
                 if self._budget is not None:
                     await self._wait_for_budget(self._budget, call)
-                live.was_made = True
-                with live.sending():
-                    await self.journal.before(call, must_be_known=self._must_be_known(live))
-                done = await self._performed(live, live.perform)
+                pending.was_made = True
+                with pending.sending():
+                    await self.journal.begin_if_needed(call, must_be_known=self._must_be_known(pending))
+                done = await self._performed(pending, pending.perform)
             async with self._record_lock:
                 # Let the program handle the last event first: it may give this call up.
                 while self._handled_seq < self.replay.last_seq:
                     await self._idle()
                 self._check_not_failed()
-                with live.sending():
-                    await self._record_apart()
-                    event = await self._record(live, done.content)
+                with pending.sending():
+                    await self._record_unrecorded()
+                    event = await self._record(pending, done.content)
                 await self._idle()
                 self.replay.delivered(event)
                 if done.error is not None:
-                    self.setbacks.add(call.agent, live.caller, done.error, event)
-                if not live.answer.done():
-                    live.answer.set_result(
+                    self.setbacks.add(call.agent, pending.caller, done.error, event)
+                if not pending.answer.done():
+                    pending.answer.set_result(
                         done.error or Answer(event.content, replayed=False, position=event.position, value=done.value)
                     )
         except Exception as error:  # noqa: BLE001 - the caller raises it
             if isinstance(error, NexumError):
                 self.stop(error)
-            if not live.answer.done():
-                live.answer.set_result(error)
+            if not pending.answer.done():
+                pending.answer.set_result(error)
         except asyncio.CancelledError:
-            if live.cleanup is not None and not self.replay.over.is_set():
-                live.answer.cancel()  # the clean-up was not reached
+            if pending.cleanup is not None and not self.replay.over.is_set():
+                pending.answer.cancel()  # the clean-up was not reached
             raise
 
-    def _must_be_known(self, live: _PendingCall) -> bool:
+    def _must_be_known(self, pending: _PendingCall) -> bool:
         """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
-        call = live.call
+        call = pending.call
         if call.kind is not Kind.TOOL:
             return call.kind is Kind.REPLY and self._budget is not None
         # The next run may make calls in another order: simultaneous calls of an agent, and calls of parallel branches
         # without an agent. Their recorded beginnings show which one is which, so that each call keeps its id.
         is_in_order = call.agent and not any(
-            one is not live and (one.call.kind, one.call.agent) == (call.kind, call.agent)
+            one is not pending and (one.call.kind, one.call.agent) == (call.kind, call.agent)
             for one in self._calls.values()
         )
         return not is_in_order or call.has_policy or self._budget is not None
@@ -641,25 +652,25 @@ class Recorder:
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
         budget.begun(call)
 
-    async def _performed(self, live: _PendingCall, perform: Perform) -> Performed:
+    async def _performed(self, pending: _PendingCall, perform: Perform) -> Performed:
         place = current.get()
         assert place is not None
-        name = live.call.name
+        name = pending.call.name
         try:
             try:
                 with at(dataclasses.replace(place, in_call=True)):
-                    done = await ordinary(perform(live.call), name)
+                    done = await ordinary(perform(pending.call), name)
             except asyncio.CancelledError as cancelled:
-                if live.token is not None and live.token.is_cancelled():
-                    live.answer.cancel()  # the caller then gives the call up
-                if live.is_cancelled or live.answer.cancelled():
+                if pending.token is not None and pending.token.is_cancelled():
+                    pending.answer.cancel()  # the caller then gives the call up
+                if pending.is_cancelled or pending.answer.cancelled():
                     raise
                 raise RuntimeError(f"{name} ended with CancelledError") from cancelled
         except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
-            live.check_not_cancelled()
+            pending.check_not_cancelled()
             failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
-            return Performed(None, Raised(failure=failure, streamed=live.streamed(True)), error)
-        live.check_not_cancelled()
+            return Performed(None, Raised(failure=failure, streamed=pending.streamed(True)), error)
+        pending.check_not_cancelled()
         return done
 
     # ---- People ------------------------------------------------------------------------------------------------------
@@ -671,15 +682,13 @@ class Recorder:
         `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
-        self.journal.may_have_asked = True  # a tool may have asked, about a call of a worker
+        self.journal.may_leave_open = True  # a tool may have asked, about a call of a worker
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
             self._waiting_since = time.monotonic()
         self._questions_to_people.append((address, what))
         self._another_waits.set()
-        if self._park and self._parking is None:
-            self._parking = asyncio.create_task(self._park_when_all_wait(), name="parking")
         try:
             yield
         finally:
@@ -688,32 +697,33 @@ class Recorder:
                 self._waited += time.monotonic() - self._waiting_since
 
     async def _park_when_all_wait(self) -> None:
-        while self._questions_to_people:
+        while True:
+            if not self._questions_to_people:
+                await self._another_waits.wait()
             self._another_waits.clear()
             # Let the other branches continue: they may be running a tool, and their replies are paid for.
             await self._idle()
             waiting = {address for address, _ in self._questions_to_people}
             at_work = {
                 running
-                for running, live in self._calls.items()
-                if live.call.address not in waiting and live.call.kind not in (Kind.SLEEP, Kind.EVENT)
+                for running, pending in self._calls.items()
+                if pending.call.address not in waiting and pending.call.kind not in (Kind.SLEEP, Kind.SENT_EVENT)
             }
             if at_work:
                 another = asyncio.ensure_future(self._another_waits.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
-            elif self._apart:  # the next run must not make the calls again that the program gave up
+            elif self._unrecorded:  # the next run must not make the calls again that the program gave up
                 with self.servers_errors():
                     async with self._record_lock:
-                        await self._record_apart()
+                        await self._record_unrecorded()
             elif self._questions_to_people:
                 with self.servers_errors():
                     # If the last event is a failure, show that it did not end the run: the program has handled it.
-                    await self.journal.before(Call(Kind.TURN, "", f"parked/{self.journal.next_seq}"))
+                    await self.journal.begin_if_needed(Call(Kind.TURN, "", f"parked/{self.journal.next_seq}"))
                 waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
                 self.stop(Parked(self.journal.session, waits))
                 return
-        self._parking = None
 
     def typed_before(self, call: Call) -> str | None:
         """Return the recorded answer to a question at the console; None if there is none.
@@ -735,34 +745,34 @@ class Recorder:
         """Keep a typed console line until the line can be recorded."""
         self._count(call.kind, content, is_replayed=False)
         typed = _PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
-        self._apart.append((typed, content))
+        self._unrecorded.append((typed, content))
 
-    async def _record_apart(self) -> None:
-        while self._apart:
-            live, content = self._apart[0]
-            before = [event for event in self.journal.events if event.address == live.call.address]
+    async def _record_unrecorded(self) -> None:
+        while self._unrecorded:
+            pending, content = self._unrecorded[0]
+            before = [event for event in self.journal.events if event.address == pending.call.address]
             if before:
                 await self.journal.revoke(before, "the program asked something else")
             try:
-                event = await self._record(live, content)
-                if live.setback is not None:
-                    live.setback.event = event
+                event = await self._record(pending, content)
+                if pending.setback is not None:
+                    pending.setback.event = event
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
                 if any(event.content is content for event in self.journal.events):
-                    self._apart.pop(0)
+                    self._unrecorded.pop(0)
 
-    async def _record(self, live: _PendingCall, content: Content) -> Event:
+    async def _record(self, pending: _PendingCall, content: Content) -> Event:
         event = await self.journal.record(
-            live.call,
+            pending.call,
             content,
-            asked_after=live.asked_after,
-            asked_ms=live.asked_ms,
+            asked_after=pending.asked_after,
+            asked_ms=pending.asked_ms,
             active_ms=self.active_now_ms,
-            is_cleanup=live.cleanup is not None,
+            is_cleanup=pending.cleanup is not None,
         )
-        if live.cleanup is not None:
-            live.cleanup.add(event.address)
+        if pending.cleanup is not None:
+            pending.cleanup.add(event.address)
         if self._budget is not None:
             self._budget.recorded(event)
         return event
@@ -795,10 +805,9 @@ class Recorder:
             return False
         async with self._record_lock:
             if event in self.journal.events:  # the end of the run and the replay may both revoke it
-                await self.journal.revoke([event], "the program gave the call up")
-                self.replay.drop(event)
+                await self._revoke([event], "the program gave the call up")
                 cancelled.setback = self.setbacks.add(cancelled.call.agent, cancelled.caller)
-                self._apart.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
+                self._unrecorded.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
         return True
 
     async def _revoke_one(self, event: Event, why: str, *, follows_failure: bool = False) -> None:
@@ -819,9 +828,13 @@ class Recorder:
                 )
             else:
                 self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await self.journal.warn_of_effects([event])
-            await self.journal.revoke([event], why, is_another_program=not follows_failure)
-            self.replay.drop(event)
+                await warn_of_effects(self.journal, [event])
+            await self._revoke([event], why, is_another_program=not follows_failure)
+
+    async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
+        """Revoke events that the replay has not delivered yet."""
+        await self.journal.revoke(events, why, is_another_program=is_another_program)
+        self.replay.drop(events)
 
     def _since(self, first: Event) -> list[Event]:
         return [event for event in self.journal.events if event.seq >= first.seq and event.kind is not Kind.REVOKE]
@@ -837,9 +850,7 @@ class Recorder:
                 "session %s: the last run was being cancelled when it died, so %s is made again",
                 *(self.journal.session, first),
             )
-            await self.journal.revoke(events, "the run died while it was being cancelled")
-            for event in events:
-                self.replay.drop(event)
+            await self._revoke(events, "the run died while it was being cancelled")
 
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""
@@ -857,12 +868,12 @@ class Recorder:
         """Handle drift after event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
         self.differs(what)
-        self.ended = None
+        self.journal.ended = None  # what follows is another run: it makes calls and stops on its own
         async with self._record_lock:
             left = len(self.replay.ahead)
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
-            await self.journal.warn_of_effects([event for event in self.journal.events if event.seq > after])
+            await warn_of_effects(self.journal, [event for event in self.journal.events if event.seq > after])
             await self.journal.revoke_after(after, what)
             self.replay.leave()

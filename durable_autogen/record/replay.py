@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, EventInput, GivenUp, Kind
@@ -24,7 +25,12 @@ NAMES_HINT = (
     "Agents of one name that start at the same time, as with asyncio.as_completed, may start in another order: give "
     "them different names"
 )
-TRIED_PATIENCE = 30.0  # seconds; replaces DRIFT_PATIENCE if an earlier run, too, made all of the other calls
+
+
+Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
+"""A function that returns a line for each difference between a recorded event and a call.
+
+Its last parameter is a function that returns the recorded event of an address."""
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Mismatch:
 class Replay:
     """The replay of a record: the events that are not delivered yet, and the calls that wait for them."""
 
-    def __init__(self, journal: Journal, session: OpenSession) -> None:
+    def __init__(self, journal: Journal, session: OpenSession, compare: Compare) -> None:
         # An OrderedDict finds its first entry at once. A dict would search through the entries that were deleted.
         self.ahead = OrderedDict(
             (event.address, event) for event in journal.events if event.kind.is_asked_for and not _is_apart(event)
@@ -59,23 +65,29 @@ class Replay:
         """The time at which the last delivered event was recorded, in milliseconds since 1970."""
         self.active_ms = 0
         """The session's active time when the last delivered event was recorded."""
+        self._last_ms: dict[str, int] = {}
+        """The session's active time when the last delivered event of each agent was recorded."""
         self.over_since: float | None = None
         """The time at which the replay ended, by time.monotonic(); None until then."""
         self._journal = journal
         self._session = session
+        self._compare = compare
         self._by_address = {event.address: event for event in journal.events}
+        self._agents = {event.agent for event in journal.events}
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
         self._asked: dict[str, _Asked] = {}
-        self._begun = {
-            one.address: one for one in journal.recorded.begun if one.digest and one.address not in self._by_address
+        self._unfinished = {
+            one.address: one
+            for one in journal.recorded.unfinished
+            if one.digest and one.address not in self._by_address
         }
         """The calls of tools that earlier runs began, and that have no recorded result."""
-        self.failed = dict(journal.recorded.failed)
-        """See `Record.failed`: these failures and given-up calls ended earlier runs, which have revoked them."""
+        self.revoked_failures = dict(journal.recorded.revoked_failures)
+        """See `Record.revoked_failures`: these failures and given-up calls ended earlier runs."""
         self._taken: set[str] = set()
         """The addresses that `matching` gave to calls."""
         self._free: defaultdict[tuple[Kind, str], list[str]] = defaultdict(list)
-        """The positions of each kind and agent whose calls `matching` moved to other positions."""
+        """For each kind and agent: the positions that the program has reached, and that `matching` gave to no call."""
         self._waiting_live: list[Call] = []
         """The calls that have no recorded event: they wait for the end of the replay."""
         self._waiting_since: float | None = None
@@ -114,26 +126,26 @@ class Replay:
         wanted, is_taken = call.request.get("hash"), call.address in self._taken
         if wanted is None:
             return call
-        expected = None if is_taken else self.recorded(call.address) or self._begun.get(call.address)
+        free = self._free[call.kind, call.agent]
+        if not is_taken:
+            free.append(call.position)
+        expected = None if is_taken else self.recorded(call.address) or self._unfinished.get(call.address)
         if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
-            every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._begun.values()]
+            every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
             left = {
                 one.position: _hash_of(one)
                 for one in same_agent
                 if one.address not in self._taken and not _is_accepted(one)
             }
-            free = self._free[call.kind, call.agent]
             found = [position for position, recorded in left.items() if recorded == wanted]
-            if found and not is_taken:
-                free.append(call.position)
-            elif not found and is_taken:
+            if not found and is_taken:
                 # Leave the positions of recorded calls to those calls, if there is another one.
                 found = [position for position in free if position not in left] or free
             if found:
                 call = dataclasses.replace(call, position=found[0])
-            if call.position in free:
-                free.remove(call.position)
+        if call.position in free:
+            free.remove(call.position)
         self._taken.add(call.address)
         return call
 
@@ -148,7 +160,7 @@ class Replay:
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
         """Return a line for each difference between a recorded event and a call; no line if the event is accepted."""
-        return [] if recorded.accepted else self._session.differences(recorded, call, self._by_address.get)
+        return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
         """Wait until a call's recorded event is delivered; return it. Return None if `leave` drops the event first."""
@@ -192,7 +204,7 @@ class Replay:
         """Drop all events that are not delivered yet. The calls that wait for them are made live."""
         self.ahead.clear()
         self._apart.clear()
-        self._begun.clear()
+        self._unfinished.clear()
         self._changed.set()
         for asked in self._asked.values():
             _deliver(asked, None)
@@ -203,11 +215,14 @@ class Replay:
         That call failed or was given up, which ended the last run, but not at once: the program kept the failure, as
         `gather(..., return_exceptions=True)` does, and made other calls first.
         """
-        return any(event.asked_after >= self.failed.get(call.address, math.inf) for call in self._waiting_live)
+        return any(
+            event.asked_after >= self.revoked_failures.get(call.address, math.inf) for call in self._waiting_live
+        )
 
-    def drop(self, event: Event) -> None:
-        """Drop an event that was revoked: the next event, or that of a given-up call."""
-        self.ahead.pop(event.address, None)
+    def drop(self, events: Iterable[Event]) -> None:
+        """Drop events that were revoked: the next event, or those of given-up calls."""
+        for event in events:
+            self.ahead.pop(event.address, None)
 
     async def run(self) -> Mismatch | None:
         """Deliver all events in order; return None after the last one. Return early if the next event doesn't fit."""
@@ -230,7 +245,8 @@ class Replay:
                 what = f"{event} is not what this run asks for: {'; '.join(differing)}"
                 return Mismatch(event, f"{what}. {NAMES_HINT}" if self._is_one_of_several(event) else what)
             del self.ahead[event.address]
-            self.active_ms, self._waiting_since = event.active_ms, None
+            self.active_ms = self._last_ms[event.agent] = event.active_ms
+            self._waiting_since = None
             self.delivered(event)
             _deliver(asked, event)
 
@@ -242,18 +258,16 @@ class Replay:
         loop = asyncio.get_running_loop()
         if self._waiting_since is None:
             self._waiting_since = loop.time()
-        # Wait longer for a call that the recorded run made late: this run may make it late, too.
-        late = round(2 * max(0, event.asked_ms - self.active_ms) / 1000, 1)
-        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event, late)
+        notice = loop.call_later(DRIFT_PATIENCE, self._tell_waiting, event)
         try:
             while event.address in self.ahead and event.address not in self._asked:
                 self._changed.clear()
-                patience = self._patience(event)
-                if patience is None:
+                if not self._another_call_waits:
+                    # The program does other work, and will then make a call or end.
                     await self._changed.wait()
                     self._waiting_since = loop.time()
                     continue
-                left = self._waiting_since + patience + late - loop.time()
+                left = self._waiting_since + self._patience(event) - loop.time()
                 if left <= 0:
                     return False
                 await wait_until_set(self._changed, left)
@@ -261,23 +275,41 @@ class Replay:
         finally:
             notice.cancel()
 
-    def _tell_waiting(self, event: Event, late: float) -> None:
-        if (patience := self._patience(event)) is not None:
-            limit = patience + late
+    def _tell_waiting(self, event: Event) -> None:
+        if self._another_call_waits:
             self._journal.log.warning(
-                "%s is next on record: waiting up to %g s for the run to ask for it", event, limit
+                "%s is next on record: waiting up to %g s for the run to ask for it", event, self._patience(event)
             )
 
-    def _patience(self, event: Event) -> float | None:
-        """Return how many seconds to wait for the program to make the next recorded call; None for no limit.
+    def _patience(self, event: Event) -> float:
+        """Return how many seconds to wait for the program to make the next recorded call, while other calls wait.
 
-        While no call waits, there is no limit: the program is doing other work, and will then make a call or end.
+        A call that the recorded run made late may come late in this run, too: after work that isn't recorded, such as a
+        sleep. Other branches get their recorded results at once, so don't count this work from their last event.
         """
-        if self._follows_failure(event):
-            return TRIED_PATIENCE
-        if self._asked or not all(call.address in self._journal.recorded.tried for call in self._waiting_live):
-            return DRIFT_PATIENCE
-        return TRIED_PATIENCE if self._waiting_live else None
+        began_ms = self.active_ms
+        if not self._seems_changed and not self._follows_failure(event):
+            began_ms = min(began_ms, self._last_ms.get(event.agent, 0))
+        return DRIFT_PATIENCE + round(2 * max(0, event.asked_ms - began_ms) / 1000, 1)
+
+    @property
+    def _seems_changed(self) -> bool:
+        """Whether a call waits that the recorded program hardly made.
+
+        Such a call has another request than the recorded one, or is not on record: it is a new agent's, or the recorded
+        run came to its end without it. A run that was cut off may have made further calls of the recorded agents.
+        """
+        is_finished = self._journal.ended is not None
+        return any(is_finished or call.agent not in self._agents for call in self._waiting_live) or any(
+            bool(self.differences(self.ahead[address], asked.call))
+            for address, asked in self._asked.items()
+            if address in self.ahead
+        )
+
+    @property
+    def _another_call_waits(self) -> bool:
+        """Whether the program waits for another call than the next recorded one."""
+        return bool(self._asked or self._waiting_live)
 
 
 def _is_accepted(one: Event | EventInput) -> bool:

@@ -11,26 +11,14 @@ import asyncio
 import math
 import time
 
-from durable_autogen.record.events import (
-    Call,
-    Kind,
-    Mark,
-    Received,
-    TimedOut,
-    Waiting,
-    decoded,
-    encoded,
-    end_of_wait,
-    name_of,
-)
+from durable_autogen.record.events import Call, Kind, Mark, Received, TimedOut, Waiting, end_of_wait, name_of
 from durable_autogen.record.log import at_time
 from durable_autogen.record.recorder import Performed, Recorder
 from durable_autogen.record.sent_events import check_event_name, expect
-from durable_autogen.record.surrogates import representable
+from durable_autogen.record.storable import decoded, encoded, representable
 from nexum_engine import jsontext
-from nexum_engine.connection import MAX_SERVER_WAIT
+from nexum_engine.connection import MAX_SERVER_WAIT, OUTAGE_PATIENCE
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest
-from nexum_engine.owner import PATIENCE
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.workflow import MAX_SECONDS
 
@@ -38,21 +26,20 @@ CLOCK_INTERVAL = 10.0  # seconds until a sleep reads the clock again: the machin
 
 
 class Waits:
-    """The durable waits of one run. `send_command` is the beginning of the command that sends an event to the session.
+    """The durable waits of one run.
 
     No two waits receive the same event. Events of one name are received in the order of their numbers.
     """
 
-    def __init__(self, recorder: Recorder, send_command: str) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         self._client = recorder.journal.client
         self._recorder = recorder
         self._log = recorder.journal.log
-        self._send_command = send_command
         self._receiving: dict[object, tuple[str, int] | None] = {}
         """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
     async def sleep(self, agent: str, seconds: float) -> None:
-        """Sleep for `seconds`, or until the recorded end if an earlier run began the sleep (see `Session.sleep`)."""
+        """Sleep for `seconds`, or until the recorded end if an earlier run began it (see `DurableSession.sleep`)."""
         position, waiting = await self._begin(agent, "sleep", "", _checked(seconds, "seconds"))
         assert waiting.until_ms is not None
         until_ms = waiting.until_ms
@@ -68,12 +55,12 @@ class Waits:
         await self._recorder.call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
-        """Return the payload of the next event `name` (see `Session.wait_for_event`).
+        """Return the payload of the next event `name` (see `DurableSession.wait_for_event`).
 
         Raises TimeoutError if no such event is sent in time.
         """
         check_event_name(name)
-        self._recorder.journal.may_have_asked = True
+        self._recorder.journal.may_leave_open = True
         seconds = None if timeout is None else _checked(timeout, "timeout")
         position, waiting = await self._begin(agent, "event", name, seconds)
         wait = object()
@@ -85,7 +72,7 @@ class Waits:
 
         self._receiving[wait] = None
         try:
-            answer = await self._recorder.call(Call(Kind.EVENT, agent, end_of_wait(position)), perform)
+            answer = await self._recorder.call(Call(Kind.SENT_EVENT, agent, end_of_wait(position)), perform)
         finally:
             del self._receiving[wait]
         if isinstance(answer.content, Received):
@@ -116,12 +103,14 @@ class Waits:
         while True:
             number = self._next_number(name)
             left = math.inf if until_ms is None else until_ms / 1000 - time.time()
-            expected = await expect(self._client, self._recorder.journal.session, name, number, patience=PATIENCE)
+            expected = await expect(
+                self._client, self._recorder.journal.session, name, number, patience=OUTAGE_PATIENCE
+            )
             try:
                 observed = await self._client.get_execution(
                     expected.execution_id,
                     wait=min(max(left, 0), MAX_SERVER_WAIT) if is_logged else 0,
-                    patience=PATIENCE,
+                    patience=OUTAGE_PATIENCE,
                 )
             except ExecutionNotFound:
                 continue  # the server's database was replaced: start the execution there
@@ -140,7 +129,8 @@ class Waits:
                 if not is_logged:
                     is_logged = True
                     until = "" if until_ms is None else f" until {at_time(until_ms)}"
-                    self._log.warning("waiting for event %r%s (send it: %s %s)", name, until, self._send_command, name)
+                    command = self._recorder.journal.command("send")
+                    self._log.warning("waiting for event %r%s (send it: %s %s)", name, until, command, name)
 
     def _next_number(self, name: str) -> int:
         """Return the number of the first event `name` that no wait of the session has received."""

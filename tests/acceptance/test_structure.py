@@ -210,7 +210,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
                 "nexum_engine.store.postgresql_servers",
             },
         ),
-        ("genai_prices", {"durable_autogen.record.prices"}),
+        ("genai_prices", {"durable_autogen.record.budget"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
         ("grpclib", {"nexum_engine.wire.forked"}),
         ("ddgs", {"support.tools.web.search"}),

@@ -26,7 +26,7 @@ from durable_autogen.budget_command import run_command
 from durable_autogen.record.budget import BudgetQuestion, Spent, decide, questions_of
 from durable_autogen.record.events import read_record
 from durable_autogen.record.journal import Journal
-from nexum_engine.approvals import NODE
+from nexum_engine.approvals import NODE, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus
@@ -92,7 +92,7 @@ async def questions(run: Run) -> int:
 )
 def test_printed_command_names_a_server_but_no_database_file(nexum: str | None, option: str) -> None:
     """The command finds the folder's database, even while no server has the database open."""
-    assert DurableSession("s", nexum=nexum)._command("budget") == f"python -m durable_autogen budget{option} s"
+    assert server_option(nexum) == option
 
 
 async def test_parallel_calls_stop_at_the_limit_and_share_one_question(shared_server: Server) -> None:

@@ -51,7 +51,7 @@ async def main():
                 await model.create([UserMessage(content=f"question {number}", source="user")])
             else:
                 await tool.run_json({"cents": number}, token)
-            if when == "after a call" and session.recorder.live:
+            if when == "after a call" and session.recorder.live_counts:
                 kill_this_process()
     print("DONE")
 

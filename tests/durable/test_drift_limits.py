@@ -9,13 +9,15 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import RoundRobinGroupChat
 from durable_agents import (
-    HOURS,
+    TIMEOUT,
     Failing,
     Offline,
+    Scripted,
     agent,
     all_of,
     answer,
     ask,
+    asked,
     client,
     named,
     run,
@@ -25,7 +27,7 @@ from durable_agents import (
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import DriftError, DurableSession, list_sessions
+from durable_autogen import DriftError, DurableSession, current_session, list_sessions
 from durable_autogen.record.recorder import OnDrift
 from nexum_engine.client import NexumClient
 
@@ -53,9 +55,55 @@ async def test_programs_own_work_does_not_use_up_drift_patience(
         assert len(model.requests) == 2
 
 
-async def test_new_call_gets_short_drift_patience(server: ServerThread, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_cut_off", [False, True])
+async def test_branch_that_works_for_long_beside_another_one_is_no_drift(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch, is_cut_off: bool
+) -> None:
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.2)
+    happened: list[str] = []
+    is_in_flight = asyncio.Event()
+
+    async def answers() -> str:
+        await asyncio.sleep(0.1)
+        return "yes"
+
+    async def hangs_once() -> str:
+        if not is_in_flight.is_set():
+            is_in_flight.set()
+            await asyncio.Event().wait()
+        return "yes"
+
+    async def works() -> None:
+        with current_session().agent("works"):
+            await asked(Scripted(happened, answers))
+            await asyncio.sleep(1.2)  # while the other branch gets a result every 0.1 s; in a replay, all at once
+            await asked(Scripted(happened, answers))
+
+    async def asks() -> None:
+        with current_session().agent("asks"):
+            for _ in range(16):
+                await asked(Scripted(happened, answers))
+            if is_cut_off:
+                await asked(Scripted(happened, hangs_once))
+
+    async def program() -> None:
+        async with DurableSession("s", nexum=server.address):
+            await asyncio.gather(works(), asks())
+
+    first = asyncio.create_task(program())
+    if is_cut_off:
+        await asyncio.wait_for(is_in_flight.wait(), TIMEOUT)
+        first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    made = len(happened)
+    await program()
+    assert len(happened) == made + is_cut_off
+
+
+async def test_another_call_than_the_recorded_one_raises_drift_error(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.1)
-    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", HOURS)
 
     async def program(name: str) -> str:
         async with DurableSession("s", nexum=server.address):

@@ -37,7 +37,7 @@ from durable_autogen import (
 )
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.attempts import TookTooLong, retry_after
-from durable_autogen.record.journal import Journal
+from durable_autogen.record.effects import Effects
 from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
@@ -49,7 +49,9 @@ PROGRAM = """
 import asyncio, logging, os, signal, sys
 from autogen_core import CancellationToken
 from durable_autogen import DurableSession, NOT_DONE, Parked, call_id, durable_tool
+from durable_autogen.record.effects import Effects
 from durable_autogen.record.journal import Journal
+from nexum_engine.owner import Owner
 
 logging.basicConfig(format="%(message)s")
 die = os.environ.get("DIE", "")
@@ -76,16 +78,16 @@ def look_up(arguments, key):
         raise OSError("the shop is closed")
     return "receipt found" if key in entries() else NOT_DONE
 
-start = Journal.start_effect
-async def start_and_stop(journal, *args):
+start = Effects.start
+async def start_and_stop(effects, *args):
     global die
-    started = await start(journal, *args)
+    started = await start(effects, *args)
     if die == "suspended":
         die = ""
         print("AT suspended", flush=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     return started
-Journal.start_effect = start_and_stop
+Effects.start = start_and_stop
 
 write = Journal._write
 async def stop_and_write(journal, event):
@@ -100,10 +102,10 @@ async def main():
     async with DurableSession("s", park="park" in sys.argv):
         calling = asyncio.ensure_future(tool.run_json({"cents": 990}, CancellationToken()))
         if "give-up" in sys.argv:
-            async def give_up(journal, task):
+            async def give_up(owner, task):
                 calling.cancel()
                 await asyncio.Event().wait()
-            Journal.may_begin_effect = give_up
+            Owner.may_begin = give_up
             await asyncio.wait({calling})
             print("GAVE UP", calling.cancelled())
         else:
@@ -402,7 +404,7 @@ async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> 
     async with NexumClient(server.address) as client:
         shown = {text for one in await list_sessions(client) for text in one.questions}
         words = 'may or may not have called charge({"cents":990}). '
-        assert shown == {words + how_to_resolve(one.execution_id) for one in await client.unknown()}
+        assert shown == {words + how_to_resolve(one.execution_id, client.address) for one in await client.unknown()}
     target = Target(UnknownEffect("the line broke"), effect="once", reconcile=lambda arguments, key: "receipt found")
     async with DurableSession("s3", nexum=server.address, park=True):
         assert (await target.result()).to_text() == "receipt found"
@@ -481,14 +483,14 @@ async def test_result_of_once_call_is_recorded_if_program_gives_it_up_meanwhile(
 ) -> None:
     target = Target(effect="once")
     recording, go_on = asyncio.Event(), asyncio.Event()
-    complete = Journal.complete_effect
+    complete = Effects.complete
 
-    async def complete_later(journal: Journal, task: Task, output: Mapping[str, Any]) -> None:
+    async def complete_later(effects: Effects, task: Task, output: Mapping[str, Any]) -> None:
         recording.set()
         await go_on.wait()
-        await complete(journal, task, output)
+        await complete(effects, task, output)
 
-    monkeypatch.setattr(Journal, "complete_effect", complete_later)
+    monkeypatch.setattr(Effects, "complete", complete_later)
     async with DurableSession("s", nexum=server.address):
         calling = asyncio.ensure_future(target.call())
         await recording.wait()
@@ -687,7 +689,7 @@ async def test_answer_of_reconcile_does_not_count_after_another_run_has_taken_ov
 
     async def suspended() -> None:
         async with DurableSession("s", nexum=server.address, park=True) as session:
-            await session.recorder.journal._owner.__aexit__()  # no heartbeats: the process is suspended
+            await session.recorder.journal.owner.__aexit__()  # no heartbeats: the process is suspended
             await Scripted([]).create(QUESTION)
             await target.call()
 
@@ -710,7 +712,7 @@ async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> Non
     async with NexumClient(server.address) as client:
         (unknown,) = await client.unknown()
         with pytest.raises(InvalidRequest) as refused:
-            await fork_session(client, "s", 0, "f", effects="reuse", nexum=server.address)
+            await fork_session(client, "s", 0, "f", effects="reuse")
         assert str(refused.value).endswith(
             f"may or may not have happened. {how_to_resolve(unknown.execution_id, server.address)}"
         )

@@ -54,14 +54,13 @@ from durable_agents import (
     new_session,
     plain,
     reply,
-    session,
     twice,
     word,
 )
 from harness import Server
 from pydantic import BaseModel, ValidationError
 
-from durable_autogen import DurableSession, NotDurable
+from durable_autogen import DurableSession, NotDurable, current_session
 from nexum_engine.errors import ServerUnavailable
 
 pytestmark = pytest.mark.every_python
@@ -145,8 +144,8 @@ async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Se
 
     async def program() -> Any:
         said = await AssistantAgent("a", Fallback(happened)).run(task="Q")
-        recorder = session().recorder
-        assert recorder.live["model calls"] + recorder.replayed["model calls"] == 1
+        recorder = current_session().recorder
+        assert recorder.live_counts["model calls"] + recorder.replayed_counts["model calls"] == 1
         return said
 
     await twice(shared_server, program, happened)

@@ -220,7 +220,7 @@ async def test_workbench_that_fails_to_list_tools_ends_run_with_error(
         return RoundRobinGroupChat([AssistantAgent("one", client(model), workbench=Unlisted([]))], max_turns=1)
 
     with OpenAIServer(lambda _: answer("yes")) as model:
-        with pytest.raises(RuntimeError, match=rf"the tools of one ended with {error.__name__}"):
+        with pytest.raises(RuntimeError, match=rf"tools 1 of one ended with {error.__name__}"):
             await run(server, build)
         assert not model.requests
 
@@ -633,7 +633,7 @@ async def test_call_made_again_after_its_failure_keeps_its_id(server: ServerThre
 async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     monkeypatch.setattr("durable_autogen.record.recorder.DRIFT_PATIENCE", 0.5)
     charges: list[str] = []
     notes: list[str] = []
@@ -689,7 +689,7 @@ async def test_failure_that_a_task_kept_during_other_calls_is_retried_with_them(
 async def test_waits_for_calls_that_may_depend_on_a_retried_failure_do_not_add_up(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     waits: list[tuple[float, float]] = []  # the beginning and the latest end of each wait
     wait_until_set = clock.wait_until_set
 

@@ -727,7 +727,7 @@ async def test_call_that_a_branch_gave_up_does_not_stop_the_next_run(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch, ends_with: str
 ) -> None:
     """Later branches need the given-up call's branch: the next run comes to their calls, whatever ended the run."""
-    monkeypatch.setattr("durable_autogen.record.replay.TRIED_PATIENCE", 0.5)
+    monkeypatch.setattr("durable_autogen.record.replay.DRIFT_PATIENCE", 0.5)
     session = new_session()
     has_fault = True
 

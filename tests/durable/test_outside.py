@@ -270,7 +270,7 @@ async def test_first_call_of_task_from_before_session_is_reported(
         for _ in range(2):
             await questions.put("inside the session")
             await questions.join()
-        assert (happened, session.recorder.live) == (["model"] * 3, {})
+        assert (happened, session.recorder.live_counts) == (["model"] * 3, {})
     answering.cancel()
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1

@@ -131,7 +131,7 @@ async def test_process_that_saw_an_earlier_run_does_not_keep_later_ones_from_the
         late = Late(client, await failed_run(client))
         for one in (Journal(client, "s"), late, Journal(client, "s")):
             async with one as journal:
-                await journal.end("done", live={}, replayed={})
+                await journal.end()
         assert not late.seen
 
 
@@ -149,7 +149,7 @@ async def test_process_that_lost_session_records_nothing(server: ServerThread) -
         async with DurableSession("s", nexum=server.address) as stopped:
             asking = named(client(model), "me")
             await asking.create([UserMessage(content="one", source="user")])
-            await stopped.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            await stopped.recorder.journal.owner.__aexit__()  # this owner sends no more heartbeats
             async with DurableSession("s", nexum=server.address):
                 again = named(client(model), "me")
                 await again.create([UserMessage(content="one", source="user")])
@@ -163,7 +163,7 @@ async def test_process_that_lost_session_records_nothing(server: ServerThread) -
         async with NexumClient(server.address) as nexum:
             record = await read_record(nexum, "s")
         assert [event.address for event in record.events if event.kind is Kind.REPLY] == ["me/reply/1", "me/reply/2"]
-        assert not record.begun
+        assert not record.unfinished
         assert len(model.requests) == 2
 
 
@@ -185,7 +185,7 @@ async def test_process_that_lost_session_executes_no_tool(server: ServerThread, 
             async with DurableSession("s", nexum=server.address) as again:
                 with again.agent("me"):
                     await tool.run_json({"text": "one"}, CancellationToken())
-                assert cut_off.recorder.journal._owner._heartbeat.is_holding, "it doesn't notice"
+                assert cut_off.recorder.journal.owner._heartbeat.is_holding, "it doesn't notice"
                 requests = len(sent)
                 with cut_off.agent("me"):
                     late = asyncio.create_task(tool.run_json({"text": "two, too late"}, CancellationToken()))
@@ -237,7 +237,7 @@ async def test_process_that_lost_session_while_its_call_waited_executes_no_tool(
                 waiting = asyncio.create_task(tool.run_json({}, CancellationToken()))
             while not (has_failed.is_set() or await nexum.pending_approvals()):  # noqa: ASYNC110 - nothing sets an event
                 await asyncio.sleep(0.01)
-            await former.recorder.journal._owner.__aexit__()  # this owner sends no more heartbeats
+            await former.recorder.journal.owner.__aexit__()  # this owner sends no more heartbeats
             async with DurableSession("s", nexum=server.address) as again:
                 with again.agent("me"):
                     asking = asyncio.create_task(tool.run_json({}, CancellationToken()))
@@ -305,7 +305,7 @@ async def test_begun_event_of_cancelled_caller_is_closed(
             loop.call_later(0.3, hold.set)
     async with NexumClient(server.address) as nexum:
         record = await read_record(nexum, "s")
-    assert not record.begun
+    assert not record.unfinished
     (left,) = (event for event in record.events if event.kind is Kind.TOOL)
     assert isinstance(left.content, GivenUp)
     assert not ran
@@ -317,7 +317,7 @@ async def killed(server: ServerThread) -> AsyncIterator[Journal]:
     async with NexumClient(server.address) as nexum, AsyncExitStack() as stack:
         journal = await stack.enter_async_context(Journal(nexum, "s"))
         yield journal
-        await journal._owner.__aexit__()
+        await journal.owner.__aexit__()
         stack.pop_all()
 
 
@@ -436,7 +436,7 @@ async def test_simultaneous_calls_in_another_order_keep_their_ids_after_a_kill(s
 async def test_failure_at_end_of_killed_run_is_retried(server: ServerThread) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Returned(value="yes"))
-        await dead.before(REPLIES[1])
+        await dead.begin_if_needed(REPLIES[1])
         await dead.record(REPLIES[1], Raised(failure=Failure.of(Offline("no"))))
     async with next_run(server) as journal:
         assert [event.position for event in journal.events if event.kind is Kind.REPLY] == ["reply/1"]
@@ -445,41 +445,28 @@ async def test_failure_at_end_of_killed_run_is_retried(server: ServerThread) -> 
 async def test_failure_followed_by_call_of_killed_run_is_kept(server: ServerThread) -> None:
     async with killed(server) as dead:
         await dead.record(REPLIES[0], Raised(failure=Failure.of(Offline("no"))))
-        await dead.before(REPLIES[1])  # its beginning shows that the run continued after the failure
+        await dead.begin_if_needed(REPLIES[1])  # its beginning shows that the run continued after the failure
     async with killed(server) as again:
         assert [event.position for event in again.events] == ["reply/1"]
-        await again.before(REPLIES[1])
+        await again.begin_if_needed(REPLIES[1])
     async with next_run(server) as journal:
         assert [event.position for event in journal.events] == ["reply/1"]
-        assert REPLIES[1].address in journal.recorded.tried
+        assert [one.position for one in journal.recorded.unfinished] == ["reply/2"]
         # The reply is recorded in the execution that the last dead run had begun.
         await journal.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
         record = await read_record(nexum, "s")
     assert [event.position for event in record.events] == ["reply/1", "reply/2"]
-    assert not record.begun
-
-
-async def test_call_in_flight_at_kill_is_known_from_later_event(server: ServerThread) -> None:
-    async with killed(server) as dead:
-        for call in REPLIES:
-            await dead.before(call)
-        await dead.record(REPLIES[1], Returned(value="yes"))
-        await dead.record(Call(Kind.TURN, "a", "turn/1"), Returned())
-        await dead.before(TOOL, must_be_known=True)
-    async with next_run(server) as journal:
-        tried = [call.position for call in (*REPLIES, TOOL) if call.address in journal.recorded.tried]
-        assert tried == ["reply/1", "reply/3", TOOL.position]
-        assert [event.under_way for event in journal.events] == [["a/reply/1", "a/reply/3"], []]
+    assert not record.unfinished
 
 
 async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: ServerThread) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as hung:
-        await hung.before(REPLIES[0])
-        await hung._owner.__aexit__()
+        await hung.begin_if_needed(REPLIES[0])
+        await hung.owner.__aexit__()
         async with next_run(server):
             with pytest.raises(SessionBusy, match="another process has taken over"):
-                await hung.before(REPLIES[1])
+                await hung.begin_if_needed(REPLIES[1])
             with pytest.raises(SessionBusy, match="another process has taken over"):
                 await hung.record(REPLIES[1], Returned(value="yes"))
     async with NexumClient(server.address) as nexum:
@@ -488,10 +475,10 @@ async def test_begin_is_recorded_before_reply_if_session_may_be_lost(server: Ser
 
 async def test_begun_event_of_dead_run_fails_if_not_called_again(server: ServerThread) -> None:
     async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
-        await dead.before(Call(Kind.REPLY, "a", "reply/1"), must_be_known=True)
-        await dead._owner.__aexit__()  # this owner sends no more heartbeats
+        await dead.begin_if_needed(Call(Kind.REPLY, "a", "reply/1"), must_be_known=True)
+        await dead.owner.__aexit__()  # this owner sends no more heartbeats
         async with Journal(nexum, "s") as journal:
-            await journal.end("done", live={}, replayed={})
+            await journal.end()
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
         assert left.error == "event: the run that made this call died, and a later run did not make it again"
 
@@ -532,7 +519,7 @@ async def test_run_continues_after_server_is_replaced_by_empty_one(tmp_path: Pat
         number = 3 if when == "before the end" else 1
         assert f"session s is unknown to this server: recording its {number} event(s) again" in lines
         async with NexumClient(server.address) as nexum:
-            assert not (await read_record(nexum, "s")).begun
+            assert not (await read_record(nexum, "s")).unfinished
             assert [one.status for one in await list_sessions(nexum)] == ["finished"]
         assert await whole(program) == live
         assert len(model.requests) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from autogen_agentchat.agents import UserProxyAgent
-from autogen_agentchat.conditions import ExternalTermination, MaxMessageTermination
+from autogen_agentchat.conditions import ExternalTermination, FunctionalTermination, MaxMessageTermination
 from autogen_agentchat.messages import (
     MultiModalMessage,
     TextMessage,
@@ -103,6 +104,18 @@ async def test_external_stop_is_replayed_at_same_message(server: ServerThread) -
         again = await run(server, build)
         assert (texts(again), again.stop_reason) == (texts(first), first.stop_reason)
         assert len(model.requests) == 3
+
+
+async def test_changed_program_stops_at_its_own_check(server: ServerThread) -> None:
+    def build(system: str) -> RoundRobinGroupChat:
+        stop = FunctionalTermination(lambda messages: "STOP" in messages[-1].to_text()) | MaxMessageTermination(6)
+        return RoundRobinGroupChat([agent(model, "one", system_message=system)], termination_condition=stop)
+
+    with OpenAIServer(lambda body: answer("STOP" if "Be brief." in json.dumps(body) else "on")) as model:
+        assert len((await run(server, lambda: build("Be long."))).messages) == 6
+        changed = await run(server, lambda: build("Be brief."), on_drift="continue")
+        assert len(changed.messages) == 2
+        assert texts(await run(server, lambda: build("Be brief."))) == texts(changed)
 
 
 @pytest.mark.parametrize(
