@@ -24,8 +24,9 @@ from durable_autogen.record.events import Begun
 from durable_autogen.record.failures import end
 from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
+from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.storable import representable
-from durable_autogen.session import DurableSession, OnUnrecorded
+from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.event_loop import call_in
 from nexum_engine.policy import Policy

@@ -35,7 +35,8 @@ from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
 from durable_autogen.record.failures import ordinary, with_subclasses
 from durable_autogen.record.log import LOG
-from durable_autogen.record.place import OpenSession, Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.session import Session
 from durable_autogen.record.while_open import while_open
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ _wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
 
 
 @contextmanager
-def entry_points(session: OpenSession) -> Iterator[None]:
+def entry_points(session: Session) -> Iterator[None]:
     """Record calls of AutoGen's methods inside a `with` block. The blocks of several sessions may overlap."""
     log = logging.getLogger("autogen_core")
 

@@ -7,13 +7,14 @@ to that session.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.events import Call, Event
 from durable_autogen.record.failures import end
 
 T = TypeVar("T")
@@ -32,8 +33,14 @@ class Activity:
         """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
 
 
+Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
+"""A function that returns a line for each difference between a recorded event and a call.
+
+Its last parameter is a function that returns the recorded event of an address."""
+
+
 class OpenSession(Protocol):
-    """The part of `DurableSession` (session.py) that a place uses."""
+    """The part of `Session` (session.py) that a place uses."""
 
     session_id: str
     is_over: bool
@@ -53,6 +60,9 @@ class OpenSession(Protocol):
     @property
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
+
+    @property
+    def differences(self) -> Compare: ...
 
     def left_the_record(self, agent: str, what: str) -> None: ...
 

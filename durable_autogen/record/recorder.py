@@ -37,7 +37,7 @@ from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
-from durable_autogen.record.replay import DRIFT_PATIENCE, Compare, Replay
+from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.storable import representable
 from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import call_in, to_its_end
@@ -173,7 +173,6 @@ class Recorder:
         journal: Journal,
         session: OpenSession,
         *,
-        compare: Compare,
         on_drift: OnDrift,
         budget: BudgetCheck | None,
         park: bool,
@@ -209,7 +208,7 @@ class Recorder:
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
         self._calls: dict[asyncio.Task[None], _PendingCall] = {}
-        self.replay = Replay(journal, session, compare)
+        self.replay = Replay(journal, session)
         self._handled_seq = 0
         """The number of the last event that the program has surely handled: the session was idle after it."""
         self._in_background = [asyncio.create_task(self._run_replay(), name="replay")]

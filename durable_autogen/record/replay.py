@@ -7,7 +7,7 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, EventInput, GivenUp, Kind
@@ -25,12 +25,6 @@ NAMES_HINT = (
     "Agents of one name that start at the same time, as with asyncio.as_completed, may start in another order: give "
     "them different names"
 )
-
-
-Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
-"""A function that returns a line for each difference between a recorded event and a call.
-
-Its last parameter is a function that returns the recorded event of an address."""
 
 
 @dataclass
@@ -53,7 +47,7 @@ class Mismatch:
 class Replay:
     """The replay of a record: the events that are not delivered yet, and the calls that wait for them."""
 
-    def __init__(self, journal: Journal, session: OpenSession, compare: Compare) -> None:
+    def __init__(self, journal: Journal, session: OpenSession) -> None:
         # An OrderedDict finds its first entry at once. A dict would search through the entries that were deleted.
         self.ahead = OrderedDict(
             (event.address, event) for event in journal.events if event.kind.is_asked_for and not _is_apart(event)
@@ -71,7 +65,6 @@ class Replay:
         """The time at which the replay ended, by time.monotonic(); None until then."""
         self._journal = journal
         self._session = session
-        self._compare = compare
         self._by_address = {event.address: event for event in journal.events}
         self._agents = {event.agent for event in journal.events}
         self._apart = {event.address: event for event in journal.events if _is_apart(event)}
@@ -160,7 +153,7 @@ class Replay:
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
         """Return a line for each difference between a recorded event and a call; no line if the event is accepted."""
-        return [] if recorded.accepted else self._compare(recorded, call, self._by_address.get)
+        return [] if recorded.accepted else self._session.differences(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
         """Wait until a call's recorded event is delivered; return it. Return None if `leave` drops the event first."""

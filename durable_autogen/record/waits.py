@@ -39,7 +39,7 @@ class Waits:
         """For each wait that is under way: the event that it has received but not yet recorded, or None."""
 
     async def sleep(self, agent: str, seconds: float) -> None:
-        """Sleep for `seconds`, or until the recorded end if an earlier run began it (see `DurableSession.sleep`)."""
+        """Sleep for `seconds`, or until the recorded end if an earlier run began the sleep (see `Session.sleep`)."""
         position, waiting = await self._begin(agent, "sleep", "", _checked(seconds, "seconds"))
         assert waiting.until_ms is not None
         until_ms = waiting.until_ms
@@ -55,7 +55,7 @@ class Waits:
         await self._recorder.call(Call(Kind.SLEEP, agent, end_of_wait(position)), perform)
 
     async def receive(self, agent: str, name: str, timeout: float | None) -> object:
-        """Return the payload of the next event `name` (see `DurableSession.wait_for_event`).
+        """Return the payload of the next event `name` (see `Session.wait_for_event`).
 
         Raises TimeoutError if no such event is sent in time.
         """

@@ -54,13 +54,14 @@ from durable_agents import (
     new_session,
     plain,
     reply,
+    session,
     twice,
     word,
 )
 from harness import Server
 from pydantic import BaseModel, ValidationError
 
-from durable_autogen import DurableSession, NotDurable, current_session
+from durable_autogen import DurableSession, NotDurable
 from nexum_engine.errors import ServerUnavailable
 
 pytestmark = pytest.mark.every_python
@@ -144,7 +145,7 @@ async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Se
 
     async def program() -> Any:
         said = await AssistantAgent("a", Fallback(happened)).run(task="Q")
-        recorder = current_session().recorder
+        recorder = session().recorder
         assert recorder.live_counts["model calls"] + recorder.replayed_counts["model calls"] == 1
         return said
 

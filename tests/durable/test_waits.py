@@ -16,7 +16,7 @@ import pytest
 from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow, RoundRobinGroupChat
-from durable_agents import Own, Scripted, asked, call, inside, new_session, run, texts, twice
+from durable_agents import Own, Scripted, asked, call, inside, new_session, run, session, texts, twice
 from harness import Server, free_port, logged, nexum_server
 
 from durable_autogen import (
@@ -88,7 +88,7 @@ async def test_sleep_is_never_early_and_takes_no_time_in_replay(shared_server: S
 
     async def program() -> None:
         before = time.time()
-        await current_session().sleep(SHORT)
+        await session().sleep(SHORT)
         slept.append(time.time() - before)
 
     await inside(shared_server, program, name)
@@ -100,7 +100,7 @@ async def test_sleep_is_never_early_and_takes_no_time_in_replay(shared_server: S
     assert end.recorded_ms >= wait.content.until_ms
 
     async def longer() -> None:  # a replay that slept again would take an hour
-        await current_session().sleep(LONG)
+        await session().sleep(LONG)
 
     await inside(shared_server, longer, name)
 
@@ -113,7 +113,7 @@ async def test_cancelled_sleep_ends_at_the_recorded_time_in_next_run(
     woke = []
 
     async def program(seconds: float) -> None:
-        await current_session().sleep(seconds)
+        await session().sleep(seconds)
         woke.append(time.time())
 
     await cancelled_while_waiting(shared_server, client, name, lambda: program(1.0))
@@ -131,9 +131,9 @@ async def test_cancelled_sleep_ends_at_the_recorded_time_in_next_run(
 async def test_wrong_number_of_seconds_is_refused(shared_server: Server, seconds: Any) -> None:
     async def program() -> None:
         with pytest.raises(InvalidRequest, match="seconds must be a number from 0 to"):
-            await current_session().sleep(seconds)
+            await session().sleep(seconds)
         with pytest.raises(InvalidRequest, match="timeout must be a number from 0 to"):
-            await current_session().wait_for_event("payment", seconds)
+            await session().wait_for_event("payment", seconds)
 
     await inside(shared_server, program, new_session())
 
@@ -143,7 +143,7 @@ async def test_sleep_that_reads_the_clock_is_no_drift(shared_server: Server) -> 
     happened: list[str] = []
 
     async def program() -> str:
-        await current_session().sleep(max(0.0, end - time.time()))
+        await session().sleep(max(0.0, end - time.time()))
         return await asked(Scripted(happened))
 
     await twice(shared_server, program, happened)
@@ -155,9 +155,9 @@ async def test_sleep_given_up_by_the_program_is_given_up_in_replay(shared_server
 
     async def program() -> str:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(current_session().sleep(LONG), SHORT)
+            await asyncio.wait_for(session().sleep(LONG), SHORT)
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(current_session().wait_for_event("never"), SHORT)
+            await asyncio.wait_for(session().wait_for_event("never"), SHORT)
         return await asked(Scripted(happened))
 
     await twice(shared_server, program, happened)
@@ -214,12 +214,12 @@ async def test_program_wakes_in_recorded_order(shared_server: Server, client: Ne
         log = []
 
         async def sleeps() -> None:
-            with current_session().agent("sleepy"):
-                await current_session().sleep(SHORT)
+            with session().agent("sleepy"):
+                await session().sleep(SHORT)
                 log.append("woke")
 
         async def talks() -> None:
-            with current_session().agent("talks"):
+            with session().agent("talks"):
                 log.append(await asked(Scripted(happened)))
                 if is_first:
                     await until_recorded(client, name, Kind.SLEEP)
@@ -240,11 +240,11 @@ async def test_sleeping_branch_blocks_no_other_branch(shared_server: Server, cli
 
     async def program(calls: int) -> list[str]:
         async def sleeps() -> None:
-            with current_session().agent("sleepy"):
-                await current_session().sleep(LONG)
+            with session().agent("sleepy"):
+                await session().sleep(LONG)
 
         async def talks() -> list[str]:
-            with current_session().agent("talks"):
+            with session().agent("talks"):
                 return [await asked(Scripted(happened)) for _ in range(calls)]
 
         sleeping = asyncio.create_task(sleeps())
@@ -273,7 +273,7 @@ async def test_events_sent_early_are_received_in_order(shared_server: Server, mo
         await send(shared_server, name, payload=payload)
 
     async def program() -> list[Any]:
-        return [await current_session().wait_for_event("payment", LONG) for _ in payloads]
+        return [await session().wait_for_event("payment", LONG) for _ in payloads]
 
     assert await inside(shared_server, program, name) == payloads
 
@@ -290,7 +290,7 @@ async def test_event_is_received_while_the_program_waits_and_told_once(
     name, logs = new_session(), list[str]()
 
     async def program() -> Any:
-        return await current_session().wait_for_event("payment")
+        return await session().wait_for_event("payment")
 
     running = asyncio.create_task(inside(shared_server, program, name, logs))
     await until_recorded(client, name, Kind.WAIT)
@@ -306,7 +306,7 @@ async def test_event_sent_while_no_process_runs_is_received_by_next_run(
     name = new_session()
 
     async def program() -> Any:
-        return await current_session().wait_for_event("payment", 1.0)
+        return await session().wait_for_event("payment", 1.0)
 
     await cancelled_while_waiting(shared_server, client, name, program)
     await send(shared_server, name, payload="in time")
@@ -327,10 +327,10 @@ async def test_timeout_is_not_extended_by_a_crash_and_replayed(shared_server: Se
     name = new_session()
 
     async def program() -> Any:
-        first = current_session().wait_for_event("payment", timeout)
+        first = session().wait_for_event("payment", timeout)
         with pytest.raises(TimeoutError, match="no event 'payment' was sent within 1 s"):
             await first
-        return await current_session().wait_for_event("payment", LONG)
+        return await session().wait_for_event("payment", LONG)
 
     timeout = 1.0
     await cancelled_while_waiting(shared_server, client, name, program)
@@ -353,7 +353,7 @@ async def test_event_in_time_is_received_although_the_servers_clock_is_ahead(
     async def program() -> None:
         monkeypatch.setattr(waits, "time", SimpleNamespace(time=lambda: time.time() - 3600))
         await send(shared_server, name, payload=5)
-        assert await current_session().wait_for_event("payment", 60) == 5
+        assert await session().wait_for_event("payment", 60) == 5
 
     await inside(shared_server, program, name)
 
@@ -362,7 +362,7 @@ async def test_timeout_that_ends_the_run_is_raised_again(shared_server: Server) 
     name = new_session()
 
     async def program() -> Any:
-        return await current_session().wait_for_event("payment", 0)
+        return await session().wait_for_event("payment", 0)
 
     for _ in range(2):
         with pytest.raises(TimeoutError, match="no event 'payment' was sent within 0 s"):
@@ -374,7 +374,7 @@ async def test_event_with_one_key_is_received_once(shared_server: Server) -> Non
     name = new_session()
 
     async def program(count: int) -> list[Any]:
-        return [await current_session().wait_for_event("payment", LONG) for _ in range(count)]
+        return [await session().wait_for_event("payment", LONG) for _ in range(count)]
 
     await send(shared_server, name, payload=1, key="one")
     assert await inside(shared_server, lambda: program(1), name) == [1]
@@ -393,8 +393,8 @@ async def test_parallel_waits_for_one_name_receive_one_event_each(shared_server:
 
     async def program() -> list[Any]:
         async def branch(number: int) -> Any:
-            with current_session().agent(f"branch{number}"):
-                return await current_session().wait_for_event("payment", LONG)
+            with session().agent(f"branch{number}"):
+                return await session().wait_for_event("payment", LONG)
 
         return await asyncio.gather(*map(branch, range(count)))
 
@@ -412,7 +412,7 @@ async def test_unnamed_branches_may_wait_for_names_in_another_order(shared_serve
     await send(shared_server, name, "two", 2)
 
     async def program(order: list[str]) -> dict[str, Any]:
-        found = await asyncio.gather(*(current_session().wait_for_event(one) for one in order))
+        found = await asyncio.gather(*(session().wait_for_event(one) for one in order))
         return dict(zip(order, found, strict=True))
 
     first = await inside(shared_server, lambda: program(["one", "two"]), name)
@@ -426,9 +426,9 @@ async def test_event_of_a_given_up_wait_is_kept(shared_server: Server) -> None:
 
     async def program() -> Any:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(current_session().wait_for_event("payment"), SHORT)
+            await asyncio.wait_for(session().wait_for_event("payment"), SHORT)
         await send(shared_server, name, payload="kept", key="k")
-        return await current_session().wait_for_event("payment")
+        return await session().wait_for_event("payment")
 
     for _ in range(2):
         assert await inside(shared_server, program, name) == "kept"
@@ -438,8 +438,8 @@ async def test_wait_survives_a_kill_of_the_server(tmp_path: Path) -> None:
     name, port = new_session(), free_port()
 
     async def program() -> Any:
-        await current_session().sleep(SHORT)
-        return await current_session().wait_for_event("payment")
+        await session().sleep(SHORT)
+        return await session().wait_for_event("payment")
 
     with nexum_server(tmp_path, port=port) as server:
         running = asyncio.create_task(inside(server, program, name))
@@ -459,13 +459,13 @@ async def test_finished_session_has_no_running_execution_and_can_be_pruned(
 
     async def program() -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(current_session().wait_for_event("payment"), SHORT)
+            await asyncio.wait_for(session().wait_for_event("payment"), SHORT)
         with pytest.raises(TimeoutError):
-            await current_session().wait_for_event("refund", SHORT)
+            await session().wait_for_event("refund", SHORT)
 
     async def longer() -> Any:
         await program()
-        return await current_session().wait_for_event("payment")
+        return await session().wait_for_event("payment")
 
     await inside(shared_server, program, name)
 
@@ -485,7 +485,7 @@ async def test_fork_has_sent_events_of_its_own(shared_server: Server, client: Ne
     name, fork = new_session(), new_session()
 
     async def program(count: int) -> list[Any]:
-        return [await current_session().wait_for_event("payment", LONG) for _ in range(count)]
+        return [await session().wait_for_event("payment", LONG) for _ in range(count)]
 
     await send(shared_server, name, payload="first")
     await send(shared_server, name, payload="second")
@@ -499,7 +499,7 @@ async def test_another_event_than_recorded_is_drift(shared_server: Server) -> No
     name = new_session()
 
     async def program(event: str) -> Any:
-        return await current_session().wait_for_event(event, LONG)
+        return await session().wait_for_event(event, LONG)
 
     await send(shared_server, name, payload="paid")
     await send(shared_server, name, "refund", "refunded")
@@ -519,7 +519,7 @@ async def test_program_that_does_not_sleep_any_more_is_drift(
 
     async def program(*, sleeps: bool) -> None:
         if sleeps:
-            await current_session().sleep(0)
+            await session().sleep(0)
         await asked(Scripted(happened))
 
     await inside(shared_server, lambda: program(sleeps=True), name)
@@ -573,7 +573,7 @@ async def test_wrong_names_and_payloads_are_refused(shared_server: Server) -> No
         wrong: Any
         for wrong in ("a/b", 1):
             with pytest.raises(InvalidRequest, match=f"{wrong!r} is not an event's name"):
-                await current_session().wait_for_event(wrong)
+                await session().wait_for_event(wrong)
 
     await inside(shared_server, program, new_session())
     with pytest.raises(InvalidRequest, match="'' is not an event's name"):
@@ -620,7 +620,7 @@ def test_command_send_tells_that_a_session_has_not_begun(
     sent = f"sent event 'payment' to session {name}"
 
     async def program() -> Any:
-        return await current_session().wait_for_event("payment", 0)
+        return await session().wait_for_event("payment", 0)
 
     assert main(command) == 0
     assert capsys.readouterr().out == f"{sent}, which has not begun: the event is kept for it\n"
@@ -636,10 +636,10 @@ async def test_reports_show_what_a_session_waits_for(shared_server: Server, clie
     name = new_session()
 
     async def program() -> None:
-        await current_session().sleep(0)
+        await session().sleep(0)
         with contextlib.suppress(TimeoutError):
-            await current_session().wait_for_event("refund", 0)
-        await asyncio.gather(current_session().wait_for_event("payment"), current_session().sleep(SHORT))
+            await session().wait_for_event("refund", 0)
+        await asyncio.gather(session().wait_for_event("payment"), session().sleep(SHORT))
 
     running = asyncio.create_task(inside(shared_server, program, name))
     await until_recorded(client, name, Kind.WAIT, 4)

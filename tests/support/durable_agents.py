@@ -19,8 +19,9 @@ from harness import Server, logged
 from openai_server import OpenAIServer, Reply
 from pydantic import BaseModel
 
-from durable_autogen import DurableSession, current_session, run_durable
-from durable_autogen.record.place import Place, at, steps_at
+from durable_autogen import DurableSession, run_durable
+from durable_autogen.record.place import Place, at, current, steps_at
+from durable_autogen.record.session import Session
 from support.models.live import LiveModel
 
 TIMEOUT = 20  # seconds after which a program counts as hanging
@@ -102,7 +103,7 @@ class Named:
 
     def __init__(self, client: ChatCompletionClient, name: str) -> None:
         self.client = client
-        self.place = Place(current_session(), agent=name, path=name)
+        self.place = Place(session(), agent=name, path=name)
 
     async def create(self, *args: Any, **more: Any) -> CreateResult:
         with at(self.place):
@@ -116,6 +117,14 @@ class Named:
 def named(client: ChatCompletionClient, name: str) -> Any:
     """Return a wrapper of the client whose calls are recorded under this agent name."""
     return Named(client, name)
+
+
+def session() -> Session:
+    """Return the session inside which the caller runs."""
+    place = current.get()
+    assert place is not None
+    assert isinstance(place.session, Session)
+    return place.session
 
 
 def bench(tools: Sequence[BaseTool[Any, Any] | Callable[..., Any]]) -> StaticStreamWorkbench:
