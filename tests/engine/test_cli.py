@@ -15,7 +15,7 @@ from pathlib import Path
 import grpc
 import harness
 import pytest
-from harness import Process, Server, environment, free_port, nexum_server, running
+from harness import Process, Server, environment, free_port, nexum_server, running, sqlite_url
 from processes import (
     Command,
     counting_worker,
@@ -71,7 +71,13 @@ def run_of_calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 # ---- The server ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
+no_sigterm = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
+
+
+@pytest.mark.parametrize(
+    "end",
+    [pytest.param(Process.interrupt, id="Ctrl+C"), pytest.param(Process.terminate, id="SIGTERM", marks=no_sigterm)],
+)
 def test_server_prints_one_line_and_stops_cleanly(
     tmp_path: Path, end: Callable[[Process], None], loop_of_processes: str
 ) -> None:
@@ -138,7 +144,7 @@ def test_second_server_on_database_is_refused_in_one_line(tmp_path: Path) -> Non
         (["--listen", "localhost:99999"], "is not an address"),
         (["--database-url", "postgresql://127.0.0.1:1/x"], "can't open postgresql: dbname=x host=127.0.0.1 port=1"),
         (["--database-url", "mysql://localhost/x"], "database URL 'mysql://localhost/x' is not supported"),
-        (["--database-url", "sqlite:////proc/no/where.db"], "can't be opened"),
+        (["--database-url", sqlite_url(Path(__file__))], "can't be opened"),
         (["--database-url", "sqlite:///a%00b"], "database URL 'sqlite:///a%00b' is not supported"),
         (["--listen", "127.0.0.1:٥٠٠٠"], "is not an address"),
     ],
@@ -192,6 +198,8 @@ def test_folder_that_is_not_text_is_refused_in_one_line(
     (folder / "copy.db").touch()
     monkeypatch.chdir(folder)
     monkeypatch.delenv("DATABASE_URL", raising=False)
+    # Another program of this machine may have a server on the default port, which `ps` would ask.
+    monkeypatch.setattr("nexum_engine.connection.DEFAULT_ADDRESS", f"localhost:{free_port()}")
     code, output = nexum(*arguments)
     assert code == 1
     assert r"caf\udce9" in output.splitlines()[-1]

@@ -74,7 +74,8 @@ def test_program_in_an_empty_folder_records_and_leaves_a_closed_database(tmp_pat
     code, output = run(tmp_path, mode, "e", 5)
     assert (code, acknowledged(output)) == (0, {f"e-{number}" for number in range(1, 6)})
     assert output.count(OPENED) == 1
-    assert sorted(path.name for path in (tmp_path / ".nexum").iterdir()) == [".gitignore", "local.db", "local.db.lock"]
+    left = {path.name for path in (tmp_path / ".nexum").iterdir()}
+    assert left - {"local.db.lock"} == {".gitignore", "local.db"}  # on Windows, the lock's release deletes its file
     assert recorded(tmp_path) == acknowledged(output)
 
 

@@ -254,6 +254,8 @@ def test_server_names_a_wrong_setting(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if sys.platform == "win32" and "is open to" in message:
+        pytest.skip("Windows has no file modes")
     monkeypatch.setattr("nexum_engine.signals.stop_event", asyncio.Event)
     certificates = Certificates(tmp_path)
     certificate, key = certificates.issue("server", "localhost")
