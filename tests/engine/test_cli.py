@@ -71,13 +71,7 @@ def run_of_calls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 # ---- The server ------------------------------------------------------------------------------------------------------
 
 
-no_sigterm = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch")
-
-
-@pytest.mark.parametrize(
-    "end",
-    [pytest.param(Process.interrupt, id="Ctrl+C"), pytest.param(Process.terminate, id="SIGTERM", marks=no_sigterm)],
-)
+@pytest.mark.parametrize("end", [Process.interrupt, Process.terminate], ids=["Ctrl+C", "SIGTERM"])
 def test_server_prints_one_line_and_stops_cleanly(
     tmp_path: Path, end: Callable[[Process], None], loop_of_processes: str
 ) -> None:

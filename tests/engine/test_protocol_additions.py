@@ -340,7 +340,7 @@ def test_server_with_waiting_calls_stops_at_once_without_log(
 def test_first_line_names_address_database_and_version(server_process: Server) -> None:
     (line,) = server_process.process.lines
     assert re.fullmatch(
-        r"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:\d+, database /\S+/nexum\.db \(Ctrl\+C to stop\)", line
+        r"Nexum engine \d+\.\d+\.\d+ on 127\.0\.0\.1:\d+, database \S+[/\\]nexum\.db \(Ctrl\+C to stop\)", line
     )
 
 

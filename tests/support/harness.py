@@ -147,8 +147,11 @@ class Process:
             self.popen.send_signal(signal.SIGINT)
 
     def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.popen.terminate()
+        """Send SIGTERM. On Windows, skip the test: there, a process can't catch SIGTERM."""
+        if sys.platform == "win32":
+            pytest.skip("Windows has no SIGTERM that a process can catch")
+        else:
+            self.popen.terminate()
 
     def end(self) -> None:
         """Kill the process if it still runs, and close its output."""
