@@ -39,7 +39,7 @@ from nexum_engine.store.postgresql_connection import (
     line_of,
     open_database,
     read_database_id,
-    send_all,
+    sync,
     vacuum,
     without_password,
 )
@@ -213,10 +213,10 @@ class PostgresStore(Store):
                     outcomes = [_result_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
-                    pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
+                    sync(connection, pipeline)  # so that a statement's error is not mistaken for an error of the commit
                     is_sent = kind is not Kind.SNAPSHOT  # after COMMIT, only a transaction that reads may run again
                     connection.execute("COMMIT")
-                    pipeline.sync()
+                    sync(connection, pipeline)
                 return outcomes
             except psycopg.Error as error:
                 if is_lost(error, connection):
@@ -304,9 +304,7 @@ class _PostgresDb:
 
     def _execute(self, query: str, parameters: Mapping[str, object]) -> psycopg.Cursor[dict[str, Any]]:
         self.written += query in self._writes
-        cursor = self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
-        send_all(self._connection)
-        return cursor
+        return self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
 
     def all(self, query: str, **parameters: object) -> list[Row]:
         return [*self._execute(query, parameters).fetchall()]
@@ -319,7 +317,7 @@ class _PostgresDb:
 
     def changes(self, query: str, **parameters: object) -> int:
         cursor = self._execute(query, parameters)
-        self._pipeline.sync()
+        sync(self._connection, self._pipeline)
         return cursor.rowcount
 
     def lock(self, execution: int) -> None:
