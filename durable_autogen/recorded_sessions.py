@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence, Set
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
@@ -74,7 +74,12 @@ async def list_sessions(client: NexumClient, *, nexum: str | None = None) -> lis
 
     The commands in the summaries name the server `nexum`, or no server if it is None.
     """
-    return [shown.info for shown in await _sessions(client, "", nexum)]
+
+    async def read() -> list[SessionInfo]:
+        # Keep no events: the sessions together may have more than fits into memory.
+        return [shown.info async for shown in _sessions(client, "", nexum)]
+
+    return await while_pruning(read)
 
 
 async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
@@ -85,19 +90,16 @@ async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
             return await read()
 
 
-async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[ShownSession]:
-    """Return the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
-    return await while_pruning(lambda: _read_sessions(client, key_prefix, nexum))
-
-
-async def _read_sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> list[ShownSession]:
+async def _sessions(client: NexumClient, key_prefix: str, nexum: str | None) -> AsyncGenerator[ShownSession, None]:
+    """Yield the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client, nexum)
-    return [await _shown(client, session, found, questions.get(session, ())) for session, found in runs.items()]
+    for session, found in runs.items():
+        yield await _shown(client, session, found, questions.get(session, ()))
 
 
 async def _questions(client: NexumClient, nexum: str | None) -> dict[str, list[str]]:
@@ -170,7 +172,11 @@ async def show_session(client: NexumClient, session: str, *, nexum: str | None =
 
     `nexum` means the same as in `list_sessions`.
     """
-    found = await _sessions(client, f"{session}/", nexum)
+
+    async def read() -> list[ShownSession]:
+        return [shown async for shown in _sessions(client, f"{session}/", nexum)]
+
+    found = await while_pruning(read)
     if not found:
         raise unknown_session(session)
     return found[0]
