@@ -56,7 +56,7 @@ from nexum_engine.store.postgresql_servers import (
 from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
-"""How long to retry a transaction that was not stored, while the database can't be reached."""
+"""How long to retry a transaction that was not stored because the connection was lost."""
 CONFLICT_SECONDS = 20.0
 """How long to retry a transition that can't get its locks."""
 TOGETHER_LOCK_MS = 200
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Lost(Exception):
-    """The connection was lost after the commit was sent, or it was lost earlier and could not be opened again.
+    """The connection was lost after the commit was sent, or it was lost earlier and the retries have failed, too.
 
     In the first case, it is unknown whether the transaction is stored. In the second case, it is not stored.
     """
@@ -221,7 +221,8 @@ class PostgresStore(Store):
             except psycopg.Error as error:
                 if is_lost(error, connection):
                     self._disconnect()
-                    if is_sent:
+                    # Don't retry for ever: a statement that ends its connection each time would block all others.
+                    if is_sent or time.monotonic() > end:
                         raise _Lost(f"the connection was lost: {line_of(error)}") from error
                     logger.warning("database %s: %s; connecting again", self.opened_as, line_of(error))
                     continue
