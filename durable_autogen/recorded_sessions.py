@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -49,7 +49,12 @@ class SessionInfo:
 
 async def list_sessions(client: NexumClient) -> list[SessionInfo]:
     """Return a summary of every session on the server, the latest session first."""
-    return [shown.info for shown in await _sessions(client, "")]
+
+    async def read() -> list[SessionInfo]:
+        # Keep no events: the sessions together may have more than fits into memory.
+        return [shown.info async for shown in _sessions(client, "")]
+
+    return await while_pruning(read)
 
 
 async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
@@ -60,19 +65,16 @@ async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
             return await read()
 
 
-async def _sessions(client: NexumClient, key_prefix: str) -> list[ShownSession]:
-    """Return the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
-    return await while_pruning(lambda: _read_sessions(client, key_prefix))
-
-
-async def _read_sessions(client: NexumClient, key_prefix: str) -> list[ShownSession]:
+async def _sessions(client: NexumClient, key_prefix: str) -> AsyncGenerator[ShownSession, None]:
+    """Yield the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
     runs: dict[str, list[Execution]] = {}
     async for run in client.all_executions(
         workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
     ):
         runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
     questions = await _questions(client)
-    return [await _shown(client, session, found, questions.get(session, ())) for session, found in runs.items()]
+    for session, found in runs.items():
+        yield await _shown(client, session, found, questions.get(session, ()))
 
 
 async def _questions(client: NexumClient) -> dict[str, list[str]]:
@@ -142,7 +144,11 @@ class ShownSession:
 
 async def show_session(client: NexumClient, session: str) -> ShownSession:
     """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
-    found = await _sessions(client, f"{session}/")
+
+    async def read() -> list[ShownSession]:
+        return [shown async for shown in _sessions(client, f"{session}/")]
+
+    found = await while_pruning(read)
     if not found:
         raise unknown_session(session)
     return found[0]

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import decimal
 import enum
+import io
 import json
 import pathlib
 import uuid
@@ -197,11 +198,8 @@ def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
 
 def pieces_again(written: Sequence[Any], result: CreateResult) -> list[str]:
     """Return the pieces that `written_pieces` wrote."""
-    text, pieces = text_of_reply(result), []
-    for one in written:
-        pieces.append(text[:one] if isinstance(one, int) else str(one))
-        text = text[one:] if isinstance(one, int) else text
-    return pieces
+    text = io.StringIO(text_of_reply(result))
+    return [text.read(one) if isinstance(one, int) else str(one) for one in written]
 
 
 def is_broken(result: CreateResult) -> bool:

@@ -254,10 +254,12 @@ def _prompt(handler: Any) -> Any:
     return grpc.stream_stream_rpc_method_handler(serve, handler.request_deserializer, handler.response_serializer)
 
 
-def rpcs_of(servicer: Any, admit: Callable[[Context], Awaitable[None]]) -> dict[str, Rpc]:
+def rpcs_of(
+    servicer: Any, admit: Callable[[Context], Awaitable[None]], stored: Callable[[], Awaitable[None]]
+) -> dict[str, Rpc]:
     """Return the unary RPCs of the servicer by name. Each one first checks the size of its request, and calls `admit`.
 
-    `admit` may refuse the call.
+    `admit` may refuse the call. `stored` waits until the store no longer holds the requests that it has got so far.
     """
     budget = Budget(REQUEST_BUDGET, MAX_WAITING_REQUESTS)
 
@@ -273,6 +275,10 @@ def rpcs_of(servicer: Any, admit: Callable[[Context], Awaitable[None]]) -> dict[
                     share = await budget.take(received.size * REQUEST_COPIES)
                 await admit(context)
                 return await behaviour(_decoded(received, request_type), context)
+            except asyncio.CancelledError:
+                if share:  # the store still holds the request: it runs the transition although the caller is gone
+                    await stored()
+                raise
             except Exception as error:  # noqa: BLE001 - `abort` answers with a status
                 await abort(context, error)
             finally:

@@ -81,7 +81,7 @@ class NexumServicer(NexumServiceServicer):
         self.waiters = Waiters()
         self.liveness = Liveness(store, self.polls, self.waiters, clock, lease_ms)
         store.on_unknown = [self.polls.look_again, self.waiters.look_again]
-        rpcs = rpcs_of(self, self.refuse_call_for_another_database)
+        rpcs = rpcs_of(self, self.refuse_call_for_another_database, store.catch_up)
         self.rpcs = rpcs if tokens is None else guarded(rpcs, tokens)
         """The unary RPCs by name. Each one first checks the caller's token, its database, and the request's size."""
         self._streams = CallStreams(self.rpcs, limits.calls)

@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -142,6 +143,11 @@ class Store(ABC):
         Use this for deletions: to check that no row refers to a deleted row, SQLite would read whole tables.
         """
         return self._submit(lambda db: transition(db, *args, **kwargs), Kind.ALONE)
+
+    async def catch_up(self) -> None:
+        """Wait until all transitions that were submitted before this call have run."""
+        with suppress(StoreUnavailable):
+            await self.run(lambda _: None)
 
     @abstractmethod
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:

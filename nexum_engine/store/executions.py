@@ -134,9 +134,9 @@ def start_execution(
     task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
     if max_task_bytes is not None and task_bytes > max_task_bytes:
         raise TooLarge(
-            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, but no known worker of version {version_hash} can "
-            f"receive more than {max_task_bytes - TASK_FRAME_BYTES:,}: put the data into a file, or start a worker "
-            "with a larger limit (max_task_bytes) before this execution"
+            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, but no worker of version {version_hash} that has "
+            f"polled at this server can receive more than {max_task_bytes - TASK_FRAME_BYTES:,}: put the data into a "
+            "file, or start a worker with a larger limit (max_task_bytes) before this execution"
         )
     status = ExecutionStatus.COMPLETED if output_json else ExecutionStatus.RUNNING
     added = db.one(

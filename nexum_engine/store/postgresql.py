@@ -39,7 +39,7 @@ from nexum_engine.store.postgresql_connection import (
     line_of,
     open_database,
     read_database_id,
-    send_all,
+    sync,
     vacuum,
     without_password,
 )
@@ -56,7 +56,7 @@ from nexum_engine.store.postgresql_servers import (
 from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
-"""How long to retry a transaction that was not stored, while the database can't be reached."""
+"""How long to retry a transaction that was not stored because the connection was lost."""
 CONFLICT_SECONDS = 20.0
 """How long to retry a transition that can't get its locks."""
 TOGETHER_LOCK_MS = 200
@@ -68,7 +68,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Lost(Exception):
-    """The connection was lost after the commit was sent, or it was lost earlier and could not be opened again.
+    """The connection was lost after the commit was sent, or it was lost earlier and the retries have failed, too.
 
     In the first case, it is unknown whether the transaction is stored. In the second case, it is not stored.
     """
@@ -213,15 +213,16 @@ class PostgresStore(Store):
                     outcomes = [_result_of(transition, db) for transition in transitions]
                     if time.monotonic() < self._news_until and (news := news_of(outcomes)):
                         send(connection, self._channel, self._server, db.now_ms, news)
-                    pipeline.sync()  # so that an error of a statement is not mistaken for an error of the commit
+                    sync(connection, pipeline)  # so that a statement's error is not mistaken for an error of the commit
                     is_sent = kind is not Kind.SNAPSHOT  # after COMMIT, only a transaction that reads may run again
                     connection.execute("COMMIT")
-                    pipeline.sync()
+                    sync(connection, pipeline)
                 return outcomes
             except psycopg.Error as error:
                 if is_lost(error, connection):
                     self._disconnect()
-                    if is_sent:
+                    # Don't retry for ever: a statement that ends its connection each time would block all others.
+                    if is_sent or time.monotonic() > end:
                         raise _Lost(f"the connection was lost: {line_of(error)}") from error
                     logger.warning("database %s: %s; connecting again", self.opened_as, line_of(error))
                     continue
@@ -304,9 +305,7 @@ class _PostgresDb:
 
     def _execute(self, query: str, parameters: Mapping[str, object]) -> psycopg.Cursor[dict[str, Any]]:
         self.written += query in self._writes
-        cursor = self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
-        send_all(self._connection)
-        return cursor
+        return self._connection.execute(self._queries[query], {**parameters, **self._given}, prepare=True)
 
     def all(self, query: str, **parameters: object) -> list[Row]:
         return [*self._execute(query, parameters).fetchall()]
@@ -319,7 +318,7 @@ class _PostgresDb:
 
     def changes(self, query: str, **parameters: object) -> int:
         cursor = self._execute(query, parameters)
-        self._pipeline.sync()
+        sync(self._connection, self._pipeline)
         return cursor.rowcount
 
     def lock(self, execution: int) -> None:

@@ -165,13 +165,15 @@ def database_ms(connection: Connection) -> tuple[int, int]:
     return int(row["ms"]), math.ceil(row["ms"] + math.ceil((time.monotonic() - begun) * 1000))
 
 
-def send_all(connection: Connection) -> None:
-    """Send the rest of a pipeline's statements.
+def sync(connection: Connection, pipeline: psycopg.Pipeline) -> None:
+    """Wait for the answers to all statements of a pipeline. Raises the error of the first statement that has failed.
 
-    If a large statement is only partly sent, psycopg may already wait for answers, which then never come.
+    Send all statements first: psycopg's `sync` begins to wait although a large statement may be only partly sent, and
+    PostgreSQL then waits for the rest.
     """
     if connection.pgconn.flush():
         connection.wait(_sent(connection.pgconn))
+    pipeline.sync()
 
 
 def _sent(pgconn: PGconn) -> PQGen[None]:

@@ -400,4 +400,4 @@ def test_durable_autogen_accepts_every_documented_command() -> None:
     for command in commands:
         args = build_parser().parse_args(command)
         if args.command == "run":
-            assert (args.script.endswith(".py"), args.arguments) == (True, [])
+            assert (Path(args.script).suffix, args.arguments) == (".py", [])

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
 from autogen_agentchat.base import Team
 from autogen_agentchat.teams import RoundRobinGroupChat
+from autogen_core.models import UserMessage
+from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_agents import agent, answer, run
 from openai_server import OpenAIServer, Reply
 from processes import command_line
@@ -175,3 +178,19 @@ async def test_running_session_is_listed_as_running(server: ServerThread) -> Non
         assert (session.status, session.session.is_running, session.session.question) == ("RUNNING", True, "Why?")
         going.set()
         await running
+
+
+async def test_list_of_sessions_holds_one_record_at_a_time(server: ServerThread) -> None:
+    megabyte = 1024 * 1024
+    for number in range(20):
+        client = ReplayChatCompletionClient(["x" * megabyte])
+        async with DurableSession(f"s{number}", nexum=server.address):
+            await client.create([UserMessage(content="q", source="user")])
+    async with NexumClient(server.address) as nexum:
+        tracemalloc.start()
+        try:
+            assert len(await list_sessions(nexum)) == 20
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 12 * megabyte

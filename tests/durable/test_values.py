@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
+from autogen_core.models import CreateResult, RequestUsage
 from pydantic import BaseModel
 
-from durable_autogen.autogen.values import value_again
+from durable_autogen.autogen.values import pieces_again, value_again, written_pieces
 
 MOVED = {"$class": ["module_that_was_renamed", "Point"], "$value": {"x": 1}}
 
@@ -38,3 +40,16 @@ class Line(BaseModel):
 )
 def test_value_of_class_that_is_not_loaded_has_the_declared_type(written: Any, declared: Any, expected: Any) -> None:
     assert value_again(written, declared) == expected
+
+
+@pytest.mark.parametrize(
+    "pieces", [["a\r", "\nb", "", "\u2028\ud83d", "\udc00"], ["a piece of a long reply"] * 100_000]
+)
+def test_pieces_of_a_stream_come_back_in_linear_time(pieces: list[str]) -> None:
+    usage = RequestUsage(prompt_tokens=0, completion_tokens=0)
+    reply = CreateResult(content="".join(pieces), usage=usage, finish_reason="stop", cached=False)
+    written = written_pieces(pieces, reply)
+    assert all(isinstance(one, int) for one in written)
+    begun = time.monotonic()
+    assert pieces_again(written, reply) == pieces
+    assert time.monotonic() - begun < 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, Overloaded, ServerNotReady, TooLarge
 from nexum_engine.server import bounds
 from nexum_engine.server.bounds import Budget
-from nexum_engine.store import listing, tasks
+from nexum_engine.store import executions, listing, tasks
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.workflow import parse_ir
@@ -270,6 +271,28 @@ async def test_unread_answer_is_dropped_and_its_share_returned(tmp_path: Path, m
             assert not unread.done()
             assert len((await stub.GetExecution(request, timeout=20)).input_json) > 1_000_000
             unread.cancel()
+
+
+async def test_requests_whose_callers_gave_up_count_until_the_store_has_run_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounds, "REQUEST_BUDGET", 2 * bounds.REQUEST_COPIES * 1_010_000)
+    async with engine_server(tmp_path) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub, _ = await large_execution(server, channel)
+        goes_on = threading.Event()
+        blocking = server.store.run(lambda _: goes_on.wait())
+        server.watch(executions.start_execution)
+        try:
+            for _ in range(5):
+                request = pb.StartRequest(workflow_id="w", version_hash="v1", input_json=json.dumps("x" * 1_000_000))
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await stub.StartExecution(request, timeout=0.5)
+                assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert server.calls[executions.start_execution] == 2
+        finally:
+            goes_on.set()
+        await blocking
+        await stub.StartExecution(request, timeout=20)
 
 
 async def test_calls_that_send_no_request_do_not_keep_others_out(tmp_path: Path) -> None:

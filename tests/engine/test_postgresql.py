@@ -104,6 +104,25 @@ async def test_transition_whose_connection_is_lost_before_the_commit_runs_again(
     assert (await store.run(reading.get_execution, execution_id)).execution_id == execution_id
 
 
+async def test_transition_that_always_loses_its_connection_does_not_block_the_others(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "RECONNECT_SECONDS", 0.5)
+    tries = 0
+
+    def crashes(db: Db) -> None:
+        nonlocal tries
+        tries += 1
+        assert tries < 1000, "the store retries for ever"
+        end_connection(store)
+        db.one("database_size")
+
+    with pytest.raises(StoreUnavailable):
+        await asyncio.wait_for(store.run(crashes), 20)
+    assert tries > 1
+    assert (await store.run(executions.start_execution, "w", "v1", "{}", "k")).execution_id
+
+
 async def test_lost_commit_is_reported_as_unknown(store: PostgresStore, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[bool] = []
     store.on_unknown = [lambda: looked.append(True)]

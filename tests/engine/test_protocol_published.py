@@ -436,7 +436,7 @@ def test_input_that_no_worker_can_receive_is_refused(server: ServerThread, stub:
                 assert not poll(stub, worker).has_task
             code, words = refused(lambda: start(large, text_of(5 * MEGABYTE), idempotency_key="k"))
             assert code is Code.RESOURCE_EXHAUSTED
-            assert "the input is 5,242,880 bytes, but no known worker" in words
+            assert "the input is 5,242,880 bytes, but no worker" in words
             assert "more than 4,190,144:" in words
         assert list(stub.ListExecutions(pb.ListRequest(), timeout=DEADLINE).executions) == []
         say_large(stub)
