@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from durable_agents import answer
-from harness import ROOT, Server, nexum_server, run_to_end, running
+from harness import ROOT, Server, needs_links, nexum_server, run_to_end, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
@@ -153,7 +153,7 @@ def test_script_has_pythons_environment_and_only_its_output(folder: Folder) -> N
     assert "nothing was recorded" in durable.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a link needs a privilege on Windows")
+@needs_links
 def test_linked_script_has_the_path_of_the_link(folder: Folder) -> None:
     (folder.path / "deeper").mkdir()
     folder.write("import sys; print(__file__, sys.path[0])", "deeper/real.py")

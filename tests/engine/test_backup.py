@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from harness import needs_links
 from processes import run_script
 from server_thread import ServerThread
 
@@ -226,7 +227,9 @@ async def test_existing_file_is_only_replaced_if_requested_and_a_database(tmp_pa
     assert await asyncio.to_thread(note.read_text) == "mine"
 
 
-@pytest.mark.parametrize("name", ["nexum.db", "nexum.db-wal", "nexum.db.lock", "link.db"])
+@pytest.mark.parametrize(
+    "name", ["nexum.db", "nexum.db-wal", "nexum.db.lock", pytest.param("link.db", marks=needs_links)]
+)
 async def test_backup_onto_the_database_itself_is_refused(tmp_path: Path, store: SqliteStore, name: str) -> None:
     if name == "link.db":
         os.symlink(tmp_path / "nexum.db", tmp_path / name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from harness import free_port, logged, nexum_server
+from harness import free_port, logged, needs_links, nexum_server
 
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
@@ -152,6 +152,7 @@ async def test_server_refuses_calls_for_another_database(tmp_path: Path, monkeyp
                     pass
 
 
+@needs_links
 async def test_link_names_the_same_database(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")

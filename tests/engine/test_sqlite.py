@@ -140,7 +140,8 @@ def test_bad_path_is_refused_in_one_line(tmp_path: Path, name: str, reason: str)
     run = serve(tmp_path / name)
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
-    assert reason in run.stderr.replace("File name", "name")
+    if sys.platform != "win32":  # it gives other reasons
+        assert reason in run.stderr.replace("File name", "name")
 
 
 CAP_DAC_OVERRIDE = 1
@@ -216,6 +217,7 @@ async def test_damaged_database_of_killed_server_is_refused(tmp_path: Path) -> N
         await opened(killed / "nexum.db")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file modes")
 async def test_database_files_are_readable_only_by_their_user(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "nexum.db"
     before = os.umask(0)
@@ -235,7 +237,7 @@ async def test_database_files_are_readable_only_by_their_user(tmp_path: Path) ->
     ("url", "path"),
     [
         ("sqlite:///a/b.db", Path("a/b.db").absolute()),
-        ("sqlite:////a/b.db", Path("/a/b.db")),
+        ("sqlite:////a/b.db", Path("/a/b.db").absolute()),  # on Windows, of the present drive
         ("sqlite://nexum.db?mode=rwc", Path("nexum.db").absolute()),
         ("sqlite:///a%20b.db", Path("a b.db").absolute()),
     ],

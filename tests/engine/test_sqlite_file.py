@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from harness import ROOT, nexum_server, run_to_end, running
+from harness import ROOT, needs_links, nexum_server, run_to_end, running
 from server_thread import ServerThread
 
 from nexum_engine.clock import ManualClock
@@ -307,7 +307,10 @@ async def test_own_checkpoints_and_large_log_are_not_reported_as_foreign_changes
 # ---- One server for every name of a file -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["hard link", "symbolic link", "deleted lock file"])
+@pytest.mark.parametrize(
+    "name",
+    ["hard link", pytest.param("symbolic link", marks=needs_links), pytest.param("deleted lock file", marks=posix)],
+)
 def test_second_server_is_refused_by_every_name_of_the_file(tmp_path: Path, name: str) -> None:
     other = tmp_path / "elsewhere" / "other.db"
     other.parent.mkdir()
@@ -335,6 +338,7 @@ async def test_hard_link_without_the_log_of_a_killed_server_is_refused(tmp_path:
     assert await stored(tmp_path / "nexum.db") == acknowledged
 
 
+@needs_links
 def test_link_to_a_database_finds_its_server(tmp_path: Path, server: ServerThread) -> None:
     link = tmp_path / "link.db"
     link.symlink_to(tmp_path / "nexum.db")

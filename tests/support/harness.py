@@ -28,6 +28,7 @@ MACHINES_CERTIFICATES = os.environ.get("SSL_CERT_FILE")
 """The file with the certificates that the machine trusts; None means the system's. The package index needs them."""
 KILLED = (1, signal.SIGTERM) if sys.platform == "win32" else (-signal.SIGKILL,)
 """The exit codes of a killed process. On Windows, the killer chooses: `Popen.kill` gives 1, `os.kill` the signal."""
+needs_links = pytest.mark.skipif(sys.platform == "win32", reason="a symbolic link needs a privilege on Windows")
 PATIENCE = 110  # seconds that a process may take: less than pytest's limit for a test, so that the failure names it
 MODEL_VARIABLES = (
     *("GEMINI_API_KEY", "OPENAI_API_KEY", "ANTHROPIC_API_KEY", "NEXUM_MODEL", "OPENAI_BASE_URL"),
