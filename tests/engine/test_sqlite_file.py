@@ -63,7 +63,8 @@ def kill_after(path: Path, *inputs: int) -> set[str]:
         "    print(*(one.execution_id for one in found), 'stored', flush=True); os._exit(9)\n"
         "asyncio.run(main())\n"
     )
-    with running(["-c", program], cwd=path.parent, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}) as one:
+    env = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests" / "support")))}
+    with running(["-c", program], cwd=path.parent, env=env) as one:
         line = one.wait_for("stored")
         assert one.wait() == 9
     return set(line.split()[:-1])
@@ -475,7 +476,7 @@ async def test_bad_backup_is_refused_and_database_left_untouched(tmp_path: Path,
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("lock", ["lock file", "no lock file"])
+@pytest.mark.parametrize("lock", ["lock file", pytest.param("no lock file", marks=posix)])
 def test_database_of_a_running_server_is_not_restored(tmp_path: Path, server: ServerThread, lock: str) -> None:
     shutil.copyfile(tmp_path / "nexum.db", tmp_path / "backup.db")
     if lock == "no lock file":
