@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, free_port, nexum_server, running, tool_worker
+from harness import KILLED, ROOT, Process, free_port, nexum_server, running, tool_worker
 from processes import (
     attempts,
     children,
@@ -139,6 +140,7 @@ def test_a_second_ctrl_c_leaves_the_task_to_another_worker(tmp_path: Path, serve
 
 
 @pytest.mark.every_python
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_worker_ends_with_the_process_that_holds_its_standard_input(tmp_path: Path, server: ServerThread) -> None:
     # A parent process starts the worker and is then killed.
     parent = (
@@ -205,7 +207,7 @@ def test_the_task_of_a_killed_worker_goes_to_a_waiting_one_within_two_seconds(
         victim = one if effects(seen)[0].pid == one.popen.pid else other
         killed_ms = time.time_ns() // 1_000_000
         victim.kill()
-        assert victim.popen.returncode == -signal.SIGKILL
+        assert victim.popen.returncode in KILLED
         gate.touch()
         assert process.wait() == 0
         assert process.lines[-1] == "RESULT attempt 2"
