@@ -207,7 +207,7 @@ def _check_new(runnable: Runnable) -> None:
     busy = _at_work.get(runnable)
     if busy is not None:
         raise InvalidRequest(f"{runnable.name} is already running in session {busy.session_id}: build a new one")
-    if runnable in _has_run or getattr(runnable, "_initialized", False):  # the latter says it of a team
+    if runnable in _has_run or getattr(runnable, "_initialized", False):  # AutoGen marks teams that have run
         raise InvalidRequest(
             f"{runnable.name} has run before, and its memory of that run isn't recorded: give run_durable a function "
             "that builds a new one"

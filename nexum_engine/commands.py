@@ -238,7 +238,7 @@ def _not_null(text: str) -> Any:
     """Read the answer of an approval. An approval without an answer has null, so null can't be an answer."""
     value = _json(text)
     if value is None:
-        raise argparse.ArgumentTypeError("null is no answer: give another value, or leave out the option")
+        raise argparse.ArgumentTypeError("the answer can't be null: give another value, or leave out the option")
     return value
 
 

@@ -343,6 +343,7 @@ class Recorder:
 
     async def end_with(self, error: BaseException) -> None:
         """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
+        is_cancelled = self.cleanup.is_end(error)
         async with self._record_lock:
             # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
             self._unrecorded = [
@@ -350,7 +351,7 @@ class Recorder:
             ]
             await self._record_unrecorded()
             ended_it = self.setbacks.ended_by(error, self.journal.events)
-            if self.cleanup.is_end(error):
+            if is_cancelled:
                 # A later run that isn't cancelled makes no such calls.
                 ended_it += [
                     one
@@ -360,11 +361,11 @@ class Recorder:
             if ended_it:
                 await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
         self.setbacks.restore_origin(error)
-        if self.cleanup.is_end(error):
+        if is_cancelled:
             # As asyncio.run does later, cancel the calls of tasks that the program has left behind. Otherwise these
             # calls would raise NotDurable, and Python would print a traceback for each.
-            for live in self._calls.values():
-                live.answer.cancel()
+            for pending in self._calls.values():
+                pending.answer.cancel()
 
     # ---- Asking ------------------------------------------------------------------------------------------------------
 

@@ -277,8 +277,9 @@ class Replay:
     def _patience(self, event: Event) -> float:
         """Return how many seconds to wait for the program to make the next recorded call, while other calls wait.
 
-        A call that the recorded run made late may come late in this run, too: after work that isn't recorded, such as a
-        sleep. Other branches get their recorded results at once, so don't count this work from their last event.
+        A call that the recorded run made late, after work that isn't recorded, may come late in this run, too. Count
+        this work from the agent's own last event: the replay gives other agents their results at once, while this
+        agent may sleep as long as in the recorded run.
         """
         began_ms = self.active_ms
         if not self._seems_changed and not self._follows_failure(event):
@@ -287,10 +288,11 @@ class Replay:
 
     @property
     def _seems_changed(self) -> bool:
-        """Whether a call waits that the recorded program hardly made.
+        """Whether a waiting call shows that the program was probably changed.
 
-        Such a call has another request than the recorded one, or is not on record: it is a new agent's, or the recorded
-        run came to its end without it. A run that was cut off may have made further calls of the recorded agents.
+        Either its request differs from the recorded one, or it is not on record and the recorded run can't have made
+        it: the recorded run came to its end, or had no such agent. (A run that was cut off may have made further calls
+        of the agents on record.)
         """
         is_finished = self._journal.ended is not None
         return any(is_finished or call.agent not in self._agents for call in self._waiting_live) or any(

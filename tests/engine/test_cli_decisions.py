@@ -307,7 +307,7 @@ def test_event_counts_once_although_the_server_ends_before_it_answers(
         (["resolve", "exec-unknown", "a", "--failed", ""], 1, "failed needs a reason"),
         (["reject"], 1, "give either an EXECUTION or --session"),
         (["approve", "exec-1", "--session", "s"], 1, "give either an EXECUTION or --session"),
-        (["approve", "exec-unknown", "--args", "null"], 2, "null is no answer"),
+        (["approve", "exec-unknown", "--args", "null"], 2, "the answer can't be null"),
         (["approve", "--session", "s", "--args", "{}"], 1, "--args are the arguments of one call"),
     ],
 )
