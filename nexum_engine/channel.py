@@ -49,7 +49,7 @@ class Channel:
     ) -> None:
         self.target = target
         self._security = security or Security()
-        self._metadata = (*metadata, *self._security.metadata())
+        self.metadata = metadata
         self._purpose = purpose
         self._by_loop: dict[asyncio.AbstractEventLoop, tuple[LocalServer | None, Any, NexumServiceAsyncStub]] = {}
         _all.add(self)
@@ -89,9 +89,9 @@ class Channel:
             if self._purpose == "calls":
                 channel = MultiplexedChannel(channel)
         stub = NexumServiceStub(channel)
-        if self._metadata:
+        if metadata := (*self.metadata, *self._security.metadata()):
             for name, call in vars(stub).items():
-                setattr(stub, name, partial(call, metadata=self._metadata))
+                setattr(stub, name, partial(call, metadata=metadata))
         return channel, cast("NexumServiceAsyncStub", stub)
 
     async def close(self) -> None:

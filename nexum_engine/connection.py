@@ -22,7 +22,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.location import absolute, is_same_database, own_database, read_address
+from nexum_engine.location import absolute, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import Metadata, metadata_for
@@ -95,7 +95,6 @@ class Connection:
             self._database = own_database()
         elif ("/" in address or "\\" in address) and "://" not in address:
             self._database = absolute(address)
-            self._metadata = metadata_for(str(self._database))
             self._follow()
         else:
             self.targets = _targets_in(address)
@@ -129,7 +128,8 @@ class Connection:
         self._metadata = metadata
         # Put the channel to the present server at the end of the list. Keep the other channels open: closing a channel
         # would cancel its calls.
-        known = next((channel for channel in self._channels if channel.target == target), None)
+        wanted = target, metadata
+        known = next((channel for channel in self._channels if (channel.target, channel.metadata) == wanted), None)
         others = [channel for channel in self._channels if channel is not known]
         self._channels = [*others, known or Channel(target, metadata, self._security)]
 
@@ -137,8 +137,8 @@ class Connection:
         """Connect to the present address of the database's server."""
         assert self._database is not None
         target = read_address(self._database)
-        if target is not None and (not self._channels or target != self._channels[-1].target):
-            self._connect(target, self._metadata)
+        if target is not None:
+            self._connect(target, metadata_for(self._database))
 
     def route(self) -> Route:
         """Return the server's present HOST:PORT, the metadata for each call, and the security settings.
@@ -208,15 +208,14 @@ class Connection:
         database = self._database
         own = read_address(database) if database is not None else None
         if database is not None and own is not None:
-            metadata = metadata_for(str(database))
-            # Check the database here, too: the server at `own` may have been killed, and a published server may now
-            # listen on its port. A published server ignores the metadata that names the database.
-            info = await self._first_answer(own, metadata)
-            if isinstance(info, ServerInfo) and is_same_database(info.database, str(database)):
+            metadata = metadata_for(database)
+            # The server at `own` may have been killed, and another server may now listen on its port. That server
+            # refuses the call. A published server doesn't, but has no ServerInfo.
+            if isinstance(await self._first_answer(own, metadata), ServerInfo):
                 self.address, self._is_searching = str(database), False
                 self._connect(own, metadata)
                 return
-        metadata = metadata_for(str(database), embedded_only=True) if database is not None else ()
+        metadata = metadata_for(database, embedded_only=True) if database is not None else ()
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
         # Don't raise AccessDenied, which ends a worker: this folder's server may start later, on another port.
         if isinstance(answer, AccessDenied):

@@ -24,7 +24,6 @@ from nexum_engine.forks import in_forked_process, never_free
 from nexum_engine.location import (
     database_url,
     default_database_url,
-    is_same_database,
     own_database,
     read_address,
 )
@@ -196,7 +195,7 @@ class Host:
         self._uses_default_port = address == DEFAULT_ADDRESS
         if not self._uses_default_port and own is not None:
             self._listen = read_address(own) or DEFAULT_LISTEN
-        elif info is not None and (own is None or not is_same_database(info.database, str(own))):
+        elif info is not None:
             _log.info("using the server on %s (database %s)", address, info.database)
         return True
 

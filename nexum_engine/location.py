@@ -89,11 +89,19 @@ def own_database() -> Path | None:
     return None
 
 
-def is_same_database(one: str, other: str) -> bool:
-    """Return whether two paths name the same file, even if they go through links."""
-    with contextlib.suppress(ValueError, OSError):  # a path with a zero byte, or one that leads through too many links
-        return one == other or os.path.realpath(one) == os.path.realpath(other)
-    return False
+def place_of(database: str | Path) -> bytes:
+    """Return the place of a database: the number of its folder in the file system, and the file's name.
+
+    Paths that lead to the same file through links have the same place. Equal paths may have different places:
+    containers that share a network can have different files at the same path. The place is empty if the folder doesn't
+    exist.
+    """
+    try:
+        path = os.path.realpath(database)
+        folder = os.stat(os.path.dirname(path))
+    except (OSError, ValueError):  # ValueError: a zero byte in the path
+        return b""
+    return os.fsencode(f"{folder.st_dev}:{folder.st_ino}:{os.path.basename(path)}")
 
 
 def address_file(database: Path) -> Path:

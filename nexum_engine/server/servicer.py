@@ -18,6 +18,7 @@ import grpc
 from nexum_engine import jsontext
 from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest
+from nexum_engine.location import place_of
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
 from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
@@ -31,7 +32,7 @@ from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
 from nexum_engine.store.results import ReadyTask, Started
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import is_meant_for, refusal
+from nexum_engine.wire.addressee import refusal
 from nexum_engine.wire.frames import OPENED
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceServicer
 from nexum_engine.workflow import check_id
@@ -74,6 +75,7 @@ class NexumServicer(NexumServiceServicer):
         self._store = store
         self._tokens = tokens
         self._embedded = embedded
+        self._place = b"" if store.file is None else place_of(store.file)
         self._answers = Answers()
         self._queue = Queue(store, limits.queue)
         self._retention = Retention(store)
@@ -110,11 +112,7 @@ class NexumServicer(NexumServiceServicer):
     async def refuse_call_for_another_database(self, context: Context) -> None:
         """Answer UNAVAILABLE to a call for another database, so that the client looks for another server."""
         metadata, database = context.invocation_metadata() or (), self._store.opened_as
-        if is_meant_for(metadata, database):
-            return
-        # Use a thread: a client may name a path on a file system that doesn't answer.
-        why = await asyncio.to_thread(refusal, metadata, database, embedded=self._embedded)
-        if why is not None:
+        if (why := refusal(metadata, database, self._place, embedded=self._embedded)) is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, cut(why))
 
     def _who(self, context: Context, said: str) -> str:

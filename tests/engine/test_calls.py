@@ -186,18 +186,18 @@ async def test_a_fault_is_an_internal_error_and_the_stream_continues(server: Eng
     assert not (await stub.ListExecutions(pb.ListRequest())).executions
 
 
-@pytest.mark.parametrize("where", ["nexum_engine.server.servicer.is_meant_for", "nexum_engine.server.bounds._decoded"])
+@pytest.mark.parametrize("where", ["nexum_engine.server.servicer.refusal", "nexum_engine.server.bounds._decoded"])
 async def test_a_fault_outside_the_handler_shows_no_internals(
     where: str, server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise RuntimeError("SELECT secret")
 
     async with grpc.aio.insecure_channel(server.address) as channel:
         alone: Any = NexumServiceStub(channel)
         await stub.GetServerInfo(pb.EmptyRequest())
         monkeypatch.setattr(where, broken)
-        for client in (alone, stub) if "is_meant" in where else (alone,):
+        for client in (alone, stub) if where.endswith("refusal") else (alone,):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await client.GetServerInfo(pb.EmptyRequest())
             assert caught.value.code() is grpc.StatusCode.INTERNAL

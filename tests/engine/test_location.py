@@ -21,7 +21,7 @@ from nexum_engine.location import (
     address_file,
     database_path,
     database_url,
-    is_same_database,
+    place_of,
     read_address,
     read_process,
     write_address,
@@ -218,6 +218,26 @@ async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, def
             await client.ping()  # if the address is given, the client doesn't check the folder
 
 
+@pytest.mark.parametrize("address_file_is_left", [True, False])
+async def test_embedded_server_of_another_folder_at_the_same_path_is_not_used(
+    address_file_is_left: bool, tmp_path: Path, default_port: pytest.MonkeyPatch
+) -> None:
+    """Containers that share a network can have different files at the same path."""
+    own = enter(tmp_path / "own", default_port)
+    async with serving(own, embedded=True) as address:
+        default_port.setattr("nexum_engine.connection.DEFAULT_ADDRESS", address)
+        (tmp_path / "own").rename(tmp_path / "of another container")
+        enter(tmp_path / "own", default_port)
+        if address_file_is_left:
+            own.parent.mkdir()
+            write_address(own, address)  # a killed server had the same address
+        async with NexumClient() as client:
+            with pytest.raises(ServerUnavailable, match="another file of that path, perhaps in another container"):
+                await client.ping()
+        (tmp_path / "own").rename(tmp_path / "own as well")
+        (tmp_path / "of another container").rename(tmp_path / "own")
+
+
 async def test_client_finds_a_server_that_is_started_later(tmp_path: Path, default_port: pytest.MonkeyPatch) -> None:
     own = enter(tmp_path / "own", default_port)
     async with NexumClient() as client:
@@ -261,7 +281,7 @@ async def test_path_with_a_zero_byte_is_an_error_in_words(tmp_path: Path) -> Non
     async with NexumClient(f"{tmp_path}/a\0b") as client:
         with pytest.raises(ServerUnavailable, match="no running Nexum server has"):
             await client.ping()
-    assert not is_same_database(f"{tmp_path}/a\0b", f"{tmp_path}/ab")
+    assert place_of(f"{tmp_path}/a\0b") == b""
 
 
 @pytest.mark.parametrize("wait", [float("nan"), float("inf"), -1.0])
