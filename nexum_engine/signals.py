@@ -32,7 +32,8 @@ def stop_event(*, until_stdin_closes: bool = False) -> asyncio.Event:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         # Don't raise KeyboardInterrupt: it would cancel running tasks, and the worker would report them as failed.
         for number in handled:
-            signal.signal(number, signal.SIG_DFL)
+            # Linux ignores a signal for which the first process of a container has no handler.
+            signal.signal(number, _end_at_once if os.getpid() == 1 else signal.SIG_DFL)
         stop_soon()
 
     for number in handled:
@@ -55,6 +56,10 @@ def when_stdin_closes(act: Callable[[], None]) -> None:
         act()
 
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _end_at_once(number: int, _frame: FrameType | None) -> None:
+    os._exit(128 + number)
 
 
 def _end_orphan(stop_soon: Callable[[], None]) -> None:
