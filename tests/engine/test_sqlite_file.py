@@ -128,8 +128,9 @@ def make_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path]
 @pytest.mark.parametrize("is_old", [False, True], ids=["new folder", "old folder"])
 @pytest.mark.parametrize("harm", HARMS)
 async def test_nothing_is_acknowledged_into_lost_files(
-    tmp_path: Path, harm: str, is_old: bool, make_old: Callable[[Path], None]
+    tmp_path: Path, harm: str, is_old: bool, make_old: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sqlite_file, "FOLDER_TICK", 3600.0)  # on a busy machine, the new folder would soon be old
     await (await opened(tmp_path / "other.db")).close()
     database = tmp_path / "folder" / "nexum.db"
     store = await opened(database)
