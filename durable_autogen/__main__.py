@@ -18,7 +18,7 @@ from durable_autogen.record.log import Teller
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
 from nexum_engine.errors import InvalidRequest, NexumError
-from nexum_engine.options import refuse_bytes, user_name
+from nexum_engine.options import count, refuse_bytes, user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
 OWNERS_PATIENCE = 1.0  # seconds; the owner of a run has half of that to reconnect to a server that has just started
@@ -97,7 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # If SCRIPT is missing, Python 3.10 to 3.12 would otherwise report that ARGUMENTS are missing, too.
     arguments.required = False
-    ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
+    ls = commands.add_parser(
+        "ls", parents=[server], help="list sessions, newest first", description="List sessions, newest first."
+    )
+    ls.add_argument(
+        "--limit",
+        type=count(1, 1000),
+        default=20,
+        metavar="N",
+        help="how many to list (default: %(default)s, at most 1000)",
+    )
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
         "show",
@@ -168,7 +177,7 @@ async def look(args: argparse.Namespace) -> str:
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(
-                lambda: list_sessions(client),
+                lambda: list_sessions(client, args.limit),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
             return (
@@ -187,9 +196,9 @@ async def look(args: argparse.Namespace) -> str:
             return f"sent event {args.name!r} to session {args.session}{unbegun}"
         if args.command == "budget":
             return await budget_command.run_command(client, args)
-        source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
-        copied = f"the first {count} call(s)" if count else "none of the calls"
+        source, number = fork_source(args.source)
+        await fork_session(client, source, number, args.new, args.message, effects=args.effects)
+        copied = f"the first {number} call(s)" if number else "none of the calls"
         return f"session {args.new} begins with {copied} of {source}"
 
 

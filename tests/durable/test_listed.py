@@ -94,6 +94,25 @@ async def test_shown_session_is_read_without_other_sessions(
     assert set(read) == {"s"}
 
 
+async def test_limited_list_has_the_latest_sessions_and_reads_no_other_ones(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    async def noted(client: NexumClient, session: str) -> Record:
+        read.append(session)
+        return await read_record(client, session)
+
+    for name in ("a", "b", "c", "a"):  # the latest run of session a is the newest run
+        async with DurableSession(name, nexum=server.address):
+            pass
+    monkeypatch.setattr(recorded_sessions, "read_record", noted)
+    async with NexumClient(server.address) as nexum:
+        assert [one.session for one in await list_sessions(nexum, 2)] == ["a", "c"]
+        assert read == ["a", "c"]
+        assert [one.session for one in await list_sessions(nexum)] == ["a", "c", "b"]
+
+
 async def test_session_of_a_program_without_a_task_is_listed_with_the_first_user_message(server: ServerThread) -> None:
     with OpenAIServer(lambda _: answer("yes")) as model:
         async with DurableSession("s", nexum=server.address):
