@@ -147,7 +147,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     resolve = commands.add_parser(
         "resolve",
         # argparse would write the alternatives in one long line.
-        usage="%(prog)s [-h] [--by NAME] [--nexum HOST:PORT]\n"
+        usage="%(prog)s [-h] [--by NAME] [--attempt N] [--nexum HOST:PORT]\n"
         "       [--database-url URL] (--result JSON | --not-done | --failed REASON)\n"
         "       EXECUTION [NODE]",
         help="say whether the effect of an UNKNOWN node has happened",
@@ -212,6 +212,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--not-done", action="store_true", help="the effect has not happened: the node is handed out again"
     )
     decision.add_argument("--failed", metavar="REASON", help="the node and its execution fail")
+    resolve.add_argument(
+        "--attempt",
+        type=count(1, 1_000_000),
+        default=0,
+        metavar="N",
+        help="the attempt that you have looked at, as unknown prints it. If another attempt is in doubt by now, the "
+        "decision is refused (needed if a person has decided about an earlier attempt)",
+    )
     send.add_argument("name", metavar="NAME", help="the event's name")
     send.add_argument(
         "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
@@ -384,7 +392,15 @@ class _InDatabase:
         return await self._store.run(waits.unknown_nodes)
 
     async def resolve(
-        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
+        self,
+        execution_id: str,
+        node_id: str,
+        *,
+        resolved_by: str,
+        output: object,
+        not_done: bool,
+        failed: str | None,
+        attempt: int,
     ) -> None:
         is_done = not not_done and failed is None
         await self._store.run(
@@ -395,6 +411,7 @@ class _InDatabase:
             output_json=jsontext.dump(output, "the result") if is_done else None,
             not_done=not_done,
             failed=failed or "",
+            attempt=attempt,
         )
 
     async def tools(self) -> list[DeclaredTool]:
@@ -519,6 +536,7 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         output=getattr(args, "result", None),
         not_done=args.not_done,
         failed=args.failed,
+        attempt=args.attempt,
     )
     if args.not_done:
         return f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call"

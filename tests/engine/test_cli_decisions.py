@@ -222,7 +222,9 @@ def test_person_resolves_an_unknown_effect(tmp_path: Path, uses_server: bool, ne
 
 
 def resolve(terminal: Command, execution_id: str, other: str, third: str) -> None:
-    assert terminal("resolve", third, "--result", "null") == (0, f"pay of {third} is COMPLETED")
+    code, output = terminal("resolve", third, "--result", "null", "--attempt", "3")
+    assert (code, "attempt 3 is over, and now attempt 1 is in doubt" in output) == (1, True)
+    assert terminal("resolve", third, "--result", "null", "--attempt", "1") == (0, f"pay of {third} is COMPLETED")
     code, output = terminal("unknown")
     lines = output.splitlines()
     assert (code, lines[0], lines[2]) == (0, f"{execution_id} pay", "    tool       charge")
