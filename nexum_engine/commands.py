@@ -539,7 +539,10 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         attempt=args.attempt,
     )
     if args.not_done:
-        return f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call"
+        return (
+            f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call (or "
+            "cancels it, if the program no longer makes it)"
+        )
     return f"{node} of {args.execution} is {'COMPLETED' if args.failed is None else 'FAILED'}"
 
 

@@ -773,6 +773,27 @@ async def test_call_resolved_as_not_done_that_nobody_makes_any_more_is_cancelled
     assert len(target.done) == 1
 
 
+async def test_given_up_call_of_a_finished_session_is_cancelled_after_it_was_resolved_as_not_done(
+    server: ServerThread,
+) -> None:
+    async def hang(cents: int) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    async def give_up() -> None:
+        async with DurableSession("s", nexum=server.address):
+            tool = durable_tool(hang, effect="once")
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(tool.run_json({"cents": 5}, CancellationToken()), 0.5)
+
+    await give_up()
+    async with NexumClient(server.address) as client:
+        (unknown,) = await client.unknown()
+        await client.resolve(unknown.execution_id, unknown.node_id, not_done=True)
+        await give_up()
+        assert await client.get_status(unknown.execution_id) is ExecutionStatus.CANCELLED
+
+
 async def test_fork_can_not_reuse_an_effect_that_is_under_way(server: ServerThread) -> None:
     target, begun = Target(effect="once"), asyncio.Event()
 
