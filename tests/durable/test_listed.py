@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core.models import UserMessage
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_agents import agent, answer, run
+from harness import running
 from openai_server import OpenAIServer, Reply
 from processes import command_line
 from server_thread import ServerThread
@@ -213,3 +215,16 @@ async def test_list_of_sessions_holds_one_record_at_a_time(server: ServerThread)
         finally:
             tracemalloc.stop()
     assert peak < 12 * megabyte
+
+
+@pytest.mark.parametrize(
+    "command", [["nexum_engine", "ps"], ["durable_autogen", "ls"], ["durable_autogen", "show", "s"]]
+)
+def test_commands_say_alike_that_nothing_is_recorded_where_no_database_can_be_made(
+    tmp_path: Path, command: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    url = f"sqlite:///{tmp_path / 'file' / 'x.db'}"
+    with running(["-m", *command.split()], cwd=tmp_path, env={"DATABASE_URL": url}, forked=True) as listing:
+        assert listing.wait() in (1, 2)
+    assert listing.lines == [f"error: no server on localhost:50051, and no database at {url}: nothing recorded"]

@@ -236,7 +236,7 @@ def resolve(terminal: Command, execution_id: str, other: str, third: str) -> Non
     arguments = ("resolve", execution_id, "--result", '{"receipt": 7}', "--by", "Ann")
     assert terminal(*arguments) == (0, f"pay of {execution_id} is COMPLETED")
     code, output = terminal(*arguments)
-    assert (code, "waits for a decision about its effect: it is COMPLETED" in output) == (1, True)
+    assert (code, "its effect: it is COMPLETED; Ann resolved pay 0 s ago" in output) == (1, True)
     code, output = terminal("show", execution_id)
     assert "  decided 2  COMPLETED" in output
     assert '  output   {"receipt":7}' in output.splitlines()
