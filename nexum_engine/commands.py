@@ -501,7 +501,7 @@ async def _decide(
     if args.session and args.command == "approve" and args.args is not None:
         raise InvalidRequest("--args are the arguments of one call: give its EXECUTION instead of --session")
     if args.execution:
-        node = await _node(source, args.execution, args.node, _is_undecided, "approval")
+        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
         await decide(args.execution, node)
         return f"{node} of {args.execution} is {decision}"
     pending = await source.approvals()
@@ -533,7 +533,7 @@ async def _session_of(source: _Executions, pending: PendingApproval) -> object:
 
 
 async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
-    node = await _node(source, args.execution, args.node, report.waits_for_person, "a decision about its effect")
+    node = args.node or await _only_node(source, args.execution, report.waits_for_person, "a decision about its effect")
     await source.resolve(
         args.execution,
         node,
@@ -555,24 +555,17 @@ def _is_undecided(node: Node) -> bool:
     return node.status is NodeStatus.WAITING and node.node_type == NodeType.HUMAN_APPROVAL
 
 
-async def _node(
-    source: _Executions, execution_id: str, named: str, waits: Callable[[Node], bool], decision: str
-) -> str:
-    """Return `named`, or the name of the execution's only node that waits for a decision.
-
-    Raises Conflict if no node waits: another person may have been faster, or the answer to this person's own decision
-    was lost. Raises InvalidRequest if several nodes wait and none is named.
-    """
+async def _only_node(source: _Executions, execution_id: str, waits: Callable[[Node], bool], decision: str) -> str:
+    """Return the name of the execution's only node that waits for a decision. Raises Conflict, InvalidRequest."""
     execution = await source.get(execution_id)
     names = [node.node_id for node in execution.nodes if waits(node)]
     if not names:
+        # Another person may have been faster, or the answer to this person's own decision was lost.
         made = report.last_decision(execution, SystemClock().now_ms())
         raise Conflict(
             f"no node of execution {execution_id} waits for {decision}: it is {execution.status.value}"
             f"{made and f'; {made}'}"
         )
-    if named:
-        return named
     if len(names) > 1:
         raise InvalidRequest(f"several nodes of execution {execution_id} wait: name one of {', '.join(names)}")
     return names[0]
