@@ -17,8 +17,8 @@ from durable_autogen.budget_command import add_limits
 from durable_autogen.record.log import Teller
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
-from nexum_engine.errors import InvalidRequest, NexumError
-from nexum_engine.options import refuse_bytes, user_name
+from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.options import count, refuse_bytes, user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
 OWNERS_PATIENCE = 1.0  # seconds; the owner of a run has half of that to reconnect to a server that has just started
@@ -97,7 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # If SCRIPT is missing, Python 3.10 to 3.12 would otherwise report that ARGUMENTS are missing, too.
     arguments.required = False
-    ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
+    ls = commands.add_parser(
+        "ls", parents=[server], help="list sessions, newest first", description="List sessions, newest first."
+    )
+    ls.add_argument(
+        "--limit",
+        type=count(1, 1000),
+        default=20,
+        metavar="N",
+        help="how many to list (default: %(default)s, at most 1000)",
+    )
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
         "show",
@@ -157,6 +166,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command about recorded sessions; return its output."""
+    from nexum_engine.commands import nothing_recorded
+    from nexum_engine.location import default_database_url
+    from nexum_engine.store import database_exists
+
+    try:
+        return await _look(args)
+    except StoreRefused as error:
+        # Say the same as the commands of nexum if this folder has no database, and none can be made here.
+        if args.command != "send" and not database_exists(url := default_database_url()):
+            raise nothing_recorded(url) from error
+        raise
+
+
+async def _look(args: argparse.Namespace) -> str:
     from durable_autogen import budget_command, session_report
     from durable_autogen.fork import fork_session, fork_source
     from durable_autogen.record.sent_events import send
@@ -168,7 +191,7 @@ async def look(args: argparse.Namespace) -> str:
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(
-                lambda: list_sessions(client),
+                lambda: list_sessions(client, args.limit),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
             return (
@@ -187,9 +210,9 @@ async def look(args: argparse.Namespace) -> str:
             return f"sent event {args.name!r} to session {args.session}{unbegun}"
         if args.command == "budget":
             return await budget_command.run_command(client, args)
-        source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
-        copied = f"the first {count} call(s)" if count else "none of the calls"
+        source, number = fork_source(args.source)
+        await fork_session(client, source, number, args.new, args.message, effects=args.effects)
+        copied = f"the first {number} call(s)" if number else "none of the calls"
         return f"session {args.new} begins with {copied} of {source}"
 
 

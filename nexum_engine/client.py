@@ -477,15 +477,21 @@ class NexumClient:
         output: object = None,
         not_done: bool = False,
         failed: str | None = None,
+        attempt: int = 0,
     ) -> None:
         """Decide about a node whose effect is unknown.
 
         With `not_done`, the effect has not happened, and the node is handed out again. With `failed`, the node and its
         execution fail for this reason. Otherwise the effect has happened, and the node completes with the JSON value
-        `output`. Raises NotFound, Conflict if the node does not wait for such a decision, and InvalidRequest for an
-        empty reason.
+        `output`. `attempt` is the attempt that the decision is about (`UnknownNode.attempt`); it may be 0 if it is the
+        node's first attempt in doubt.
+
+        Raises NotFound, Conflict if the node does not wait for such a decision or if another attempt is in doubt, and
+        InvalidRequest for an empty reason.
         """
-        request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=resolved_by)
+        request = pb.ResolveRequest(
+            execution_id=execution_id, node_id=node_id, resolved_by=resolved_by, attempt=attempt
+        )
         if [output is not None, not_done, failed is not None].count(True) > 1:
             raise InvalidRequest("a node is resolved in one way: give only one of output, not_done and failed")
         if not_done:

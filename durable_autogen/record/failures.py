@@ -19,7 +19,11 @@ from durable_autogen.record.storable import has_surrogates, representable
 
 T = TypeVar("T")
 
-MAX_TEXT = 20_000  # characters; an error's text is cut if it is longer; a longer argument or attribute is left out
+MAX_TEXT = 1_000_000
+"""The longest text of an error, in characters. A longer one is cut, and a longer argument or attribute is left out.
+
+More than this fits into no model's context, and the record of an error must not be larger than a result may be.
+"""
 
 MAX_GROUP = 100  # exceptions; of a larger ExceptionGroup, only the first ones are recorded
 
@@ -47,19 +51,21 @@ class Failure(BaseModel):
     """The exceptions in an ExceptionGroup. `args` then holds only the group's message."""
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
-        """Return an exception as a Failure."""
+    def of(cls, error: Exception, max_text: int = MAX_TEXT) -> Failure:
+        """Return an exception as a Failure. The exceptions in an ExceptionGroup share `max_text`."""
         kind = type(error)
         group = _group(error)
-        args = [_plain(one) for one in (_made_with(error) if group is None else [getattr(error, "message", "")])]
+        made_with = _made_with(error) if group is None else [getattr(error, "message", "")]
+        args = [_plain(one, max_text) for one in made_with]
+        attributes = {name: _plain(value, max_text) for name, value in vars(error).items()}
         return cls(
             module=kind.__module__,
             name=kind.__qualname__,
-            text=_text(error),
+            text=_text(error, max_text),
             args=None if _NOT_PLAIN in args else args,
-            attributes={name: one for name, value in vars(error).items() if (one := _plain(value)) is not _NOT_PLAIN},
-            validation=_validation_errors(error),
-            group=None if group is None else [cls.of(one) for one in group],
+            attributes={name: one for name, one in attributes.items() if one is not _NOT_PLAIN},
+            validation=_validation_errors(error, max_text),
+            group=None if group is None else [cls.of(one, max_text // len(group)) for one in group],
         )
 
     def again(self) -> Exception:
@@ -155,12 +161,12 @@ _NOT_PLAIN: Any = object()
 _KNOWN_ERRORS = set(get_args(ErrorType))
 
 
-def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
+def _validation_errors(error: Exception, max_text: int) -> list[dict[str, Any]] | None:
     if not isinstance(error, ValidationError):
         return None
     with contextlib.suppress(Exception):  # pydantic may be unable to write the invalid input as JSON
         found: list[dict[str, Any]] = json.loads(error.json(include_url=False))
-        return found if len(json.dumps(found)) <= MAX_TEXT else None
+        return found if len(json.dumps(found)) <= max_text else None
     return None
 
 
@@ -185,20 +191,20 @@ def _group(error: Exception) -> Sequence[Exception] | None:
     return members[:MAX_GROUP]
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object, max_text: int) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return _NOT_PLAIN
     if isinstance(value, str):
-        return _NOT_PLAIN if len(value) > MAX_TEXT or has_surrogates(value) else value
+        return _NOT_PLAIN if len(value) > max_text or has_surrogates(value) else value
     return value if value is None or isinstance(value, (bool, int, float)) else _NOT_PLAIN
 
 
-def _text(error: Exception) -> str:
+def _text(error: Exception, max_text: int = MAX_TEXT) -> str:
     try:
         text: str = representable(str(error))
     except Exception as unsaid:  # noqa: BLE001 - the program's __str__ may raise anything
         text = f"(its text can't be read: {type(unsaid).__name__})"
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [cut]"
+    return text if len(text) <= max_text else f"{text[:max_text]} [cut]"
 
 
 async def ordinary(call: Awaitable[T], name: str) -> T:

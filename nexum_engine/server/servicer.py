@@ -435,6 +435,7 @@ class NexumServicer(NexumServiceServicer):
             output_json=request.output_json if decision == "output_json" else None,
             not_done=request.not_done,
             failed=request.failed,
+            attempt=request.attempt,
         )
         return pb.AckResponse(ok=True)
 

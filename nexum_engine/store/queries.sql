@@ -511,9 +511,11 @@ SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow
 FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
 
 -- name: node_by_name
--- A node with its execution, by the node's name.
+-- A node with its execution, by the node's name. `is_again` says whether an earlier attempt had an unknown effect.
 SELECT node, node_id, node_type, nodes.status, outcome, owned, task_bytes, execution, execution_id, workflow_id,
-       nodes.version_hash
+       nodes.version_hash, attempts AS attempt,
+       EXISTS (SELECT 1 FROM attempts AS earlier WHERE earlier.node = nodes.node AND earlier.outcome = 'UNKNOWN')
+       AS is_again
 FROM nodes JOIN executions ON sequence = execution
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id;
 

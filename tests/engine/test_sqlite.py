@@ -168,7 +168,7 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {folder / 'nexum.db'} can't be opened: Permission denied" in run.stderr
-    assert "writable" in run.stderr
+    assert f"make {folder} writable" in run.stderr
     assert list(folder.iterdir()) == []
 
 
