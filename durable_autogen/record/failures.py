@@ -20,11 +20,11 @@ from durable_autogen.record.storable import has_surrogates, representable
 T = TypeVar("T")
 
 MAX_TEXT = 1_000_000
-"""The longest text of an error, in characters. A longer one is cut, and a longer argument or attribute is left out.
+"""The longest text of an error, in characters. A longer one is cut. An error's arguments share this limit, too.
 
 More than this fits into no model's context, and the record of an error must not be larger than a result may be.
 """
-
+MAX_ATTRIBUTE = 20_000  # characters; a longer attribute is left out
 MAX_GROUP = 100  # exceptions; of a larger ExceptionGroup, only the first ones are recorded
 
 Plain = str | int | float | bool | None
@@ -56,8 +56,8 @@ class Failure(BaseModel):
         kind = type(error)
         group = _group(error)
         made_with = _made_with(error) if group is None else [getattr(error, "message", "")]
-        args = [_plain(one, max_text) for one in made_with]
-        attributes = {name: _plain(value, max_text) for name, value in vars(error).items()}
+        args = [_plain(one, max_text // len(made_with)) for one in made_with]
+        attributes = {name: _plain(value, MAX_ATTRIBUTE) for name, value in vars(error).items()}
         return cls(
             module=kind.__module__,
             name=kind.__qualname__,

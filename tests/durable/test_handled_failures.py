@@ -281,6 +281,15 @@ def test_long_text_of_an_error_is_whole_and_the_members_of_a_group_share_the_lim
     assert {str(one) for one in found.exceptions} == {"x" * (MAX_TEXT // 10) + " [cut]"}
 
 
+def test_record_of_an_error_is_limited_as_a_whole() -> None:
+    error = LookupError(*["x" * (MAX_TEXT // 20)] * 20)
+    for number in range(50):
+        setattr(error, f"attribute{number}", "x" * MAX_TEXT)
+    failure = Failure.of(error)
+    assert (failure.args, failure.attributes) == (list(error.args), {})
+    assert len(failure.model_dump_json()) < 3 * MAX_TEXT
+
+
 async def test_only_newest_handled_failures_are_remembered(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
