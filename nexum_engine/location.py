@@ -123,6 +123,17 @@ def read_process(database: Path) -> str:
     return _read_lines(database)[1]
 
 
+def last_server(database: Path) -> str:
+    """Return in words which server the database's address file names; empty if it names none."""
+    address = read_address(database)
+    found = re.fullmatch(r"([\w.-]+)-([0-9]+)-[0-9a-f]+-", read_process(database))
+    if address is None or found is None:
+        return ""
+    host, pid = found.groups()
+    where = "" if host == socket.gethostname() else ", another machine or container"
+    return f"process {pid} of {host}{where}, on {address}"
+
+
 def _read_lines(database: Path) -> tuple[str, str]:
     """Return the two lines of the database's address file; empty lines if there is no such file."""
     try:

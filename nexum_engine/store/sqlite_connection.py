@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
+from nexum_engine.location import last_server
 from nexum_engine.store.db import load_migrations
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, read_stamp, write_stamp
 
@@ -159,6 +160,9 @@ def cannot_open(path: Path, error: Exception) -> NexumError:
 
 
 def in_use(path: Path) -> StoreLocked:
+    """Return the error for a database that another process has open. The error names the database's last server."""
+    last = last_server(path)
+    server = f" (its last server: {last})" if last else ""
     return StoreLocked(
-        f"database {path} is in use by another Nexum server, or by another program: stop it, or {_OTHER_FILE}"
+        f"database {path} is in use by another Nexum server, or by another program{server}: stop it, or {_OTHER_FILE}"
     )

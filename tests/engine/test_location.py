@@ -21,6 +21,7 @@ from nexum_engine.location import (
     address_file,
     database_path,
     database_url,
+    last_server,
     place_of,
     read_address,
     read_process,
@@ -102,6 +103,21 @@ def test_file_without_loopback_address_is_ignored(tmp_path: Path, text: str) -> 
     database = tmp_path / "nexum.db"
     address_file(database).write_bytes(text.encode("latin-1"))
     assert read_address(database) is None
+
+
+@pytest.mark.parametrize(
+    ("process", "last"),
+    [
+        ("ab12cd-1-0a1b2c-", "process 1 of ab12cd, another machine or container, on 127.0.0.1:80"),
+        (f"{socket.gethostname()}-7-0a1b2c-", f"process 7 of {socket.gethostname()}, on 127.0.0.1:80"),
+        ("\x1b[2J", ""),
+        ("", ""),
+    ],
+)
+def test_last_server_of_a_database_is_named(tmp_path: Path, process: str, last: str) -> None:
+    database = tmp_path / "nexum.db"
+    address_file(database).write_text(f"127.0.0.1:80\n{process}\n")
+    assert last_server(database) == last
 
 
 @pytest.mark.parametrize("name", ["nexum.db", "with space.db", "100%.db", "ünï?code#.db"])
