@@ -101,7 +101,9 @@ def place_of(database: str | Path) -> bytes:
         folder = os.stat(os.path.dirname(path))
     except (OSError, ValueError):  # ValueError: a zero byte in the path
         return b""
-    return os.fsencode(f"{folder.st_dev}:{folder.st_ino}:{os.path.basename(path)}")
+    # On Windows, versions of Python give a folder different numbers.
+    place = os.path.normcase(path) if os.name == "nt" else f"{folder.st_dev}:{folder.st_ino}:{os.path.basename(path)}"
+    return os.fsencode(place)
 
 
 def address_file(database: Path) -> Path:
