@@ -18,6 +18,14 @@ SELECT ir_json FROM workflow_versions WHERE workflow_id = :workflow_id AND versi
 INSERT INTO workflow_versions (workflow_id, version_hash, ir_json, compatibility, registered_ms)
 VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
 
+-- name: largest_task
+-- The size of the largest task that a worker of a version can receive. NULL if the version is not registered.
+SELECT max(largest_task) AS bytes FROM workflow_versions WHERE version_hash = :version_hash;
+
+-- name: note_largest_task
+-- Note that a worker of a version can receive tasks of this size.
+UPDATE workflow_versions SET largest_task = :bytes WHERE version_hash = :version_hash AND largest_task < :bytes;
+
 -- name: versions
 -- A workflow's latest versions, the latest first, each with the number of its running executions. A running execution
 -- has a READY, RUNNING or WAITING node. The executions of MAP nodes' items are not counted.

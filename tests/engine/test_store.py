@@ -1039,3 +1039,17 @@ async def test_reading_whose_callers_were_cancelled_is_dropped(store: Store, mon
     await busy
     await callers[2]
     assert read == ["kept"]
+
+
+async def test_size_that_workers_can_receive_is_known_after_a_restart(store: Store, reopen: Reopen) -> None:
+    assert not await store.run(tasks.note_largest_task, "v1", 5000)  # the version is not registered yet
+    known = await start(store, key="k")
+    found = await store.run(executions.start_execution, "w", "v1", "{}", "k", any_worker_bytes=1)
+    assert found.execution_id == known.execution_id  # a known key's execution is found, whatever its size
+    for size in (5000, 4000):
+        assert await store.run(tasks.note_largest_task, "v1", size)
+    store = await reopen()
+    fits, too_large = json.dumps("x" * 3000), json.dumps("x" * 6000)
+    await store.run(executions.start_execution, "w", "v1", fits, "", any_worker_bytes=1000)
+    with pytest.raises(TooLarge, match=r"the input is 6,002 bytes.*more than"):
+        await store.run(executions.start_execution, "w", "v1", too_large, "", any_worker_bytes=1000)
