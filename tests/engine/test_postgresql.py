@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from harness import ROOT
+from processes import wait_until
 
 from nexum_engine.clock import ManualClock, SystemClock
 from nexum_engine.errors import ExecutionNotFound, StoreRefused, StoreUnavailable
@@ -23,9 +24,9 @@ from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
-from postgres import in_schema  # noqa: E402
+from postgres import END_OTHERS, in_schema  # noqa: E402
 
-from nexum_engine.store import postgresql, postgresql_connection  # noqa: E402
+from nexum_engine.store import postgresql, postgresql_connection, postgresql_servers  # noqa: E402
 from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
 from nexum_engine.store.postgresql_connection import connect, without_password  # noqa: E402
 from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
@@ -86,6 +87,19 @@ async def test_idle_connection_that_was_lost_is_opened_again(store: PostgresStor
     end_connection(store)
     started = await store.run(executions.start_execution, "w", "v1", "{}", "k")
     assert (await store.run(reading.get_execution, started.execution_id)).idempotency_key == "k"
+
+
+async def test_server_whose_connections_were_cut_shows_soon_that_it_has_not_ended(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it did so only at its next heartbeat, a server that starts meanwhile would take its workers' tasks."""
+    monkeypatch.setattr(postgresql_servers, "BEAT_SECONDS", 60.0)
+    store.join(lambda _: None)
+    await store.run(lambda _: None)
+    with psycopg.connect(store._url, autocommit=True) as admin:
+        locks = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory'"
+        admin.execute(END_OTHERS)
+        wait_until(lambda: admin.execute(locks).fetchone() is not None, "the server shows itself again")
 
 
 async def test_transition_whose_connection_is_lost_before_the_commit_runs_again(
