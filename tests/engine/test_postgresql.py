@@ -24,7 +24,7 @@ from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
-from postgres import END_OTHERS, in_schema  # noqa: E402
+from postgres import in_schema  # noqa: E402
 
 from nexum_engine.store import postgresql, postgresql_connection, postgresql_servers  # noqa: E402
 from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
@@ -98,7 +98,8 @@ async def test_server_whose_connections_were_cut_shows_soon_that_it_has_not_ende
     await store.run(lambda _: None)
     with psycopg.connect(store._url, autocommit=True) as admin:
         locks = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory'"
-        admin.execute(END_OTHERS)
+        of_server = "datname = current_database() AND application_name = 'nexum'"
+        admin.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {of_server}")
         wait_until(lambda: admin.execute(locks).fetchone() is not None, "the server shows itself again")
 
 
