@@ -160,7 +160,7 @@ class Session:
         self._tell = tell
         self._client = client or NexumClient(nexum)
         self._owns_client = client is None
-        self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.address)
+        self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.servers)
         """The server to name in printed commands. None if it is the server of this folder's database."""
         self._workflow = workflow
 

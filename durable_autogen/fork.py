@@ -96,7 +96,7 @@ async def _forked(client: NexumClient, source: str, count: int, effects: OnEffec
     if effects == "refuse":
         _refuse(source, count, later, of_workers)
         return kept, []
-    return kept, _reusable(source, later, of_workers, client.address)
+    return kept, _reusable(source, later, of_workers, client.servers)
 
 
 def _first_events(record: Record, source: str, count: int) -> list[Event]:

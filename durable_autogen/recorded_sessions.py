@@ -93,7 +93,7 @@ async def _questions(client: NexumClient) -> dict[str, list[str]]:
             input_json = whole.execution.input_json
         input = jsontext.parse(input_json, "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
-            found.setdefault(session, []).append(_question(one, input, client.address))
+            found.setdefault(session, []).append(_question(one, input, client.servers))
     return found
 
 

@@ -143,6 +143,11 @@ class NexumClient:
         """HOST:PORT of the server, or the path of its database."""
         return self.connection.address
 
+    @property
+    def servers(self) -> str:
+        """What a command's option --nexum needs to find this client's servers, also after the present one has ended."""
+        return ",".join(sorted(self.connection.targets)) or self.address
+
     async def __aenter__(self) -> NexumClient:
         return self
 

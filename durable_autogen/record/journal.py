@@ -78,7 +78,7 @@ class Journal:
 
     def command(self, name: str) -> str:
         """Return the beginning of a command that works on this session, such as the command `send`."""
-        return f"python -m durable_autogen {name}{server_option(self.client.address)} {self.session}"
+        return f"python -m durable_autogen {name}{server_option(self.client.servers)} {self.session}"
 
     @property
     def events(self) -> list[Event]:
