@@ -637,8 +637,10 @@ class NexumClient:
         attempt finds out whether the effect has happened. Otherwise, or if that attempt can't tell either, the node
         waits for a person.
         """
+        # An error may name a file whose name isn't UTF-8: Python keeps such bytes as lone surrogates.
+        message = error.encode("utf-8", "replace").decode()
         # Set `final` as well, for older servers: they ignore `unknown`, and would hand the task out again.
-        request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)
+        request = pb.FailRequest(task_id=task_id, error_message=message, final=final or unknown, unknown=unknown)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
     async def _report(

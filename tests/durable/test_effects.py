@@ -698,6 +698,15 @@ async def one_charge(server: ServerThread, target: Target) -> None:
         await target.call()
 
 
+async def test_error_that_names_a_file_whose_name_is_not_utf8_is_recorded(server: ServerThread) -> None:
+    target = Target(FileNotFoundError("no such file: caf\udce9"), effect="once")
+    with pytest.raises(FileNotFoundError, match="caf"):
+        await one_charge(server, target)
+    with pytest.raises(CallFailed, match="no such file: caf"):
+        await one_charge(server, target)
+    assert len(target.done) == 1
+
+
 async def test_answer_of_reconcile_does_not_count_after_another_run_has_taken_over(server: ServerThread) -> None:
     asked, may_answer = asyncio.Event(), asyncio.Event()
     is_slow = False
