@@ -161,6 +161,15 @@ def build_parser() -> argparse.ArgumentParser:
     send.add_argument("name", metavar="NAME")
     send.add_argument("payload", metavar="JSON", nargs="?", default="null", help="the payload (default: null)")
     send.add_argument("--key", metavar="KEY", default="", help="a second event NAME with this key changes nothing")
+    cancel = commands.add_parser(
+        "cancel",
+        parents=[server],
+        help="stop the program that runs a session",
+        description="Cancel the run of SESSION: its program ends with RunCancelled at its next call, or within 10 s if "
+        "it waits for a call. What is recorded stays. Run the program again to continue.",
+    )
+    cancel.add_argument("session", metavar="SESSION")
+    cancel.add_argument("--by", metavar="NAME", default=user_name(), help="who cancels (default: the user's name)")
     return parser
 
 
@@ -183,7 +192,7 @@ async def _look(args: argparse.Namespace) -> str:
     from durable_autogen import budget_command, session_report
     from durable_autogen.fork import fork_session, fork_source
     from durable_autogen.record.sent_events import send
-    from durable_autogen.recorded_sessions import has_begun, list_sessions, show_session
+    from durable_autogen.recorded_sessions import cancel_session, has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
@@ -210,6 +219,9 @@ async def _look(args: argparse.Namespace) -> str:
             return f"sent event {args.name!r} to session {args.session}{unbegun}"
         if args.command == "budget":
             return await budget_command.run_command(client, args)
+        if args.command == "cancel":
+            await cancel_session(client, args.session, by=args.by)
+            return f"the run of session {args.session} is cancelled: its program ends, and continues when it runs again"
         source, number = fork_source(args.source)
         await fork_session(client, source, number, args.new, args.message, effects=args.effects)
         copied = f"the first {number} call(s)" if number else "none of the calls"

@@ -1,4 +1,4 @@
-"""List and show recorded sessions, and send events to them."""
+"""List, show and cancel recorded sessions, and send events to them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nexum_engine import jsontext
 from nexum_engine.approvals import how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest
+from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 T = TypeVar("T")
@@ -179,6 +179,20 @@ async def has_begun(client: NexumClient, session: str) -> bool:
         workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1, patience=SERVER_PATIENCE
     )
     return bool(runs)
+
+
+async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> None:
+    """Cancel the run of a session: its program ends with RunCancelled, and continues when it runs again.
+
+    `by` is the name of the person who cancels. Raises InvalidRequest if the session is unknown, and Conflict if nothing
+    runs it.
+    """
+    latest = await client.list_executions(workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1)
+    if not latest:
+        raise unknown_session(session)
+    if latest[0].status.ended:
+        raise Conflict(f"nothing runs session {session}")
+    await client.cancel_execution(latest[0].execution_id, by=by)
 
 
 def _status(run: Execution, *, is_finished: bool) -> str:

@@ -147,9 +147,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     resolve = commands.add_parser(
         "resolve",
         # argparse would write the alternatives in one long line.
-        usage="%(prog)s [-h] [--by NAME] [--attempt N] [--nexum HOST:PORT]\n"
-        "       [--database-url URL] (--result JSON | --not-done | --failed REASON)\n"
-        "       EXECUTION [NODE]",
+        usage="%(prog)s [-h] [--by NAME] [--attempt N]\n"
+        "       [--nexum HOST:PORT] [--database-url URL]\n"
+        "       (--result JSON | --not-done | --failed REASON) EXECUTION [NODE]",
         help="say whether the effect of an UNKNOWN node has happened",
         description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
     )
