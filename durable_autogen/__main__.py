@@ -1,4 +1,4 @@
-"""The command line of durable_autogen: run a script durably; list, show and fork sessions; send them events."""
+"""The command line of durable_autogen: run a script durably; list, show, fork and cancel sessions; send events."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m durable_autogen",
-        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions; send "
-        "events to them.",
+        description="Make an AutoGen script durable without changing it; list, show, fork and cancel recorded "
+        "sessions; send events to them.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     server = argparse.ArgumentParser(add_help=False)
