@@ -48,7 +48,7 @@ def test_closed_or_full_stream_gives_no_traceback_and_no_damage(tmp_path: Path, 
 def test_reason_of_a_failed_start_is_in_the_error_itself(tmp_path: Path) -> None:
     (tmp_path / ".nexum").write_text("a file in the place of the folder")
     run = subprocess.run(
-        [sys.executable, "-m", "durable_autogen", "ls"],
+        [sys.executable, "-m", "durable_autogen", "send", "s", "payment"],
         cwd=tmp_path,
         env=environment({"PYTHONPATH": str(ROOT)}),
         stdin=subprocess.DEVNULL,
