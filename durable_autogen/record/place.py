@@ -23,14 +23,26 @@ _END = object()
 """The mark in a queue of items that no further item comes."""
 
 
+class ThreadWork:
+    """A function of a session that runs in a thread, or waits for one."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        """How many recorded calls the function has in progress: it passed them to the event loop, and waits there."""
+
+
 class Activity:
     """The work that a session gave to threads. While such work runs, the session isn't idle."""
 
     def __init__(self) -> None:
-        self.threads = 0
-        """How many functions of the session run in a thread or wait for one."""
+        self.in_threads: set[ThreadWork] = set()
         self.is_never_idle = False
         """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
+
+    @property
+    def is_in_thread(self) -> bool:
+        """Whether a function of the session works in a thread, and doesn't wait for a recorded call."""
+        return any(not work.calls for work in self.in_threads)
 
 
 Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
