@@ -70,9 +70,8 @@ async def check(
     if not answer.replayed:
         return message
     assert isinstance(answer.content, Returned)
-    if message is None and "_terminated" in state:
-        # Mark the condition as stopped. AutoGen's conditions keep this mark in `_terminated`.
-        state["_terminated"] = True
+    if message is None:
+        session_state.stopped[id(condition)] = condition
     stop: Any = value_again(answer.content.value)
     return stop if isinstance(stop, StopMessage) else message
 

@@ -482,6 +482,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
     "own": lambda _: Drawn(),
     "function": lambda _: FunctionalTermination(lambda _: random.random() < 0.4),
     "pressed": lambda _: pressed(),
+    "both of two": lambda _: Drawn() & Drawn(),
     "nested, with a model": lambda happened: (
         MaxMessageTermination(500) | Drawn(Scripted(happened, *random.choices(["go", "stop"], k=90), name="judge"))
     ),
