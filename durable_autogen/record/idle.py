@@ -179,7 +179,7 @@ def _submit(original: Callable[..., Future[Any]]) -> Callable[..., Future[Any]]:
         if has_interpreters(self):
             future = original(self, fn, *args, **kwargs)
         else:
-            future = original(self, context.run, without_stop_iteration, fn, *args, **kwargs)
+            future = original(self, context.run, work.run, fn, *args, **kwargs)
         if not place.in_call:
             _count_until_done(future, work, place.session)
         return future
@@ -255,11 +255,3 @@ def _start(original: Callable[[threading.Thread], None]) -> Callable[[threading.
         original(self)
 
     return start
-
-
-def without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return fn(*args, **kwargs)
-    except StopIteration as error:
-        # Raise another exception: a future can't hold a StopIteration, so a task that awaits it would wait for ever.
-        raise RuntimeError("StopIteration was raised: next() found nothing") from error

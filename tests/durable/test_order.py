@@ -166,7 +166,10 @@ def test_thread_that_makes_calls_in_the_sessions_loop_gets_their_results_at_once
             model = Scripted(happened)
             return [asyncio.run_coroutine_threadsafe(asked(model), here).result(30) for _ in range(2)]
 
-        return await asyncio.to_thread(ask_twice)
+        alone = await asyncio.to_thread(ask_twice)
+        with ThreadPoolExecutor(1) as pool:  # the second function waits for the thread of the first one
+            one, other = await asyncio.gather(*(here.run_in_executor(pool, ask_twice) for _ in range(2)))
+        return [*alone, *one, *other]
 
     loop.run_until_complete(twice(shared_server, program, happened))
     assert "busy" not in caplog.text
