@@ -422,7 +422,7 @@ def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
         or getattr(original, "__isabstractmethod__", False)
         or isinstance(original, (staticmethod, classmethod))
         or isinstance(original, property) != isinstance(getattr(base, name, None), property)
-        or not (callable(original) or isinstance(original, property))
+        or not (callable(original) or isinstance(original, (property, functools.partialmethod)))
         or (kind, name) in _wrapped
         or kind is AgentRuntime
     ):

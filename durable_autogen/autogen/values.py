@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -23,6 +24,8 @@ from durable_autogen.record.failures import class_named
 from durable_autogen.record.storable import decoded, encoded, representable
 
 _CLASS, _VALUE, _UNRECORDED = "$class", "$value", "$unrecorded"
+_OWN_CLASS = "$reply"
+"""The key of a reply whose class is derived from CreateResult. It stands beside the fields of CreateResult."""
 
 _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     bytes: (lambda value: base64.b64encode(value).decode(), base64.b64decode),
@@ -173,14 +176,19 @@ def written_reply(result: CreateResult) -> tuple[Any, CreateResult]:
             if not isinstance(arguments, str):
                 # Write the arguments as text. Some servers send an object, and AutoGen needs a text.
                 call.arguments = json.dumps(arguments, ensure_ascii=False)
-    dumped = result.model_dump(mode="python", warnings=False)
+    dumped = result.model_dump(mode="python", warnings=False, include=set(CreateResult.model_fields))
     kept = representable(dumped)
-    return encoded(kept), result if kept == dumped else CreateResult.model_validate(kept)
+    written = encoded(kept)
+    if type(result) is not CreateResult:
+        with contextlib.suppress(Exception):  # a field of the client's own class may hold a value that JSON can't hold
+            written[_OWN_CLASS] = representable(written_value(result))
+    return written, result if kept == dumped else reply_again(written)
 
 
 def reply_again(written: Any) -> CreateResult:
     """Return the reply that `written_reply` wrote."""
-    return CreateResult.model_validate(decoded(written))
+    found = value_again(written[_OWN_CLASS]) if _OWN_CLASS in written else None
+    return found if isinstance(found, CreateResult) else CreateResult.model_validate(decoded(written))
 
 
 def text_of_reply(result: CreateResult) -> str:

@@ -135,6 +135,21 @@ async def test_create_method_of_mixin_is_recorded(shared_server: Server, happene
     assert "create" not in vars(Mixed)
 
 
+async def test_create_method_made_by_partialmethod_is_recorded(shared_server: Server, happened: list[str]) -> None:
+    class Preset(Scripted):
+        async def ask(self, model: str, messages: Sequence[Any], **_: Any) -> CreateResult:
+            happened.append(model)
+            return reply()
+
+        create = functools.partialmethod(ask, "preset")
+
+    async def program() -> list[str]:
+        return [await asked(Preset(happened)) for _ in range(2)]
+
+    await twice(shared_server, program, happened)
+    assert happened == ["preset"] * 2
+
+
 async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Server, happened: list[str]) -> None:
     class Fallback(Scripted):
         async def create(self, messages: Sequence[Any], **more: Any) -> CreateResult:
