@@ -196,18 +196,29 @@ def text_of_reply(result: CreateResult) -> str:
     return result.content if isinstance(result.content, str) else result.thought or ""
 
 
-def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
+def written_pieces(pieces: Sequence[Any], result: CreateResult) -> list[Any]:
     """Return a stream's pieces as JSON. If the joined pieces equal the reply's text, return only their lengths."""
-    if "".join(pieces) == text_of_reply(result):
+    if all(isinstance(piece, str) for piece in pieces) and "".join(pieces) == text_of_reply(result):
         return [len(piece) for piece in pieces]
-    found: list[Any] = representable(list(pieces))
-    return found
+    return [written_piece(piece) for piece in pieces]
 
 
-def pieces_again(written: Sequence[Any], result: CreateResult) -> list[str]:
+def written_piece(piece: Any) -> Any:
+    """Return a piece of a stream as JSON. It is a text, unless the client streams values of its own."""
+    if isinstance(piece, str):
+        return representable(str(piece))
+    if isinstance(piece, int):  # in `written_pieces`, a number is the length of a text
+        return _tagged(type(piece), piece)
+    try:
+        return representable(written_value(piece))
+    except Exception:  # noqa: BLE001 - the client's own class can't be written as JSON
+        return unrecorded_value(piece)
+
+
+def pieces_again(written: Sequence[Any], result: CreateResult) -> list[Any]:
     """Return the pieces that `written_pieces` wrote."""
     text = io.StringIO(text_of_reply(result))
-    return [text.read(one) if isinstance(one, int) else str(one) for one in written]
+    return [text.read(one) if isinstance(one, int) else value_again(one) for one in written]
 
 
 def is_broken(result: CreateResult) -> bool:

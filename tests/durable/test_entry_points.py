@@ -150,6 +150,31 @@ async def test_create_method_made_by_partialmethod_is_recorded(shared_server: Se
     assert happened == ["preset"] * 2
 
 
+@pytest.mark.parametrize("leaves", [False, True], ids=["read to its end", "left early"])
+async def test_stream_of_values_that_are_no_texts_is_recorded(
+    shared_server: Server, happened: list[str], leaves: bool
+) -> None:
+    class Thinking(Scripted):
+        async def create_stream(self, messages: Sequence[Any], **_: Any) -> AsyncGenerator[Any, None]:
+            happened.append("stream")
+            for piece in ("a text", Price(amount=1, day=DAY), {"step": word()}, ("two", 2), 3, True):
+                yield piece
+            yield reply()
+
+    async def program() -> list[Any]:
+        found: list[Any] = []
+        async with contextlib.aclosing(Thinking(happened).create_stream(QUESTION)) as stream:
+            async for piece in stream:
+                found.append(piece if not isinstance(piece, CreateResult) else plain(piece))
+                if leaves and len(found) == 4:
+                    break
+        return [*found, await asked(Scripted(happened))]
+
+    found = await twice(shared_server, program, happened)
+    assert found[:2] == ["a text", Price(amount=1, day=DAY)]
+    assert happened == ["stream", "model"]
+
+
 async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Server, happened: list[str]) -> None:
     class Fallback(Scripted):
         async def create(self, messages: Sequence[Any], **more: Any) -> CreateResult:
