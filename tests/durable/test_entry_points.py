@@ -511,6 +511,28 @@ class Drawn(TerminationCondition):
         self.over = False
 
 
+class Slotted(TerminationCondition):
+    """A termination condition that decides by chance, keeps its stop in a slot, and refuses a check after the stop."""
+
+    __slots__ = ("stop",)
+
+    def __init__(self) -> None:
+        self.stop: StopMessage | None = None
+
+    @property
+    def terminated(self) -> bool:
+        return self.stop is not None
+
+    async def __call__(self, messages: Sequence[Any]) -> StopMessage | None:
+        assert self.stop is None
+        if random.random() < 0.3:
+            self.stop = StopMessage(content=word(), source="lots")
+        return self.stop
+
+    async def reset(self) -> None:
+        self.stop = None
+
+
 def pressed() -> TerminationCondition:
     """An external termination that a callback sets after a while."""
     button = ExternalTermination()
@@ -523,6 +545,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
     "function": lambda _: FunctionalTermination(lambda _: random.random() < 0.4),
     "pressed": lambda _: pressed(),
     "both of two": lambda _: Drawn() & Drawn(),
+    "in slots": lambda _: Slotted() & Slotted(),
     "nested, with a model": lambda happened: (
         MaxMessageTermination(500) | Drawn(Scripted(happened, *random.choices(["go", "stop"], k=90), name="judge"))
     ),
