@@ -160,7 +160,7 @@ class Session:
         self._tell = tell
         self._client = client or NexumClient(nexum)
         self._owns_client = client is None
-        self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.address)
+        self._named_server = nexum or (os.environ.get("NEXUM_ADDRESS") if client is None else client.servers)
         """The server to name in printed commands. None if it is the server of this folder's database."""
         self._workflow = workflow
 
@@ -364,7 +364,7 @@ class Session:
         line = (
             f"{execution_id} ({call.tool_name}) is UNKNOWN: attempt {attempt.attempt} by worker "
             f"{attempt.worker_id} may have had its effect ({attempt.error}). "
-            f"{how_to_resolve(execution_id, self._named_server)}"
+            f"{how_to_resolve(execution_id, attempt.attempt, self._named_server)}"
         )
         look = partial(self._client.get_execution, execution_id, wait=NOTICE_EVERY, with_attempts=True)
         with waiting_for_a_person(line, self._tell_of_wait):

@@ -1,4 +1,4 @@
-"""The command line of durable_autogen: run a script durably; list, show and fork sessions; send them events."""
+"""The command line of durable_autogen: run a script durably; list, show, fork and cancel sessions; send events."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from durable_autogen.budget_command import add_limits
 from durable_autogen.record.log import Teller
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
-from nexum_engine.errors import InvalidRequest, NexumError
-from nexum_engine.options import refuse_bytes, user_name
+from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.options import count, refuse_bytes, user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
 OWNERS_PATIENCE = 1.0  # seconds; the owner of a run has half of that to reconnect to a server that has just started
@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m durable_autogen",
-        description="Make an AutoGen script durable without changing it; list, show and fork recorded sessions; send "
-        "events to them.",
+        description="Make an AutoGen script durable without changing it; list, show, fork and cancel recorded "
+        "sessions; send events to them.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     server = argparse.ArgumentParser(add_help=False)
@@ -97,7 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     # If SCRIPT is missing, Python 3.10 to 3.12 would otherwise report that ARGUMENTS are missing, too.
     arguments.required = False
-    ls = commands.add_parser("ls", parents=[server], help="list the sessions", description="List the sessions.")
+    ls = commands.add_parser(
+        "ls", parents=[server], help="list sessions, newest first", description="List sessions, newest first."
+    )
+    ls.add_argument(
+        "--limit",
+        type=count(1, 1000),
+        default=20,
+        metavar="N",
+        help="how many to list (default: %(default)s, at most 1000)",
+    )
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
         "show",
@@ -152,15 +161,38 @@ def build_parser() -> argparse.ArgumentParser:
     send.add_argument("name", metavar="NAME")
     send.add_argument("payload", metavar="JSON", nargs="?", default="null", help="the payload (default: null)")
     send.add_argument("--key", metavar="KEY", default="", help="a second event NAME with this key changes nothing")
+    cancel = commands.add_parser(
+        "cancel",
+        parents=[server],
+        help="stop the program that runs a session",
+        description="Cancel the run of SESSION: its program ends with RunCancelled at its next call, or within 10 s if "
+        "it waits for a call. What is recorded stays. Run the program again to continue.",
+    )
+    cancel.add_argument("session", metavar="SESSION")
+    cancel.add_argument("--by", metavar="NAME", default=user_name(), help="who cancels (default: the user's name)")
     return parser
 
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command about recorded sessions; return its output."""
+    from nexum_engine.commands import nothing_recorded
+    from nexum_engine.location import default_database_url
+    from nexum_engine.store import database_exists
+
+    try:
+        return await _look(args)
+    except StoreRefused as error:
+        # Say the same as the commands of nexum if this folder has no database, and none can be made here.
+        if args.command != "send" and not database_exists(url := default_database_url()):
+            raise nothing_recorded(url) from error
+        raise
+
+
+async def _look(args: argparse.Namespace) -> str:
     from durable_autogen import budget_command, session_report
     from durable_autogen.fork import fork_session, fork_source
     from durable_autogen.record.sent_events import send
-    from durable_autogen.recorded_sessions import has_begun, list_sessions, show_session
+    from durable_autogen.recorded_sessions import cancel_session, has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
     from nexum_engine.embedded import EmbeddedNexum
@@ -168,7 +200,7 @@ async def look(args: argparse.Namespace) -> str:
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(
-                lambda: list_sessions(client),
+                lambda: list_sessions(client, args.limit),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
             return (
@@ -187,9 +219,12 @@ async def look(args: argparse.Namespace) -> str:
             return f"sent event {args.name!r} to session {args.session}{unbegun}"
         if args.command == "budget":
             return await budget_command.run_command(client, args)
-        source, count = fork_source(args.source)
-        await fork_session(client, source, count, args.new, args.message, effects=args.effects)
-        copied = f"the first {count} call(s)" if count else "none of the calls"
+        if args.command == "cancel":
+            await cancel_session(client, args.session, by=args.by)
+            return f"the run of session {args.session} is cancelled: its program ends, and continues when it runs again"
+        source, number = fork_source(args.source)
+        await fork_session(client, source, number, args.new, args.message, effects=args.effects)
+        copied = f"the first {number} call(s)" if number else "none of the calls"
         return f"session {args.new} begins with {copied} of {source}"
 
 

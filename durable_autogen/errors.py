@@ -33,7 +33,7 @@ class NotDurable(InvalidRequest):
 
 
 class RunCancelled(NexumError):
-    """The run was cancelled. The next run with the same session id resumes from what is recorded."""
+    """The run was cancelled, by its program or a person. The session's next run resumes from what is recorded."""
 
 
 class Parked(NexumError):

@@ -96,7 +96,7 @@ async def _forked(client: NexumClient, source: str, count: int, effects: OnEffec
     if effects == "refuse":
         _refuse(source, count, later, of_workers)
         return kept, []
-    return kept, _reusable(source, later, of_workers, client.address)
+    return kept, _reusable(source, later, of_workers, client.servers)
 
 
 def _first_events(record: Record, source: str, count: int) -> list[Event]:
@@ -174,10 +174,15 @@ def _reusable(source: str, later: Sequence[Effect], of_workers: Sequence[Executi
         )
     for input, execution in later:
         if not execution.status.ended:
-            is_unknown = execution.nodes[0].status is NodeStatus.WAITING
+            (node,) = execution.nodes
+            is_unknown = node.status is NodeStatus.WAITING
             raise InvalidRequest(
                 f"a call of session {source} has no result to reuse: {input} may or may not have happened. "
-                + (how_to_resolve(execution.execution_id, nexum) if is_unknown else "Let the session continue first")
+                + (
+                    how_to_resolve(execution.execution_id, node.attempts[-1].attempt, nexum)
+                    if is_unknown
+                    else "Let the session continue first"
+                )
             )
     return [(input, execution) for input, execution in later if execution.status is ExecutionStatus.COMPLETED]
 

@@ -1,4 +1,4 @@
-"""List and show recorded sessions, and send events to them."""
+"""List, show and cancel recorded sessions, and send events to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from durable_autogen.record.events import (
@@ -23,7 +24,7 @@ from nexum_engine import jsontext
 from nexum_engine.approvals import how_to_decide, how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
-from nexum_engine.errors import ExecutionNotFound, InvalidRequest
+from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, PendingApproval, UnknownNode
 
 T = TypeVar("T")
@@ -47,12 +48,12 @@ class SessionInfo:
     """The decisions that the session waits for, each with the command for it."""
 
 
-async def list_sessions(client: NexumClient) -> list[SessionInfo]:
-    """Return a summary of every session on the server, the latest session first."""
+async def list_sessions(client: NexumClient, limit: int | None = None) -> list[SessionInfo]:
+    """Return a summary of every session on the server, the latest session first. With `limit`, of the latest ones."""
 
     async def read() -> list[SessionInfo]:
         # Keep no events: the sessions together may have more than fits into memory.
-        return [shown.info async for shown in _sessions(client, "")]
+        return [shown.info async for shown in _sessions(client, "", limit)]
 
     return await while_pruning(read)
 
@@ -65,16 +66,20 @@ async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
             return await read()
 
 
-async def _sessions(client: NexumClient, key_prefix: str) -> AsyncGenerator[ShownSession, None]:
+async def _sessions(
+    client: NexumClient, key_prefix: str, limit: int | None = None
+) -> AsyncGenerator[ShownSession, None]:
     """Yield the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
-    runs: dict[str, list[Execution]] = {}
-    async for run in client.all_executions(
-        workflow_id=AGENT_RUN.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=SERVER_PATIENCE
-    ):
-        runs.setdefault(run.idempotency_key.rpartition("/")[0], []).append(run)
+    runs = partial(client.all_executions, workflow_id=AGENT_RUN.workflow_id, with_nodes=True, patience=SERVER_PATIENCE)
     questions = await _questions(client)
-    for session, found in runs.items():
-        yield await _shown(client, session, found, questions.get(session, ()))
+    number = 0
+    async for latest in runs(key_prefix=key_prefix, group_sessions=True):
+        if number == limit:
+            return
+        number += 1
+        session = latest.idempotency_key.rpartition("/")[0]
+        if found := [run async for run in runs(key_prefix=f"{session}/")]:  # else the session was just pruned
+            yield await _shown(client, session, found, questions.get(session, ()))
 
 
 async def _questions(client: NexumClient) -> dict[str, list[str]]:
@@ -88,7 +93,7 @@ async def _questions(client: NexumClient) -> dict[str, list[str]]:
             input_json = whole.execution.input_json
         input = jsontext.parse(input_json, "the input")
         if isinstance(input, dict) and isinstance(session := input.get("session"), str):
-            found.setdefault(session, []).append(_question(one, input, client.address))
+            found.setdefault(session, []).append(_question(one, input, client.servers))
     return found
 
 
@@ -96,7 +101,7 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
     arguments = jsontext.dump(input.get("arguments"), "it") if one.input_json else "…"  # left out: too long to show
     what = f"{input['tool']}({arguments})" if "tool" in input else one.node_id
     if isinstance(one, UnknownNode):
-        return f"may or may not have called {what}. {how_to_resolve(one.execution_id, nexum)}"
+        return f"may or may not have called {what}. {how_to_resolve(one.execution_id, one.attempt, nexum)}"
     if command := input.get("decide_with"):  # a `BudgetQuestion`: an approval without new limits decides nothing
         return f"has used {input.get('reason')} of its budget, and waits for a decision: {command}"
     return f"waits for a decision on {what}: {how_to_decide(one.execution_id, nexum)}"
@@ -174,6 +179,20 @@ async def has_begun(client: NexumClient, session: str) -> bool:
         workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1, patience=SERVER_PATIENCE
     )
     return bool(runs)
+
+
+async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> None:
+    """Cancel the run of a session: its program ends with RunCancelled, and continues when it runs again.
+
+    `by` is the name of the person who cancels. Raises InvalidRequest if the session is unknown, and Conflict if nothing
+    runs it.
+    """
+    latest = await client.list_executions(workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1)
+    if not latest:
+        raise unknown_session(session)
+    if latest[0].status.ended:
+        raise Conflict(f"nothing runs session {session}")
+    await client.cancel_execution(latest[0].execution_id, by=by)
 
 
 def _status(run: Execution, *, is_finished: bool) -> str:

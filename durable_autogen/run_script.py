@@ -301,7 +301,7 @@ def run_script(args: argparse.Namespace) -> int:
             return 1
     if not sessions.has_recorded:
         why = (
-            "called no model, tool or person through AutoGen"
+            "called no model, tool or person through AutoGen, or only in sessions of its own"
             if sessions.counts
             else "ran no main coroutine with asyncio.run, asyncio.Runner or an asyncio event loop's run_until_complete"
         )

@@ -218,9 +218,12 @@ def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
     return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"
 
 
-def how_to_resolve(execution_id: str, nexum: str | None = None) -> str:
-    """Return what a person does about an unknown effect, with the command. `nexum` is the server's address."""
-    command = f"python -m nexum_engine resolve {execution_id}{server_option(nexum)}"
+def how_to_resolve(execution_id: str, attempt: int, nexum: str | None = None) -> str:
+    """Return what a person does about an attempt with an unknown effect, with the command.
+
+    `nexum` is the server's address.
+    """
+    command = f"python -m nexum_engine resolve {execution_id}{server_option(nexum)} --attempt {attempt}"
     return f"Find out, then: {command} --result JSON, or --not-done, or --failed REASON"
 
 

@@ -143,6 +143,11 @@ class NexumClient:
         """HOST:PORT of the server, or the path of its database."""
         return self.connection.address
 
+    @property
+    def servers(self) -> str:
+        """What a command's option --nexum needs to find this client's servers, also after the present one has ended."""
+        return ",".join(sorted(self.connection.targets)) or self.address
+
     async def __aenter__(self) -> NexumClient:
         return self
 
@@ -477,15 +482,21 @@ class NexumClient:
         output: object = None,
         not_done: bool = False,
         failed: str | None = None,
+        attempt: int = 0,
     ) -> None:
         """Decide about a node whose effect is unknown.
 
         With `not_done`, the effect has not happened, and the node is handed out again. With `failed`, the node and its
         execution fail for this reason. Otherwise the effect has happened, and the node completes with the JSON value
-        `output`. Raises NotFound, Conflict if the node does not wait for such a decision, and InvalidRequest for an
-        empty reason.
+        `output`. `attempt` is the attempt that the decision is about (`UnknownNode.attempt`); it may be 0 if it is the
+        node's first attempt in doubt.
+
+        Raises NotFound, Conflict if the node does not wait for such a decision or if another attempt is in doubt, and
+        InvalidRequest for an empty reason.
         """
-        request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=resolved_by)
+        request = pb.ResolveRequest(
+            execution_id=execution_id, node_id=node_id, resolved_by=resolved_by, attempt=attempt
+        )
         if [output is not None, not_done, failed is not None].count(True) > 1:
             raise InvalidRequest("a node is resolved in one way: give only one of output, not_done and failed")
         if not_done:
@@ -626,8 +637,10 @@ class NexumClient:
         attempt finds out whether the effect has happened. Otherwise, or if that attempt can't tell either, the node
         waits for a person.
         """
+        # An error may name a file whose name isn't UTF-8: Python keeps such bytes as lone surrogates.
+        message = error.encode("utf-8", "replace").decode()
         # Set `final` as well, for older servers: they ignore `unknown`, and would hand the task out again.
-        request = pb.FailRequest(task_id=task_id, error_message=error, final=final or unknown, unknown=unknown)
+        request = pb.FailRequest(task_id=task_id, error_message=message, final=final or unknown, unknown=unknown)
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
     async def _report(

@@ -147,9 +147,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     resolve = commands.add_parser(
         "resolve",
         # argparse would write the alternatives in one long line.
-        usage="%(prog)s [-h] [--by NAME] [--nexum HOST:PORT]\n"
-        "       [--database-url URL] (--result JSON | --not-done | --failed REASON)\n"
-        "       EXECUTION [NODE]",
+        usage="%(prog)s [-h] [--by NAME] [--attempt N]\n"
+        "       [--nexum HOST:PORT] [--database-url URL]\n"
+        "       (--result JSON | --not-done | --failed REASON) EXECUTION [NODE]",
         help="say whether the effect of an UNKNOWN node has happened",
         description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
     )
@@ -212,6 +212,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--not-done", action="store_true", help="the effect has not happened: the node is handed out again"
     )
     decision.add_argument("--failed", metavar="REASON", help="the node and its execution fail")
+    resolve.add_argument(
+        "--attempt",
+        type=count(1, 1_000_000),
+        default=0,
+        metavar="N",
+        help="the attempt that you have looked at, as unknown prints it. If another attempt is in doubt by now, the "
+        "decision is refused (needed if a person has decided about an earlier attempt)",
+    )
     send.add_argument("name", metavar="NAME", help="the event's name")
     send.add_argument(
         "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
@@ -306,7 +314,7 @@ async def when_released(attempt: Callable[[], Awaitable[T]]) -> T:
 
 async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
     if not database_exists(url):
-        raise StoreRefused(f"{tried}no database at {url}: nothing recorded")
+        raise nothing_recorded(url, tried)
     try:
         store = await open_store(url, SystemClock())
     except StoreLocked as error:
@@ -315,6 +323,11 @@ async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: 
         return await read(store)
     finally:
         await store.close()
+
+
+def nothing_recorded(url: str, tried: str = f"no server on {DEFAULT_ADDRESS}, and ") -> StoreRefused:
+    """Return the error of a command that needs a database, if there is none."""
+    return StoreRefused(f"{tried}no database at {url}: nothing recorded")
 
 
 class _OnServer:
@@ -384,7 +397,15 @@ class _InDatabase:
         return await self._store.run(waits.unknown_nodes)
 
     async def resolve(
-        self, execution_id: str, node_id: str, *, resolved_by: str, output: object, not_done: bool, failed: str | None
+        self,
+        execution_id: str,
+        node_id: str,
+        *,
+        resolved_by: str,
+        output: object,
+        not_done: bool,
+        failed: str | None,
+        attempt: int,
     ) -> None:
         is_done = not not_done and failed is None
         await self._store.run(
@@ -395,6 +416,7 @@ class _InDatabase:
             output_json=jsontext.dump(output, "the result") if is_done else None,
             not_done=not_done,
             failed=failed or "",
+            attempt=attempt,
         )
 
     async def tools(self) -> list[DeclaredTool]:
@@ -519,9 +541,13 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
         output=getattr(args, "result", None),
         not_done=args.not_done,
         failed=args.failed,
+        attempt=args.attempt,
     )
     if args.not_done:
-        return f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call"
+        return (
+            f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call (or "
+            "cancels it, if the program no longer makes it)"
+        )
     return f"{node} of {args.execution} is {'COMPLETED' if args.failed is None else 'FAILED'}"
 
 
@@ -534,7 +560,12 @@ async def _only_node(source: _Executions, execution_id: str, waits: Callable[[No
     execution = await source.get(execution_id)
     names = [node.node_id for node in execution.nodes if waits(node)]
     if not names:
-        raise Conflict(f"no node of execution {execution_id} waits for {decision}: it is {execution.status.value}")
+        # Another person may have been faster, or the answer to this person's own decision was lost.
+        made = report.last_decision(execution, SystemClock().now_ms())
+        raise Conflict(
+            f"no node of execution {execution_id} waits for {decision}: it is {execution.status.value}"
+            f"{made and f'; {made}'}"
+        )
     if len(names) > 1:
         raise InvalidRequest(f"several nodes of execution {execution_id} wait: name one of {', '.join(names)}")
     return names[0]

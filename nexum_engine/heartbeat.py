@@ -74,7 +74,8 @@ class Heartbeat:
     with the error when the stream is lost or can't be opened: ServerUnavailable if no server answers, else the server's
     error. `on_lost` is called at the first error, when the error's class changes, and every 10 s.
 
-    `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
+    `on_tasks_lost` is called with the ids of held tasks that the server has taken away, after each heartbeat that names
+    them. `on_blocked` is called, in the heartbeat's thread, when the program's event loop has been blocked for at least
     BLOCKED_AFTER seconds. Its argument is the number of seconds since the block began. Each block is reported once.
     """
 
@@ -86,6 +87,7 @@ class Heartbeat:
         prepare: Callable[[], Awaitable[None]] = _nothing,
         on_connected: Callable[[], None] = lambda: None,
         on_lost: Callable[[NexumError], None] = lambda _: None,
+        on_tasks_lost: Callable[[frozenset[str]], None] = lambda _: None,
         on_blocked: Callable[[float], None] = lambda _: None,
     ) -> None:
         self.draining = False
@@ -99,6 +101,7 @@ class Heartbeat:
         self._prepare = prepare
         self._on_connected = on_connected
         self._on_lost = on_lost
+        self._on_tasks_lost = on_tasks_lost
         self._on_blocked = on_blocked
         self._told: tuple[type[NexumError], float] | None = None
 
@@ -387,8 +390,10 @@ class Heartbeat:
             for task_id, future in questions:
                 if not future.done():
                     future.set_result(task_id not in lost)
+            if lost:
+                self._on_tasks_lost(lost)
 
-        if questions:
+        if questions or lost:
             call_in(loop, answer)
 
 

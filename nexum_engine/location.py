@@ -101,7 +101,9 @@ def place_of(database: str | Path) -> bytes:
         folder = os.stat(os.path.dirname(path))
     except (OSError, ValueError):  # ValueError: a zero byte in the path
         return b""
-    return os.fsencode(f"{folder.st_dev}:{folder.st_ino}:{os.path.basename(path)}")
+    # On Windows, versions of Python give a folder different numbers.
+    place = os.path.normcase(path) if os.name == "nt" else f"{folder.st_dev}:{folder.st_ino}:{os.path.basename(path)}"
+    return os.fsencode(place)
 
 
 def address_file(database: Path) -> Path:
@@ -121,6 +123,17 @@ def read_address(database: Path) -> str | None:
 def read_process(database: Path) -> str:
     """Return the process that the database's address file names (see `process_name`); empty if it names none."""
     return _read_lines(database)[1]
+
+
+def last_server(database: Path) -> str:
+    """Return in words which server the database's address file names; empty if it names none."""
+    address = read_address(database)
+    found = re.fullmatch(r"([\w.-]+)-([0-9]+)-[0-9a-f]+-", read_process(database))
+    if address is None or found is None:
+        return ""
+    host, pid = found.groups()
+    where = "" if host == socket.gethostname() else ", another machine or container"
+    return f"process {pid} of {host}{where}, on {address}"
 
 
 def _read_lines(database: Path) -> tuple[str, str]:

@@ -247,6 +247,21 @@ def _decisions(node: Node) -> list[Attempt]:
     return [later for earlier, later in pairs if earlier.outcome is Outcome.UNKNOWN]
 
 
+def last_decision(execution: Execution, now_ms: int) -> str:
+    """Return who made the last decision about the execution's nodes, and which one. Return "" if there is none."""
+    made = [(decision.ended_ms or 0, node, decision) for node in execution.nodes for decision in _decisions(node)]
+    if not made:
+        return ""
+    decided_ms, node, decision = max(made, key=lambda one: one[0])
+    verb = "resolved"
+    if node.node_type == NodeType.HUMAN_APPROVAL:
+        verb = "approved" if decision.outcome is Outcome.COMPLETED else "rejected"
+    who = printable(decision.worker_id) or "somebody"
+    return (
+        f"{who} {verb} {node.node_id} {age(now_ms - decided_ms)}{decision.error and f': {printable(decision.error)}'}"
+    )
+
+
 def _by(decision: Attempt) -> str:
     return f" by {_cut(decision.worker_id, WIDTH - 60)}" if decision.worker_id else ""
 

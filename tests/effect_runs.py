@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nexum_engine.approvals import NODE
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import Conflict
 from nexum_engine.options import count
+from nexum_engine.records import UnknownNode
 
 DEATH = 0.12  # the probability that a program kills itself at each of two moments of a call
 MAX_DEATHS = 4  # of one program, by default; after these deaths, the program runs undisturbed
@@ -137,7 +139,7 @@ class People:
             made = json.loads(effect.input_json)
             program = self.programs[made["session"]]
             if random.random() < probability and only in (None, program):
-                await self.find_out(program, effect.execution_id, effect.node_id, made["arguments"]["number"])
+                await self.find_out(program, effect, made["arguments"]["number"])
 
     async def decide_call(self, program: Program, execution: str, arguments: dict[str, Any]) -> None:
         number, amount = arguments["number"], arguments["amount"]
@@ -175,20 +177,21 @@ class People:
             program.limits = raised
             self.hits["raised"] += 1
 
-    async def find_out(self, program: Program, execution: str, node: str, number: int) -> None:
+    async def find_out(self, program: Program, effect: UnknownNode, number: int) -> None:
         """Resolve an effect that may or may not have happened. Mostly say the truth."""
         async with program.deciding:
             has_happened = any(entry.number == number for entry in program.entries())
             how = random.choice(["result", "failed"] if has_happened else ["not done", "not done", "failed"])
             is_lie = has_happened and random.random() < 0.1
+            resolve = partial(self.client.resolve, effect.execution_id, effect.node_id, attempt=effect.attempt)
             with suppress(Conflict):
                 if how == "not done" or is_lie:
-                    await self.client.resolve(execution, node, resolved_by="ann", not_done=True)
+                    await resolve(resolved_by="ann", not_done=True)
                     program.lies[number] += is_lie
                 elif how == "failed":
-                    await self.client.resolve(execution, node, resolved_by="ann", failed="it went wrong")
+                    await resolve(resolved_by="ann", failed="it went wrong")
                 else:
-                    await self.client.resolve(execution, node, resolved_by="ann", output="ann has the receipt")
+                    await resolve(resolved_by="ann", output="ann has the receipt")
                 self.hits["lied" if is_lie else f"resolved: {how}"] += 1
 
 

@@ -20,7 +20,7 @@ from nexum_engine.approvals import key_of
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, IdempotencyConflict, NexumError, TaskNotFound
-from nexum_engine.records import Execution, NodeStatus, Outcome, Task
+from nexum_engine.records import Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.workflow import RetryPolicy, Workflow, workflow
 
 
@@ -66,12 +66,16 @@ def kept_for(session: str, digest: str = "") -> str:
     return f"{session}:reuse/{digest}"
 
 
-async def read_effects(client: NexumClient, key_prefix: str) -> list[tuple[EffectInput, Execution]]:
-    """Return the effects whose keys begin with `key_prefix`, oldest first."""
+async def read_effects(client: NexumClient, key_prefix: str, status: str = "") -> list[tuple[EffectInput, Execution]]:
+    """Return the effects whose keys begin with `key_prefix`, oldest first; with `status`, only those of this status."""
     found = [
         (EffectInput.model_validate_json(one.input_json), one)
         async for one in client.all_executions(
-            workflow_id=TOOL_EFFECT.workflow_id, key_prefix=key_prefix, with_nodes=True, patience=OUTAGE_PATIENCE
+            workflow_id=TOOL_EFFECT.workflow_id,
+            key_prefix=key_prefix,
+            status=status,
+            with_nodes=True,
+            patience=OUTAGE_PATIENCE,
         )
     ]
     return found[::-1]
@@ -90,8 +94,9 @@ def has_not_happened(execution: Execution) -> bool:
 
 async def cancel_effects_to_be_made(journal: Journal) -> None:
     """Cancel the effects that have not happened: the run has ended without making their calls."""
-    for _, execution in await read_effects(journal.client, of_session(journal.session)):
-        if not execution.status.ended and has_not_happened(await with_attempts(journal.client, execution)):
+    running = await read_effects(journal.client, of_session(journal.session), ExecutionStatus.RUNNING.value)
+    for _, execution in running:
+        if has_not_happened(await with_attempts(journal.client, execution)):
             with contextlib.suppress(Conflict):  # it ended in the meantime
                 await journal.client.cancel_execution(execution.execution_id, by=f"session {journal.session}")
 

@@ -18,8 +18,12 @@ from durable_autogen.record.storable import decoded, encoded, has_surrogates, re
 
 T = TypeVar("T")
 
-MAX_TEXT = 20_000  # characters; an error's text is cut if it is longer; a longer argument or attribute is left out
+MAX_TEXT = 1_000_000
+"""The longest text of an error, in characters. A longer one is cut. An error's arguments share this limit, too.
 
+More than this fits into no model's context, and the record of an error must not be larger than a result may be.
+"""
+MAX_ATTRIBUTE = 20_000  # characters; a longer attribute is left out
 MAX_GROUP = 100  # exceptions; of a larger ExceptionGroup, only the first ones are recorded
 
 
@@ -45,21 +49,21 @@ class Failure(BaseModel):
     """The exceptions in an ExceptionGroup. `args` then holds only the group's message."""
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
-        """Return an exception as a Failure."""
+    def of(cls, error: Exception, max_text: int = MAX_TEXT) -> Failure:
+        """Return an exception as a Failure. The exceptions in an ExceptionGroup share `max_text`."""
         kind = type(error)
         group = _group(error)
-        args = [_storable(one) for one in (_made_with(error) if group is None else [getattr(error, "message", "")])]
+        made_with = _made_with(error) if group is None else [getattr(error, "message", "")]
+        args = [_storable(one, max_text // len(made_with)) for one in made_with]
+        attributes = {name: _storable(value, MAX_ATTRIBUTE) for name, value in vars(error).items()}
         return cls(
             module=kind.__module__,
             name=kind.__qualname__,
-            text=_text(error),
+            text=_text(error, max_text),
             args=None if _NOT_STORABLE in args else args,
-            attributes={
-                name: one for name, value in vars(error).items() if (one := _storable(value)) is not _NOT_STORABLE
-            },
-            validation=_validation_errors(error),
-            group=None if group is None else [cls.of(one) for one in group],
+            attributes={name: one for name, one in attributes.items() if one is not _NOT_STORABLE},
+            validation=_validation_errors(error, max_text),
+            group=None if group is None else [cls.of(one, max_text // len(group)) for one in group],
         )
 
     def again(self) -> Exception:
@@ -158,12 +162,12 @@ _NOT_STORABLE: Any = object()
 _KNOWN_ERRORS = set(get_args(ErrorType))
 
 
-def _validation_errors(error: Exception) -> list[dict[str, Any]] | None:
+def _validation_errors(error: Exception, max_text: int) -> list[dict[str, Any]] | None:
     if not isinstance(error, ValidationError):
         return None
     with contextlib.suppress(Exception):  # pydantic may be unable to write the invalid input as JSON
         found: list[dict[str, Any]] = json.loads(error.json(include_url=False))
-        return found if len(json.dumps(found)) <= MAX_TEXT else None
+        return found if len(json.dumps(found)) <= max_text else None
     return None
 
 
@@ -188,22 +192,25 @@ def _group(error: Exception) -> Sequence[Exception] | None:
     return members[:MAX_GROUP]
 
 
-def _storable(value: object) -> Any:
-    """Return a value in the form in which it is recorded. Return `_NOT_STORABLE` if `decoded` can't restore it."""
+def _storable(value: object, max_text: int) -> Any:
+    """Return a value in the form in which it is recorded.
+
+    Return `_NOT_STORABLE` if `decoded` can't restore the value, or if the value has more than `max_text` characters.
+    """
     with contextlib.suppress(Exception):  # an object refuses to be written, and its `==` may raise anything
         written = encoded(value)
-        text = json.dumps(written, ensure_ascii=False)
-        if decoded(written) == value and len(text) <= MAX_TEXT and not has_surrogates(text):
+        text = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
+        if decoded(written) == value and len(text) <= max_text and not has_surrogates(text):
             return written
     return _NOT_STORABLE
 
 
-def _text(error: Exception) -> str:
+def _text(error: Exception, max_text: int = MAX_TEXT) -> str:
     try:
         text: str = representable(str(error))
     except Exception as unsaid:  # noqa: BLE001 - the program's __str__ may raise anything
         text = f"(its text can't be read: {type(unsaid).__name__})"
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} [cut]"
+    return text if len(text) <= max_text else f"{text[:max_text]} [cut]"
 
 
 async def ordinary(call: Awaitable[T], name: str) -> T:

@@ -209,7 +209,7 @@ class Guard:
 
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
-            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._client.address)}"
+            line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._client.servers)}"
             with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
                 if self._ask is not None:
                     asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
@@ -383,20 +383,21 @@ class Guard:
             execution = (await look()).execution
             if _is_unresolved(execution) and execution_id not in self._attempted_effects:
                 self._attempted_effects.add(execution_id)
-                if guarded.policy.reconcile is not None and await self._resolve_by_reconcile(guarded, execution_id):
+                if guarded.policy.reconcile is not None and await self._resolve_by_reconcile(guarded, execution):
                     execution = (await look()).execution
             if _is_unresolved(execution):
-                why = next((one.error for one in reversed(execution.nodes[0].attempts) if one.error), "")
+                attempts = execution.nodes[0].attempts
+                why = next((one.error for one in reversed(attempts) if one.error), "")
                 line = (
                     f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
-                    f"{how_to_resolve(execution_id, self._client.address)}"
+                    f"{how_to_resolve(execution_id, attempts[-1].attempt, self._client.servers)}"
                 )
                 with self._recorder.waiting_for_a_person(guarded.call.address, line):
                     while _is_unresolved(execution):
                         execution = (await look(wait=RESOLVE_INTERVAL)).execution
         return execution if execution.status.ended else None
 
-    async def _resolve_by_reconcile(self, guarded: GuardedCall, execution_id: str) -> bool:
+    async def _resolve_by_reconcile(self, guarded: GuardedCall, execution: Execution) -> bool:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
         try:
             value = await self._reconciled(guarded)
@@ -405,8 +406,11 @@ class Guard:
                 answer = {"output": {TOOLS_OWN: guarded.form.write(value)}}
             # If another run has taken over, it may have made the call since `reconcile` looked.
             await self._recorder.before_attempt(guarded.call)
+            attempt = execution.nodes[0].attempts[-1].attempt
             with suppress(Conflict):  # a person was faster
-                await self._client.resolve(execution_id, EFFECT, resolved_by="reconcile", **answer)
+                await self._client.resolve(
+                    execution.execution_id, EFFECT, resolved_by="reconcile", attempt=attempt, **answer
+                )
         except (UnknownEffect, ValueError, RoleRefused) as error:
             self._log.warning("%s: %s", guarded, error)
             return False

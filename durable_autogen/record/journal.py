@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from durable_autogen.errors import SessionBusy
+from durable_autogen.errors import RunCancelled, SessionBusy
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -62,8 +62,12 @@ class Journal:
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
         event, or given back an effect."""
         self.client = client
+        self.on_cancelled: Callable[[RunCancelled], None] = lambda _: None
+        """Called if somebody cancels the run while it makes no request."""
         self.owner = Owner(
-            client, on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OUTAGE_PATIENCE)
+            client,
+            on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OUTAGE_PATIENCE),
+            on_tasks_lost=self._tasks_lost,
         )
         self._run: Task | None = None
         self._moving = asyncio.Lock()
@@ -78,7 +82,7 @@ class Journal:
 
     def command(self, name: str) -> str:
         """Return the beginning of a command that works on this session, such as the command `send`."""
-        return f"python -m durable_autogen {name}{server_option(self.client.address)} {self.session}"
+        return f"python -m durable_autogen {name}{server_option(self.client.servers)} {self.session}"
 
     @property
     def events(self) -> list[Event]:
@@ -118,6 +122,8 @@ class Journal:
                 # A journal that no session has opened, such as that of a fork, comes here without an error.
                 reason = "no program was run" if error is None else f"{type(error).__name__}: {error}"
                 await self.owner.fail(self._run, reason, patience=TAKE_OVER_PATIENCE)
+        except StaleTask:
+            pass  # somebody has cancelled the run, or another process has taken it over
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
@@ -222,6 +228,27 @@ class Journal:
                 # Try again: the event's owner may have died, and the server may not have noticed yet.
                 await asyncio.sleep(LOOK_INTERVAL)
 
+    def _tasks_lost(self, task_ids: frozenset[str]) -> None:
+        if self._run is not None and self._run.task_id in task_ids:
+            self.finish_later(self._tell_if_cancelled(self._run))
+
+    async def _tell_if_cancelled(self, run: Task) -> None:
+        # Ignore another error: the next request meets the same one, and raises it.
+        with contextlib.suppress(NexumError):
+            try:
+                await self._check_not_cancelled(run)
+            except RunCancelled as cancelled:
+                self.on_cancelled(cancelled)
+
+    async def _check_not_cancelled(self, run: Task) -> None:
+        """Raise RunCancelled if somebody has cancelled the run, and ExecutionNotFound if the database was replaced."""
+        execution = (await self.client.get_execution(run.execution_id, patience=OUTAGE_PATIENCE)).execution
+        if execution.status is ExecutionStatus.CANCELLED:
+            raise RunCancelled(
+                f"the run of session {self.session} was {execution.error or 'cancelled'}; run it again to resume from "
+                "what is recorded"
+            )
+
     @contextlib.contextmanager
     def held(self, what: str) -> Iterator[None]:
         """Raise SessionBusy if the server answers, inside a `with`, that another process has taken over `what`."""
@@ -252,13 +279,14 @@ class Journal:
         """Record all events again if the server's database was replaced; return whether the database was replaced.
 
         `run` is the task of this process's run when the server refused a request. Several requests may be refused at
-        the same time: only the first of them records the events again.
+        the same time: only the first of them records the events again. Raises RunCancelled if somebody has cancelled
+        the run.
         """
         async with self._moving:
             if self._run is None or self._run is not run:
                 return self._run is not run
             try:
-                await self.client.get_execution(run.execution_id, patience=OUTAGE_PATIENCE)
+                await self._check_not_cancelled(run)
                 return False
             except ExecutionNotFound:
                 await self._record_again()
@@ -404,7 +432,10 @@ class Journal:
         looks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
-        """Record the end and the summary of the run. Raises SessionBusy if another process owns the session."""
+        """Record the end and the summary of the run.
+
+        Raises SessionBusy if another process owns the session, and RunCancelled if somebody has cancelled the run.
+        """
         await self._finish_background()
         await self._close_open(
             "the run that made this call died, and a later run did not make it again", OUTAGE_PATIENCE
@@ -419,6 +450,9 @@ class Journal:
                     except TaskNotFound:
                         await self._move_if_replaced(self._run)
                         await self.owner.complete(self._run, summary)
+                    except StaleTask:
+                        await self._check_not_cancelled(self._run)
+                        raise
             finally:
                 self._run = None
 

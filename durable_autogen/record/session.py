@@ -233,8 +233,7 @@ class Session:
             await recorder.replay_rest()
             self.is_over = True  # a call that a background task makes from now on would not be recorded
             await recorder.end(self.stop_reason)
-            if recorder.journal.may_leave_open:
-                await self._withdraw_questions(recorder.journal)
+            await self._withdraw_questions(recorder.journal)
             self.guard.warn_of_unknown_names()
 
     async def _withdraw_questions(self, journal: Journal) -> None:
@@ -244,10 +243,13 @@ class Session:
         event is sent later, its execution is started again.
         """
         with suppress(NexumError):  # if no server answers, a later run cancels them
-            await journal.cancel_running(approval_workflow(), f"{self.session_id}:{NODE}/")
-            await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
-            await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
-            await cancel_effects_to_be_made(journal)
+            if journal.may_leave_open:
+                await journal.cancel_running(approval_workflow(), f"{self.session_id}:{NODE}/")
+                await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
+                await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
+            # Since the end of a finished session, a person may have resolved an effect as not done.
+            if journal.may_leave_open or journal.ended is not None:
+                await cancel_effects_to_be_made(journal)
 
     async def _close(self) -> None:
         self.is_over = True

@@ -95,7 +95,7 @@ class Polls:
         self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
         self._largest_task: dict[str, int] = {}
-        """By version: the size of the largest task that a worker can receive, as the workers' polls say."""
+        """By version: the size of the largest task that a worker can receive, as the store knows from this server."""
         self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
         """By version: an upper bound of the number of due tasks. If a version is missing here, its number is unknown.
@@ -159,8 +159,14 @@ class Polls:
         self._polls_of_worker[poll.worker_id][poll] = None
         for version_hash in poll.version_hashes:
             self._polls[version_hash][poll] = None
-            self._largest_task[version_hash] = max(poll.max_bytes, self._largest_task.get(version_hash, 0))
+            if poll.max_bytes > self._largest_task.get(version_hash, 0):
+                noting = self._store.run(tasks.note_largest_task, version_hash, poll.max_bytes)
+                noting.when_stored(partial(self._largest_noted, version_hash, poll.max_bytes))
             self._remember_poll(version_hash)
+
+    def _largest_noted(self, version_hash: str, max_bytes: int, is_registered: bool) -> None:
+        if is_registered:  # else the next poll must note it
+            self._largest_task[version_hash] = max(max_bytes, self._largest_task.get(version_hash, 0))
 
     def _remove(self, poll: _WaitingPoll) -> None:
         _discard(self._polls_of_worker, poll.worker_id, poll)
@@ -298,14 +304,6 @@ class Polls:
         return bool(self._polls.get(version_hash)) or (
             last is not None and self._clock.now_ms() - last <= POLL_COUNTS_FOR_MS
         )
-
-    def largest_task(self, version_hash: str) -> int | None:
-        """Return the size of the largest task that a worker of the version can receive, as the workers' polls say.
-
-        Return None if no worker has polled for the version since the server's start. A worker that is busy or away
-        still counts, because it may come back for the task.
-        """
-        return self._largest_task.get(version_hash)
 
     def worker_connected(self, worker_id: str) -> None:
         """Note that the worker has a worker stream. Its next tasks get the shorter lease, which heartbeats renew."""

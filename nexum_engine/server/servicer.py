@@ -158,7 +158,7 @@ class NexumServicer(NexumServiceServicer):
             input_json,
             request.idempotency_key,
             attributes=dict(request.attributes),
-            max_task_bytes=max(self.polls.largest_task(request.version_hash) or 0, DEFAULT_CLIENT_BYTES),
+            any_worker_bytes=DEFAULT_CLIENT_BYTES,
             full_at=full_at,
         )
         starting.when_stored(self._started)
@@ -435,6 +435,7 @@ class NexumServicer(NexumServiceServicer):
             output_json=request.output_json if decision == "output_json" else None,
             not_done=request.not_done,
             failed=request.failed,
+            attempt=request.attempt,
         )
         return pb.AckResponse(ok=True)
 

@@ -70,6 +70,7 @@ class Submission:
     submitted: Submitted[Any]
     kind: Kind
     is_brief: bool = False
+    is_reading: bool = False
 
 
 class CommitFailed(Exception):
@@ -131,11 +132,11 @@ class Store(ABC):
         When the transaction is durable, awaiting the return value returns the transition's result. It raises the
         transition's error, or StoreUnavailable if it is unknown whether the transaction was stored.
         """
-        is_snapshot = self._reads_snapshots and transition in SNAPSHOTS
-        kind = Kind.SNAPSHOT if is_snapshot else Kind.TOGETHER
+        is_reading = transition in SNAPSHOTS
+        kind = Kind.SNAPSHOT if is_reading and self._reads_snapshots else Kind.TOGETHER
         texts = (one for one in (*args, *kwargs.values()) if isinstance(one, str))
         is_brief = transition in BRIEF and all(len(text) <= MAX_BRIEF_CHARACTERS for text in texts)
-        return self._submit(lambda db: transition(db, *args, **kwargs), kind, is_brief=is_brief)
+        return self._submit(lambda db: transition(db, *args, **kwargs), kind, is_brief=is_brief, is_reading=is_reading)
 
     def run_alone(self, transition: Callable[Concatenate[Db, P], T], *args: P.args, **kwargs: P.kwargs) -> Submitted[T]:
         """Submit a transition as `run` does, in a transaction of its own, without checks of references between rows.
@@ -184,12 +185,14 @@ class Store(ABC):
     async def _recover(self, error: CommitFailed) -> None:
         """Connect to the database again after a failed transaction, or mark the store as failed."""
 
-    def _submit(self, transition: Callable[[Db], T], kind: Kind, *, is_brief: bool = False) -> Submitted[T]:
+    def _submit(
+        self, transition: Callable[[Db], T], kind: Kind, *, is_brief: bool = False, is_reading: bool = False
+    ) -> Submitted[T]:
         submitted: Submitted[T] = Submitted(self._loop)
         if self._closed or self.failed.done():
             submitted.settle(stopping())
             return submitted
-        self._waiting.append(Submission(transition, submitted, kind, is_brief))
+        self._waiting.append(Submission(transition, submitted, kind, is_brief, is_reading))
         self.submitted += 1
         if self._idle.is_set():
             self._idle.clear()
@@ -198,7 +201,8 @@ class Store(ABC):
         return submitted
 
     def _write_waiting(self) -> None:
-        """Write the next batch, if any transition waits."""
+        """Write the next batch, if any transition waits. Drop the readings whose callers were cancelled."""
+        self._waiting = [one for one in self._waiting if not (one.is_reading and one.submitted.is_abandoned)]
         if self._waiting:
             self._begin_write(self._next_batch())
         else:

@@ -15,7 +15,7 @@ from nexum_engine.errors import (
     WorkflowNotFound,
 )
 from nexum_engine.records import Compatibility, ExecutionStatus, NodeStatus, NodeType, WorkflowVersion
-from nexum_engine.store.db import Db, Row, brief
+from nexum_engine.store.db import Db, Row, brief, row_of
 from nexum_engine.store.definitions import parsed, policy_of
 from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
@@ -92,15 +92,15 @@ def start_execution(
     owner: str = "",
     output_json: str = "",
     attributes: Mapping[str, str] | None = None,
-    max_task_bytes: int | None = None,
+    any_worker_bytes: int | None = None,
     full_at: int | None = None,
 ) -> Started:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
     A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once. An
     execution with an `owner` has one node, and no poll gets this node. With `output_json`, which is valid JSON, a new
-    owned execution is stored as COMPLETED. `max_task_bytes` is the size of the largest task that any worker can
-    receive. `full_at` is the limit of the queue if the queue is full, else None.
+    owned execution is stored as COMPLETED. `any_worker_bytes` is the size up to which every worker can receive a task.
+    `full_at` is the limit of the queue if the queue is full, else None.
 
     Raises WorkflowNotFound for an unknown version, Overloaded for a new execution if the queue is full, InvalidRequest
     for an input that isn't JSON and for wrong attributes, TooLarge for an input that no worker can receive, and
@@ -132,12 +132,14 @@ def start_execution(
             QUEUE_RETRY_AFTER,
         )
     task_bytes = jsontext.size_of(input_json) + TASK_FRAME_BYTES
-    if max_task_bytes is not None and task_bytes > max_task_bytes:
-        raise TooLarge(
-            f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, but no worker of version {version_hash} that has "
-            f"polled at this server can receive more than {max_task_bytes - TASK_FRAME_BYTES:,}: put the data into a "
-            "file, or start a worker with a larger limit (max_task_bytes) before this execution"
-        )
+    if any_worker_bytes is not None and task_bytes > any_worker_bytes:
+        largest = max(any_worker_bytes, row_of(db, "largest_task", version_hash=version_hash)["bytes"] or 0)
+        if task_bytes > largest:
+            raise TooLarge(
+                f"the input is {task_bytes - TASK_FRAME_BYTES:,} bytes, but no worker that has polled for version "
+                f"{version_hash} can receive more than {largest - TASK_FRAME_BYTES:,}: put the data into a file, or "
+                "start a worker with a larger limit (max_task_bytes) before this execution"
+            )
     status = ExecutionStatus.COMPLETED if output_json else ExecutionStatus.RUNNING
     added = db.one(
         "add_execution",

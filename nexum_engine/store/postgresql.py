@@ -38,6 +38,7 @@ from nexum_engine.store.postgresql_connection import (
     is_lost,
     line_of,
     open_database,
+    pipeline_of,
     read_database_id,
     sync,
     vacuum,
@@ -197,7 +198,7 @@ class PostgresStore(Store):
             connection = self._connected(end)
             is_sent = False
             try:
-                with connection.pipeline() as pipeline:
+                with pipeline_of(connection) as pipeline:
                     connection.execute(
                         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY" if kind is Kind.SNAPSHOT else "BEGIN"
                     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psycopg
@@ -27,6 +30,24 @@ NOTIFICATION_SECONDS = 5.0
 MIGRATION_LOCK = 0x4E58554D
 """The advisory lock that a server holds while it creates or updates the tables."""
 
+SESSION = {
+    "client_encoding": "UTF8",
+    "default_transaction_isolation": "read committed",
+    "standard_conforming_strings": "on",
+    "jit": "off",
+    "idle_session_timeout": "0",
+    "idle_in_transaction_session_timeout": "10s",
+    "tcp_keepalives_idle": "5",
+    "tcp_keepalives_interval": "2",
+    "tcp_keepalives_count": "3",
+    "tcp_user_timeout": "10s",
+}
+"""The settings of every session. The role or the database may have others, which the queries are not written for.
+
+With the timeouts, PostgreSQL soon releases the locks of a server whose machine is lost, or that was suspended in a
+transaction. By default it would keep them for two hours, and the other servers would wait for them.
+"""
+
 Connection = psycopg.Connection[dict[str, Any]]
 
 
@@ -40,6 +61,7 @@ class _TextDumper(StrDumperUnknown):
 def connect(url: str) -> Connection:
     """Open a connection whose rows are dictionaries."""
     connection = psycopg.connect(url, autocommit=True, row_factory=dict_row, **_settings(url))
+    connection.execute("SELECT set_config(key, value, false) FROM json_each_text(%s)", (json.dumps(SESSION),))
     # By default, psycopg sends a small number as a small type, in which PostgreSQL's arithmetic overflows.
     connection.adapters.register_dumper(int, Int8Dumper)
     connection.adapters.register_dumper(str, _TextDumper)
@@ -163,6 +185,26 @@ def database_ms(connection: Connection) -> tuple[int, int]:
     row = connection.execute("SELECT extract(epoch FROM clock_timestamp()) * 1000 AS ms").fetchone()
     assert row is not None
     return int(row["ms"]), math.ceil(row["ms"] + math.ceil((time.monotonic() - begun) * 1000))
+
+
+@contextmanager
+def pipeline_of(connection: Connection) -> Iterator[psycopg.Pipeline]:
+    """Run a block of statements in pipeline mode. An error of the block is raised as it is.
+
+    After an error, the end of the pipeline fails, too. Outside this function, psycopg would log that second error, in
+    several lines.
+    """
+    failure: BaseException | None = None
+    try:
+        with connection.pipeline() as pipeline:
+            try:
+                yield pipeline
+            except BaseException as error:  # noqa: BLE001 - it is raised below
+                failure = error
+    except psycopg.Error as error:
+        failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def sync(connection: Connection, pipeline: psycopg.Pipeline) -> None:

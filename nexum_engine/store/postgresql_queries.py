@@ -15,10 +15,10 @@ _BY_SERVER = ("take_task", "renew_lease", "resume_node")
 _OF_NO_OTHER = ("restart_leases", "restart_owned_leases", "shorten_leases")
 """The statements that must not change the leases of workers that are connected to another server."""
 _NO_OTHER = "NOT EXISTS (SELECT 1 FROM servers WHERE id = server AND id <> :server)"
-"""The condition that `dialect` adds to the statements of _OF_NO_OTHER.
+"""The condition that `dialect` adds to the statements of _OF_NO_OTHER: no other server in the table has the worker.
 
-It also leaves out servers that have not said for a while that they are alive: perhaps the database didn't answer. The
-statement `take_over` decides about these servers.
+It doesn't matter whether that server has said lately that it is alive. Perhaps it could not, because the database
+didn't answer. The statement `take_over` decides about such a server.
 """
 
 

@@ -27,6 +27,9 @@ BEAT_SECONDS, ALIVE_SECONDS = 1.0, 3.0
 
 Each time, the server also looks for changes of other servers that it has missed.
 """
+RECONNECT_PAUSE = 0.1
+"""How many seconds a server waits before it connects again. It is short: until a server whose connections were cut has
+connected again, a server that starts takes it for ended, and hands out its workers' tasks again."""
 NEWS_SECONDS = 60.0
 """How long a server still sends news after the last sign that another server is alive."""
 TAKEN_OVER_GRACE_MS = 1500
@@ -75,7 +78,7 @@ class OtherServers:
                     self._listen(connection)
             except psycopg.Error as error:
                 logger.debug("no news from other servers: %s", line_of(error))
-                self._stopping.wait(BEAT_SECONDS / 2)
+                self._stopping.wait(RECONNECT_PAUSE)
 
     def _listen(self, connection: Connection) -> None:
         queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}

@@ -1,8 +1,9 @@
 -- Every query of the store, by name. If PostgreSQL needs a query in another form, that form is in postgresql.sql, or
 -- postgresql_queries.py makes it.
 -- The nodes of an execution are numbered from 1000 * its sequence to 1000 * its sequence + 999 (ids.py).
--- Some conditions are here only to choose an index: node_type > '' is always true, and the + of +sequence keeps SQLite
--- from using an index of sequence.
+-- Some conditions are here only to choose an index: node_type > '' is always true, and the + of +sequence keeps a
+-- database from using an index of sequence. PostgreSQL plans a statement once for all parameters: for a range whose ends
+-- it doesn't know, it expects few rows, and would read the whole table in the order of this index.
 
 -- name: latest_version
 -- The version of a workflow that was registered last.
@@ -16,6 +17,14 @@ SELECT ir_json FROM workflow_versions WHERE workflow_id = :workflow_id AND versi
 -- Register a version.
 INSERT INTO workflow_versions (workflow_id, version_hash, ir_json, compatibility, registered_ms)
 VALUES (:workflow_id, :version_hash, :ir_json, :compatibility, :now);
+
+-- name: largest_task
+-- The size of the largest task that a worker of a version can receive. NULL if the version is not registered.
+SELECT max(largest_task) AS bytes FROM workflow_versions WHERE version_hash = :version_hash;
+
+-- name: note_largest_task
+-- Note that a worker of a version can receive tasks of this size.
+UPDATE workflow_versions SET largest_task = :bytes WHERE version_hash = :version_hash AND largest_task < :bytes;
 
 -- name: versions
 -- A workflow's latest versions, the latest first, each with the number of its running executions. A running execution
@@ -139,7 +148,7 @@ SELECT sequence FROM (
     SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NOT NULL
     UNION ALL
     SELECT sequence FROM executions WHERE workflow_id = :workflow_id AND idempotency_key IS NULL
-) AS found WHERE sequence >= :first AND sequence < :before ORDER BY sequence DESC LIMIT :limit;
+) AS found WHERE +sequence >= :first AND +sequence < :before ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_without_result
 -- The executions with the status :status, which is FAILED or CANCELLED.
@@ -152,7 +161,7 @@ ORDER BY sequence DESC LIMIT :limit;
 SELECT execution AS sequence FROM (SELECT node, execution FROM nodes WHERE queue IS NOT NULL
                                    UNION ALL
                                    SELECT node, execution FROM nodes WHERE status = 'WAITING' AND node_type > '') AS running
-WHERE node >= 1000 * :first AND node < 1000 * :before
+WHERE +node >= 1000 * :first AND +node < 1000 * :before
 GROUP BY sequence ORDER BY sequence DESC LIMIT :limit;
 
 -- name: newest_of_parent
@@ -511,9 +520,11 @@ SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow
 FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
 
 -- name: node_by_name
--- A node with its execution, by the node's name.
+-- A node with its execution, by the node's name. `is_again` says whether an earlier attempt had an unknown effect.
 SELECT node, node_id, node_type, nodes.status, outcome, owned, task_bytes, execution, execution_id, workflow_id,
-       nodes.version_hash
+       nodes.version_hash, attempts AS attempt,
+       EXISTS (SELECT 1 FROM attempts AS earlier WHERE earlier.node = nodes.node AND earlier.outcome = 'UNKNOWN')
+       AS is_again
 FROM nodes JOIN executions ON sequence = execution
 WHERE node BETWEEN 1000 * :execution AND 1000 * :execution + 999 AND node_id = :node_id;
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from nexum_engine.errors import NexumError, StoreLocked, StoreRefused
+from nexum_engine.location import last_server
 from nexum_engine.store.db import load_migrations
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, read_stamp, write_stamp
 
@@ -20,7 +21,7 @@ APPLICATION_ID = 0x4E58554D
 SLOW_UPDATE_BYTES = 50_000_000
 """If a database has at least this size, its schema update takes seconds, and is logged."""
 _HEADER = b"SQLite format 3\x00"
-_OTHER_FILE = "name another file with --database-url or DATABASE_URL"
+_OTHER_FILE = "name another file with DATABASE_URL (or the option --database-url of nexum)"
 
 logger = logging.getLogger(__name__)
 
@@ -153,12 +154,15 @@ def cannot_open(path: Path, error: Exception) -> NexumError:
     if path.is_dir():
         reason, step = "it is a folder", "give the path of a file"
     elif isinstance(error, PermissionError) or "readonly" in reason or "Read-only" in reason:
-        step = f"make the file and its folder {path.parent} writable"
+        there = next(one for one in (path, *path.parents) if one.exists())
+        step = f"make the file and its folder {path.parent} writable" if there == path else f"make {there} writable"
     return StoreRefused(f"database {path} can't be opened: {reason}; {step}, or {_OTHER_FILE}")
 
 
 def in_use(path: Path) -> StoreLocked:
+    """Return the error for a database that another process has open. The error names the database's last server."""
+    last = last_server(path)
+    server = f" (its last server: {last})" if last else ""
     return StoreLocked(
-        f"database {path} is in use by another Nexum server, or by another program: stop it, or give this server "
-        "another database with --database-url sqlite:///path"
+        f"database {path} is in use by another Nexum server, or by another program{server}: stop it, or {_OTHER_FILE}"
     )

@@ -30,6 +30,11 @@ class Submitted(Generic[T]):
         """
         self._effects.append(effect)
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether callers have awaited the result, and all of them were cancelled."""
+        return bool(self._callers) and all(caller.cancelled() for caller in self._callers)
+
     def settle(self, outcome: T | BaseException) -> None:
         """Give the callers the transition's result, or its error."""
         self._outcome, self._is_settled = outcome, True

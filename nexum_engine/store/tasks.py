@@ -236,6 +236,12 @@ def _note_oversized(db: Db, worker_id: str, version_hashes: tuple[str, ...], max
     return None
 
 
+def note_largest_task(db: Db, version_hash: str, max_bytes: int) -> bool:
+    """Note that a worker of a version can receive tasks of `max_bytes`. Return whether the version is registered."""
+    db.run("note_largest_task", version_hash=version_hash, bytes=max_bytes)
+    return row_of(db, "largest_task", version_hash=version_hash)["bytes"] is not None
+
+
 def with_payload(db: Db, task: Task) -> Task:
     """Add the input to a task that was handed out without it. Raises TaskNotFound."""
     row = db.one("task_payload", node=number_of(db, task.task_id))

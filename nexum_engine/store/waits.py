@@ -140,13 +140,16 @@ def resolve(
     output_json: str | None = None,
     not_done: bool = False,
     failed: str = "",
+    attempt: int = 0,
 ) -> Changes:
     """Record a person's decision about a node whose effect is unknown.
 
     With `output_json`, the effect has happened, and the node completes with this result. With `not_done`, the effect
     has not happened, and the node is handed out again. Otherwise the node and its execution fail, for the reason
-    `failed`. Raises NotFound if there is no such node, Conflict if its effect is not unknown now, InvalidRequest for a
-    result that isn't JSON or an empty reason, and TooLarge for a long reason or result.
+    `failed`. `attempt` is the attempt that the person has looked at; it may be 0 if it is the first one in doubt.
+
+    Raises NotFound if there is no such node, Conflict if its effect is not unknown now or if another attempt is in
+    doubt, InvalidRequest for a result that isn't JSON or an empty reason, and TooLarge for a long reason or result.
     """
     if output_json is not None:
         jsontext.parse(output_json, "output_json")
@@ -157,6 +160,14 @@ def resolve(
         raise Conflict(
             f"node {node_id!r} of execution {execution_id} can't be resolved: it is {node['status']}, and waits for no "
             "decision about an unknown effect"
+        )
+    if attempt != node["attempt"] and (attempt or node["is_again"]):
+        # Nobody may have looked at the attempt that is in doubt now.
+        about = f"attempt {attempt} is over" if attempt else "a person has decided about an earlier attempt"
+        raise Conflict(
+            f"node {node_id!r} of execution {execution_id} is not resolved: {about}, and now attempt "
+            f"{node['attempt']} is in doubt. Find out whether that attempt had its effect, then name it: "
+            f"--attempt {node['attempt']}"
         )
     changes, number = Changes(), node["node"]
     if output_json is not None:

@@ -1499,6 +1499,7 @@ class ResolveRequest(google.protobuf.message.Message):
     OUTPUT_JSON_FIELD_NUMBER: builtins.int
     NOT_DONE_FIELD_NUMBER: builtins.int
     FAILED_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
     execution_id: builtins.str
     node_id: builtins.str
     resolved_by: builtins.str
@@ -1509,6 +1510,10 @@ class ResolveRequest(google.protobuf.message.Message):
     """The effect has not happened: the node is handed out again."""
     failed: builtins.str
     """The node and its execution fail, for this reason."""
+    attempt: builtins.int
+    """The number of the attempt that the decision is about. If another attempt is in doubt now, the decision is refused.
+    With 0, the decision is refused if a person has already decided about an earlier attempt at the node.
+    """
     def __init__(
         self,
         *,
@@ -1518,9 +1523,10 @@ class ResolveRequest(google.protobuf.message.Message):
         output_json: builtins.str = ...,
         not_done: builtins.bool = ...,
         failed: builtins.str = ...,
+        attempt: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["decision", b"decision", "failed", b"failed", "not_done", b"not_done", "output_json", b"output_json"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["decision", b"decision", "execution_id", b"execution_id", "failed", b"failed", "node_id", b"node_id", "not_done", b"not_done", "output_json", b"output_json", "resolved_by", b"resolved_by"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "decision", b"decision", "execution_id", b"execution_id", "failed", b"failed", "node_id", b"node_id", "not_done", b"not_done", "output_json", b"output_json", "resolved_by", b"resolved_by"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["decision", b"decision"]) -> typing.Literal["output_json", "not_done", "failed"] | None: ...
 
 global___ResolveRequest = ResolveRequest

@@ -1,4 +1,7 @@
-"""Scripts and servers that are the first process of a container, for which Linux ignores signals without a handler."""
+"""Programs in containers.
+
+Linux treats the first process of a container in its own way: it ignores signals for which the process has no handler.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,22 @@ import pytest
 from harness import ROOT, Process, running
 from processes import send
 
-IN_A_CONTAINER = ("unshare", "--user", "--map-root-user", "--fork", "--pid", "--mount-proc", "--kill-child")
+IN_A_CONTAINER = ("unshare", "--user", "--map-root-user", "--mount", "--fork", "--pid", "--mount-proc", "--kill-child")
 QUESTION = "What is the population of Tokyo vs New York?"
+SESSION = """
+import asyncio
+from autogen_core.models import UserMessage
+from autogen_ext.models.replay import ReplayChatCompletionClient
+from durable_autogen import DurableSession
+
+async def main():
+    async with DurableSession("one"):
+        await ReplayChatCompletionClient(["Tokyo"]).create([UserMessage(content="Where?", source="user")])
+        print("recorded")
+        await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
 STOPPING = """
 import asyncio
 from nexum_engine.signals import stop_event
@@ -66,3 +83,21 @@ def test_second_signal_ends_the_first_process_at_once(tmp_path: Path, number: in
         process.wait_for("stopping")
         send(first, number)
         assert process.wait() == 128 + number
+
+
+@pytest.mark.parametrize("volume", ["one", "another"])
+def test_containers_share_a_database_if_they_share_its_volume(tmp_path: Path, volume: str) -> None:
+    """The path of the database tells nothing: it is the same in both containers, or differs."""
+    for name in ("one", "another", "app", "data"):
+        (tmp_path / name).mkdir()
+
+    def container(path: str, mounted: str, *command: str) -> tuple[list[str], str]:
+        inside = f'mount --bind {mounted} {path} && cd {path} && exec "$@"'
+        return [*IN_A_CONTAINER[1:], "sh", "-c", inside, "sh", sys.executable, *command], IN_A_CONTAINER[0]
+
+    first, program = container("app", "one", "-c", SESSION)
+    with running(first, cwd=tmp_path, program=program) as one:
+        one.wait_for("recorded")
+        second, _ = container("data" if volume == "one" else "app", volume, "-m", "durable_autogen", "ls")
+        with running(second, cwd=tmp_path, program=program) as other:
+            assert (other.wait(), "Where?" in other.output) == (0, volume == "one"), other.output

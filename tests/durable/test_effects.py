@@ -141,11 +141,16 @@ def ledger(folder: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
+def command(line: str) -> list[str]:
+    """Return the command that a waiting run names in `line`."""
+    found = re.search(r"python (-m nexum_engine resolve .+) --result JSON, or --not-done, or --failed REASON", line)
+    assert found is not None, line
+    return found[1].split()
+
+
 def resolve(folder: Path, line: str, *how: str) -> None:
     """Run the command that a waiting run names in `line`, with the options `how`."""
-    found = re.search(r"python (-m nexum_engine resolve \S+) --result JSON, or --not-done, or --failed REASON", line)
-    assert found is not None, line
-    with running([*found[1].split(), *how, "--by", "ann"], cwd=folder, forked=True) as process:
+    with running([*command(line), *how, "--by", "ann"], cwd=folder, forked=True) as process:
         assert process.wait() == 0, process.output
 
 
@@ -171,6 +176,26 @@ def test_effect_of_killed_run_is_unknown_until_a_person_resolves_it(
     assert len(ledger(folder)) == effects
     (call,) = set(ledger(folder))
     assert call.startswith("s//reply/0/tool/1/")
+
+
+def test_second_decision_about_a_dead_run_does_not_count_for_the_next_run(folder: Path) -> None:
+    with program(folder, die="after"):
+        pass
+    with program(folder, "park") as parked:
+        line = parked.wait_for("PARKED")
+        assert parked.wait() == 0
+    resolve(folder, line, "--not-done")
+    with program(folder, die="after"):
+        pass
+    with program(folder, "park") as parked:
+        later = parked.wait_for("PARKED")
+        assert parked.wait() == 0
+    with running([*command(line), "--not-done"], cwd=folder, forked=True) as second:
+        assert second.wait() == 1
+        assert "attempt 1 is over, and now attempt 3 is in doubt" in second.output
+    resolve(folder, later, "--result", '"receipt 2"')
+    assert got(folder) == "receipt 2"
+    assert len(ledger(folder)) == 2
 
 
 def test_effect_resolved_as_failed_while_nothing_runs_is_not_made_again(folder: Path) -> None:
@@ -404,7 +429,8 @@ async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> 
     async with NexumClient(server.address) as client:
         shown = {text for one in await list_sessions(client) for text in one.questions}
         words = 'may or may not have called charge({"cents":990}). '
-        assert shown == {words + how_to_resolve(one.execution_id, client.address) for one in await client.unknown()}
+        hints = {how_to_resolve(one.execution_id, one.attempt, client.address) for one in await client.unknown()}
+        assert shown == {words + hint for hint in hints}
     target = Target(UnknownEffect("the line broke"), effect="once", reconcile=lambda arguments, key: "receipt found")
     async with DurableSession("s3", nexum=server.address, park=True):
         assert (await target.result()).to_text() == "receipt found"
@@ -672,6 +698,15 @@ async def one_charge(server: ServerThread, target: Target) -> None:
         await target.call()
 
 
+async def test_error_that_names_a_file_whose_name_is_not_utf8_is_recorded(server: ServerThread) -> None:
+    target = Target(FileNotFoundError("no such file: caf\udce9"), effect="once")
+    with pytest.raises(FileNotFoundError, match="caf"):
+        await one_charge(server, target)
+    with pytest.raises(CallFailed, match="no such file: caf"):
+        await one_charge(server, target)
+    assert len(target.done) == 1
+
+
 async def test_answer_of_reconcile_does_not_count_after_another_run_has_taken_over(server: ServerThread) -> None:
     asked, may_answer = asyncio.Event(), asyncio.Event()
     is_slow = False
@@ -714,7 +749,7 @@ async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> Non
         with pytest.raises(InvalidRequest) as refused:
             await fork_session(client, "s", 0, "f", effects="reuse")
         assert str(refused.value).endswith(
-            f"may or may not have happened. {how_to_resolve(unknown.execution_id, server.address)}"
+            f"may or may not have happened. {how_to_resolve(unknown.execution_id, 1, server.address)}"
         )
 
 
@@ -745,6 +780,27 @@ async def test_call_resolved_as_not_done_that_nobody_makes_any_more_is_cancelled
         assert await client.get_status(unknown.execution_id) is ExecutionStatus.CANCELLED
         assert (await client.prune(0, session="s")).sessions == 1
     assert len(target.done) == 1
+
+
+async def test_given_up_call_of_a_finished_session_is_cancelled_after_it_was_resolved_as_not_done(
+    server: ServerThread,
+) -> None:
+    async def hang(cents: int) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    async def give_up() -> None:
+        async with DurableSession("s", nexum=server.address):
+            tool = durable_tool(hang, effect="once")
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(tool.run_json({"cents": 5}, CancellationToken()), 0.5)
+
+    await give_up()
+    async with NexumClient(server.address) as client:
+        (unknown,) = await client.unknown()
+        await client.resolve(unknown.execution_id, unknown.node_id, not_done=True)
+        await give_up()
+        assert await client.get_status(unknown.execution_id) is ExecutionStatus.CANCELLED
 
 
 async def test_fork_can_not_reuse_an_effect_that_is_under_way(server: ServerThread) -> None:

@@ -274,6 +274,24 @@ def test_exception_group_is_built_with_its_members() -> None:
     assert [one.args for one in large.exceptions] == [(number,) for number in range(MAX_GROUP)]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="ExceptionGroup is new in Python 3.11")
+def test_long_text_of_an_error_is_whole_and_the_members_of_a_group_share_the_limit() -> None:
+    text = "x" * 100_000
+    assert str(again(LookupError(text))) == text
+    group: Any = getattr(builtins, "ExceptionGroup")  # noqa: B009 - Python 3.10 has no such name
+    found: Any = again(group("many", [LookupError("x" * MAX_TEXT) for _ in range(10)]))
+    assert {str(one) for one in found.exceptions} == {"x" * (MAX_TEXT // 10) + " [cut]"}
+
+
+def test_record_of_an_error_is_limited_as_a_whole() -> None:
+    error = LookupError(*["x" * (MAX_TEXT // 20)] * 20)
+    for number in range(50):
+        setattr(error, f"attribute{number}", "x" * MAX_TEXT)
+    failure = Failure.of(error)
+    assert (failure.args, failure.attributes) == (list(error.args), {})
+    assert len(failure.model_dump_json()) < 3 * MAX_TEXT
+
+
 async def test_only_newest_handled_failures_are_remembered(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:

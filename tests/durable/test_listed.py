@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_core.models import UserMessage
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_agents import agent, answer, run
+from harness import running
 from openai_server import OpenAIServer, Reply
 from processes import command_line
 from server_thread import ServerThread
@@ -92,6 +94,25 @@ async def test_shown_session_is_read_without_other_sessions(
     async with NexumClient(server.address) as nexum:
         assert (await recorded_sessions.show_session(nexum, "s")).info.session == "s"
     assert set(read) == {"s"}
+
+
+async def test_limited_list_has_the_latest_sessions_and_reads_no_other_ones(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    async def noted(client: NexumClient, session: str) -> Record:
+        read.append(session)
+        return await read_record(client, session)
+
+    for name in ("a", "b", "c", "a"):  # the latest run of session a is the newest run
+        async with DurableSession(name, nexum=server.address):
+            pass
+    monkeypatch.setattr(recorded_sessions, "read_record", noted)
+    async with NexumClient(server.address) as nexum:
+        assert [one.session for one in await list_sessions(nexum, 2)] == ["a", "c"]
+        assert read == ["a", "c"]
+        assert [one.session for one in await list_sessions(nexum)] == ["a", "c", "b"]
 
 
 async def test_session_of_a_program_without_a_task_is_listed_with_the_first_user_message(server: ServerThread) -> None:
@@ -194,3 +215,16 @@ async def test_list_of_sessions_holds_one_record_at_a_time(server: ServerThread)
         finally:
             tracemalloc.stop()
     assert peak < 12 * megabyte
+
+
+@pytest.mark.parametrize("command", ["nexum_engine ps", "durable_autogen ls", "durable_autogen show s"])
+def test_commands_say_alike_that_nothing_is_recorded_where_no_database_can_be_made(
+    tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "file").touch()
+    url = f"sqlite:///{tmp_path / 'file' / 'x.db'}"
+    with running(["-m", *command.split()], cwd=tmp_path, env={"DATABASE_URL": url}, forked=True) as listing:
+        assert listing.wait() in (1, 2)
+    assert listing.output.splitlines() == [
+        f"error: no server on localhost:50051, and no database at {url}: nothing recorded"
+    ]

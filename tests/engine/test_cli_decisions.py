@@ -222,7 +222,9 @@ def test_person_resolves_an_unknown_effect(tmp_path: Path, uses_server: bool, ne
 
 
 def resolve(terminal: Command, execution_id: str, other: str, third: str) -> None:
-    assert terminal("resolve", third, "--result", "null") == (0, f"pay of {third} is COMPLETED")
+    code, output = terminal("resolve", third, "--result", "null", "--attempt", "3")
+    assert (code, "attempt 3 is over, and now attempt 1 is in doubt" in output) == (1, True)
+    assert terminal("resolve", third, "--result", "null", "--attempt", "1") == (0, f"pay of {third} is COMPLETED")
     code, output = terminal("unknown")
     lines = output.splitlines()
     assert (code, lines[0], lines[2]) == (0, f"{execution_id} pay", "    tool       charge")
@@ -234,7 +236,7 @@ def resolve(terminal: Command, execution_id: str, other: str, third: str) -> Non
     arguments = ("resolve", execution_id, "--result", '{"receipt": 7}', "--by", "Ann")
     assert terminal(*arguments) == (0, f"pay of {execution_id} is COMPLETED")
     code, output = terminal(*arguments)
-    assert (code, "waits for a decision about its effect: it is COMPLETED" in output) == (1, True)
+    assert (code, "its effect: it is COMPLETED; Ann resolved pay 0 s ago" in output) == (1, True)
     code, output = terminal("show", execution_id)
     assert "  decided 2  COMPLETED" in output
     assert '  output   {"receipt":7}' in output.splitlines()

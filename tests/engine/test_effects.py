@@ -381,6 +381,24 @@ async def test_only_an_unknown_effect_can_be_resolved_and_only_once(store: Store
     assert len(await attempts(store, execution_id)) == 2
 
 
+async def test_decision_counts_only_for_the_attempt_that_the_person_has_looked_at(
+    store: Store, clock: ManualClock
+) -> None:
+    execution_id = await unknown(store, clock)
+    with pytest.raises(Conflict, match="attempt 2 is over, and now attempt 1 is in doubt"):
+        await store.run(waits.resolve, execution_id, "pay", "Ann", not_done=True, attempt=2)
+    await store.run(waits.resolve, execution_id, "pay", "Ann", not_done=True, attempt=1)
+    await taken(store)
+    await lose(store, clock)  # attempt 2 is Ann's decision, and attempt 3 is in doubt
+    # Bob looked before attempt 3 began.
+    for named, why in ((1, "attempt 1 is over"), (0, "a person has decided about an earlier attempt")):
+        with pytest.raises(Conflict, match=rf"{why}, and now attempt 3 is in doubt.+name it: --attempt 3"):
+            await store.run(waits.resolve, execution_id, "pay", "Bob", not_done=True, attempt=named)
+    assert await take(store) is None
+    await store.run(waits.resolve, execution_id, "pay", "Bob", not_done=True, attempt=3)
+    assert (await taken(store)).attempt == 5
+
+
 # ---- Owned executions ------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from nexum_engine.location import (
     address_file,
     database_path,
     database_url,
+    last_server,
     place_of,
     read_address,
     read_process,
@@ -102,6 +104,21 @@ def test_file_without_loopback_address_is_ignored(tmp_path: Path, text: str) -> 
     database = tmp_path / "nexum.db"
     address_file(database).write_bytes(text.encode("latin-1"))
     assert read_address(database) is None
+
+
+@pytest.mark.parametrize(
+    ("process", "last"),
+    [
+        ("ab12cd-1-0a1b2c-", "process 1 of ab12cd, another machine or container, on 127.0.0.1:80"),
+        (f"{socket.gethostname()}-7-0a1b2c-", f"process 7 of {socket.gethostname()}, on 127.0.0.1:80"),
+        ("\x1b[2J", ""),
+        ("", ""),
+    ],
+)
+def test_last_server_of_a_database_is_named(tmp_path: Path, process: str, last: str) -> None:
+    database = tmp_path / "nexum.db"
+    address_file(database).write_text(f"127.0.0.1:80\n{process}\n")
+    assert last_server(database) == last
 
 
 @pytest.mark.parametrize("name", ["nexum.db", "with space.db", "100%.db", "ünï?code#.db"])
@@ -218,6 +235,7 @@ async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, def
             await client.ping()  # if the address is given, the client doesn't check the folder
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows can't rename the folder of an open file")
 @pytest.mark.parametrize("address_file_is_left", [True, False])
 async def test_embedded_server_of_another_folder_at_the_same_path_is_not_used(
     address_file_is_left: bool, tmp_path: Path, default_port: pytest.MonkeyPatch
@@ -281,7 +299,7 @@ async def test_path_with_a_zero_byte_is_an_error_in_words(tmp_path: Path) -> Non
     async with NexumClient(f"{tmp_path}/a\0b") as client:
         with pytest.raises(ServerUnavailable, match="no running Nexum server has"):
             await client.ping()
-    assert place_of(f"{tmp_path}/a\0b") == b""
+    assert place_of(f"{tmp_path}/a\0b") != place_of(f"{tmp_path}/ab")
 
 
 @pytest.mark.parametrize("wait", [float("nan"), float("inf"), -1.0])

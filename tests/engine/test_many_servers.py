@@ -22,6 +22,7 @@ from nexum_wire import (
     poll,
     record,
     register,
+    say_large,
     start,
     until_polled,
 )
@@ -67,6 +68,13 @@ def told(tmp_path: Path, postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(servers, "BEAT_SECONDS", RARELY)
     with ExitStack() as stack:
         yield [stack.enter_context(server_thread(tmp_path, database_url=postgres_url)) for _ in range(2)]
+
+
+def test_large_input_is_accepted_at_the_server_without_workers(told: list[ServerThread]) -> None:
+    with connected(told[0].address) as one, connected(told[1].address) as other:
+        register(one, {"a": []})
+        say_large(one)
+        assert start(other, json.dumps("x" * 5 * 2**20))
 
 
 def test_poll_on_one_server_gets_the_task_of_the_other_at_once(told: list[ServerThread]) -> None:

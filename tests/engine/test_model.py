@@ -163,7 +163,7 @@ class Engine(Protocol):
     def fail(self, task_id: str, error: str, final: bool, unknown: bool) -> None: ...
     def approve(self, execution_id: str, node_id: str, approver: str, comment: str, answer_json: str) -> None: ...
     def reject(self, execution_id: str, node_id: str, approver: str, reason: str) -> None: ...
-    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str) -> None: ...
+    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str, attempt: int) -> None: ...
     def send(self, execution_id: str, name: str, payload_json: str, key: str) -> None: ...
     def cancel(self, execution_id: str) -> None: ...
     def retry(self, execution_id: str) -> None: ...
@@ -245,7 +245,7 @@ class StoreEngine:
     def reject(self, execution_id: str, node_id: str, approver: str, reason: str) -> None:
         self.run(waits.reject, execution_id, node_id, approver, reason)
 
-    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str) -> None:
+    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str, attempt: int) -> None:
         self.run(
             waits.resolve,
             execution_id,
@@ -254,6 +254,7 @@ class StoreEngine:
             output_json=text if decision == "done" else None,
             not_done=decision == "not done",
             failed=text,
+            attempt=attempt,
         )
 
     def send(self, execution_id: str, name: str, payload_json: str, key: str) -> None:
@@ -363,8 +364,8 @@ class ServerEngine:
         request = pb.RejectRequest(execution_id=execution_id, node_id=node_id, approver=approver, reason=reason)
         answered(self._stub.RejectTask, request)
 
-    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str) -> None:
-        request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=by)
+    def resolve(self, execution_id: str, node_id: str, by: str, decision: str, text: str, attempt: int) -> None:
+        request = pb.ResolveRequest(execution_id=execution_id, node_id=node_id, resolved_by=by, attempt=attempt)
         if decision == "done":
             request.output_json = text
         elif decision == "not done":
@@ -607,13 +608,15 @@ class BothEngines(RuleBasedStateMachine):
 
     def resolve(self) -> None:
         decision = self.pick(["done", "not done", "not done", "failed"], "decision")
-        self.resolve_node(*self.pick(sorted(self.model.unknown_nodes()), "node"), decision)
+        run_id, name = self.pick(sorted(self.model.unknown_nodes()), "node")
+        in_doubt = len(self.model.run(run_id).nodes[name].attempts)
+        self.resolve_node(run_id, name, decision, self.pick([in_doubt, in_doubt, 0], "attempt"))
 
-    def resolve_node(self, run_id: str, name: str, decision: str) -> None:
+    def resolve_node(self, run_id: str, name: str, decision: str, attempt: int) -> None:
         text = self.pick(["1", "[]", "{"], "result") if decision == "done" else ""
         self.both(
-            lambda: self.engine.resolve(run_id, name, "Cas", decision, text or "lost"),
-            lambda: self.model.resolve(run_id, name, "Cas", decision, text),
+            lambda: self.engine.resolve(run_id, name, "Cas", decision, text or "lost", attempt),
+            lambda: self.model.resolve(run_id, name, "Cas", decision, text, attempt),
         )
 
     def fail_held(self) -> None:
@@ -679,7 +682,8 @@ class BothEngines(RuleBasedStateMachine):
     @rule(decision=st.sampled_from(["done", "not done", "failed"]))
     def resolve_anything(self, decision: str) -> None:
         run_id = self.pick([*(run.id for run in self.model.runs), "exec-unknown"], "execution")
-        self.resolve_node(run_id, self.pick(["n0", "n1", "n2", "n3"], "node"), decision)
+        name = self.pick(["n0", "n1", "n2", "n3"], "node")
+        self.resolve_node(run_id, name, decision, self.pick([0, 1, 2, 3], "attempt"))
 
     def decide_about(self, run_id: str, name: str, approves: bool) -> None:
         if approves:

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,17 +15,18 @@ from typing import Any
 
 import pytest
 from harness import ROOT
+from processes import wait_until
 
 from nexum_engine.clock import ManualClock, SystemClock
 from nexum_engine.errors import ExecutionNotFound, StoreRefused, StoreUnavailable
-from nexum_engine.store import executions, leases, open_store, reading, retention, tasks
+from nexum_engine.store import executions, leases, listing, open_store, reading, retention, tasks
 from nexum_engine.store.db import Db, load_queries
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg isn't installed")
 
 from postgres import in_schema  # noqa: E402
 
-from nexum_engine.store import postgresql  # noqa: E402
+from nexum_engine.store import postgresql, postgresql_connection, postgresql_servers  # noqa: E402
 from nexum_engine.store.postgresql import PostgresStore  # noqa: E402
 from nexum_engine.store.postgresql_connection import connect, without_password  # noqa: E402
 from nexum_engine.store.postgresql_queries import dialect  # noqa: E402
@@ -87,7 +89,23 @@ async def test_idle_connection_that_was_lost_is_opened_again(store: PostgresStor
     assert (await store.run(reading.get_execution, started.execution_id)).idempotency_key == "k"
 
 
-async def test_transition_whose_connection_is_lost_before_the_commit_runs_again(store: PostgresStore) -> None:
+async def test_server_whose_connections_were_cut_shows_soon_that_it_has_not_ended(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it did so only at its next heartbeat, a server that starts meanwhile would take its workers' tasks."""
+    monkeypatch.setattr(postgresql_servers, "BEAT_SECONDS", 60.0)
+    store.join(lambda _: None)
+    await store.run(lambda _: None)
+    with psycopg.connect(store._url, autocommit=True) as admin:
+        locks = "SELECT 1 FROM pg_locks WHERE locktype = 'advisory'"
+        of_server = "datname = current_database() AND application_name = 'nexum'"
+        admin.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {of_server}")
+        wait_until(lambda: admin.execute(locks).fetchone() is not None, "the server shows itself again")
+
+
+async def test_transition_whose_connection_is_lost_before_the_commit_runs_again(
+    store: PostgresStore, caplog: pytest.LogCaptureFixture
+) -> None:
     tries = 0
 
     def start(db: Db) -> str:
@@ -102,6 +120,39 @@ async def test_transition_whose_connection_is_lost_before_the_commit_runs_again(
     assert tries == 2
     assert await count(store, "executions") == 1
     assert (await store.run(reading.get_execution, execution_id)).execution_id == execution_id
+    (message,) = caplog.messages
+    assert message.endswith("connecting again")
+    assert "\n" not in message
+
+
+async def test_server_that_is_suspended_in_a_transaction_keeps_its_locks_only_for_a_time(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(postgresql_connection.SESSION, "idle_in_transaction_session_timeout", "500ms")
+    suspended, other = await opened(postgres_url), await opened(postgres_url)
+    awake, is_suspended, tries = threading.Event(), asyncio.Event(), 0
+    loop = asyncio.get_running_loop()
+    execution_id = (await other.run(executions.start_execution, "w", "v1", "{}", "")).execution_id
+
+    def cancel(db: Db) -> None:
+        nonlocal tries
+        tries += 1
+        executions.cancel_execution(db, execution_id)
+        db.changes("restart_tasks", now=1)  # PostgreSQL has answered all statements
+        loop.call_soon_threadsafe(is_suspended.set)
+        assert awake.wait(20)
+
+    try:
+        waking = suspended.run(cancel)
+        await asyncio.wait_for(is_suspended.wait(), 10)
+        await asyncio.wait_for(other.run(executions.cancel_execution, execution_id), 10)
+        awake.set()
+        await waking
+        assert tries == 2
+    finally:
+        awake.set()
+        await suspended.close()
+        await other.close()
 
 
 async def test_transition_that_always_loses_its_connection_does_not_block_the_others(
@@ -347,6 +398,29 @@ def test_password_is_not_shown() -> None:
     assert "secret" not in without_password("postgresql://me:secret@example.org:5432/nexum")
 
 
+async def test_settings_of_a_role_do_not_change_what_the_queries_mean(postgres_url: str) -> None:
+    settings = (
+        "client_encoding=LATIN1",
+        "standard_conforming_strings=off",
+        "default_transaction_isolation=serializable",
+    )
+    url = f"{postgres_url}&options={'%20'.join('-c' + one.replace('=', '%3D') for one in settings)}"
+    store = await opened(url)
+    try:
+        run = (await store.run(tasks.start_owned, "w", "v1", "0", "s/1", "owner", 30_000)).task
+        assert run is not None
+        summary = json.dumps({"summary": {"question": "T\u014dky\u014d\0"}}, ensure_ascii=False)
+        await store.run(tasks.start_owned, "w", "v1", "0", "s/a/1", "owner", 30_000, run.task_id, summary)
+        (session,) = await store.run(listing.list_executions, "", "", 10, group_sessions=True)
+        assert session.session is not None
+        assert session.session.question == "T\u014dky\u014d\N{REPLACEMENT CHARACTER}"
+    finally:
+        await store.close()
+    with connect(url) as connection, connection.transaction():
+        row = connection.execute("SHOW transaction_isolation").fetchone()
+        assert row == {"transaction_isolation": "read committed"}
+
+
 # ---- Queries and values ----------------------------------------------------------------------------------------------
 
 
@@ -376,6 +450,28 @@ async def test_query_scans_no_table(store: PostgresStore, name: str) -> None:
         plan = [row["QUERY PLAN"] for row in connection.execute(f"EXPLAIN {dialect()[name]}", given)]
     scans = [step.strip() for step in plan if re.search(r"Seq Scan on (?!workflow_versions|servers|pruned)", step)]
     assert scans == [], plan
+
+
+@pytest.mark.parametrize("name", [name for name in dialect() if name.startswith("newest_")])
+async def test_page_of_a_list_does_not_read_the_whole_history(store: PostgresStore, name: str) -> None:
+    """After some runs, PostgreSQL plans a prepared query without its parameters, so without the ends of the page."""
+    with connect(store._url) as connection:
+        if connection.info.server_version < 160_000:
+            pytest.skip("PostgreSQL 16 is the first that shows this plan")
+        connection.execute(
+            "INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms,"
+            " idempotency_key) SELECT n, n, 'w', 'v1', 'COMPLETED', '0', n, n FROM generate_series(1, 20000) AS n"
+        )
+        connection.execute(
+            "INSERT INTO nodes (node, node_id, node_type, dependencies, version_hash, status, output_json)"
+            " SELECT 1000 * n, 'a', 'EFFECT', '[]', 'v1', CASE WHEN n % 5 > 0 THEN 'COMPLETED' ELSE 'READY' END,"
+            " CASE WHEN n % 5 > 0 THEN '0' END FROM generate_series(1, 20000) AS n"
+        )
+        connection.execute("ANALYZE executions, nodes")
+        numbers = {one: f"${number}" for number, one in enumerate(parameters_of(name), 1)}
+        query = dialect()[name] % numbers
+        plan = [row["QUERY PLAN"] for row in connection.execute(f"EXPLAIN (GENERIC_PLAN) {query}".encode())]
+    assert not re.search(r"(executions|nodes)_pkey", "".join(plan)), plan
 
 
 async def test_character_nul_in_an_error_is_stored_as_another(store: PostgresStore) -> None:

@@ -17,10 +17,13 @@ from nexum_engine.store.db import load_queries
 from nexum_engine.store.sqlite import SqliteStore
 
 QUERIES = load_queries()
-SCANS = dict.fromkeys(
-    ("workflow_ids", "newest_of_keys_of_all"),
-    "SCAN workflow_versions USING COVERING INDEX sqlite_autoindex_workflow_versions_1",
-)
+SCANS = {
+    **dict.fromkeys(
+        ("workflow_ids", "newest_of_keys_of_all"),
+        "SCAN workflow_versions USING COVERING INDEX sqlite_autoindex_workflow_versions_1",
+    ),
+    "note_largest_task": "SCAN workflow_versions",
+}
 """The queries that may scan a table, and their plans. The table workflow_versions has few rows."""
 PAGE_BYTES, FRAME_HEADER_BYTES = 4096, 24
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 import sqlite3
 import stat
 import subprocess
@@ -168,7 +169,7 @@ def test_read_only_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {folder / 'nexum.db'} can't be opened: Permission denied" in run.stderr
-    assert "writable" in run.stderr
+    assert f"make {folder} writable" in run.stderr
     assert list(folder.iterdir()) == []
 
 
@@ -301,13 +302,15 @@ async def test_tables_are_strict_and_references_are_checked(tmp_path: Path) -> N
 
 
 async def test_second_server_on_one_file_is_refused(tmp_path: Path) -> None:
-    with nexum_server(tmp_path):
+    with nexum_server(tmp_path) as server:
         run = serve(tmp_path / "nexum.db")
         with pytest.raises(StoreLocked):
             await opened(tmp_path / "nexum.db")
+        last = f"process {server.process.popen.pid} of {socket.gethostname()}, on {server.address}"
     assert run.returncode == 1
     assert run.stderr.count("\n") == 1
     assert f"database {tmp_path / 'nexum.db'} is in use by another Nexum server" in run.stderr
+    assert f"(its last server: {last}): stop it, or name another file" in run.stderr
 
 
 async def test_cancelled_opening_closes_the_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

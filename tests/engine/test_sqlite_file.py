@@ -523,4 +523,4 @@ def test_folder_in_place_of_a_file_is_refused_in_one_line(tmp_path: Path, suffix
     run = nexum(tmp_path, "--listen", "127.0.0.1:0", "--database-url", "sqlite:///nexum.db")
     assert (run.returncode, run.stderr.count("\n")) == (1, 1), run.stderr
     assert f"{tmp_path / 'nexum.db'}" in run.stderr
-    assert "another file with --database-url" in run.stderr
+    assert "another file with DATABASE_URL" in run.stderr

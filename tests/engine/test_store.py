@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -22,9 +23,11 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
 from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
-from nexum_engine.store import Store, executions, flow, leases, listing, reading, tasks, waits
+from nexum_engine.store import Store, base, executions, flow, leases, listing, reading, tasks, waits
+from nexum_engine.store.db import Db
 from nexum_engine.store.leases import SLOW_LINE
 from nexum_engine.store.results import Changes, Renewed, Started
+from nexum_engine.store.submitted import Submitted
 
 pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
 
@@ -1008,3 +1011,45 @@ async def test_decision_after_the_time_for_it_is_refused_even_if_no_server_has_e
     for decide in (waits.approve, waits.reject):
         with pytest.raises(Conflict, match="can't be decided any more: its time is over"):
             await store.run(decide, started.execution_id, "boss", "Ann", "yes")
+
+
+async def test_reading_whose_callers_were_cancelled_is_dropped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the store is busy, the callers of one reading are cancelled, and one of the two callers of another."""
+    read, go_on = list[str](), threading.Event()
+
+    def dropped(_: Db) -> None:
+        read.append("dropped")
+
+    def kept(_: Db) -> None:
+        read.append("kept")
+
+    monkeypatch.setattr(base, "SNAPSHOTS", {dropped, kept})
+
+    async def result_of(submitted: Submitted[None]) -> None:
+        await submitted
+
+    busy = store.run(lambda _: go_on.wait(10))
+    await asyncio.sleep(0.05)
+    shared = store.run(kept)
+    callers = [asyncio.create_task(result_of(one)) for one in (store.run(dropped), shared, shared)]
+    await asyncio.sleep(0)
+    callers[0].cancel()
+    callers[1].cancel()
+    go_on.set()
+    await busy
+    await callers[2]
+    assert read == ["kept"]
+
+
+async def test_size_that_workers_can_receive_is_known_after_a_restart(store: Store, reopen: Reopen) -> None:
+    assert not await store.run(tasks.note_largest_task, "v1", 5000)  # the version is not registered yet
+    known = await start(store, key="k")
+    found = await store.run(executions.start_execution, "w", "v1", "{}", "k", any_worker_bytes=1)
+    assert found.execution_id == known.execution_id  # a known key's execution is found, whatever its size
+    for size in (5000, 4000):
+        assert await store.run(tasks.note_largest_task, "v1", size)
+    store = await reopen()
+    fits, too_large = json.dumps("x" * 3000), json.dumps("x" * 6000)
+    await store.run(executions.start_execution, "w", "v1", fits, "", any_worker_bytes=1000)
+    with pytest.raises(TooLarge, match=r"the input is 6,002 bytes.*more than"):
+        await store.run(executions.start_execution, "w", "v1", too_large, "", any_worker_bytes=1000)

@@ -228,7 +228,8 @@ def test_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) -> N
     code, output = run_demo(tmp_path)
     assert code == 2
     reason = (
-        f"{database} is not a database: it was left untouched; name another file with --database-url or DATABASE_URL"
+        f"{database} is not a database: it was left untouched; name another file with DATABASE_URL "
+        "(or the option --database-url of nexum)"
     )
     assert output.splitlines()[-1] == f"error: {reason}"
     assert database.read_bytes() == b"dear diary" * 100

@@ -275,7 +275,7 @@ class Model:
         self._note_decision(node, approver, "FAILED")
         self._fail(node)
 
-    def resolve(self, run_id: str, name: str, by: str, decision: str, text: str) -> None:
+    def resolve(self, run_id: str, name: str, by: str, decision: str, text: str, attempt: int) -> None:
         """Resolve a node as "done" with the result `text`, as "not done", or as "failed" with the reason `text`."""
         output = parsed(text) if decision == "done" else None
         node = self.run(run_id).nodes.get(name)
@@ -283,6 +283,9 @@ class Model:
             raise NotFound("no such node")
         if not node.is_unknown:
             raise Conflict("not now")
+        earlier = [one for one in node.attempts[:-1] if one.outcome == "UNKNOWN"]
+        if attempt != node.attempts[-1].number and (attempt or earlier):
+            raise Conflict("another attempt")
         self._note_decision(node, by, "COMPLETED" if decision == "done" else "FAILED")
         if decision == "done":
             self._complete(node, output)
