@@ -31,8 +31,8 @@ from typing import Any, TextIO, TypeVar
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
 from durable_autogen.record.events import check_session_id
-from durable_autogen.record.idle import has_interpreters, without_stop_iteration
-from durable_autogen.record.place import current
+from durable_autogen.record.idle import has_interpreters
+from durable_autogen.record.place import ThreadWork, current
 from durable_autogen.record.while_open import replaced
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError
@@ -195,7 +195,7 @@ class _Sessions:
         while True:
             if isinstance(function, functools.partial):
                 function, args = function.func, (*function.args, *args)
-            elif function is without_stop_iteration or isinstance(getattr(function, "__self__", None), Context):
+            elif isinstance(getattr(function, "__self__", None), (Context, ThreadWork)):
                 function, args = args[0], args[1:]
             else:
                 break

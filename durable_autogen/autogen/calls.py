@@ -32,6 +32,7 @@ from durable_autogen.autogen.values import (
     reply_again,
     unrecorded_value,
     value_again,
+    written_piece,
     written_pieces,
     written_reply,
     written_value,
@@ -123,7 +124,7 @@ class Calls:
         model = self._agent_state.conversation.model
         policy = self._guard.of_model(model)
         stream = _Stream()
-        held: list[str] = []
+        held: list[Any] = []
         loop = asyncio.get_running_loop()
 
         def release() -> None:
@@ -166,16 +167,16 @@ class Calls:
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
 
         def streamed(whole: bool) -> list[Any]:
-            return [representable(piece) for piece in (stream.produced if whole else stream.passed_on)]
+            return [written_piece(piece) for piece in (stream.produced if whole else stream.passed_on)]
 
         def replayed(content: Content) -> None:
-            pieces: list[str] = []
+            pieces: list[Any] = []
             if isinstance(content, Returned):
                 pieces = pieces_again(content.streamed, reply_again(content.value))
                 held.extend(pieces[-1:])
                 del pieces[-1:]
             elif isinstance(content, (Raised, GivenUp)):
-                pieces = content.streamed
+                pieces = [value_again(piece) for piece in content.streamed]
             for piece in pieces:
                 stream.items.put_nowait(piece)
 

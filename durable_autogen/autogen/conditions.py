@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from inspect import ismemberdescriptor
 from typing import Any
 
 from autogen_agentchat import conditions
@@ -50,7 +51,7 @@ async def check(
     if isinstance(condition, TimeoutTermination):
         _count_the_sessions_time(condition, session_state, recorder.active_now_ms)
     state: dict[str, Any] = getattr(condition, "__dict__", {})
-    before = dict(state)
+    before, slots_before = dict(state), _slots(condition)
     message = await ask()
     is_recorded = f"{name}/{position}" in recorder.replay.ahead
     is_decided = bool(recorder.replay.ahead) or recorder.was_checked(name)
@@ -59,6 +60,8 @@ async def check(
         # next check.
         state.clear()
         state.update(before)
+        for slot, value in slots_before.items():
+            setattr(condition, slot, value)
         return None
     if not is_recorded and message is None:
         return None
@@ -70,11 +73,16 @@ async def check(
     if not answer.replayed:
         return message
     assert isinstance(answer.content, Returned)
-    if message is None and "_terminated" in state:
-        # Mark the condition as stopped. AutoGen's conditions keep this mark in `_terminated`.
-        state["_terminated"] = True
+    if message is None:
+        session_state.stopped[id(condition)] = condition
     stop: Any = value_again(answer.content.value)
     return stop if isinstance(stop, StopMessage) else message
+
+
+def _slots(condition: TerminationCondition) -> dict[str, Any]:
+    """Return the attributes that a condition keeps in `__slots__`, and not in its `__dict__`."""
+    names = (name for kind in type(condition).__mro__ for name, one in vars(kind).items() if ismemberdescriptor(one))
+    return {name: getattr(condition, name) for name in names if hasattr(condition, name)}
 
 
 def _count_the_sessions_time(condition: TimeoutTermination, session_state: SessionState, active_ms: int) -> None:

@@ -229,6 +229,18 @@ async def _check(self: Any, original: _Original) -> Any:
     return await conditions.check(self, place, ask)
 
 
+def _terminated(self: Any, original: _Original) -> Any:
+    place = current.get()
+    return original() or (place is not None and place.session.state.is_stopped(self))
+
+
+async def _reset_condition(self: Any, original: _Original) -> Any:
+    place = current.get()
+    if place is not None:
+        place.session.state.stopped.pop(id(self), None)
+    return await original()
+
+
 def _usage(self: Any, original: _Original) -> Any:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
@@ -341,7 +353,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
         },
     ),
     (Memory, {"query": _recorded(_memory)}),
-    (TerminationCondition, {"__call__": _check}),
+    (TerminationCondition, {"__call__": _check, "terminated": _terminated, "reset": _reset_condition}),
     (
         ChatAgent,
         {
@@ -408,8 +420,9 @@ def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
     if (
         original is None
         or getattr(original, "__isabstractmethod__", False)
-        or isinstance(original, (staticmethod, classmethod, property))
-        or not callable(original)
+        or isinstance(original, (staticmethod, classmethod))
+        or isinstance(original, property) != isinstance(getattr(base, name, None), property)
+        or not (callable(original) or isinstance(original, (property, functools.partialmethod)))
         or (kind, name) in _wrapped
         or kind is AgentRuntime
     ):
@@ -420,7 +433,16 @@ def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
 
 
 def _wrapper_of(original: Any, wrapper: Wrapper) -> Any:
-    """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`."""
+    """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`.
+
+    The wrapper of a property is a property.
+    """
+    if isinstance(original, property):
+
+        def get(self: Any) -> Any:
+            return wrapper(self, _Original(original.__get__, (self, type(self)), {}))
+
+        return property(get, original.fset, original.fdel, original.__doc__)
 
     def bound(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Original:
         get = getattr(original, "__get__", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import decimal
@@ -23,6 +24,8 @@ from durable_autogen.record.failures import class_named
 from durable_autogen.record.storable import decoded, encoded, representable
 
 _CLASS, _VALUE, _UNRECORDED = "$class", "$value", "$unrecorded"
+_OWN_CLASS = "$reply"
+"""The key of a reply whose class is derived from CreateResult. It stands beside the fields of CreateResult."""
 
 _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     bytes: (lambda value: base64.b64encode(value).decode(), base64.b64decode),
@@ -173,14 +176,19 @@ def written_reply(result: CreateResult) -> tuple[Any, CreateResult]:
             if not isinstance(arguments, str):
                 # Write the arguments as text. Some servers send an object, and AutoGen needs a text.
                 call.arguments = json.dumps(arguments, ensure_ascii=False)
-    dumped = result.model_dump(mode="python", warnings=False)
+    dumped = result.model_dump(mode="python", warnings=False, include=set(CreateResult.model_fields))
     kept = representable(dumped)
-    return encoded(kept), result if kept == dumped else CreateResult.model_validate(kept)
+    written = encoded(kept)
+    if type(result) is not CreateResult:
+        with contextlib.suppress(Exception):  # a field of the client's own class may hold a value that JSON can't hold
+            written[_OWN_CLASS] = representable(written_value(result))
+    return written, result if kept == dumped else reply_again(written)
 
 
 def reply_again(written: Any) -> CreateResult:
     """Return the reply that `written_reply` wrote."""
-    return CreateResult.model_validate(decoded(written))
+    found = value_again(written[_OWN_CLASS]) if _OWN_CLASS in written else None
+    return found if isinstance(found, CreateResult) else CreateResult.model_validate(decoded(written))
 
 
 def text_of_reply(result: CreateResult) -> str:
@@ -188,18 +196,29 @@ def text_of_reply(result: CreateResult) -> str:
     return result.content if isinstance(result.content, str) else result.thought or ""
 
 
-def written_pieces(pieces: Sequence[str], result: CreateResult) -> list[Any]:
+def written_pieces(pieces: Sequence[Any], result: CreateResult) -> list[Any]:
     """Return a stream's pieces as JSON. If the joined pieces equal the reply's text, return only their lengths."""
-    if "".join(pieces) == text_of_reply(result):
+    if all(isinstance(piece, str) for piece in pieces) and "".join(pieces) == text_of_reply(result):
         return [len(piece) for piece in pieces]
-    found: list[Any] = representable(list(pieces))
-    return found
+    return [written_piece(piece) for piece in pieces]
 
 
-def pieces_again(written: Sequence[Any], result: CreateResult) -> list[str]:
+def written_piece(piece: Any) -> Any:
+    """Return a piece of a stream as JSON. It is a text, unless the client streams values of its own."""
+    if isinstance(piece, str):
+        return representable(str(piece))
+    if isinstance(piece, int):  # in `written_pieces`, a number is the length of a text
+        return _tagged(type(piece), piece)
+    try:
+        return representable(written_value(piece))
+    except Exception:  # noqa: BLE001 - the client's own class can't be written as JSON
+        return unrecorded_value(piece)
+
+
+def pieces_again(written: Sequence[Any], result: CreateResult) -> list[Any]:
     """Return the pieces that `written_pieces` wrote."""
     text = io.StringIO(text_of_reply(result))
-    return [text.read(one) if isinstance(one, int) else str(one) for one in written]
+    return [text.read(one) if isinstance(one, int) else value_again(one) for one in written]
 
 
 def is_broken(result: CreateResult) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
-from durable_autogen.record.storable import has_surrogates, representable
+from durable_autogen.record.storable import decoded, encoded, has_surrogates, representable
 
 T = TypeVar("T")
 
@@ -26,8 +25,6 @@ More than this fits into no model's context, and the record of an error must not
 """
 MAX_ATTRIBUTE = 20_000  # characters; a longer attribute is left out
 MAX_GROUP = 100  # exceptions; of a larger ExceptionGroup, only the first ones are recorded
-
-Plain = str | int | float | bool | None
 
 
 class RecordedFailure(Exception):
@@ -42,9 +39,10 @@ class Failure(BaseModel):
     module: str
     name: str
     text: str
-    args: list[Plain] | None = None
-    """The constructor's arguments, if all of them are plain values."""
-    attributes: dict[str, Plain] = {}
+    args: list[Any] | None = None
+    """The constructor's arguments, each as `encoded` writes it; None if it can't write all of them."""
+    attributes: dict[str, Any] = {}
+    """The attributes that `encoded` can write."""
     validation: list[dict[str, Any]] | None = None
     """The list of errors in a pydantic ValidationError. Such an exception is built from this list, not from `args`."""
     group: list[Failure] | None = None
@@ -56,20 +54,20 @@ class Failure(BaseModel):
         kind = type(error)
         group = _group(error)
         made_with = _made_with(error) if group is None else [getattr(error, "message", "")]
-        args = [_plain(one, max_text // len(made_with)) for one in made_with]
-        attributes = {name: _plain(value, MAX_ATTRIBUTE) for name, value in vars(error).items()}
+        args = [_storable(one, max_text // len(made_with)) for one in made_with]
+        attributes = {name: _storable(value, MAX_ATTRIBUTE) for name, value in vars(error).items()}
         return cls(
             module=kind.__module__,
             name=kind.__qualname__,
             text=_text(error, max_text),
-            args=None if _NOT_PLAIN in args else args,
-            attributes={name: one for name, one in attributes.items() if one is not _NOT_PLAIN},
+            args=None if _NOT_STORABLE in args else args,
+            attributes={name: one for name, one in attributes.items() if one is not _NOT_STORABLE},
             validation=_validation_errors(error, max_text),
             group=None if group is None else [cls.of(one, max_text // len(group)) for one in group],
         )
 
     def again(self) -> Exception:
-        """Return the recorded exception, with its class, text, plain arguments and plain attributes.
+        """Return the recorded exception, with its class, its text, and the arguments and attributes on record.
 
         If the class can't be instantiated, return an instance of a new subclass of it. If the class allows no subclass,
         use the nearest base class that allows one.
@@ -103,7 +101,7 @@ class Failure(BaseModel):
 
     def _if_same(self, error: Exception, kind: type[Exception]) -> Exception:
         """Return `error` with the recorded attributes. Raises ValueError if its class or its text differs."""
-        vars(error).update(self.attributes)
+        vars(error).update(self._attributes())
         if type(error) is not kind or _text(error) != self.text:
             raise ValueError(f"{kind.__name__} made another error")
         return error
@@ -112,7 +110,7 @@ class Failure(BaseModel):
         text = self.text
         body = {"__module__": self.module, "__qualname__": self.name, "__str__": lambda _: text}
         error = self._without_constructor(type(self.name.rpartition(".")[2], (base,), body))
-        vars(error).update(self.attributes)
+        vars(error).update(self._attributes())
         return error
 
     def _without_constructor(self, kind: Any) -> Exception:
@@ -125,7 +123,10 @@ class Failure(BaseModel):
     def _args(self) -> tuple[Any, ...]:
         """Return the constructor's arguments."""
         members = [] if self.group is None else [[one.again() for one in self.group]]
-        return (*(self.args or ()), *members)
+        return (*map(decoded, self.args or ()), *members)
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: decoded(value) for name, value in self.attributes.items()}
 
 
 def class_named(module: str, name: str, base: type) -> type | None:
@@ -157,7 +158,7 @@ def with_subclasses(base: type) -> list[type]:
     return list(found)
 
 
-_NOT_PLAIN: Any = object()
+_NOT_STORABLE: Any = object()
 _KNOWN_ERRORS = set(get_args(ErrorType))
 
 
@@ -191,12 +192,17 @@ def _group(error: Exception) -> Sequence[Exception] | None:
     return members[:MAX_GROUP]
 
 
-def _plain(value: object, max_text: int) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return _NOT_PLAIN
-    if isinstance(value, str):
-        return _NOT_PLAIN if len(value) > max_text or has_surrogates(value) else value
-    return value if value is None or isinstance(value, (bool, int, float)) else _NOT_PLAIN
+def _storable(value: object, max_text: int) -> Any:
+    """Return a value in the form in which it is recorded.
+
+    Return `_NOT_STORABLE` if `decoded` can't restore the value, or if the value has more than `max_text` characters.
+    """
+    with contextlib.suppress(Exception):  # an object refuses to be written, and its `==` may raise anything
+        written = encoded(value)
+        text = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
+        if decoded(written) == value and len(text) <= max_text and not has_surrogates(text):
+            return written
+    return _NOT_STORABLE
 
 
 def _text(error: Exception, max_text: int = MAX_TEXT) -> str:

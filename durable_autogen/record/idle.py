@@ -16,10 +16,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from durable_autogen.record.place import OpenSession, at, current
+from durable_autogen.record.place import OpenSession, ThreadWork, at, current
 from durable_autogen.record.while_open import replaced, while_open
 from nexum_engine.event_loop import call_in
 
@@ -58,7 +60,7 @@ class _Watcher:
         ready = _queue()
         return (
             ready is not None
-            and not session.activity.threads
+            and not session.activity.is_in_thread
             and all(waiting.session is not session for waiting in self._waiting)
             and id(session) not in _sessions_ready_to_run(ready)
         )
@@ -80,7 +82,7 @@ class _Watcher:
         ready = _queue()
         try:
             while self._waiting:
-                threads_only = all(waiting.session.activity.threads for waiting in self._waiting)
+                threads_only = all(waiting.session.activity.is_in_thread for waiting in self._waiting)
                 await asyncio.sleep(THREAD_LOOK_INTERVAL if threads_only else 0)
                 busy = None if ready is None else _sessions_ready_to_run(ready)
                 for waiting in list(self._waiting):
@@ -95,7 +97,7 @@ class _Watcher:
 
 def _is_idle(waiting: _Waiting, busy: set[int] | None) -> bool:
     activity = waiting.session.activity
-    if not activity.threads:
+    if not activity.is_in_thread:
         if busy is None:
             if waiting.turns >= ROUNDS_WITHOUT_A_LOOK:
                 return True
@@ -105,7 +107,7 @@ def _is_idle(waiting: _Waiting, busy: set[int] | None) -> bool:
     if asyncio.get_running_loop().time() - waiting.begun < patience:
         return False
     if not activity.is_never_idle:
-        if not activity.threads and waiting.turns < BUSY_TURNS:
+        if not activity.is_in_thread and waiting.turns < BUSY_TURNS:
             return False
         logger.warning(
             "session %s has been busy for %g s: from now on, its events are delivered even if it is not idle",
@@ -168,25 +170,51 @@ def _submit(original: Callable[..., Future[Any]]) -> Callable[..., Future[Any]]:
         if place is None or place.session.is_over:
             return original(self, fn, *args, **kwargs)
         # Copy the context, because it holds the session. run_in_executor doesn't copy it.
-        context = contextvars.copy_context()
+        context, work = contextvars.copy_context(), ThreadWork()
+        # `asyncio.to_thread` passes `partial(Context.run, function)`: the function then runs in that context.
+        own = getattr(getattr(fn, "func", None), "__self__", None)
+        for one in (context, own):
+            if isinstance(one, contextvars.Context):
+                one.run(_thread_work.set, work)
         if has_interpreters(self):
             future = original(self, fn, *args, **kwargs)
         else:
-            future = original(self, context.run, without_stop_iteration, fn, *args, **kwargs)
+            future = original(self, context.run, work.run, fn, *args, **kwargs)
         if not place.in_call:
-            _count_until_done(future, place.session)
+            _count_until_done(future, work, place.session)
         return future
 
     return submit
 
 
-def _count_until_done(future: Future[Any], session: OpenSession) -> None:
+_thread_work: ContextVar[ThreadWork | None] = ContextVar("durable_thread_work", default=None)
+
+
+@contextmanager
+def call_of_a_thread() -> Iterator[None]:
+    """For the length of a `with`, a recorded call is in progress.
+
+    If a function in a thread makes the call (by `run_coroutine_threadsafe`), the function waits for the call's result.
+    So the session doesn't wait for the function before it delivers this result.
+    """
+    work = _thread_work.get()
+    if work is None:
+        yield
+        return
+    work.calls += 1
+    try:
+        yield
+    finally:
+        work.calls -= 1
+
+
+def _count_until_done(future: Future[Any], work: ThreadWork, session: OpenSession) -> None:
     """Count a function that the session gave to an executor as the session's work, until `future` is done."""
     loop = session.loop
-    session.activity.threads += 1
+    session.activity.in_threads.add(work)
 
     def done() -> None:
-        session.activity.threads -= 1
+        session.activity.in_threads.discard(work)
 
     # The caller adds its own callback after it gets the future. Add this one in the event loop's next turn, so that it
     # runs after the caller's callback.
@@ -227,11 +255,3 @@ def _start(original: Callable[[threading.Thread], None]) -> Callable[[threading.
         original(self)
 
     return start
-
-
-def without_stop_iteration(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return fn(*args, **kwargs)
-    except StopIteration as error:
-        # Raise another exception: a future can't hold a StopIteration, so a task that awaits it would wait for ever.
-        raise RuntimeError("StopIteration was raised: next() found nothing") from error

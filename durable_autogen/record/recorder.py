@@ -34,7 +34,7 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.failures import Failure, ordinary
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
-from durable_autogen.record.idle import idle
+from durable_autogen.record.idle import call_of_a_thread, idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
@@ -409,9 +409,10 @@ class Recorder:
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
         if early and (event := self.replay.peek(pending.call)) is not None:
             self._found(pending, event.content)
-        answer = await self._replayed(pending)
-        if answer is None:
-            answer = await self._made_live(pending)
+        with call_of_a_thread():
+            answer = await self._replayed(pending)
+            if answer is None:
+                answer = await self._made_live(pending)
         if isinstance(answer, Exception):
             # Raise the error without a traceback: AutoGen passes tracebacks to models, and a replay can't restore them.
             raise answer.with_traceback(None) from None

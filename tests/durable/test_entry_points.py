@@ -135,6 +135,46 @@ async def test_create_method_of_mixin_is_recorded(shared_server: Server, happene
     assert "create" not in vars(Mixed)
 
 
+async def test_create_method_made_by_partialmethod_is_recorded(shared_server: Server, happened: list[str]) -> None:
+    class Preset(Scripted):
+        async def ask(self, model: str, messages: Sequence[Any], **_: Any) -> CreateResult:
+            happened.append(model)
+            return reply()
+
+        create = functools.partialmethod(ask, "preset")
+
+    async def program() -> list[str]:
+        return [await asked(Preset(happened)) for _ in range(2)]
+
+    await twice(shared_server, program, happened)
+    assert happened == ["preset"] * 2
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["read to its end", "left early"])
+async def test_stream_of_values_that_are_no_texts_is_recorded(
+    shared_server: Server, happened: list[str], leaves: bool
+) -> None:
+    class Thinking(Scripted):
+        async def create_stream(self, messages: Sequence[Any], **_: Any) -> AsyncGenerator[Any, None]:
+            happened.append("stream")
+            for piece in ("a text", Price(amount=1, day=DAY), {"step": word()}, ("two", 2), 3, True):
+                yield piece
+            yield reply()
+
+    async def program() -> list[Any]:
+        found: list[Any] = []
+        async with contextlib.aclosing(Thinking(happened).create_stream(QUESTION)) as stream:
+            async for piece in stream:
+                found.append(piece if not isinstance(piece, CreateResult) else plain(piece))
+                if leaves and len(found) == 4:
+                    break
+        return [*found, await asked(Scripted(happened))]
+
+    found = await twice(shared_server, program, happened)
+    assert found[:2] == ["a text", Price(amount=1, day=DAY)]
+    assert happened == ["stream", "model"]
+
+
 async def test_client_that_asks_other_clients_is_recorded_once(shared_server: Server, happened: list[str]) -> None:
     class Fallback(Scripted):
         async def create(self, messages: Sequence[Any], **more: Any) -> CreateResult:
@@ -471,6 +511,28 @@ class Drawn(TerminationCondition):
         self.over = False
 
 
+class Slotted(TerminationCondition):
+    """A termination condition that decides by chance, keeps its stop in a slot, and refuses a check after the stop."""
+
+    __slots__ = ("stop",)
+
+    def __init__(self) -> None:
+        self.stop: StopMessage | None = None
+
+    @property
+    def terminated(self) -> bool:
+        return self.stop is not None
+
+    async def __call__(self, messages: Sequence[Any]) -> StopMessage | None:
+        assert self.stop is None
+        if random.random() < 0.3:
+            self.stop = StopMessage(content=word(), source="lots")
+        return self.stop
+
+    async def reset(self) -> None:
+        self.stop = None
+
+
 def pressed() -> TerminationCondition:
     """An external termination that a callback sets after a while."""
     button = ExternalTermination()
@@ -482,6 +544,8 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
     "own": lambda _: Drawn(),
     "function": lambda _: FunctionalTermination(lambda _: random.random() < 0.4),
     "pressed": lambda _: pressed(),
+    "both of two": lambda _: Drawn() & Drawn(),
+    "in slots": lambda _: Slotted() & Slotted(),
     "nested, with a model": lambda happened: (
         MaxMessageTermination(500) | Drawn(Scripted(happened, *random.choices(["go", "stop"], k=90), name="judge"))
     ),

@@ -141,7 +141,7 @@ class Stated(Exception):
 class Kept(Exception):
     """An error with a constructor argument that `args` lacks."""
 
-    def __init__(self, text: str, *, status: int) -> None:
+    def __init__(self, text: str, *, status: object) -> None:
         super().__init__(text)
         self.status = status
 
@@ -154,7 +154,7 @@ class Caused(Exception):
 
 
 class Listed(Exception):
-    """An error whose text depends on an attribute. The attribute isn't a plain value, so it isn't recorded."""
+    """An error whose text depends on an attribute. JSON can't hold the attribute, so it isn't recorded."""
 
     status = 0
 
@@ -180,7 +180,7 @@ def caused() -> Caused:
 
 
 def with_whys(error: Listed) -> Listed:
-    error.whys += ["a", "b"]
+    error.whys += [object(), object()]
     error.status = 503
     return error
 
@@ -205,6 +205,8 @@ def again(error: Exception) -> Exception:
         KeyError("x"),
         FileNotFoundError(2, "no such thing", "file"),
         json.JSONDecodeError("no", "text", 3),
+        ValueError({"code": 3, "reasons": ["a", None]}),
+        Kept("no", status={"error": {"type": "quota"}}),
     ],
     ids=lambda error: type(error).__name__,
 )

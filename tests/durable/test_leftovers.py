@@ -89,7 +89,7 @@ async def test_refused_thread_does_not_keep_session_busy(shared_server: Server) 
     async with DurableSession(new_session(), nexum=shared_server.address) as session:
         with pytest.raises(RuntimeError, match="after shutdown"):
             pool.submit(print)
-        assert not session.activity.threads
+        assert not session.activity.is_in_thread
         await Scripted([]).create(QUESTION)
 
 

@@ -154,6 +154,27 @@ def test_session_waits_for_its_work_in_threads(shared_server: Server, loop: asyn
     assert seen[2] == f"{second} begins"
 
 
+def test_thread_that_makes_calls_in_the_sessions_loop_gets_their_results_at_once(
+    shared_server: Server, loop: asyncio.AbstractEventLoop, caplog: pytest.LogCaptureFixture
+) -> None:
+    happened: list[str] = []
+
+    async def program() -> list[str]:
+        here = asyncio.get_running_loop()
+
+        def ask_twice() -> list[str]:
+            model = Scripted(happened)
+            return [asyncio.run_coroutine_threadsafe(asked(model), here).result(30) for _ in range(2)]
+
+        alone = await asyncio.to_thread(ask_twice)
+        with ThreadPoolExecutor(1) as pool:  # the second function waits for the thread of the first one
+            one, other = await asyncio.gather(*(here.run_in_executor(pool, ask_twice) for _ in range(2)))
+        return [*alone, *one, *other]
+
+    loop.run_until_complete(twice(shared_server, program, happened))
+    assert "busy" not in caplog.text
+
+
 def test_programs_own_executor_runs_its_functions_with_its_threads(
     shared_server: Server, loop: asyncio.AbstractEventLoop
 ) -> None:

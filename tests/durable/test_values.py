@@ -1,15 +1,18 @@
-"""Recorded values whose class is not loaded are rebuilt as the declared type, or else as plain values."""
+"""Recorded values are rebuilt with their classes; if a class is not loaded, as the declared type or plain values."""
 
 from __future__ import annotations
 
+import json
 import time
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
+from autogen_core import FunctionCall
 from autogen_core.models import CreateResult, RequestUsage
 from pydantic import BaseModel
 
-from durable_autogen.autogen.values import pieces_again, value_again, written_pieces
+from durable_autogen.autogen.values import pieces_again, reply_again, value_again, written_pieces, written_reply
 
 MOVED = {"$class": ["module_that_was_renamed", "Point"], "$value": {"x": 1}}
 
@@ -40,6 +43,24 @@ class Line(BaseModel):
 )
 def test_value_of_class_that_is_not_loaded_has_the_declared_type(written: Any, declared: Any, expected: Any) -> None:
     assert value_again(written, declared) == expected
+
+
+class Priced(CreateResult):
+    """A reply of a client that adds fields of its own."""
+
+    cents: float
+    when: datetime
+    raw: Any = None
+
+
+def test_reply_of_own_class_keeps_class_and_fields() -> None:
+    usage, call = RequestUsage(prompt_tokens=1, completion_tokens=2), FunctionCall(id="1", name="note", arguments="{}")
+    now = datetime.now(timezone.utc)
+    reply = Priced(content=[call], usage=usage, finish_reason="function_calls", cached=False, cents=0.5, when=now)
+    assert reply_again(json.loads(json.dumps(written_reply(reply)[0]))) == reply
+    reply.raw = object()  # can't be recorded: the replay has the fields of every reply
+    found = reply_again(json.loads(json.dumps(written_reply(reply)[0])))
+    assert (type(found), found.content, found.usage) == (CreateResult, [call], usage)
 
 
 @pytest.mark.parametrize(
