@@ -17,7 +17,7 @@ from durable_autogen.budget_command import add_limits
 from durable_autogen.record.log import Teller
 from durable_autogen.run_script import complain, print_line, run_script
 from nexum_engine.ctrl_c import INTERRUPTED, interrupt_on_ctrl_c
-from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused
+from nexum_engine.errors import InvalidRequest, NexumError, ServerError
 from nexum_engine.options import count, refuse_bytes, user_name
 from nexum_engine.streams import in_words, open_closed_streams
 
@@ -175,28 +175,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command about recorded sessions; return its output."""
-    from nexum_engine.commands import nothing_recorded
-    from nexum_engine.location import default_database_url
-    from nexum_engine.store import database_exists
-
-    try:
-        return await _look(args)
-    except StoreRefused as error:
-        # Say the same as the commands of nexum if this folder has no database, and none can be made here.
-        if args.command != "send" and not database_exists(url := default_database_url()):
-            raise nothing_recorded(url) from error
-        raise
-
-
-async def _look(args: argparse.Namespace) -> str:
     from durable_autogen import budget_command, session_report
     from durable_autogen.fork import fork_session, fork_source
     from durable_autogen.record.sent_events import send
     from durable_autogen.recorded_sessions import cancel_session, has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
+    from nexum_engine.commands import nothing_recorded
     from nexum_engine.embedded import EmbeddedNexum
+    from nexum_engine.location import default_database_url
+    from nexum_engine.store import database_exists
 
+    if args.command != "send" and not args.nexum and not database_exists(url := default_database_url()):
+        # Say the same as the commands of nexum. EmbeddedNexum would make an empty database.
+        async with NexumClient() as client:
+            try:
+                await client.ping()
+            except ServerError as error:
+                raise nothing_recorded(url) from error
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
             sessions = await _settled(

@@ -218,13 +218,15 @@ async def test_list_of_sessions_holds_one_record_at_a_time(server: ServerThread)
 
 
 @pytest.mark.parametrize("command", ["nexum_engine ps", "durable_autogen ls", "durable_autogen show s"])
-def test_commands_say_alike_that_nothing_is_recorded_where_no_database_can_be_made(
-    tmp_path: Path, command: str
+@pytest.mark.parametrize("folder", ["new", "file"])
+def test_commands_say_alike_that_nothing_is_recorded_and_make_no_database(
+    tmp_path: Path, command: str, folder: str
 ) -> None:
     (tmp_path / "file").touch()
-    url = f"sqlite:///{tmp_path / 'file' / 'x.db'}"
+    url = f"sqlite:///{tmp_path / folder / 'x.db'}"
     with running(["-m", *command.split()], cwd=tmp_path, env={"DATABASE_URL": url}, forked=True) as listing:
         assert listing.wait() in (1, 2)
     assert listing.output.splitlines() == [
         f"error: no server on localhost:50051, and no database at {url}: nothing recorded"
     ]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
