@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ from nexum_engine.errors import (
     UnknownEffect,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.records import DeclaredTool, NodeType, Task
+from nexum_engine.records import DeclaredTool, ExecutionStatus, NodeType, Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
@@ -127,6 +128,8 @@ class _Work:
         """The attempt at the node: the newest one, if this process has received several."""
         self.requested = requested
         """The monotonic time at which the worker began to ask for the task."""
+        self.handler: asyncio.Task[Any] | None = None
+        """The running handler."""
         self.once = False
         """Whether the work has begun, and its effect must happen only once."""
         self.acknowledged = False
@@ -212,6 +215,7 @@ class Worker:
             prepare=self._register,
             on_connected=self._say_connected,
             on_lost=self._say_lost,
+            on_tasks_lost=self._tasks_lost,
             on_blocked=self._say_blocked,
         )
         self._heartbeat.declare(tools)
@@ -229,6 +233,8 @@ class Worker:
         """The event loop and the id of its thread."""
         self._told_to_stop = asyncio.Event()
         self._waits: set[_Wait] = set()
+        self._looks: set[asyncio.Task[None]] = set()
+        """The looks at executions whose tasks the server has taken away."""
         self._closing = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -251,9 +257,10 @@ class Worker:
         finally:
             self._closing = True
             self._tell_to_stop()
-            for task in (connection, stopping, *slots):
+            ending = (connection, stopping, *slots, *self._looks)
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(connection, stopping, *slots, return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
             # Finish the reports that have begun, even if the worker was cancelled.
             reports = [work.reporting for work in self._at_work.values() if work.reporting is not None]
             await asyncio.gather(*reports, return_exceptions=True)
@@ -313,6 +320,20 @@ class Worker:
             )
         else:
             logger.warning("not connected to %s, retrying: %s", self._place(), error)
+
+    def _tasks_lost(self, task_ids: frozenset[str]) -> None:
+        for work in self._at_work.values():
+            if work.handler is not None and work.task.task_id in task_ids:
+                look = asyncio.create_task(self._stop_if_cancelled(work), name="look at a lost task")
+                self._looks.add(look)
+                look.add_done_callback(self._looks.discard)
+
+    async def _stop_if_cancelled(self, work: _Work) -> None:
+        """Cancel the handler of a task whose execution somebody has cancelled. Nobody waits for its result any more."""
+        with suppress(NexumError):  # the server takes the task away again in its answer to the next heartbeat
+            execution = (await self._client.get_execution(work.task.execution_id)).execution
+            if execution.status is ExecutionStatus.CANCELLED and work.handler is not None:
+                work.handler.cancel(f"the execution was {execution.error or 'cancelled'}")
 
     def _say_blocked(self, seconds: float) -> None:
         # The heartbeat's thread calls this while the event loop is blocked.
@@ -479,7 +500,7 @@ class Worker:
         try:
             handler, node = self._work_of(task)
             work.once = node.once
-            output = await self._output(handler, context, node, task, name)
+            output = await self._output(handler, context, node, work, name)
         except Exception as error:  # noqa: BLE001 - reported to the server
             unknown = isinstance(error, UnknownEffect)
             final = unknown or isinstance(error, (FinalError, InvalidRequest))
@@ -509,8 +530,11 @@ class Worker:
         jsontext.check_size(text, "the progress", max_bytes=MAX_PROGRESS_BYTES)
         self._heartbeat.send_progress(work.task.task_id, text)
 
-    async def _output(self, handler: Handler, context: TaskContext, node: NodeDefinition, task: Task, name: str) -> str:
+    async def _output(
+        self, handler: Handler, context: TaskContext, node: NodeDefinition, work: _Work, name: str
+    ) -> str:
         """Run `handler`. Check its result against the node's output model, and return what to report, as JSON text."""
+        task = work.task
 
         async def contained() -> Any:
             try:
@@ -521,7 +545,7 @@ class Worker:
                 # Raise an ordinary exception: SystemExit and the like would end the event loop, with every other task.
                 raise RuntimeError(f"the handler raised {type(error).__name__}: {error}") from error
 
-        running = asyncio.create_task(contained())
+        running = work.handler = asyncio.create_task(contained())
         self._handlers[running] = name
         try:
             if node.timeout_seconds is not None:
@@ -533,9 +557,10 @@ class Worker:
         except asyncio.CancelledError as error:
             if self._closing:
                 raise
-            raise RuntimeError("the handler cancelled itself") from error
+            raise RuntimeError(str(error) or "the handler cancelled itself") from error
         finally:
             running.cancel()
+            work.handler = None
             del self._handlers[running]
         if node.node_type is NodeType.ROUTER and isinstance(result, str):
             result = {"routed_to": result}

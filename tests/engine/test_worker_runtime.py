@@ -247,6 +247,34 @@ async def _one(task: TaskContext) -> int:
     return 1
 
 
+async def test_handler_of_a_cancelled_execution_is_cancelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nexum_engine.worker")
+    at_work, cleaned_up = asyncio.Event(), asyncio.Event()
+
+    async def wait(task: TaskContext) -> dict[str, Any]:
+        if task.input.get("ends"):
+            return {}
+        at_work.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cleaned_up.set()
+        return {}
+
+    with nexum_server(tmp_path, lease=1.0) as server:  # a short lease, and so frequent heartbeats
+        async with NexumClient(server.address) as client, working(server.address, {ONE: {"a": wait}}, concurrency=1):
+            execution_id = await begin(client, ONE)
+            await asyncio.wait_for(at_work.wait(), SOON)
+            await client.cancel_execution(execution_id, by="ann")
+            await asyncio.wait_for(cleaned_up.wait(), SOON)
+            following = await begin(client, ONE, {"ends": True})
+            assert (await ended(client, following)).status is ExecutionStatus.COMPLETED  # the slot is free again
+            execution = await ended(client, execution_id)
+    assert (execution.status, execution.error) == (ExecutionStatus.CANCELLED, "cancelled by ann")
+    (line,) = [line for line in caplog.messages if line.startswith("failed") and execution_id in line]
+    assert "the execution is CANCELLED" in line
+
+
 async def test_client_refuses_input_that_does_not_match_the_workflow(client: NexumClient) -> None:
     built = workflow("numbers", input=Number).effect("a").build()
     with pytest.raises(InvalidRequest, match="the input does not match Number"):
