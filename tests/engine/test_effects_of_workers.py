@@ -107,9 +107,10 @@ async def test_kill_between_effect_and_report(tmp_path: Path, database_url: str,
         async with NexumClient(server.address) as client:
             ids = {built.workflow_id: await begin(client, built) for built in WORKFLOWS}
             wait_until(lambda: len(payments(ledger)) == len(WORKFLOWS), "each workflow pays once")
+            if killed == "worker and server":
+                server.process.kill()  # first, or it may notice that the worker has gone
             worker.kill()
             if killed == "worker and server":
-                server.process.kill()
                 server = stack.enter_context(nexum_server(tmp_path, database_url=database_url, port=server.port))
             gate.touch()
             new_worker(server.address)
