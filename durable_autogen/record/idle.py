@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -175,7 +175,8 @@ def _submit(original: Callable[..., Future[Any]]) -> Callable[..., Future[Any]]:
         own = getattr(getattr(fn, "func", None), "__self__", None)
         for one in (context, own):
             if isinstance(one, contextvars.Context):
-                one.run(_thread_work.set, work)
+                with suppress(RuntimeError):  # another thread runs a function in this context now
+                    one.run(_thread_work.set, work)
         if has_interpreters(self):
             future = original(self, fn, *args, **kwargs)
         else:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -206,6 +207,24 @@ def test_programs_own_executor_runs_its_functions_with_its_threads(
     assert happened == ["model", *["own"] * 6]
     assert [one["content"] for one in result["messages"][-2]["content"]] == ["open"] * 6
     assert connection == "open"
+
+
+async def test_functions_may_share_a_context_of_the_program(shared_server: Server) -> None:
+    name: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="nobody")
+    own, may_end = contextvars.copy_context(), threading.Event()
+    own.run(name.set, "the program")
+
+    def first() -> str:
+        assert may_end.wait(10)
+        return name.get()
+
+    async def program() -> list[str]:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = [pool.submit(partial(own.run, one)) for one in (first, name.get)]
+            may_end.set()
+            return [await asyncio.wrap_future(one) for one in waiting]
+
+    assert await inside(shared_server, program, new_session()) == ["the program", "the program"]
 
 
 def fan_out(happened: list[str]) -> GraphFlow:
