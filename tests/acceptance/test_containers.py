@@ -100,4 +100,5 @@ def test_containers_share_a_database_if_they_share_its_volume(tmp_path: Path, vo
         one.wait_for("recorded")
         second, _ = container("data" if volume == "one" else "app", volume, "-m", "durable_autogen", "ls")
         with running(second, cwd=tmp_path, program=program) as other:
-            assert (other.wait(), "Where?" in other.output) == (0, volume == "one"), other.output
+            assert (other.wait() == 0, "Where?" in other.output) == (volume == "one",) * 2, other.output
+            assert ("nothing recorded" in other.output) == (volume == "another")

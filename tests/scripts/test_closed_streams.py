@@ -15,7 +15,7 @@ COMMANDS = {
     "worker": ["worker.py", "--nexum", "127.0.0.1:1", "--until-stdin-closes"],
     "nexum": ["-m", "nexum_engine", "--listen", "0.0.0.0:1"],
     "nexum ps": ["-m", "nexum_engine", "ps"],
-    "durable_autogen ls": ["-m", "durable_autogen", "ls"],
+    "durable_autogen send": ["-m", "durable_autogen", "send", "s", "payment"],
     "durable_autogen run": ["-m", "durable_autogen", "run", "script.py"],
 }
 STREAMS = [">&-", "<&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "| true"]
@@ -40,7 +40,7 @@ def test_closed_or_full_stream_gives_no_traceback_and_no_damage(tmp_path: Path, 
         )
         for word in ("Traceback", "Exception ignored", "AttributeError", "Logging error", "[Errno"):
             assert word not in run.stdout, f"{streams}: {run.stdout}"
-        if ">/dev/full" in streams and "2>" not in streams and name in ("demo", "durable_autogen ls"):
+        if ">/dev/full" in streams and "2>" not in streams and name in ("demo", "durable_autogen send"):
             assert "the output can't be written: No space left on device" in run.stdout
             assert run.returncode == 1
 
