@@ -44,6 +44,7 @@ async def test_clients_use_all_servers_and_stay_with_one(tmp_path: Path) -> None
         assert used == {server.address for server in servers}
 
 
+@pytest.mark.sqlite
 async def test_calls_and_worker_continue_with_another_server(tmp_path: Path) -> None:
     async def work(task: TaskContext) -> str:
         return task.idempotency_key and "done"
