@@ -254,7 +254,7 @@ class Heartbeat:
             while True:
                 try:
                     route = self._connection.route()
-                    if channel is None or channel.target != route.target:
+                    if channel is None or (channel.target, channel.metadata) != (route.target, route.metadata):
                         if channel is not None:
                             await channel.close()
                         # Share no connection with the client: its large messages would delay the heartbeats.

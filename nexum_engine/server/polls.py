@@ -95,7 +95,7 @@ class Polls:
         self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
         self._largest_task: dict[str, int] = {}
-        """By version: the size of the largest task that a worker can receive, as the store knows from this server."""
+        """By version: the size of the largest task that a worker can receive, as this server has told the store."""
         self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
         """By version: an upper bound of the number of due tasks. If a version is missing here, its number is unknown.

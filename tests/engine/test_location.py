@@ -6,7 +6,7 @@ import asyncio
 import socket
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,19 @@ async def test_server_refuses_calls_for_another_database(tmp_path: Path, monkeyp
             with pytest.raises(ServerError, match=r"the server has .*nexum.db open, not .*other.db"):
                 async with Owner(client):
                     pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows can't rename the folder of an open file")
+async def test_owner_follows_its_database_into_a_new_folder_of_the_same_path(tmp_path: Path) -> None:
+    database, listen = tmp_path / "folder" / "nexum.db", f"127.0.0.1:{free_port()}"
+    async with AsyncExitStack() as stack:
+        async with serving(database, listen):
+            client = await stack.enter_async_context(NexumClient(str(database)))
+            owner = await stack.enter_async_context(Owner(client))
+        database.parent.rename(tmp_path / "former")
+        async with serving(database, listen):
+            await client.ping(patience=20)
+            await asyncio.wait_for(owner._heartbeat.connected.wait(), 20)
 
 
 @needs_links
