@@ -44,8 +44,9 @@ SESSION = {
 }
 """The settings of every session. The role or the database may have others, which the queries are not written for.
 
-With the timeouts, PostgreSQL soon releases the locks of a server whose machine is lost, or that was suspended in a
-transaction. By default it would keep them for two hours, and the other servers would wait for them.
+With the timeouts, PostgreSQL soon releases the locks of a server whose machine is lost in a transaction. By default it
+would keep them for two hours, and the other servers would wait for them. If only the server's process is suspended,
+PostgreSQL notices that only if it has answered all statements.
 """
 
 Connection = psycopg.Connection[dict[str, Any]]

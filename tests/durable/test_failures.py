@@ -728,7 +728,8 @@ async def test_waits_for_calls_that_may_depend_on_a_retried_failure_do_not_add_u
     is_down = False
     assert await program() == "charged"
     assert notes == [*range(5), *range(5)]
-    assert max(end for _, end in waits) - min(begin for begin, _ in waits) < 2 * 0.5
+    # Five waits that add up would take 2.5 s. One wait takes a little more than 0.5 s if the recorded calls were slow.
+    assert max(end for _, end in waits) - min(begin for begin, _ in waits) < 4 * 0.5
 
 
 async def test_other_tool_after_a_retried_failure_takes_the_place_of_a_call_that_was_cut_off(
