@@ -75,10 +75,10 @@ class Channel:
         channel: Any
         if server is not None:
             channel = InProcessChannel(server)
-        elif _is_forked:
-            from nexum_engine.wire.forked import ForkedChannel
+        elif _is_forked or self._purpose == "heartbeat":
+            from nexum_engine.wire.pure_python import PurePythonChannel
 
-            channel = ForkedChannel(self.target, self._security.context())
+            channel = PurePythonChannel(self.target, self._security.context())
         else:
             logging.getLogger("asyncio").addFilter(_is_worth_a_line)  # a second call adds nothing
             options = (*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))

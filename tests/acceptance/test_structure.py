@@ -212,7 +212,7 @@ def test_client_and_server_do_not_import_each_other() -> None:
         ),
         ("genai_prices", {"durable_autogen.record.budget"}),
         ("grpc_tools", {"nexum_engine.wire.generate"}),
-        ("grpclib", {"nexum_engine.wire.forked"}),
+        ("grpclib", {"nexum_engine.wire.pure_python"}),
         ("ddgs", {"support.tools.web.search"}),
         ("markdownify", {"support.tools.web.html"}),
         ("bs4", {"support.tools.web.html"}),

@@ -1,7 +1,11 @@
-"""A gRPC channel for a forked process, in pure Python.
+"""A gRPC channel in pure Python, for forked processes and for heartbeats.
 
 The core of grpcio works in threads. A fork copies their state but not the threads, so grpcio hangs in the child, or
 ends it with a segmentation fault. grpclib has no threads.
+
+Heartbeats have an event loop of their own. All event loops of a process share one queue of grpcio: if the heartbeats
+used grpcio, too, each answer of a call would wake both loops, and often reach the caller's loop by way of the other one.
+A call through a worker took 6 % longer.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from google.protobuf.message import DecodeError
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError, StreamTerminatedError
 
-from nexum_engine.wire.status import CODE_OF_NUMBER, rpc_error
+from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, RETRY_AFTER, rpc_error
 
 Serialize = Callable[[Any], bytes]
 Deserialize = Callable[[bytes], Any]
@@ -43,7 +47,7 @@ class _Connection(grpclib.client.Channel):
         """Don't report an open connection: when the process ends, the operating system closes it."""
 
 
-class ForkedChannel:
+class PurePythonChannel:
     """A channel with the methods of `grpc.aio.Channel` that this project's calls need.
 
     Its calls raise `grpc.aio.AioRpcError`, as calls of `grpc.aio` do. Create it in an event loop.
@@ -80,17 +84,17 @@ class ForkedChannel:
 
     def stream_stream(
         self, path: str, *, request_serializer: Serialize, response_deserializer: Deserialize, **_: object
-    ) -> Callable[..., ForkedStream]:
+    ) -> Callable[..., PurePythonStream]:
         """Return a function that opens a stream of the RPC `path`."""
         method = grpclib.client.StreamStreamMethod[bytes, bytes](self._connection, path, bytes, bytes)
 
-        def call(*, metadata: Sequence[Any] = ()) -> ForkedStream:
-            return ForkedStream(method.open(metadata=metadata), request_serializer, response_deserializer)
+        def call(*, metadata: Sequence[Any] = ()) -> PurePythonStream:
+            return PurePythonStream(method.open(metadata=metadata), request_serializer, response_deserializer)
 
         return call
 
 
-class ForkedStream:
+class PurePythonStream:
     """An open stream, with the methods of `grpc.aio.StreamStreamCall` that the heartbeat needs."""
 
     def __init__(self, stream: _Stream, serialize: Serialize, deserialize: Deserialize) -> None:
@@ -154,7 +158,10 @@ def _as_rpc_errors(stream: _Stream) -> Iterator[None]:
     try:
         yield
     except GRPCError as error:
-        trailing = grpc.aio.Metadata(*(stream.trailing_metadata or {}).items())
+        # Read the headers themselves: `trailing_metadata` has no keys that begin with "grpc-", and is None if the server
+        # has ended the stream while a request was being sent.
+        received = dict(stream._stream.trailers or stream._stream.headers or ())
+        trailing = grpc.aio.Metadata(*((key, received[key]) for key in (ANSWERED, RETRY_AFTER) if key in received))
         raise rpc_error(CODE_OF_NUMBER[error.status.value], error.message or "", trailing) from error
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
