@@ -9,7 +9,7 @@ executions, `nexum_engine.worker.Worker` runs their nodes. Errors are in `nexum_
 import os
 
 # Turn off grpcio's own support for forks, before grpcio is imported and reads the variable. That support restarts
-# threads in the child, and these crash if a call was open at the fork. In the child, the client uses wire/pure_python.py.
+# threads in the child, and these crash if a call was open at the fork. The child uses wire/pure_python.py instead.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # Turn grpc's log off: this package's errors report the same failures.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

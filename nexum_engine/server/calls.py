@@ -21,6 +21,12 @@ PART_BYTES = 64 * 1024
 RETRY_AFTER_MS = 1000
 UNSENT_BYTES = 128 * 1024
 """How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
+ACK_DELAY = 0.01
+"""How many seconds the answer to a worker's report may wait for another answer, such as the worker's next task.
+
+Two answers in one message cost less than two messages. Nobody waits for this answer: the worker has polled already.
+"""
+_REPORTS = {"CompleteTask", "FailTask"}
 FRAME_BYTES = 256
 """The memory that a frame takes in addition to its content."""
 
@@ -100,7 +106,11 @@ class _Stream:
         self._calls: dict[int, tuple[asyncio.Task[None], CallContext]] = {}
         self._unsent: list[pb.CallFrame] = []
         self._has_news = asyncio.Event()
-        """Set when a frame can be sent, and when the stream may be over."""
+        """Set when the unsent frames are to be sent, and when the stream may be over."""
+        self._sending_later: asyncio.TimerHandle | None = None
+        """The timer that sends an answer which may wait; None if no such answer waits."""
+        self._polls = 0
+        """How many of the calls are polls for a task."""
         self._room = Budget(UNSENT_BYTES)  # serves the calls in turn
         self._is_finishing = False
 
@@ -131,10 +141,13 @@ class _Stream:
         self._all.free_places -= 1
         answering = asyncio.create_task(self._answer(frame, context))
         self._calls[frame.call] = answering, context
-        answering.add_done_callback(partial(self._ended, frame.call))
+        is_poll = frame.method == "PollTask"
+        self._polls += is_poll
+        answering.add_done_callback(partial(self._ended, frame.call, is_poll))
 
-    def _ended(self, call: int, _: asyncio.Task[None]) -> None:
+    def _ended(self, call: int, is_poll: bool, _: asyncio.Task[None]) -> None:
         _, context = self._calls.pop(call)
+        self._polls -= is_poll
         self._all.free_places += 1
         context.end()
         if self._is_finishing and not self._calls:
@@ -158,17 +171,27 @@ class _Stream:
 
     async def next_answers(self) -> list[pb.CallFrame]:
         """Wait for answers, and return those for the next message. Return an empty list when the stream is over."""
-        while not self._unsent and not (self._is_finishing and not self._calls):
-            self._has_news.clear()
+        while not (self._is_finishing and not self._calls):
             await self._has_news.wait()
+            if self._unsent:
+                break
+            self._has_news.clear()
         frames = take_batch(self._unsent)
+        if not self._unsent:
+            self._has_news.clear()
+        if self._sending_later is not None:
+            self._sending_later.cancel()
+            self._sending_later = None
         self._room.give(sum(map(_held_bytes, frames)))
         return frames
 
-    async def _send(self, frame: pb.CallFrame) -> None:
+    async def _send(self, frame: pb.CallFrame, *, may_wait: bool = False) -> None:
         await self._room.take(_held_bytes(frame))
         self._unsent.append(frame)
-        self._has_news.set()
+        if not may_wait:
+            self._has_news.set()
+        elif self._sending_later is None:
+            self._sending_later = asyncio.get_running_loop().call_later(ACK_DELAY, self._has_news.set)
 
     async def _answer(self, frame: pb.CallFrame, context: CallContext) -> None:
         try:
@@ -191,9 +214,11 @@ class _Stream:
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
         answer = await rpc(Received(frame.message), context)
         message = answer.SerializeToString()
+        may_wait = frame.method in _REPORTS and self._polls > 0
         for begin in range(0, len(message) or 1, PART_BYTES):
             end = begin + PART_BYTES
-            await self._send(pb.CallFrame(call=frame.call, message=message[begin:end], more=end < len(message)))
+            part = pb.CallFrame(call=frame.call, message=message[begin:end], more=end < len(message))
+            await self._send(part, may_wait=may_wait)
 
 
 _TOO_MANY_CALLS = Refused(

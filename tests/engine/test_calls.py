@@ -278,6 +278,54 @@ async def test_a_task_goes_to_the_next_poll_after_a_stream_breaks(server: Engine
     assert task.execution_id == execution_id
 
 
+def report_frame(call: int, task: pb.PollResponse) -> pb.CallFrame:
+    return request_frame(call, "CompleteTask", pb.CompleteRequest(task_id=task.task_id, output_json="1"))
+
+
+async def test_the_answer_to_a_report_shares_a_message_with_the_next_task(
+    server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
+    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+    await started(stub)
+    async with RawStream(server.address) as raw:
+        await raw.send(request_frame(1, "PollTask", poll))
+        (handed_out,) = await raw.read()
+        task = pb.PollResponse.FromString(handed_out.message)
+        await raw.send(report_frame(2, task), request_frame(3, "PollTask", poll))
+        execution = await stub.GetExecution(
+            pb.GetExecutionRequest(execution_id=task.execution_id, wait_ms=LONG_MS), timeout=SOON
+        )
+        assert execution.status == "COMPLETED"
+        next_id = await started(stub)
+        answer, next_task = await raw.read()
+        assert pb.AckResponse.FromString(answer.message).ok
+        assert pb.PollResponse.FromString(next_task.message).execution_id == next_id
+        assert (answer.call, next_task.call) == (2, 3)
+
+
+async def test_the_answer_to_a_report_is_sent_without_a_next_task(server: EngineServer, stub: Any) -> None:
+    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+    await started(stub)
+    async with RawStream(server.address) as raw:
+        await raw.send(request_frame(1, "PollTask", poll), request_frame(2, "PollTask", poll))
+        (handed_out,) = await raw.read()
+        await raw.send(report_frame(3, pb.PollResponse.FromString(handed_out.message)))
+        assert [frame.call for frame in await raw.read()] == [3]
+
+
+async def test_the_answer_to_a_report_without_a_waiting_poll_does_not_wait(
+    server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
+    await started(stub)
+    async with RawStream(server.address) as raw:
+        await raw.send(request_frame(1, "PollTask", pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)))
+        (handed_out,) = await raw.read()
+        await raw.send(report_frame(2, pb.PollResponse.FromString(handed_out.message)))
+        assert [frame.call for frame in await raw.read()] == [2]
+
+
 async def test_a_late_answer_is_a_deadline_error_and_the_stream_continues(server: EngineServer, stub: Any) -> None:
     server.watch(listing.list_executions, hangs)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
