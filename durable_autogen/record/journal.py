@@ -234,8 +234,8 @@ class Journal:
                 if isinstance(conflict, IdempotencyConflict):
                     # This version never gives one key to two inputs.
                     raise DriftError(
-                        f"session {self.session} has an unfinished call of another version of durable_autogen: "
-                        f"{conflict}. Continue the session with that version, or use a new session"
+                        f"session {self.session} has an unfinished call of another version of durable_autogen, which "
+                        "this version can't continue. Continue the session with that version, or use a new session"
                     ) from conflict
                 if loop.time() >= give_up:
                     raise self._busy(f"another process has taken over: {conflict}") from conflict
