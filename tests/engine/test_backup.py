@@ -180,6 +180,20 @@ async def test_cancelled_backup_leaves_no_file(tmp_path: Path, store: SqliteStor
     assert await store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing) > 0
 
 
+async def test_backup_that_fails_leaves_no_journal(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(_: object, target: sqlite3.Connection) -> None:
+        (new,) = leftovers(tmp_path)
+        Path(tmp_path, f"{new}-journal").touch()  # SQLite leaves it if the disk is full
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("nexum_engine.store.sqlite._Backup.copy_to", fill_the_disk)
+    with pytest.raises(InvalidRequest, match=r"b\.db can't be written: database or disk is full"):
+        await store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing)
+    assert leftovers(tmp_path) == []
+
+
 async def test_closing_store_stops_backup(tmp_path: Path, store: SqliteStore, gate: Gate) -> None:
     for one in range(20):
         await record(store, f"k{one}", 5000)
