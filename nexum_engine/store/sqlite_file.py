@@ -588,6 +588,7 @@ def restore(path: Path, backup: Path) -> Path | None:
     try:
         _refuse_open_file(path)
         try:
+            _remove_leftovers(path)  # a killed restore leaves a copy, and a second one may need its disk space
             _copy_backup(backup, new)
             DatabaseFile.open(new).close()
             former = _set_aside(path)

@@ -166,6 +166,14 @@ async def test_restored_backup_gives_no_warning(
         assert (tmp_path / "b.db").stat().st_mode & 0o777 == 0o600
 
 
+async def test_restore_removes_the_copy_of_a_killed_restore(tmp_path: Path, store: SqliteStore) -> None:
+    await store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing)
+    await store.close()
+    (tmp_path / "nexum.db.new-0123abcd").touch()
+    restore_database(f"sqlite:///{tmp_path / 'nexum.db'}", tmp_path / "b.db")
+    assert leftovers(tmp_path) == []
+
+
 async def test_cancelled_backup_leaves_no_file(tmp_path: Path, store: SqliteStore, gate: Gate) -> None:
     for one in range(20):
         await record(store, f"k{one}", 5000)
