@@ -100,7 +100,7 @@ async def _prune_on_server(args: argparse.Namespace, client: NexumClient) -> Pru
 
 
 async def _prune_in_store(args: argparse.Namespace, store: Store) -> Pruned:
-    verdicts: dict[str, retention.Verdict] = {}
+    verdicts: retention.Verdicts = {}
 
     async def part(after: int) -> Pruned:
         pruned = await store.run_alone(

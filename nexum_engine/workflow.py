@@ -402,7 +402,12 @@ class WorkflowBuilder:
         if len(set(names)) != len(names):
             raise InvalidRequest(f"workflow {self._workflow_id!r} has two nodes with the same name: {names}")
         ir = {"nodes": {node.node_id: node.ir() for node in self._nodes}}
-        ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        try:
+            ir_json = json.dumps(ir, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"workflow {self._workflow_id!r} has a delay or time limit that is not a finite number"
+            ) from error
         parse_ir(ir_json)
         # Hash the workflow's id, too. Workers poll by hash, and two workflows with equal nodes must not share tasks.
         digest = hashlib.sha256(f"{self._workflow_id}\n{ir_json}".encode()).hexdigest()

@@ -292,9 +292,12 @@ class Guard:
                 # id that is new for each call. Use the arguments of the earlier run.
                 input, guarded = earlier, replace(guarded, arguments=earlier.arguments)
             else:
+                looks_equal = (earlier.tool, earlier.arguments) == (input.tool, input.arguments)
                 self._recorder.differs(
                     f"an earlier run has begun {earlier}, whose effect must happen only once, and now the program asks "
                     f"for {guarded} in its place"
+                    + " (the recorded call is by another version of durable_autogen, or a person edited its arguments)"
+                    * looks_equal
                 )
                 key = key_of(input.session, EFFECT, input.call, input.digest)
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from itertools import takewhile
 from typing import Any, TypeVar
 
-from durable_autogen.errors import RunCancelled, SessionBusy
+from durable_autogen.errors import DriftError, RunCancelled, SessionBusy
 from durable_autogen.record.events import (
     AGENT_EVENT,
     AGENT_RUN,
@@ -33,7 +33,14 @@ from durable_autogen.record.storable import representable
 from nexum_engine.approvals import key_within, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import OUTAGE_PATIENCE
-from nexum_engine.errors import Conflict, ExecutionNotFound, NexumError, StaleTask, TaskNotFound
+from nexum_engine.errors import (
+    Conflict,
+    ExecutionNotFound,
+    IdempotencyConflict,
+    NexumError,
+    StaleTask,
+    TaskNotFound,
+)
 from nexum_engine.event_loop import to_its_end
 from nexum_engine.owner import Owner
 from nexum_engine.records import Execution, ExecutionStatus, Task
@@ -212,7 +219,8 @@ class Journal:
     async def under_this_run(self, send: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
         """Call `send`, a method of the owner, with `holding` set to this run. Return the result.
 
-        The server refuses the request if another process owns the run. Then SessionBusy is raised.
+        The server refuses the request if another process owns the run. Then SessionBusy is raised. DriftError is
+        raised if the call was begun by a version that records other inputs.
         """
         loop = asyncio.get_running_loop()
         give_up = loop.time() + TAKE_OVER_PATIENCE
@@ -223,6 +231,12 @@ class Journal:
             except Conflict as conflict:
                 if await self._move_if_replaced(run):
                     continue
+                if isinstance(conflict, IdempotencyConflict):
+                    # This version never gives one key to two inputs.
+                    raise DriftError(
+                        f"session {self.session} has an unfinished call of another version of durable_autogen, which "
+                        "this version can't continue. Continue the session with that version, or use a new session"
+                    ) from conflict
                 if loop.time() >= give_up:
                     raise self._busy(f"another process has taken over: {conflict}") from conflict
                 # Try again: the event's owner may have died, and the server may not have noticed yet.

@@ -8,7 +8,7 @@ import logging
 from nexum_engine.errors import StoreUnavailable
 from nexum_engine.store import Store, retention
 from nexum_engine.store.base import Space
-from nexum_engine.store.retention import Pruned, Verdict
+from nexum_engine.store.retention import Pruned, Verdicts
 
 REST, IDLE_REST = 9, 1
 """How long pruning rests after a transaction, as a multiple of the transaction's duration.
@@ -17,6 +17,10 @@ The first number is for a server that gets other calls meanwhile, the second for
 """
 PART_SECONDS = 1.0
 """How long one call of Prune works. This time must be short, because clients wait only 10 s for an answer."""
+MAX_REST = 4.0
+"""The longest rest in seconds because of other calls: a transaction may take long, and the client waits meanwhile."""
+MAX_VERDICTS = 10_000
+"""How many verdicts are kept from one call of Prune to the next."""
 INTERVAL = 3600.0
 """With `--keep`, the longest time in seconds between two prunings."""
 QUICK_BYTES, REQUESTED_BYTES = 32_000_000, 1_000_000_000
@@ -35,6 +39,10 @@ class Retention:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._keeping: asyncio.Task[None] | None = None
+        self._unfinished: tuple[int, bool, int | None] | None = None
+        """The latest call that left something to prune: its `older_than_ms` and `dry_run`, and where to continue."""
+        self._verdicts: Verdicts = {}
+        """The verdicts of that call."""
 
     def start(self, keep_ms: int) -> None:
         """Delete, now and from time to time, the executions that ended more than `keep_ms` ago."""
@@ -56,7 +64,7 @@ class Retention:
         loop = asyncio.get_running_loop()
         end = loop.time() + PART_SECONDS
         executions = sessions = kept = 0
-        verdicts: dict[str, Verdict] = {}
+        verdicts = self._verdicts if self._unfinished == (older_than_ms, dry_run, after) else {}
         while True:
             begun, submitted = loop.time(), self._store.submitted
             pruned = await self._store.run_alone(
@@ -73,8 +81,12 @@ class Retention:
             took = loop.time() - begun
             await asyncio.sleep(IDLE_REST * took)
             if self._store.submitted > submitted + 1:
-                await asyncio.sleep((REST - IDLE_REST) * took)
+                await asyncio.sleep(min((REST - IDLE_REST) * took, MAX_REST))
         total = Pruned(executions, sessions, kept, pruned.after)
+        self._unfinished, self._verdicts = None, {}
+        if pruned.after is not None and len(verdicts) <= MAX_VERDICTS:
+            # If many keys have the same beginning, it takes long to find out whether they belong to a session.
+            self._unfinished, self._verdicts = (older_than_ms, dry_run, pruned.after), verdicts
         if pruned.after is not None or dry_run:
             return total, Space(0, 0)
         max_bytes = REQUESTED_BYTES if compact else QUICK_BYTES

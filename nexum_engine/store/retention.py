@@ -60,6 +60,11 @@ class Verdict:
     first: int
 
 
+Verdicts = dict[str, Verdict | None]
+"""The verdicts about the beginnings of keys. None for one that is not a session's id, because no owned execution has
+such a key."""
+
+
 def prune(
     db: Db,
     older_than_ms: int,
@@ -67,13 +72,13 @@ def prune(
     session: str = "",
     after: int = 0,
     dry_run: bool = False,
-    verdicts: dict[str, Verdict] | None = None,
+    verdicts: Verdicts | None = None,
 ) -> Pruned:
     """Delete executions that ended at least `older_than_ms` ago, the oldest first.
 
     Begin after the execution with the number `after`. With `session`, only that session is considered. With `dry_run`,
     executions are only counted. Give the same `verdicts`, at first an empty dict, to all transactions of one run: a
-    session that is kept is then read only once.
+    session that is kept, or other executions whose keys have the same beginning, are then read only once.
     Raises InvalidRequest for a wrong argument, and NotFound if the session has no executions.
     """
     if older_than_ms < 0:
@@ -90,14 +95,12 @@ def prune(
 class _Pruning:
     """One transaction that prunes."""
 
-    def __init__(self, db: Db, cutoff_ms: int, dry_run: bool, verdicts: dict[str, Verdict]) -> None:
+    def __init__(self, db: Db, cutoff_ms: int, dry_run: bool, verdicts: Verdicts) -> None:
         self._db = db
         self._cutoff_ms = cutoff_ms
         self._dry_run = dry_run
         self._end = time.monotonic() + MAX_SECONDS
         self._verdicts = verdicts
-        self._no_sessions: set[str] = set()
-        """Beginnings of keys that are not the ids of sessions, because no owned execution has such a key."""
         self._chosen: list[int] = []
         """The numbers of the executions to delete next."""
         self._gone: set[int] = set()
@@ -163,6 +166,7 @@ class _Pruning:
                 return
             self._verdicts[session] = Verdict(is_old, min(member["sequence"] for member in members))
         verdict = self._verdicts[session]
+        assert verdict is not None
         if verdict.is_old:
             self._executions += 1
             self._sessions += row["sequence"] == verdict.first
@@ -176,16 +180,15 @@ class _Pruning:
 
     def _session_of(self, row: Row) -> str | None:
         match = _SESSION.match(row["idempotency_key"] or "")
-        if match is None or match[1] in self._no_sessions:
+        if match is None:
             return None
         session = match[1]
-        if session in self._verdicts:
-            return session
-        first, end = f"{session}/", f"{session}{chr(ord('/') + 1)}"
-        if self._db.one("is_session", first=first, end=end) is not None:
-            return session
-        self._no_sessions.add(session)
-        return None
+        if session not in self._verdicts:
+            first, end = f"{session}/", f"{session}{chr(ord('/') + 1)}"
+            if self._db.one("is_session", first=first, end=end) is not None:
+                return session
+            self._verdicts[session] = None
+        return None if self._verdicts[session] is None else session
 
     def _with_prefix(self, session: str) -> list[Row]:
         return [

@@ -200,7 +200,7 @@ class DatabaseFile:
                 _begin_log(connection, read_stamp(connection))
                 self._attach(connection)
         finally:
-            new.unlink(missing_ok=True)
+            _discard(new)
 
     # ---- Transactions ------------------------------------------------------------------------------------------------
 
@@ -451,12 +451,19 @@ def _create(path: Path) -> None:
         _sync(new)
         new.replace(os.path.realpath(path))
     finally:
-        new.unlink(missing_ok=True)
+        _discard(new)
     sync_folder(path)
 
 
 def _new_name(path: Path) -> Path:
     return Path(f"{os.path.realpath(path)}.new-{uuid.uuid4().hex[:8]}")
+
+
+def _discard(new: Path) -> None:
+    """Remove a temporary file, and the journal or log that SQLite leaves beside it after an error."""
+    for file in (new, log_of(new), Path(f"{new}-journal")):
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -548,8 +555,7 @@ def new_backup(path: Path, file: Path, *, overwrite: bool) -> Iterator[sqlite3.C
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise InvalidRequest(f"the backup {file} can't be written: {reason}") from error
     finally:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
+        _discard(new)
 
 
 def _refuse_overwrite(file: Path, overwrite: bool) -> None:
@@ -582,6 +588,7 @@ def restore(path: Path, backup: Path) -> Path | None:
     try:
         _refuse_open_file(path)
         try:
+            _remove_leftovers(path)  # a killed restore leaves a copy, and a second one may need its disk space
             _copy_backup(backup, new)
             DatabaseFile.open(new).close()
             former = _set_aside(path)
@@ -594,8 +601,7 @@ def restore(path: Path, backup: Path) -> Path | None:
         except (sqlite3.Error, OSError) as error:
             raise cannot_open(path, error) from error
         finally:
-            new.unlink(missing_ok=True)
-            log_of(new).unlink(missing_ok=True)
+            _discard(new)
     finally:
         held.release()
     return former

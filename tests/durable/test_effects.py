@@ -37,7 +37,7 @@ from durable_autogen import (
 )
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.attempts import TookTooLong, retry_after
-from durable_autogen.record.effects import Effects
+from durable_autogen.record.effects import EffectInput, Effects
 from nexum_engine.approvals import how_to_resolve
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest, UnknownEffect
@@ -916,6 +916,23 @@ async def test_other_call_in_the_place_of_an_unknown_one_is_drift(server: Server
             await tool.run_json({"cents": 6}, CancellationToken())
     assert any("an earlier run has begun" in line for line in lines)
     assert len(tool.paid) == 2
+
+
+async def test_equal_call_of_another_version_is_not_called_another_call(
+    server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target(UnknownEffect("the line is dead"), effect="once")
+    with monkeypatch.context() as other_version:
+        other_version.setattr(
+            "durable_autogen.record.guard.EffectInput", lambda **fields: EffectInput(**{**fields, "digest": "other"})
+        )
+        with pytest.raises(Parked):
+            async with DurableSession("s", nexum=server.address, park=True):
+                await target.call()
+    with pytest.raises(DriftError, match="the recorded call is by another version of durable_autogen, or"):
+        async with DurableSession("s", nexum=server.address, park=True):
+            await target.call()
+    assert len(target.done) == 1
 
 
 @pytest.mark.parametrize("given", [{"result": "receipt 7"}, {"result": [1]}, None, {"recorded_result": {"a": 1}}])

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -481,6 +482,18 @@ async def test_begun_event_of_dead_run_fails_if_not_called_again(server: ServerT
             await journal.end()
         (left,) = await nexum.list_executions(workflow_id=AGENT_EVENT.workflow_id, key_prefix="s/")
         assert left.error == "event: the run that made this call died, and a later run did not make it again"
+
+
+async def test_begun_event_of_another_version_is_refused_with_the_reason(server: ServerThread) -> None:
+    async with NexumClient(server.address) as nexum, Journal(nexum, "s") as dead:
+        # An earlier version recorded no digest.
+        input = {"session": "s", "agent": "a", "position": "reply/1", "kind": "reply", "tool": ""}
+        event = replace(AGENT_EVENT, input=None)
+        await dead.under_this_run(dead.owner.start, event, input, idempotency_key="s/a/reply/1")
+        await dead.owner.__aexit__()
+        with pytest.raises(DriftError, match=r"an unfinished call of another version.*Continue .* with that version"):
+            async with Journal(nexum, "s"):
+                pass
 
 
 @pytest.mark.parametrize("when", ["between calls", "during a call", "before the end"])

@@ -166,6 +166,14 @@ async def test_restored_backup_gives_no_warning(
         assert (tmp_path / "b.db").stat().st_mode & 0o777 == 0o600
 
 
+async def test_restore_removes_the_copy_of_a_killed_restore(tmp_path: Path, store: SqliteStore) -> None:
+    await store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing)
+    await store.close()
+    (tmp_path / "nexum.db.new-0123abcd").touch()
+    restore_database(f"sqlite:///{tmp_path / 'nexum.db'}", tmp_path / "b.db")
+    assert leftovers(tmp_path) == []
+
+
 async def test_cancelled_backup_leaves_no_file(tmp_path: Path, store: SqliteStore, gate: Gate) -> None:
     for one in range(20):
         await record(store, f"k{one}", 5000)
@@ -178,6 +186,20 @@ async def test_cancelled_backup_leaves_no_file(tmp_path: Path, store: SqliteStor
     assert not (tmp_path / "b.db").exists()
     assert leftovers(tmp_path) == []
     assert await store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing) > 0
+
+
+async def test_backup_that_fails_leaves_no_journal(
+    tmp_path: Path, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_the_disk(_: object, target: sqlite3.Connection) -> None:
+        (new,) = leftovers(tmp_path)
+        Path(tmp_path, f"{new}-journal").touch()  # SQLite leaves it if the disk is full
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("nexum_engine.store.sqlite._Backup.copy_to", fill_the_disk)
+    with pytest.raises(InvalidRequest, match=r"b\.db can't be written: database or disk is full"):
+        await store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing)
+    assert leftovers(tmp_path) == []
 
 
 async def test_closing_store_stops_backup(tmp_path: Path, store: SqliteStore, gate: Gate) -> None:

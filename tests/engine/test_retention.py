@@ -23,6 +23,7 @@ from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NotFound, StoreUnavailable, TaskNotFound
 from nexum_engine.options import duration
 from nexum_engine.records import ExecutionStatus
+from nexum_engine.server.retention import Retention
 from nexum_engine.store import Store, executions, listing, open_store, reading, retention, sqlite_file, tasks
 from nexum_engine.store.retention import Pruned
 from nexum_engine.store.sqlite import SqliteStore
@@ -86,7 +87,7 @@ async def record(store: Store, key: str, output: str = '"done"') -> str:
 
 async def prune(store: Store, days: float = 30, **options: Any) -> Pruned:
     """Prune until nothing is left to prune; return the sum of all transactions' results."""
-    total, after, verdicts = Pruned(), 0, dict[str, retention.Verdict]()
+    total, after, verdicts = Pruned(), 0, retention.Verdicts()
     while True:
         part = await store.run_alone(retention.prune, round(days * DAY_MS), after=after, verdicts=verdicts, **options)
         total = Pruned(total.executions + part.executions, total.sessions + part.sessions, total.kept + part.kept, None)
@@ -376,6 +377,31 @@ async def test_transactions_are_small_and_linear(sqlite_store: SqliteStore, cloc
     assert len(statements) < 1000  # consecutive executions are deleted together
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_keys_with_one_beginning_are_read_once_in_all_calls_of_prune(
+    sqlite_store: SqliteStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, dry_run: bool
+) -> None:
+    for number in range(10):
+        await start(sqlite_store, f"order/{number}")
+        await finish(sqlite_store)
+    clock.advance(40 * DAY_MS)
+    monkeypatch.setattr(retention, "PAGE", 2)
+    monkeypatch.setattr(retention, "MAX_EXECUTIONS", 2)
+    monkeypatch.setattr("nexum_engine.server.retention.PART_SECONDS", 0)
+    statements: list[str] = []
+    sqlite_store._database.connection.set_trace_callback(statements.append)
+    server = Retention(sqlite_store)
+    after: int | None = 0
+    parts = []
+    while after is not None:
+        part, _ = await server.prune(30 * DAY_MS, after=after, dry_run=dry_run)
+        parts.append(part.executions)
+        after = part.after
+    sqlite_store._database.connection.set_trace_callback(None)
+    assert parts[:5] == [2] * 5
+    assert sum("idempotency_key >= 'order/'" in one and "WHERE owned" in one for one in statements) == 1
+
+
 async def test_references_are_checked_again_after_a_deletion(sqlite_store: SqliteStore) -> None:
     def unchecked(db: Any) -> int:
         return int(sqlite_store._database.connection.execute("PRAGMA foreign_keys").fetchone()[0])
@@ -527,6 +553,22 @@ async def test_server_prunes_while_calls_are_answered(server: ServerThread) -> N
         again = await client.start_execution(ECHO, {}, idempotency_key="k")
         assert not again.existing
         assert await client.get_status(beside.execution_id) is ExecutionStatus.RUNNING
+
+
+async def test_call_of_prune_does_not_rest_for_longer_than_its_client_waits(
+    sqlite_store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def prune_slowly(*_: object, **__: object) -> Pruned:
+        await asyncio.sleep(0.2)
+        sqlite_store.submitted += 2  # the server gets other calls
+        return Pruned(1, after=1)
+
+    monkeypatch.setattr(sqlite_store, "run_alone", prune_slowly)
+    monkeypatch.setattr("nexum_engine.server.retention.PART_SECONDS", 0.25)
+    monkeypatch.setattr("nexum_engine.server.retention.MAX_REST", 0.1)
+    # Without MAX_REST, the rest would take 1.8 s.
+    pruned, _ = await asyncio.wait_for(Retention(sqlite_store).prune(0), 1.2)
+    assert pruned.executions == 2
 
 
 async def test_policy_deletes_what_has_become_old(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 
@@ -289,6 +290,13 @@ def test_every_graph_runs_in_order_to_its_end(graph: dict[str, list[str]], data:
         status[chosen] = NodeStatus.COMPLETED
         done.append(chosen)
     assert settle(definition, status, {}) == {}
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf])
+def test_delay_or_time_limit_that_is_not_finite_is_refused(seconds: float) -> None:
+    for builder in (workflow("w").timer("t", seconds), workflow("w").effect("e", timeout_seconds=seconds)):
+        with pytest.raises(InvalidRequest, match="'w' has a delay or time limit that is not a finite number"):
+            builder.build()
 
 
 def test_default_retry_delays_are_1_2_and_4_seconds() -> None:
