@@ -292,12 +292,12 @@ class Guard:
                 # id that is new for each call. Use the arguments of the earlier run.
                 input, guarded = earlier, replace(guarded, arguments=earlier.arguments)
             else:
-                looks_equal = (earlier.tool, earlier.arguments) == (input.tool, input.arguments)
+                why = ""
+                if (earlier.tool, earlier.arguments) == (input.tool, input.arguments):
+                    why = " (another version of durable_autogen began that call, or a person edited its arguments)"
                 self._recorder.differs(
                     f"an earlier run has begun {earlier}, whose effect must happen only once, and now the program asks "
-                    f"for {guarded} in its place"
-                    + " (the recorded call is by another version of durable_autogen, or a person edited its arguments)"
-                    * looks_equal
+                    f"for {guarded} in its place{why}"
                 )
                 key = key_of(input.session, EFFECT, input.call, input.digest)
 
