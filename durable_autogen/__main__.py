@@ -216,7 +216,9 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "budget":
             return await budget_command.run_command(client, args)
         if args.command == "cancel":
-            await cancel_session(client, args.session, by=args.by)
+            before = await cancel_session(client, args.session, by=args.by)
+            if before is not None:
+                return session_report.cancelled_before(args.session, before, time.time())
             return f"the run of session {args.session} is cancelled: its program ends, and continues when it runs again"
         source, number = fork_source(args.source)
         await fork_session(client, source, number, args.new, args.message, effects=args.effects)

@@ -31,6 +31,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
     StoreLocked,
     StoreRefused,
+    perhaps_sent,
 )
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment, user_name
@@ -263,12 +264,18 @@ class PartlyDecided(Conflict):
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command of this module; return what to print."""
-    if args.command == "send" and not args.key:
+    has_new_key = args.command == "send" and not args.key
+    if has_new_key:
         # If the server ends before it answers, the command sends the event again, and the event must not count twice.
         args.key = uuid.uuid4().hex
-    return await on_server_or_database(
-        args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
-    )
+    try:
+        return await on_server_or_database(
+            args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
+        )
+    except ServerUnavailable as error:
+        if has_new_key:
+            raise perhaps_sent(error, args.key) from error
+        raise
 
 
 async def on_server_or_database(

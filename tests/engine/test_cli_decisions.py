@@ -385,6 +385,30 @@ def test_event_counts_once_although_the_server_ends_before_it_answers(
     assert {node["node_id"]: node["status"] for node in nodes} == {"first": "COMPLETED", "second": "WAITING"}
 
 
+def test_error_of_a_lost_answer_has_the_key_of_the_event(
+    address: str, terminal: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(address) as stub:
+        register(stub, {"first": {"type": "EVENT", "event": "e"}, "second": {"type": "EVENT", "event": "e"}})
+        execution_id, send_event = start(stub), NexumClient.send_event
+
+    async def answer_is_lost(*args: Any, **options: Any) -> None:
+        await send_event(*args, **options)
+        raise ServerUnavailable("the server ended before it answered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NexumClient, "send_event", answer_is_lost)
+        code, output = terminal("send", execution_id, "e", "1")
+        assert terminal("send", execution_id, "e", "1", "--key", "mine")[1].endswith("ended before it answered")
+    before, _, rest = output.partition(". To send the event again, give it the key ")
+    assert (code, before) == (2, "error: the server ended before it answered")
+    key = rest.partition(" (--key)")[0]
+    for again in (key, "mine"):
+        assert terminal("send", execution_id, "e", "1", "--key", again) == (0, f"sent e to {execution_id}")
+    with connected(address) as stub:
+        assert status(stub, execution_id)[:2] == ("COMPLETED", {"first": 1, "second": 1})
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
