@@ -492,6 +492,7 @@ class NexumClient:
         not_done: bool = False,
         failed: str | None = None,
         attempt: int = 0,
+        patience: float = 0.0,
     ) -> None:
         """Decide about a node whose effect is unknown.
 
@@ -514,7 +515,7 @@ class NexumClient:
             request.failed = failed
         else:
             request.output_json = jsontext.dump(output, "the result")
-        await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request)
+        await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request, patience)
 
     async def _of_this_project(
         self, what: str, method: Method[Request, Answer], request: Request, patience: float = 0.0

@@ -413,7 +413,12 @@ class Guard:
             attempt = execution.nodes[0].attempts[-1].attempt
             with suppress(Conflict):  # a person was faster
                 await self._client.resolve(
-                    execution.execution_id, EFFECT, resolved_by="reconcile", attempt=attempt, **answer
+                    execution.execution_id,
+                    EFFECT,
+                    resolved_by="reconcile",
+                    attempt=attempt,
+                    patience=OUTAGE_PATIENCE,
+                    **answer,
                 )
         except (UnknownEffect, ValueError, RoleRefused) as error:
             self._log.warning("%s: %s", guarded, error)
