@@ -184,6 +184,7 @@ async def look(args: argparse.Namespace) -> str:
     from nexum_engine.commands import nothing_recorded
     from nexum_engine.embedded import EmbeddedNexum
     from nexum_engine.location import default_database_url
+    from nexum_engine.report import cancel_in_words
     from nexum_engine.store import database_exists
 
     if args.command != "send" and not args.nexum and not database_exists(url := default_database_url()):
@@ -218,7 +219,8 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "cancel":
             before = await cancel_session(client, args.session, by=args.by)
             if before is not None:
-                return session_report.cancelled_before(args.session, before, time.time())
+                words = cancel_in_words(before, round(time.time() * 1000))
+                return f"already done: the run of session {args.session} was {words}"
             return f"the run of session {args.session} is cancelled: its program ends, and continues when it runs again"
         source, number = fork_source(args.source)
         await fork_session(client, source, number, args.new, args.message, effects=args.effects)

@@ -25,7 +25,6 @@ from durable_autogen.record.events import (
 from durable_autogen.record.log import at_time
 from durable_autogen.record.storable import decoded
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
-from nexum_engine.records import Execution
 from nexum_engine.report import age, printable
 
 EXCERPT = 100  # characters; the content of an event is cut if it is longer
@@ -52,12 +51,6 @@ def _summary(one: SessionInfo, now: float) -> Iterator[str]:
         yield f"    {wait.agent or 'the program'} {_words(wait)} (began {age(round(now * 1000) - wait.recorded_ms)})"
     for question in one.questions:
         yield f"    {printable(question)}"
-
-
-def cancelled_before(session: str, run: Execution, now: float) -> str:
-    """Return a line about a run that was cancelled before. `now` is in seconds since 1970."""
-    when = age(round(now * 1000) - (run.ended_ms or 0))
-    return f"already done: the run of session {session} was {printable(run.error) or 'cancelled'} {when}"
 
 
 def details(shown: ShownSession, now: float) -> str:

@@ -348,7 +348,7 @@ class _OnServer:
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
         self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
         self.unknown, self.resolve = client.unknown, client.resolve
-        self.tools, self.send = client.tools, client.send_event
+        self.tools, self.send, self.status = client.tools, client.send_event, client.get_status
 
     async def children(self, execution_id: str, before: str) -> list[Execution]:
         return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
@@ -380,6 +380,9 @@ class _InDatabase:
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found
         ]
+
+    async def status(self, execution_id: str) -> ExecutionStatus:
+        return (await self.get(execution_id)).status
 
     async def get(self, execution_id: str) -> Execution:
         return await self._store.run(reading.get_execution, execution_id, True)
@@ -471,8 +474,7 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         declared = await source.tools()
         return report.as_json(declared) if args.json else report.tools(declared)
     if args.command == "cancel":
-        await source.cancel(args.execution, by=args.by)
-        return f"{args.execution} is CANCELLED"
+        return await _cancel(args, source)
     if args.command in ("approve", "reject"):
         return await _approve_or_reject(args, source)
     if args.command == "resolve":
@@ -646,12 +648,20 @@ def _is_undecided(node: Node) -> bool:
     return node.status is NodeStatus.WAITING and node.node_type == NodeType.HUMAN_APPROVAL
 
 
+async def _cancel(args: argparse.Namespace, source: _Executions) -> str:
+    if await source.status(args.execution) is ExecutionStatus.CANCELLED:
+        execution = await source.get(args.execution)
+        return f"already done: {args.execution} was {report.cancel_in_words(execution, SystemClock().now_ms())}"
+    await source.cancel(args.execution, by=args.by)
+    return f"{args.execution} is CANCELLED"
+
+
 async def _retry(args: argparse.Namespace, source: _Executions) -> str:
     try:
         await source.retry(args.execution)
     except Conflict:
         # An earlier command may have retried it, and its answer was lost.
-        if (await source.get(args.execution)).status is not ExecutionStatus.RUNNING:
+        if await source.status(args.execution) is not ExecutionStatus.RUNNING:
             raise
         return f"{args.execution} is RUNNING: there is nothing to retry"
     return f"{args.execution} is RUNNING again"

@@ -263,6 +263,12 @@ def decision_in_words(node: Node, decision: Attempt, now_ms: int) -> str:
     return f"{who} {verb} {node.node_id} {when}{decision.error and f': {printable(decision.error)}'}"
 
 
+def cancel_in_words(execution: Execution, now_ms: int) -> str:
+    """Return who cancelled an execution, and when, as far as the server knows."""
+    when = f" {age(now_ms - execution.ended_ms)}" if execution.ended_ms else ""
+    return f"{printable(execution.error) or 'cancelled'}{when}"
+
+
 def _by(decision: Attempt) -> str:
     return f" by {_cut(decision.worker_id, WIDTH - 60)}" if decision.worker_id else ""
 

@@ -308,7 +308,7 @@ def test_repeated_decision_about_an_effect_is_about_its_attempt(
         ("approve", ["approve"], "already done: Ann approved boss 0 s ago"),
         ("reject", ["reject"], "already done: Ann rejected boss 0 s ago"),
         ("resolve", ["resolve", "--result", "1"], "already done: Ann resolved pay 0 s ago"),
-        ("cancel_execution", ["cancel"], "{} is CANCELLED"),
+        ("cancel_execution", ["cancel"], "already done: {} was cancelled by Ann 0 s ago"),
         ("retry_execution", ["retry"], "{} is RUNNING: there is nothing to retry"),
     ],
     ids=["approve", "reject", "resolve", "cancel", "retry"],
