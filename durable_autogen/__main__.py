@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[server],
         help="stop the program that runs a session",
         description="Cancel the run of SESSION: its program ends with RunCancelled at its next call, or within 10 s if "
-        "it waits for a call. What is recorded stays. Run the program again to continue.",
+        "it waits for a call. What is recorded stays. When the program has ended, run it again to continue.",
     )
     cancel.add_argument("session", metavar="SESSION")
     cancel.add_argument("--by", metavar="NAME", default=user_name(), help="who cancels (default: the user's name)")
@@ -184,6 +184,7 @@ async def look(args: argparse.Namespace) -> str:
     from nexum_engine.commands import nothing_recorded
     from nexum_engine.embedded import EmbeddedNexum
     from nexum_engine.location import default_database_url
+    from nexum_engine.report import cancel_in_words
     from nexum_engine.store import database_exists
 
     if args.command != "send" and not args.nexum and not database_exists(url := default_database_url()):
@@ -216,8 +217,14 @@ async def look(args: argparse.Namespace) -> str:
         if args.command == "budget":
             return await budget_command.run_command(client, args)
         if args.command == "cancel":
-            await cancel_session(client, args.session, by=args.by)
-            return f"the run of session {args.session} is cancelled: its program ends, and continues when it runs again"
+            before = await cancel_session(client, args.session, by=args.by)
+            if before is not None:
+                words = cancel_in_words(before, round(time.time() * 1000))
+                return f"already done: the run of session {args.session} was {words}"
+            return (
+                f"the run of session {args.session} is cancelled: its program ends at its next call, or within 10 s. "
+                "Then run it again to continue"
+            )
         source, number = fork_source(args.source)
         await fork_session(client, source, number, args.new, args.message, effects=args.effects)
         copied = f"the first {number} call(s)" if number else "none of the calls"

@@ -181,18 +181,23 @@ async def has_begun(client: NexumClient, session: str) -> bool:
     return bool(runs)
 
 
-async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> None:
+async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> Execution | None:
     """Cancel the run of a session: its program ends with RunCancelled, and continues when it runs again.
 
-    `by` is the name of the person who cancels. Raises InvalidRequest if the session is unknown, and Conflict if nothing
-    runs it.
+    `by` is the name of the person who cancels. If the run was cancelled before, return it; its program may have ended
+    long ago. Raises InvalidRequest if the session is unknown, and Conflict if nothing runs it.
     """
     latest = await client.list_executions(workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1)
     if not latest:
         raise unknown_session(session)
-    if latest[0].status.ended:
-        raise Conflict(f"nothing runs session {session}")
-    await client.cancel_execution(latest[0].execution_id, by=by)
+    (run,) = latest
+    if run.status is ExecutionStatus.CANCELLED:
+        return run
+    if not run.status.ended:
+        with suppress(Conflict):  # the run has just ended
+            await client.cancel_execution(run.execution_id, by=by)
+            return None
+    raise Conflict(f"nothing runs session {session}")
 
 
 def _status(run: Execution, *, is_finished: bool) -> str:

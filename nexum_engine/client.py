@@ -441,7 +441,14 @@ class NexumClient:
         ]
 
     async def approve(
-        self, execution_id: str, node_id: str, *, approver: str = "", comment: str = "", answer: object = None
+        self,
+        execution_id: str,
+        node_id: str,
+        *,
+        approver: str = "",
+        comment: str = "",
+        answer: object = None,
+        patience: float = 0.0,
     ) -> None:
         """Complete a HUMAN_APPROVAL node. Raises NotFound, or Conflict if the node does not wait for a decision.
 
@@ -454,12 +461,14 @@ class NexumClient:
             comment=comment,
             answer_json="" if answer is None else jsontext.dump(answer, "the answer"),
         )
-        await self._call(lambda stub: stub.ApproveTask, request)
+        await self._call(lambda stub: stub.ApproveTask, request, patience=patience)
 
-    async def reject(self, execution_id: str, node_id: str, *, approver: str = "", reason: str = "") -> None:
+    async def reject(
+        self, execution_id: str, node_id: str, *, approver: str = "", reason: str = "", patience: float = 0.0
+    ) -> None:
         """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, or Conflict like `approve`."""
         request = pb.RejectRequest(execution_id=execution_id, node_id=node_id, approver=approver, reason=reason)
-        await self._call(lambda stub: stub.RejectTask, request)
+        await self._call(lambda stub: stub.RejectTask, request, patience=patience)
 
     async def unknown(self, *, patience: float = 0.0) -> list[UnknownNode]:
         """Return the EFFECT nodes that wait for a person because their effect is unknown, the longest waiting first."""
@@ -483,6 +492,7 @@ class NexumClient:
         not_done: bool = False,
         failed: str | None = None,
         attempt: int = 0,
+        patience: float = 0.0,
     ) -> None:
         """Decide about a node whose effect is unknown.
 
@@ -505,7 +515,7 @@ class NexumClient:
             request.failed = failed
         else:
             request.output_json = jsontext.dump(output, "the result")
-        await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request)
+        await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request, patience)
 
     async def _of_this_project(
         self, what: str, method: Method[Request, Answer], request: Request, patience: float = 0.0

@@ -13,7 +13,7 @@ import os
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,16 +31,19 @@ from nexum_engine.errors import (
     ServerUnavailable,
     StoreLocked,
     StoreRefused,
+    perhaps_sent,
 )
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment, user_name
 from nexum_engine.records import (
+    Attempt,
     DeclaredTool,
     Execution,
     ExecutionStatus,
     Node,
     NodeStatus,
     NodeType,
+    Outcome,
     PendingApproval,
     UnknownNode,
 )
@@ -183,7 +186,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             nargs="?",
             default="",
             metavar="NODE",
-            help=f"the node's name, as {lister} prints it (needed only if several nodes of the execution wait)",
+            help=f"the node's name, as {lister} prints it (needed if several nodes of the execution wait, or if a "
+            "person has decided about another one)",
         )
     for command in (cancel, approve, reject, resolve):
         command.add_argument(
@@ -260,12 +264,18 @@ class PartlyDecided(Conflict):
 
 async def look(args: argparse.Namespace) -> str:
     """Run a command of this module; return what to print."""
-    if args.command == "send" and not args.key:
+    has_new_key = args.command == "send" and not args.key
+    if has_new_key:
         # If the server ends before it answers, the command sends the event again, and the event must not count twice.
         args.key = uuid.uuid4().hex
-    return await on_server_or_database(
-        args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
-    )
+    try:
+        return await on_server_or_database(
+            args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
+        )
+    except ServerUnavailable as error:
+        if has_new_key:
+            raise perhaps_sent(error, args.key) from error
+        raise
 
 
 async def on_server_or_database(
@@ -338,7 +348,7 @@ class _OnServer:
         self.cancel, self.retry = client.cancel_execution, client.retry_execution
         self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
         self.unknown, self.resolve = client.unknown, client.resolve
-        self.tools, self.send = client.tools, client.send_event
+        self.tools, self.send, self.status = client.tools, client.send_event, client.get_status
 
     async def children(self, execution_id: str, before: str) -> list[Execution]:
         return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
@@ -370,6 +380,9 @@ class _InDatabase:
             one if one.session is None else replace(one, session=replace(one.session, is_running=False))
             for one in found
         ]
+
+    async def status(self, execution_id: str) -> ExecutionStatus:
+        return (await self.get(execution_id)).status
 
     async def get(self, execution_id: str) -> Execution:
         return await self._store.run(reading.get_execution, execution_id, True)
@@ -461,20 +474,15 @@ async def _answer(args: argparse.Namespace, source: _Executions) -> str:
         declared = await source.tools()
         return report.as_json(declared) if args.json else report.tools(declared)
     if args.command == "cancel":
-        await source.cancel(args.execution, by=args.by)
-        return f"{args.execution} is CANCELLED"
-    if args.command == "approve":
-        decide = partial(source.approve, approver=args.by, comment=args.comment, answer=args.args)
-        return await _decide(args, source, decide, "approved")
-    if args.command == "reject":
-        return await _decide(args, source, partial(source.reject, approver=args.by, reason=args.reason), "rejected")
+        return await _cancel(args, source)
+    if args.command in ("approve", "reject"):
+        return await _approve_or_reject(args, source)
     if args.command == "resolve":
         return await _resolve(args, source)
     if args.command == "send":
         await source.send(args.execution, args.name, args.payload, idempotency_key=args.key)
         return f"sent {args.name} to {args.execution}"
-    await source.retry(args.execution)
-    return f"{args.execution} is RUNNING again"
+    return await _retry(args, source)
 
 
 def _more(waiting: Sequence[PendingApproval | UnknownNode], separator: str = "\n") -> str:
@@ -492,18 +500,31 @@ def _as_json(waiting: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
     return report.as_json(waiting)
 
 
-async def _decide(
-    args: argparse.Namespace, source: _Executions, decide: Callable[[str, str], Awaitable[None]], decision: str
-) -> str:
+async def _approve_or_reject(args: argparse.Namespace, source: _Executions) -> str:
     """Approve or reject a node, or all waiting calls of a session. Return a line for each node."""
     if bool(args.execution) == bool(args.session):
         raise InvalidRequest("give either an EXECUTION or --session")
-    if args.session and args.command == "approve" and args.args is not None:
+    approves = args.command == "approve"
+    if args.session and approves and args.args is not None:
         raise InvalidRequest("--args are the arguments of one call: give its EXECUTION instead of --session")
+
+    def stands(node: Node, made: Attempt) -> bool:
+        if not approves:
+            return node.status is NodeStatus.FAILED and made.outcome is Outcome.FAILED
+        return node.status is NodeStatus.COMPLETED and _is_same(_recorded(node).get("answer"), args.args)
+
+    verb = "approved" if approves else "rejected"
+    decision = _Decision(
+        source,
+        NodeType.HUMAN_APPROVAL,
+        partial(source.approve, approver=args.by, comment=args.comment, answer=args.args)
+        if approves
+        else partial(source.reject, approver=args.by, reason=args.reason),
+        stands,
+        f"is {verb}",
+    )
     if args.execution:
-        node = args.node or await _only_node(source, args.execution, _is_undecided, "approval")
-        await decide(args.execution, node)
-        return f"{node} of {args.execution} is {decision}"
+        return await decision.make(args.execution, args.node)
     pending = await source.approvals()
     chosen = [(one.execution_id, one.node_id) for one in pending if await _session_of(source, one) == args.session]
     if not chosen:
@@ -512,13 +533,13 @@ async def _decide(
     failures: list[str] = []
     for execution_id, node in chosen:
         try:
-            await decide(execution_id, node)
+            done.append(await decision.make(execution_id, node))
         except NexumError as error:  # such as: another person was faster
             if not done and not isinstance(error, (Conflict, NotFound)):
                 raise  # for instance, there is no server: the other decisions would fail, too
-            failures.append(f"{node} of {execution_id} is not {decision}: {error}")
-        else:
-            done.append(f"{node} of {execution_id} is {decision}")
+            # If only the answer of the server was lost, the decision is on record.
+            is_not = "may not be" if isinstance(error, ServerUnavailable) else "is not"
+            failures.append(f"{node} of {execution_id} {is_not} {verb}: {error}")
     if failures:
         raise PartlyDecided(done, failures)
     return "\n".join(done)
@@ -533,42 +554,117 @@ async def _session_of(source: _Executions, pending: PendingApproval) -> object:
 
 
 async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
-    node = args.node or await _only_node(source, args.execution, report.waits_for_person, "a decision about its effect")
-    await source.resolve(
-        args.execution,
-        node,
+    output = getattr(args, "result", None)
+
+    def stands(node: Node, made: Attempt) -> bool:
+        if report.waits_for_person(node) or args.attempt not in (0, made.attempt - 1):
+            return False  # another attempt is in doubt, or the decision was made about another attempt
+        if args.not_done or args.failed is not None:
+            return made.outcome is Outcome.FAILED and args.not_done == (made.error == waits.NOT_DONE)
+        return made.outcome is Outcome.COMPLETED and _is_same(_recorded(node), output)
+
+    decide = partial(
+        source.resolve,
         resolved_by=args.by,
-        output=getattr(args, "result", None),
+        output=output,
         not_done=args.not_done,
         failed=args.failed,
         attempt=args.attempt,
     )
+    done = f"is {'COMPLETED' if args.failed is None else 'FAILED'}"
     if args.not_done:
-        return (
-            f"{node} of {args.execution} has not happened: a worker, or the session's next run, makes the call (or "
-            "cancels it, if the program no longer makes it)"
+        done = (
+            "has not happened: a worker, or the session's next run, makes the call (or cancels it, if the program no "
+            "longer makes it)"
         )
-    return f"{node} of {args.execution} is {'COMPLETED' if args.failed is None else 'FAILED'}"
+    return await _Decision(source, NodeType.EFFECT, decide, stands, done).make(args.execution, args.node)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """A person's decision about a node."""
+
+    source: _Executions
+    node_type: NodeType
+    decide: Callable[[str, str], Awaitable[None]]
+    """Records the decision about a node of an execution. Raises Conflict if the node doesn't wait for one."""
+    stands: Callable[[Node, Attempt], bool]
+    """Returns whether the last decision about a node is this one, and still counts."""
+    done: str
+    """What is said of the node after the decision."""
+
+    async def make(self, execution_id: str, node_id: str) -> str:
+        """Make the decision, unless the same one was made before; return a line about it.
+
+        Without `node_id`, decide about the execution's only node that waits. Raises Conflict, with the decision that
+        counts, if another one was made.
+        """
+        try:
+            chosen = node_id or await self._only_node(execution_id)
+            await self.decide(execution_id, chosen)
+        except Conflict as refused:
+            # Another person may have been faster, or the answer to this person's own command was lost.
+            made = self._last((await self.source.get(execution_id)).nodes, node_id)
+            if made is None:
+                raise
+            words = report.decision_in_words(*made, SystemClock().now_ms())
+            if not self.stands(*made):
+                raise Conflict(f"{refused}; {words}") from refused
+            return f"already done: {words}"
+        return f"{chosen} of {execution_id} {self.done}"
+
+    async def _only_node(self, execution_id: str) -> str:
+        """Return the name of the execution's only node that waits. Raises Conflict, InvalidRequest."""
+        execution = await self.source.get(execution_id)
+        waits = _is_undecided if self.node_type is NodeType.HUMAN_APPROVAL else report.waits_for_person
+        names = [node.node_id for node in execution.nodes if waits(node)]
+        if not names:
+            what = "approval" if self.node_type is NodeType.HUMAN_APPROVAL else "a decision about its effect"
+            raise Conflict(f"no node of execution {execution_id} waits for {what}: it is {execution.status.value}")
+        if len(names) > 1:
+            raise InvalidRequest(f"several nodes of execution {execution_id} wait: name one of {', '.join(names)}")
+        made = self._last(execution.nodes)
+        if made is not None and made[0].node_id != names[0]:
+            # A person who repeats the command after a lost answer means the earlier node.
+            words = report.decision_in_words(*made, SystemClock().now_ms())
+            raise InvalidRequest(f"{words}. Now {names[0]} waits: name the node, if you mean {names[0]}")
+        return names[0]
+
+    def _last(self, nodes: Sequence[Node], node_id: str = "") -> tuple[Node, Attempt] | None:
+        return report.last_decision(
+            node for node in nodes if node.node_type == self.node_type and node_id in ("", node.node_id)
+        )
+
+
+def _recorded(node: Node) -> Any:
+    return jsontext.parse(node.output_json or "{}", "the result")
+
+
+def _is_same(one: object, other: object) -> bool:
+    return jsontext.same(jsontext.dump(one, "the value"), jsontext.dump(other, "the value"))
 
 
 def _is_undecided(node: Node) -> bool:
     return node.status is NodeStatus.WAITING and node.node_type == NodeType.HUMAN_APPROVAL
 
 
-async def _only_node(source: _Executions, execution_id: str, waits: Callable[[Node], bool], decision: str) -> str:
-    """Return the name of the execution's only node that waits for a decision. Raises Conflict, InvalidRequest."""
-    execution = await source.get(execution_id)
-    names = [node.node_id for node in execution.nodes if waits(node)]
-    if not names:
-        # Another person may have been faster, or the answer to this person's own decision was lost.
-        made = report.last_decision(execution, SystemClock().now_ms())
-        raise Conflict(
-            f"no node of execution {execution_id} waits for {decision}: it is {execution.status.value}"
-            f"{made and f'; {made}'}"
-        )
-    if len(names) > 1:
-        raise InvalidRequest(f"several nodes of execution {execution_id} wait: name one of {', '.join(names)}")
-    return names[0]
+async def _cancel(args: argparse.Namespace, source: _Executions) -> str:
+    if await source.status(args.execution) is ExecutionStatus.CANCELLED:
+        execution = await source.get(args.execution)
+        return f"already done: {args.execution} was {report.cancel_in_words(execution, SystemClock().now_ms())}"
+    await source.cancel(args.execution, by=args.by)
+    return f"{args.execution} is CANCELLED"
+
+
+async def _retry(args: argparse.Namespace, source: _Executions) -> str:
+    try:
+        await source.retry(args.execution)
+    except Conflict:
+        # An earlier command may have retried it, and its answer was lost.
+        if await source.status(args.execution) is not ExecutionStatus.RUNNING:
+            raise
+        return f"{args.execution} is RUNNING: there is nothing to retry"
+    return f"{args.execution} is RUNNING again"
 
 
 async def _with_children(source: _Executions, execution_id: str) -> tuple[Execution, list[Execution]]:

@@ -191,6 +191,13 @@ class UnknownEffect(NexumError):
     """
 
 
+def perhaps_sent(error: ServerUnavailable, key: str) -> ServerUnavailable:
+    """Return the error of an event that was sent with a new idempotency key, and may have arrived."""
+    return ServerUnavailable(
+        f"{error}. To send the event again, give it the key {key} (--key): then it counts once, even if it has arrived"
+    )
+
+
 def first_problem(error: ValidationError, *place: str) -> str:
     """Return the first problem that pydantic has found in a value, with the value's place, such as `charge.retry: ...`.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 
@@ -247,19 +247,26 @@ def _decisions(node: Node) -> list[Attempt]:
     return [later for earlier, later in pairs if earlier.outcome is Outcome.UNKNOWN]
 
 
-def last_decision(execution: Execution, now_ms: int) -> str:
-    """Return who made the last decision about the execution's nodes, and which one. Return "" if there is none."""
-    made = [(decision.ended_ms or 0, node, decision) for node in execution.nodes for decision in _decisions(node)]
-    if not made:
-        return ""
-    decided_ms, node, decision = max(made, key=lambda one: one[0])
+def last_decision(nodes: Iterable[Node]) -> tuple[Node, Attempt] | None:
+    """Return the last decision that a person has made about one of the nodes, and its node."""
+    made = [(node, decision) for node in nodes for decision in _decisions(node)]
+    return max(made, key=lambda one: one[1].ended_ms or 0, default=None)
+
+
+def decision_in_words(node: Node, decision: Attempt, now_ms: int) -> str:
+    """Return who made a decision about a node, when, and which one."""
     verb = "resolved"
     if node.node_type == NodeType.HUMAN_APPROVAL:
         verb = "approved" if decision.outcome is Outcome.COMPLETED else "rejected"
     who = printable(decision.worker_id) or "somebody"
-    return (
-        f"{who} {verb} {node.node_id} {age(now_ms - decided_ms)}{decision.error and f': {printable(decision.error)}'}"
-    )
+    when = age(now_ms - (decision.ended_ms or 0))
+    return f"{who} {verb} {node.node_id} {when}{decision.error and f': {printable(decision.error)}'}"
+
+
+def cancel_in_words(execution: Execution, now_ms: int) -> str:
+    """Return who cancelled an execution, and when, as far as the server knows."""
+    when = f" {age(now_ms - execution.ended_ms)}" if execution.ended_ms else ""
+    return f"{printable(execution.error) or 'cancelled'}{when}"
 
 
 def _by(decision: Attempt) -> str:

@@ -39,7 +39,7 @@ from nexum_engine.errors import (
     UnknownEffect,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
-from nexum_engine.records import DeclaredTool, ExecutionStatus, NodeType, Task
+from nexum_engine.records import DeclaredTool, NodeType, Task
 from nexum_engine.workflow import NodeDefinition, Workflow
 
 POLL_WAIT = 20.0  # seconds that one poll may wait for a task
@@ -324,16 +324,20 @@ class Worker:
     def _tasks_lost(self, task_ids: frozenset[str]) -> None:
         for work in self._at_work.values():
             if work.handler is not None and work.task.task_id in task_ids:
-                look = asyncio.create_task(self._stop_if_cancelled(work), name="look at a lost task")
+                look = asyncio.create_task(self._stop_if_ended(work), name="look at a lost task")
                 self._looks.add(look)
                 look.add_done_callback(self._looks.discard)
 
-    async def _stop_if_cancelled(self, work: _Work) -> None:
-        """Cancel the handler of a task whose execution somebody has cancelled. Nobody waits for its result any more."""
+    async def _stop_if_ended(self, work: _Work) -> None:
+        """Cancel the handler of a task whose execution has ended. Nobody waits for its result any more.
+
+        Somebody has cancelled the execution, or another of its tasks has failed. The execution of an item's task is
+        that of the MAP node.
+        """
         with suppress(NexumError):  # the server takes the task away again in its answer to the next heartbeat
             execution = (await self._client.get_execution(work.task.execution_id)).execution
-            if execution.status is ExecutionStatus.CANCELLED and work.handler is not None:
-                work.handler.cancel(f"the execution was {execution.error or 'cancelled'}")
+            if execution.status.ended and work.handler is not None:
+                work.handler.cancel(f"the execution is {execution.status.value}")
 
     def _say_blocked(self, seconds: float) -> None:
         # The heartbeat's thread calls this while the event loop is blocked.

@@ -241,12 +241,16 @@ class Guard:
         if answer is None:
             return
         approves, comment = answer
+        decide = (
+            partial(self._client.approve, comment=comment) if approves else partial(self._client.reject, reason=comment)
+        )
         try:
-            if approves:
-                await self._client.approve(execution_id, NODE, approver=user_name(), comment=comment)
-            else:
-                await self._client.reject(execution_id, NODE, approver=user_name(), reason=comment)
-        except NexumError as error:  # somebody else was faster, or the server's token doesn't allow it
+            await decide(execution_id, NODE, approver=user_name(), patience=OUTAGE_PATIENCE)
+        except Conflict:
+            # Somebody else was faster, or this decision is recorded and the server's answer was lost. In both cases,
+            # the wait gets the decision, and says whose it is.
+            self._log.warning("%s is decided already", guarded)
+        except NexumError as error:  # for instance, the server's token doesn't allow it
             self._log.warning("your decision on %s was not recorded: %s", guarded, error)
 
     # ---- Effects -----------------------------------------------------------------------------------------------------
@@ -412,7 +416,12 @@ class Guard:
             attempt = execution.nodes[0].attempts[-1].attempt
             with suppress(Conflict):  # a person was faster
                 await self._client.resolve(
-                    execution.execution_id, EFFECT, resolved_by="reconcile", attempt=attempt, **answer
+                    execution.execution_id,
+                    EFFECT,
+                    resolved_by="reconcile",
+                    attempt=attempt,
+                    patience=OUTAGE_PATIENCE,
+                    **answer,
                 )
         except (UnknownEffect, ValueError, RoleRefused) as error:
             self._log.warning("%s: %s", guarded, error)

@@ -14,7 +14,7 @@ from typing import Any
 from durable_autogen.record.events import SERVER_PATIENCE, Frozen, check_session_id
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
-from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest
+from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, ServerUnavailable, perhaps_sent
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.workflow import workflow
 
@@ -63,7 +63,8 @@ async def send(
     """Send an event to a session. The session's next wait for an event of this name receives the payload.
 
     If an event of this name was sent with the same `idempotency_key` before, nothing is sent. Raises InvalidRequest for
-    a wrong name or payload, and IdempotencyConflict if the key was used with another payload.
+    a wrong name or payload, and IdempotencyConflict if the key was used with another payload. Raises ServerUnavailable
+    if no server answers: without `idempotency_key`, the error has the key that the event may have been sent with.
     """
     check_session_id(session)
     check_event_name(name)
@@ -81,6 +82,10 @@ async def send(
             )
         except IdempotencyConflict:
             raise
+        except ServerUnavailable as error:
+            if idempotency_key:
+                raise
+            raise perhaps_sent(error, key) from error
         except Conflict:
             # The execution has ended. If it was COMPLETED when `expect` found it, another event has this number: take
             # the next number. If it was still running then, try this number again: the execution may have been

@@ -62,6 +62,8 @@ class Session:
         ):
             if value not in choices:
                 raise InvalidRequest(f"{name} is {value!r}: give one of {', '.join(choices)}")
+        if not isinstance(policies, Mapping | None):
+            raise InvalidRequest(f"policies must be a dictionary of tools' names and Policy objects, not {policies!r}")
         for name, policy in (policies or {}).items():
             if not isinstance(policy, Policy):
                 raise InvalidRequest(f"the policy of {name} must be a Policy, not {policy!r}")

@@ -20,7 +20,7 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_core import CancellationToken
 from autogen_core.tools import FunctionTool
-from durable_agents import QUESTION, HasAddress, Offline, Scripted, agent, answer, is_after_a_tool, run
+from durable_agents import QUESTION, TIMEOUT, HasAddress, Offline, Scripted, agent, answer, is_after_a_tool, run
 from harness import Process, environment, free_port, nexum_server, running
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread, server_thread
@@ -36,6 +36,7 @@ from durable_autogen import (
     list_sessions,
 )
 from durable_autogen.autogen.fingerprints import describe_call
+from durable_autogen.record.terminal import Terminal
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
 from nexum_engine.client import PAGE, NexumClient
 from nexum_engine.connection import Connection
@@ -181,6 +182,24 @@ def test_person_at_the_terminal_is_asked(folder: Path) -> None:
             os.write(terminal, answers.pop(asked[-1]))
         assert re.search(r"ANSWER charged c-1 1 \| .*rejected this call: one is enough", until(terminal, None))
     assert ledger(folder) == ["c-1 1"]
+
+
+async def test_answer_at_the_terminal_waits_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, port, asked = Shop(approval="always"), free_port(), asyncio.Event()
+
+    async def ask(*_: object) -> tuple[bool, str]:
+        asked.set()
+        first.process.kill()
+        return True, ""
+
+    monkeypatch.setattr(Terminal, "is_there", lambda: True)
+    monkeypatch.setattr(Terminal, "ask", ask)
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        with nexum_server(tmp_path, port=port) as first:
+            work = asyncio.create_task(run(first, shop.clerk(model), approve=True))
+            await asyncio.wait_for(asked.wait(), TIMEOUT)
+        with nexum_server(tmp_path, port=port):
+            assert (await work).messages[-1].to_text() == "charged c-1 5"
 
 
 # Two questions. The first one is decided elsewhere, and then a person types two lines: the first line is read, and the

@@ -124,8 +124,14 @@ async def test_command_says_what_it_has_cancelled(server: ServerThread, capsys: 
     with pytest.raises(RunCancelled, match="cancelled by bob"):
         async with DurableSession("s", nexum=server.address):
             said = await asyncio.to_thread(command, "s", "--by", "bob")
-    done = "the run of session s is cancelled: its program ends, and continues when it runs again\n"
+    done = "the run of session s is cancelled: its program ends at its next call, or within 10 s. Then run it again to "
+    done += "continue\n"
     assert said == (0, done, "")
+    # The answer to the first command may have been lost.
+    done = "already done: the run of session s was cancelled by bob 0 s ago\n"
+    assert await asyncio.to_thread(command, "s", "--by", "ann") == (0, done, "")
+    async with DurableSession("s", nexum=server.address):
+        pass
     assert await asyncio.to_thread(command, "s") == (2, "", "error: nothing runs session s\n")
     code, _, error = await asyncio.to_thread(command, "unknown")
     assert (code, "session 'unknown' has nothing on record here" in error) == (2, True)

@@ -17,8 +17,8 @@ from uuid import uuid4
 import pytest
 from autogen_core import CancellationToken
 from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, ToolOverride, ToolResult
-from durable_agents import QUESTION, Scripted, bench
-from harness import Process, logged, nexum_server, running
+from durable_agents import QUESTION, TIMEOUT, Scripted, bench
+from harness import Process, Server, free_port, logged, nexum_server, running
 from pydantic import BaseModel, Field, SecretStr
 from server_thread import ServerThread, server_thread
 
@@ -738,6 +738,32 @@ async def test_answer_of_reconcile_does_not_count_after_another_run_has_taken_ov
         await first
     async with NexumClient(server.address) as client:
         assert len(await client.unknown()) == 1
+
+
+async def test_answer_of_reconcile_waits_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port, killed, resolve = free_port(), asyncio.Event(), NexumClient.resolve
+    receipts: list[str] = []
+    target = Target(UnknownEffect("no answer"), effect="once", reconcile=lambda arguments, key: receipts.pop())
+
+    async def without_server(*args: Any, **options: Any) -> None:
+        first.process.kill()
+        killed.set()
+        await resolve(*args, **options)
+
+    async def charge(server: Server) -> Any:
+        async with DurableSession("s", nexum=server.address, park=True):
+            return await target.call()
+
+    with nexum_server(tmp_path, port=port) as first:
+        with pytest.raises(Parked):
+            await charge(first)
+        receipts.append("receipt 7")
+        monkeypatch.setattr(NexumClient, "resolve", without_server)
+        working = asyncio.create_task(charge(first))
+        await asyncio.wait_for(killed.wait(), TIMEOUT)
+    with nexum_server(tmp_path, port=port):
+        assert await asyncio.wait_for(working, TIMEOUT) == "receipt 7"
+    assert len(target.done) == 1
 
 
 async def test_fork_can_not_reuse_an_unknown_effect(server: ServerThread) -> None:

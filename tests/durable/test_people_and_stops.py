@@ -34,7 +34,7 @@ from durable_agents import (
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import DurableSession, run_durable_stream
+from durable_autogen import DurableSession, Policy, run_durable_stream
 from nexum_engine.errors import InvalidRequest
 
 
@@ -149,6 +149,7 @@ async def test_misspelt_on_drift_is_refused(server: ServerThread) -> None:
     ("wrong", "words"),
     [
         ({"budget": 2.0}, r"the budget must be a Budget, for instance Budget\(usd=2\), not 2\.0"),
+        ({"policies": Policy(approval="always")}, "policies must be a dictionary of tools' names and Policy objects"),
         ({"policies": {"charge": {"approval": "always"}}}, r"the policy of charge must be a Policy, not \{'approval'"),
     ],
 )

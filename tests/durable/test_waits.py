@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
@@ -35,7 +36,7 @@ from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.recorded_sessions import show_session
 from durable_autogen.session_report import details, events_as_json
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import IdempotencyConflict, InvalidRequest
+from nexum_engine.errors import IdempotencyConflict, InvalidRequest, ServerUnavailable
 from nexum_engine.records import ExecutionStatus
 
 LONG = 3600.0  # seconds: longer than any test takes
@@ -418,6 +419,30 @@ async def test_unnamed_branches_may_wait_for_names_in_another_order(shared_serve
     first = await inside(shared_server, lambda: program(["one", "two"]), name)
     assert first == {"one": 1, "two": 2}
     assert await inside(shared_server, lambda: program(["two", "one"]), name) == first
+
+
+async def test_event_is_sent_again_with_the_key_of_the_error(
+    shared_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, on_server = new_session(), NexumClient.send_event
+
+    async def answer_is_lost(*args: Any, **options: Any) -> None:
+        await on_server(*args, **options)
+        raise ServerUnavailable("the server ended before it answered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NexumClient, "send_event", answer_is_lost)
+        with pytest.raises(ServerUnavailable) as caught:
+            await send(shared_server, name, payload=1)
+    found = re.search(r"give it the key (\w+) \(--key\)", str(caught.value))
+    assert found is not None
+    await send(shared_server, name, payload=1, key=found[1])
+    await send(shared_server, name, payload=2)
+
+    async def program() -> Any:
+        return [await session().wait_for_event("payment") for _ in range(2)]
+
+    assert await inside(shared_server, program, name) == [1, 2]
 
 
 @pytest.mark.every_python

@@ -383,14 +383,18 @@ def test_cancel_ends_running_execution_but_not_ended_one(tmp_path: Path, server:
         with submitter(tmp_path, server.address, "effect_then_gate", arguments) as process:
             wait_until(lambda: bool(effects(log)), "the tool runs")
             (execution,) = recorded(tmp_path, server.address)
-            cancel = ["cancel", execution["execution_id"], "--nexum", server.address]
+            cancel = ["cancel", execution["execution_id"], "--by", "Ann", "--nexum", server.address]
             assert nexum(*cancel) == (0, f"{execution['execution_id']} is CANCELLED")
             assert process.wait() == 1
             assert process.lines[-1] == "ERROR ToolCallFailed effect_then_gate failed: the execution was cancelled"
         # The worker's later report changes nothing.
         gate.touch()
         worker.wait_for("refused")
-        assert nexum(*cancel) == (0, f"{execution['execution_id']} is CANCELLED")
+        code, output = nexum(*cancel)
+        assert (code, output.startswith(f"already done: {execution['execution_id']} was cancelled by Ann ")) == (
+            0,
+            True,
+        )
         (execution,) = recorded(tmp_path, server.address)
         assert execution["status"] == "CANCELLED"
         assert execution["nodes"][0]["output_json"] is None

@@ -80,8 +80,7 @@ def test_person_approves_and_sends_events_in_a_terminal(terminal: Command, stub:
     assert "  waits    until " in output
     arguments = ("approve", execution_id, "boss", "--by", "Ann", "--comment", "fine")
     assert terminal(*arguments) == (0, f"boss of {execution_id} is approved")
-    code, output = terminal(*arguments)
-    assert (code, "it is COMPLETED" in output, len(output.splitlines())) == (1, True, 1)
+    assert terminal(*arguments) == (0, "already done: Ann approved boss 0 s ago")
     assert terminal("approvals") == (0, "nothing waits for approval")
     for _ in range(2):
         sent = ("send", execution_id, "payment", '{"cents": 5}', "--key", "k1")
@@ -235,7 +234,8 @@ def resolve(terminal: Command, execution_id: str, other: str, third: str) -> Non
     assert "  waits    for a person: its effect is UNKNOWN (nexum resolve)" in output.splitlines()
     arguments = ("resolve", execution_id, "--result", '{"receipt": 7}', "--by", "Ann")
     assert terminal(*arguments) == (0, f"pay of {execution_id} is COMPLETED")
-    code, output = terminal(*arguments)
+    assert terminal(*arguments) == (0, "already done: Ann resolved pay 0 s ago")
+    code, output = terminal("resolve", execution_id, "--result", '{"receipt": 8}', "--by", "Bob")
     assert (code, "its effect: it is COMPLETED; Ann resolved pay 0 s ago" in output) == (1, True)
     code, output = terminal("show", execution_id)
     assert "  decided 2  COMPLETED" in output
@@ -251,8 +251,97 @@ def test_node_must_be_named_if_several_wait(address: str, terminal: Command) -> 
         execution_id = start(stub)
     code, output = terminal("approve", execution_id)
     assert (code, output) == (1, f"error: several nodes of execution {execution_id} wait: name one of a, b")
-    assert terminal("approve", execution_id, "a")[0] == 0
-    assert terminal("approve", execution_id) == (0, f"b of {execution_id} is approved")
+    assert terminal("approve", execution_id, "a", "--by", "Ann")[0] == 0
+    # Without a name, this may be the first command again, whose answer was lost.
+    code, output = terminal("approve", execution_id)
+    assert (code, output) == (1, "error: Ann approved a 0 s ago. Now b waits: name the node, if you mean b")
+    assert terminal("approve", execution_id, "b") == (0, f"b of {execution_id} is approved")
+
+
+def test_repeated_decision_names_the_one_that_counts(address: str, terminal: Command) -> None:
+    with connected(address) as stub:
+        register(stub, {"boss": {"type": "HUMAN_APPROVAL"}})
+        approved, rejected, retried = start(stub), start(stub), start(stub)
+        assert terminal("approve", approved, "--by", "Ann", "--args", "1")[0] == 0
+        assert terminal("reject", rejected, "boss", "--by", "Ann", "--reason", "no")[0] == 0
+        for node in ([], ["boss"]):
+            done = "already done: Ann approved boss 0 s ago"
+            assert terminal("approve", approved, *node, "--by", "Bob", "--args", "1") == (0, done)
+            done = "already done: Ann rejected boss 0 s ago: no"
+            assert terminal("reject", rejected, *node, "--by", "Bob") == (0, done)
+            for other in (["reject", approved], ["approve", approved], ["approve", approved, "--args", "true"]):
+                code, output = terminal(*other[:2], *node, *other[2:])
+                assert (code, output.endswith("; Ann approved boss 0 s ago")) == (1, True)
+            code, output = terminal("approve", rejected, *node)
+            assert (code, output.endswith("; Ann rejected boss 0 s ago: no")) == (1, True)
+        for command, after in (("reject", 0), ("retry", 0), ("reject", 0), ("reject", 0), ("retry", 0), ("approve", 0)):
+            assert terminal(command, retried)[0] == after
+        assert status(stub, retried)[0] == "COMPLETED"
+
+
+def test_repeated_decision_about_an_effect_is_about_its_attempt(
+    address: str, terminal: Command, nexum: Command
+) -> None:
+    with connected(address) as stub:
+        execution_id, failed = start_unknown(stub), start_unknown(stub)
+        assert terminal("resolve", failed, "--failed", "by hand", "--by", "Ann")[0] == 0
+        done = "already done: Ann resolved pay 0 s ago: by hand"
+        assert terminal("resolve", failed, "--failed", "by hand", "--by", "Bob") == (0, done)
+        for other in (["--not-done"], ["--result", "1"], ["--failed", "by hand", "--attempt", "2"]):
+            code, output = terminal("resolve", failed, *other)
+            assert (code, output.endswith("; Ann resolved pay 0 s ago: by hand")) == (1, True)
+        not_done = ("resolve", execution_id, "pay", "--not-done", "--attempt", "1", "--by", "Ann")
+        assert nexum(*not_done, "--nexum", address)[0] == 0
+        assert terminal(*not_done) == (0, "already done: Ann resolved pay 0 s ago: the effect has not happened")
+        code, output = terminal("resolve", execution_id, "--failed", "by hand")
+        assert (code, output.endswith("; Ann resolved pay 0 s ago: the effect has not happened")) == (1, True)
+        request = pb.FailRequest(task_id=poll(stub).task_id, error_message="no answer again", unknown=True)
+        stub.FailTask(request, timeout=DEADLINE)
+        code, output = terminal(*not_done)
+        assert (code, "now attempt 3 is in doubt" in output) == (1, True)
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize(
+    ("method", "command", "said"),
+    [
+        ("approve", ["approve"], "already done: Ann approved boss 0 s ago"),
+        ("reject", ["reject"], "already done: Ann rejected boss 0 s ago"),
+        ("resolve", ["resolve", "--result", "1"], "already done: Ann resolved pay 0 s ago"),
+        ("cancel_execution", ["cancel"], "already done: {} was cancelled by Ann 0 s ago"),
+        ("retry_execution", ["retry"], "{} is RUNNING: there is nothing to retry"),
+    ],
+    ids=["approve", "reject", "resolve", "cancel", "retry"],
+)
+def test_command_succeeds_although_the_server_ends_before_it_answers(
+    tmp_path: Path,
+    in_process: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    command: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'nexum.db'}")
+    on_server = getattr(NexumClient, method)
+    with ExitStack() as stack:
+        server = stack.enter_context(server_thread(tmp_path))
+        with connected(server.address) as stub:
+            if method == "resolve":
+                execution_id = start_unknown(stub)
+            else:
+                register(stub, {"boss": {"type": "HUMAN_APPROVAL"}})
+                execution_id = start(stub)
+            if method == "retry_execution":
+                stub.RejectTask(pb.RejectRequest(execution_id=execution_id, node_id="boss"), timeout=DEADLINE)
+
+        async def answer_is_lost(*args: Any, **options: Any) -> None:
+            await on_server(*args, **options)
+            stack.close()
+            raise ServerUnavailable("the server ended before it answered")
+
+        monkeypatch.setattr(NexumClient, method, answer_is_lost)
+        by = [] if method == "retry_execution" else ["--by", "Ann"]
+        assert in_process(main, *command, execution_id, *by) == (0, said.format(execution_id))
 
 
 @pytest.mark.sqlite
@@ -294,6 +383,30 @@ def test_event_counts_once_although_the_server_ends_before_it_answers(
     _, output = in_process(main, "show", execution_id, "--json")
     nodes = json.loads(output)["nodes"]
     assert {node["node_id"]: node["status"] for node in nodes} == {"first": "COMPLETED", "second": "WAITING"}
+
+
+def test_error_of_a_lost_answer_has_the_key_of_the_event(
+    address: str, terminal: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(address) as stub:
+        register(stub, {"first": {"type": "EVENT", "event": "e"}, "second": {"type": "EVENT", "event": "e"}})
+        execution_id, send_event = start(stub), NexumClient.send_event
+
+    async def answer_is_lost(*args: Any, **options: Any) -> None:
+        await send_event(*args, **options)
+        raise ServerUnavailable("the server ended before it answered")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NexumClient, "send_event", answer_is_lost)
+        code, output = terminal("send", execution_id, "e", "1")
+        assert terminal("send", execution_id, "e", "1", "--key", "mine")[1].endswith("ended before it answered")
+    before, _, rest = output.partition(". To send the event again, give it the key ")
+    assert (code, before) == (2, "error: the server ended before it answered")
+    key = rest.partition(" (--key)")[0]
+    for again in (key, "mine"):
+        assert terminal("send", execution_id, "e", "1", "--key", again) == (0, f"sent e to {execution_id}")
+    with connected(address) as stub:
+        assert status(stub, execution_id)[:2] == ("COMPLETED", {"first": 1, "second": 1})
 
 
 @pytest.mark.parametrize(

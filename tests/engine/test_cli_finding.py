@@ -317,8 +317,8 @@ def test_retry_with_and_without_server(tmp_path: Path, nexum: Command) -> None:
         execution_id = begin(stub)
         complete(stub, poll(stub))
         assert nexum("retry", execution_id, "--nexum", server.address) == (
-            1,
-            f"error: execution {execution_id} is RUNNING: only a FAILED one can be retried",
+            0,
+            f"{execution_id} is RUNNING: there is nothing to retry",
         )
         assert fail(stub) == "b"
         assert nexum("retry", execution_id, "--nexum", server.address) == (0, f"{execution_id} is RUNNING again")

@@ -25,8 +25,8 @@ from nexum_engine.records import Execution, ExecutionStatus, Outcome, Task
 from nexum_engine.server import Limits
 from nexum_engine.store import tasks
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, TaskContext, Worker, _Wait
-from nexum_engine.workflow import Workflow, workflow
+from nexum_engine.worker import STOP_PATIENCE, Binding, Handler, MapHandler, TaskContext, Worker, _Wait
+from nexum_engine.workflow import RetryPolicy, Workflow, workflow
 
 SOON = 15.0  # seconds
 A_FEW_SECONDS = 5.0  # much less than the time of two regular heartbeats
@@ -273,6 +273,40 @@ async def test_handler_of_a_cancelled_execution_is_cancelled(tmp_path: Path, cap
     assert (execution.status, execution.error) == (ExecutionStatus.CANCELLED, "cancelled by ann")
     (line,) = [line for line in caplog.messages if line.startswith("failed") and execution_id in line]
     assert "the execution is CANCELLED" in line
+
+
+async def test_handler_of_a_failed_execution_is_cancelled(tmp_path: Path) -> None:
+    each = workflow("each").map("m", retry=RetryPolicy(max_attempts=1)).build()
+    branches = workflow("branches").effect("a", retry=RetryPolicy(max_attempts=1)).effect("b", depends_on=[]).build()
+    at_work, cleaned_up = asyncio.Event(), asyncio.Event()
+
+    async def items(_: TaskContext) -> list[bool]:
+        return [True, False]
+
+    async def wait(_: TaskContext) -> dict[str, Any]:
+        at_work.set()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            cleaned_up.set()
+        return {}
+
+    async def fail(_: TaskContext) -> None:
+        await asyncio.wait_for(at_work.wait(), SOON)
+        raise ValueError("no")
+
+    async def one(task: TaskContext) -> Any:
+        return await (fail if task.item else wait)(task)
+
+    handlers: dict[Workflow, Any] = {each: {"m": MapHandler(items=items, each=one)}, branches: {"a": fail, "b": wait}}
+    with nexum_server(tmp_path, lease=1.0) as server:  # a short lease, and so frequent heartbeats
+        async with NexumClient(server.address) as client, working(server.address, handlers, concurrency=2):
+            for built in handlers:
+                at_work.clear()
+                cleaned_up.clear()
+                execution_id = await begin(client, built)
+                assert (await ended(client, execution_id)).status is ExecutionStatus.FAILED
+                await asyncio.wait_for(cleaned_up.wait(), SOON)
 
 
 async def test_client_refuses_input_that_does_not_match_the_workflow(client: NexumClient) -> None:
