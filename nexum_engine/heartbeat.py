@@ -1,6 +1,6 @@
 """The heartbeats of a worker or owner, sent on one stream. Each heartbeat names the tasks that the sender holds.
 
-A thread with its own event loop sends the heartbeats of the whole process, over their own connection. So code that
+A thread with its own event loop sends the heartbeats of the whole process, over a connection of their own to each server. So code that
 blocks the program's event loop doesn't stop them.
 """
 
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict
 from itertools import count, islice
@@ -19,7 +20,7 @@ import grpc
 
 from nexum_engine.channel import Channel
 from nexum_engine.clock import wait_until_set
-from nexum_engine.connection import RECONNECT_DELAY, Connection, explained
+from nexum_engine.connection import RECONNECT_DELAY, Connection, Route, explained
 from nexum_engine.errors import (
     AccessDenied,
     InvalidRequest,
@@ -249,17 +250,17 @@ class Heartbeat:
         def tell(lost: NexumError | None) -> None:
             call_in(loop, news.put_nowait, lost)
 
-        channel: Channel | None = None
+        route: Route | None = None
         try:
             while True:
                 try:
-                    route = self._connection.route()
-                    if channel is None or (channel.target, channel.metadata) != (route.target, route.metadata):
-                        if channel is not None:
-                            await channel.close()
-                        # Share no connection with the client: its large messages would delay the heartbeats.
-                        channel = Channel(*route, purpose="heartbeat")
-                    await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
+                    present = self._connection.route()
+                    if route != present:
+                        if route is not None:
+                            await _release_channel(route)
+                        _take_channel(present)
+                        route = present
+                    await self._keep_a_stream(_channels[route].stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._connection.address} ended the connection"
                     )
@@ -269,7 +270,11 @@ class Heartbeat:
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
-                    lost = _NoWorkerStream() if is_missing else await explained(rpc_error, route.target, route.security)
+                    lost = (
+                        _NoWorkerStream()
+                        if is_missing
+                        else await explained(rpc_error, present.target, present.security)
+                    )
                 except NexumError as error:
                     lost = error
                 self._held_until = 0.0
@@ -279,8 +284,8 @@ class Heartbeat:
                 await asyncio.sleep(RECONNECT_DELAY)
         finally:
             self._held_until = 0.0
-            if channel is not None:
-                await channel.close()
+            if route is not None:
+                await _release_channel(route)
             call_in(loop, ended.set)
 
     async def _keep_a_stream(
@@ -401,6 +406,25 @@ class Heartbeat:
 
 _shared: LoopThread | None = None
 _shared_lock = threading.Lock()
+_channels: dict[Route, Channel] = {}
+"""For each route, the channel of all heartbeats that use it. A channel for each heartbeat would take a socket for each.
+
+The client has a channel of its own: its large messages would delay the heartbeats.
+"""
+_users: Counter[Route] = Counter()
+"""How many heartbeats use each of the channels."""
+
+
+def _take_channel(route: Route) -> None:
+    _users[route] += 1
+    if route not in _channels:
+        _channels[route] = Channel(*route, purpose="heartbeat")
+
+
+async def _release_channel(route: Route) -> None:
+    _users[route] -= 1
+    if not _users[route]:
+        await _channels.pop(route).close()
 
 
 def _heartbeat_loop() -> asyncio.AbstractEventLoop:
@@ -417,3 +441,5 @@ def _forget_loop() -> None:
     """Forget the heartbeat loop: a forked process doesn't have the thread that runs the loop."""
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
+    _channels.clear()
+    _users.clear()

@@ -8,11 +8,12 @@ import socket
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 from engine_server import EngineServer, engine_server, hangs, is_full, raises
+from faulty_proxy import FaultyProxy
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import RequestReceived
@@ -199,6 +200,23 @@ async def test_heartbeat_reports_missing_server_and_finds_later_one(tmp_path: Pa
         await until(lambda: bool(beats.lost))
         assert [type(error) for error in beats.lost] == [ServerUnavailable]
         assert not beats.heart.connected.is_set()
+
+
+async def test_heartbeats_of_a_process_share_a_connection(server: EngineServer) -> None:
+    with FaultyProxy(server.address) as proxy:
+        async with AsyncExitStack() as stack:
+            several = [await stack.enter_async_context(beating(proxy.address, f"w{number}")) for number in range(5)]
+            for beats in several:
+                await beats.connected()
+            assert proxy.connections == 1
+            several[0].run.cancel()
+            await asyncio.gather(several[0].run, return_exceptions=True)
+            proxy.break_connections()
+            await until(lambda: all(beats.lost for beats in several[1:]))
+            for beats in several[1:]:
+                await beats.connected()
+            assert proxy.connections == 1
+        await until(lambda: proxy.connections == 0)
 
 
 def cut_off(http: H2Connection, stream: int) -> None:

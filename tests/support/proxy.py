@@ -28,9 +28,14 @@ class Proxy:
         return f"127.0.0.1:{self.port}"
 
     @property
+    def connections(self) -> int:
+        """How many connections of clients are open."""
+        return len(self._writers) // 2
+
+    @property
     def is_used(self) -> bool:
         """Whether a client is connected."""
-        return bool(self._writers)
+        return self.connections > 0
 
     async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
         """Do something with data before it is sent through `writer`. A subclass may override this.
