@@ -165,8 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         "cancel",
         parents=[server],
         help="stop the program that runs a session",
-        description="Cancel the run of SESSION: its program ends with RunCancelled at its next call, or within 10 s if "
-        "it waits for a call. What is recorded stays. When the program has ended, run it again to continue.",
+        description="Cancel the run of SESSION: its program ends with RunCancelled, even if it waits for a call. "
+        "What is recorded stays. When the program has ended, run it again to continue.",
     )
     cancel.add_argument("session", metavar="SESSION")
     cancel.add_argument("--by", metavar="NAME", default=user_name(), help="who cancels (default: the user's name)")
@@ -221,10 +221,7 @@ async def look(args: argparse.Namespace) -> str:
             if before is not None:
                 words = cancel_in_words(before, round(time.time() * 1000))
                 return f"already done: the run of session {args.session} was {words}"
-            return (
-                f"the run of session {args.session} is cancelled: its program ends at its next call, or within 10 s. "
-                "Then run it again to continue"
-            )
+            return f"the run of session {args.session} is cancelled: its program ends. Then run it again to continue"
         source, number = fork_source(args.source)
         await fork_session(client, source, number, args.new, args.message, effects=args.effects)
         copied = f"the first {number} call(s)" if number else "none of the calls"

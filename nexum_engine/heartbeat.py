@@ -1,6 +1,6 @@
 """The heartbeats of a worker or owner, sent on one stream. Each heartbeat names the tasks that the sender holds.
 
-A thread with its own event loop sends the heartbeats of the whole process, over a connection of their own to each server. So code that
+A thread with its own event loop sends the heartbeats of the whole process, over their own connection. So code that
 blocks the program's event loop doesn't stop them.
 """
 

@@ -52,8 +52,7 @@ class Owner:
     """An owner of executions. It is connected inside an `async with` block.
 
     Raises ServerError if the server doesn't support owners. `on_lost` is called with the error when the connection is
-    lost, and every 10 s until the owner has reconnected. `on_tasks_lost` is called with the ids of tasks that the
-    server has taken away, because somebody has cancelled the execution or another owner has taken over.
+    lost, and every 10 s until the owner has reconnected.
     """
 
     def __init__(
@@ -61,15 +60,12 @@ class Owner:
         client: NexumClient,
         *,
         on_lost: Callable[[NexumError], None] | None = None,
-        on_tasks_lost: Callable[[frozenset[str]], None] = lambda _: None,
     ) -> None:
         self.owner_id = new_worker_id()
         self._client = client
         self._lost: NexumError | None = None
         self._on_lost = on_lost
-        self._heartbeat = Heartbeat(
-            client.connection, self.owner_id, on_lost=self._say_lost, on_tasks_lost=on_tasks_lost
-        )
+        self._heartbeat = Heartbeat(client.connection, self.owner_id, on_lost=self._say_lost)
         self._beating: asyncio.Task[None] | None = None
         self._held_until = 0.0
 

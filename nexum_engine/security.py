@@ -62,10 +62,16 @@ def stamp_of(path: Path) -> tuple[int, ...] | None:
 
 def is_loopback(host: str) -> bool:
     """Return whether `host`, which is a name or an IP address, is this machine."""
+    return ipaddress.ip_address(host.strip("[]")).is_loopback if is_ip_address(host) else host == "localhost"
+
+
+def is_ip_address(host: str) -> bool:
+    """Return whether `host` is an IP address, and not a name."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return host == "localhost"
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,7 @@ def _token() -> str:
 
 
 def _grpc_roots() -> bytes:
-    """Return the CAs that gRPC trusts. Heartbeats use Python's `ssl`, which trusts others on some systems."""
+    """Return the CAs that gRPC trusts. Python's `ssl`, which forked processes use, trusts others on some systems."""
     own = os.environ.get(GRPC_ROOTS)
     return read_file(Path(own or Path(grpc.__file__).with_name("_cython") / "_credentials" / "roots.pem"), GRPC_ROOTS)
 

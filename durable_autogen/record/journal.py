@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
@@ -28,6 +29,7 @@ from durable_autogen.record.events import (
     Said,
     read_record,
 )
+from durable_autogen.record.failures import end
 from durable_autogen.record.log import LOG
 from durable_autogen.record.storable import representable
 from nexum_engine.approvals import key_within, server_option
@@ -38,6 +40,7 @@ from nexum_engine.errors import (
     ExecutionNotFound,
     IdempotencyConflict,
     NexumError,
+    ServerUnavailable,
     StaleTask,
     TaskNotFound,
 )
@@ -48,6 +51,8 @@ from nexum_engine.workflow import Workflow
 
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
+WATCH_WAIT = 25.0  # seconds that one look at the run may wait for its end
+WATCH_PAUSE = 1.0  # seconds until the next look if no server answers
 
 T = TypeVar("T")
 
@@ -69,13 +74,12 @@ class Journal:
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
         event, or given back an effect."""
         self.client = client
-        self.on_cancelled: Callable[[RunCancelled], None] = lambda _: None
-        """Called if somebody cancels the run while it makes no request."""
         self.owner = Owner(
             client,
             on_lost=lambda error: self.log.warning("%s; retrying for %g s", error, OUTAGE_PATIENCE),
-            on_tasks_lost=self._tasks_lost,
         )
+        self._on_cancelled: Callable[[RunCancelled], None] = lambda _: None
+        self._watching: asyncio.Task[None] | None = None
         self._run: Task | None = None
         self._moving = asyncio.Lock()
         self.next_seq = 1
@@ -114,9 +118,14 @@ class Journal:
                         "session %s is finished: its record is replayed (new work needs a new session id)", self.session
                     )
         except BaseException:
-            await self.owner.__aexit__()
+            await self._release()
             raise
         return self
+
+    async def _release(self) -> None:
+        if self._watching is not None:
+            await end(self._watching)
+        await self.owner.__aexit__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         await to_its_end(self._leave(error))
@@ -134,7 +143,7 @@ class Journal:
         except NexumError as ending:
             self.log.warning("session %s: the end of this run could not be recorded: %s", self.session, ending)
         finally:
-            await self.owner.__aexit__()
+            await self._release()
 
     # ---- Owning the session ------------------------------------------------------------------------------------------
 
@@ -242,26 +251,42 @@ class Journal:
                 # Try again: the event's owner may have died, and the server may not have noticed yet.
                 await asyncio.sleep(LOOK_INTERVAL)
 
-    def _tasks_lost(self, task_ids: frozenset[str]) -> None:
-        if self._run is not None and self._run.task_id in task_ids:
-            self.finish_later(self._tell_if_cancelled(self._run))
+    def watch(self, on_cancelled: Callable[[RunCancelled], None]) -> None:
+        """Call `on_cancelled` as soon as somebody cancels the run. The program may be waiting, and make no request."""
+        self._on_cancelled = on_cancelled
+        self._begin_watch()
 
-    async def _tell_if_cancelled(self, run: Task) -> None:
-        # Ignore another error: the next request meets the same one, and raises it.
-        with contextlib.suppress(NexumError):
+    def _begin_watch(self) -> None:
+        # In an empty context: otherwise, the watch would count as work of the session.
+        self._watching = contextvars.Context().run(asyncio.create_task, self._watch())
+
+    async def _watch(self) -> None:
+        run = self._run
+        assert run is not None
+        has_ended = False
+        while not has_ended:
             try:
-                await self._check_not_cancelled(run)
+                has_ended = await self._check_not_cancelled(run, wait=WATCH_WAIT, patience=0.0)
             except RunCancelled as cancelled:
-                self.on_cancelled(cancelled)
+                self._on_cancelled(cancelled)
+                return
+            except ServerUnavailable:
+                await asyncio.sleep(WATCH_PAUSE)
+            except NexumError:
+                return  # the next request meets the same error, and raises it
 
-    async def _check_not_cancelled(self, run: Task) -> None:
-        """Raise RunCancelled if somebody has cancelled the run, and ExecutionNotFound if the database was replaced."""
-        execution = (await self.client.get_execution(run.execution_id, patience=OUTAGE_PATIENCE)).execution
+    async def _check_not_cancelled(self, run: Task, *, wait: float = 0.0, patience: float = OUTAGE_PATIENCE) -> bool:
+        """Return whether the run has ended, now or within `wait` seconds.
+
+        Raises RunCancelled if somebody has cancelled the run, and ExecutionNotFound if the database was replaced.
+        """
+        execution = (await self.client.get_execution(run.execution_id, wait=wait, patience=patience)).execution
         if execution.status is ExecutionStatus.CANCELLED:
             raise RunCancelled(
                 f"the run of session {self.session} was {execution.error or 'cancelled'}; run it again to resume from "
                 "what is recorded"
             )
+        return execution.status.ended
 
     @contextlib.contextmanager
     def held(self, what: str) -> Iterator[None]:
@@ -322,6 +347,7 @@ class Journal:
             await self.owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
         # Set it last. Until then, the server refuses the other requests of this process. They wait for this method.
         self._run = run
+        self._begin_watch()
 
     # ---- Writing -----------------------------------------------------------------------------------------------------
 

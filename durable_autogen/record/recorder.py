@@ -179,7 +179,7 @@ class Recorder:
         cleanup: Cleanup,
     ) -> None:
         self.journal = journal
-        journal.on_cancelled = self.stop
+        journal.watch(self.stop)
         self.on_drift = on_drift
         self._budget = budget
         self._waiting_since = self._waited = 0.0

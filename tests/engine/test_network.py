@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 from certificates import FORMER, TOKENS, USE, Certificates, private_file
 from harness import ROOT, logged, running
-from proxy import Proxy
 from server_thread import Secured, server_thread, use
 
 from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import Connection
-from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, ServerUnavailable, TokenRefused
-from nexum_engine.heartbeat import Heartbeat
+from nexum_engine.errors import AccessDenied, InvalidRequest, ServerUnavailable, TokenRefused
 from nexum_engine.owner import Owner
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
@@ -213,41 +210,12 @@ async def test_heartbeats_trust_the_same_certificates_as_calls(tmp_path: Path, m
                     pass
 
 
-class SlowToConnect(Proxy):
-    """A proxy through which connecting takes a second."""
-
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(1.0)
-        await super()._connect(reader, writer)
-
-
-async def test_heartbeats_connect_although_connecting_takes_longer_than_they_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nexum_engine.heartbeat.FIRST_ACK_TIMEOUT", 0.7)
-    certificates = Certificates(tmp_path)
-    monkeypatch.setenv("NEXUM_TLS_CA", certificates.ca)
-    with (
-        server_thread(tmp_path, tls=certificates.server_tls()) as server,
-        SlowToConnect(f"127.0.0.1:{server.port}") as proxy,
-    ):
-        lost: list[NexumError] = []
-        beats = Heartbeat(Connection(proxy.address), "w", on_lost=lost.append)
-        running = asyncio.create_task(beats.run())
-        await asyncio.wait_for(beats.connected.wait(), 10)
-        assert "within 0.7 s" in str(lost[0])
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-
-
 def remove(*paths: str) -> None:
     for path in paths:
         Path(path).unlink()
 
 
-async def test_heartbeats_need_the_files_of_a_client_only_at_its_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_client_needs_its_files_only_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificates = Certificates(tmp_path)
     certificate, key = certificates.issue("client", "client", by="other")
     with server_thread(tmp_path, tls=certificates.server_tls(client_ca=certificates.other_ca)) as server:
