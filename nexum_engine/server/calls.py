@@ -24,7 +24,8 @@ UNSENT_BYTES = 128 * 1024
 ACK_DELAY = 0.01
 """How many seconds the answer to a worker's report may wait for another answer, such as the worker's next task.
 
-Two answers in one message cost less than two messages. Nobody waits for this answer: the worker has polled already.
+Two answers in one message cost less than two messages. Only the answer to a report that came in one message with a poll
+may wait: then nobody waits for it, because the worker has polled already.
 """
 _REPORTS = {"CompleteTask", "FailTask"}
 FRAME_BYTES = 256
@@ -109,8 +110,6 @@ class _Stream:
         """Set when the unsent frames are to be sent, and when the stream may be over."""
         self._sending_later: asyncio.TimerHandle | None = None
         """The timer that sends an answer which may wait; None if no such answer waits."""
-        self._polls = 0
-        """How many of the calls are polls for a task."""
         self._room = Budget(UNSENT_BYTES)  # serves the calls in turn
         self._is_finishing = False
 
@@ -118,13 +117,14 @@ class _Stream:
         """Begin the calls that arrive, until the client ends the stream."""
         try:
             async for frames in requests:
+                has_poll = any(frame.method == "PollTask" for frame in frames.frames)
                 for frame in frames.frames:
                     if frame.cancel:
                         self._cancel(frame.call)
                     elif self._is_finishing:
                         continue
                     elif len(self._calls) < MAX_STREAM_CALLS and self._all.free_places > 0:
-                        self._begin(frame)
+                        self._begin(frame, may_wait=has_poll and frame.method in _REPORTS)
                     else:
                         # Wait here until the client reads: refusals that nobody reads must not pile up.
                         await self._send(_refusal(frame.call, _TOO_MANY_CALLS))
@@ -134,20 +134,17 @@ class _Stream:
         finally:
             self.finish()
 
-    def _begin(self, frame: pb.CallFrame) -> None:
+    def _begin(self, frame: pb.CallFrame, *, may_wait: bool) -> None:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream already has a call with the number {frame.call}")
         context = CallContext(self._metadata)
         self._all.free_places -= 1
-        answering = asyncio.create_task(self._answer(frame, context))
+        answering = asyncio.create_task(self._answer(frame, context, may_wait))
         self._calls[frame.call] = answering, context
-        is_poll = frame.method == "PollTask"
-        self._polls += is_poll
-        answering.add_done_callback(partial(self._ended, frame.call, is_poll))
+        answering.add_done_callback(partial(self._ended, frame.call))
 
-    def _ended(self, call: int, is_poll: bool, _: asyncio.Task[None]) -> None:
+    def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         _, context = self._calls.pop(call)
-        self._polls -= is_poll
         self._all.free_places += 1
         context.end()
         if self._is_finishing and not self._calls:
@@ -193,9 +190,9 @@ class _Stream:
         elif self._sending_later is None:
             self._sending_later = asyncio.get_running_loop().call_later(ACK_DELAY, self._has_news.set)
 
-    async def _answer(self, frame: pb.CallFrame, context: CallContext) -> None:
+    async def _answer(self, frame: pb.CallFrame, context: CallContext, may_wait: bool) -> None:
         try:
-            await self._run(frame, context)
+            await self._run(frame, context, may_wait)
             return
         except Refused as refused:
             refusal = _refusal(frame.call, refused)
@@ -207,14 +204,13 @@ class _Stream:
         context.end()  # the refusal may wait long until the client reads, and needs none of the call's memory
         await self._send(refusal)
 
-    async def _run(self, frame: pb.CallFrame, context: CallContext) -> None:
+    async def _run(self, frame: pb.CallFrame, context: CallContext, may_wait: bool) -> None:
         """Run a call, and send its answer in parts. Raises Refused."""
         rpc = self._all.rpcs.get(frame.method)
         if rpc is None:
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, f"no RPC {frame.method[:MAX_SHOWN_METHOD]!r}", "")
         answer = await rpc(Received(frame.message), context)
         message = answer.SerializeToString()
-        may_wait = frame.method in _REPORTS and self._polls > 0
         for begin in range(0, len(message) or 1, PART_BYTES):
             end = begin + PART_BYTES
             part = pb.CallFrame(call=frame.call, message=message[begin:end], more=end < len(message))

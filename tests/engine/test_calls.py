@@ -308,6 +308,20 @@ async def test_the_answer_to_a_report_is_sent_without_a_next_task(server: Engine
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
     await started(stub)
     async with RawStream(server.address) as raw:
+        await raw.send(request_frame(1, "PollTask", poll))
+        (handed_out,) = await raw.read()
+        task = pb.PollResponse.FromString(handed_out.message)
+        await raw.send(report_frame(2, task), request_frame(3, "PollTask", poll))
+        assert [frame.call for frame in await raw.read()] == [2]
+
+
+async def test_the_answer_to_a_report_does_not_wait_for_another_workers_poll(
+    server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
+    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+    await started(stub)
+    async with RawStream(server.address) as raw:
         await raw.send(request_frame(1, "PollTask", poll), request_frame(2, "PollTask", poll))
         (handed_out,) = await raw.read()
         await raw.send(report_frame(3, pb.PollResponse.FromString(handed_out.message)))
