@@ -78,7 +78,7 @@ class Channel:
         elif _is_forked or (self._purpose == "heartbeat" and self._is_plain):
             from nexum_engine.wire.pure_python import PurePythonChannel
 
-            channel = PurePythonChannel(self.target, self._security.context)
+            channel = PurePythonChannel(self.target, self._security.context())
         else:
             logging.getLogger("asyncio").addFilter(_is_worth_a_line)  # a second call adds nothing
             options = (*_OPTIONS, ("grpc.primary_user_agent", f"nexum-{self._purpose}"))

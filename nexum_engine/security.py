@@ -24,8 +24,6 @@ from nexum_engine.errors import AccessDenied, InvalidRequest
 TLS_CA, TLS_CERT, TLS_KEY = "NEXUM_TLS_CA", "NEXUM_TLS_CERT", "NEXUM_TLS_KEY"
 TOKEN, TOKEN_FILE = "NEXUM_TOKEN", "NEXUM_TOKEN_FILE"
 SYSTEM_CA = "system"
-GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
-"""gRPC's environment variable for a file with the CAs that it trusts, in place of those that it brings."""
 AUTHORIZATION = "authorization"
 """The metadata in which a client sends its token, as `Bearer TOKEN`."""
 HANDSHAKE_TIMEOUT = 2.0  # seconds
@@ -78,18 +76,14 @@ def is_ip_address(host: str) -> bool:
 class Security:
     """The TLS settings and the token of a client. The default is plaintext without a token."""
 
-    ca: bytes = field(default=b"", repr=False)
-    """Certificates of the authorities that the client trusts, in PEM."""
+    tls: bool = False
+    ca: bytes | None = field(default=None, repr=False)
+    """Certificates of the authorities that the client trusts, in PEM. If None, the client trusts gRPC's defaults."""
     certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
     """The client's certificate chain and its key, in PEM."""
+    certificate_files: tuple[Path, Path] | None = None
+    """The files of the certificate and of its key."""
     token: str = field(default="", repr=False)
-    context: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
-    """The TLS settings for Python's module `ssl`, or None for plaintext.
-
-    They are made once, as gRPC's are: later, the client's files may be gone, or be renewed one after the other.
-    """
-    old_context: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
-    """The same settings, but without TLS 1.3."""
 
     @classmethod
     def from_environment(cls) -> Security:
@@ -105,19 +99,27 @@ class Security:
             if certificate:
                 raise InvalidRequest(f"{TLS_CERT} needs TLS: set {TLS_CA} to the file with the server's CA certificate")
             return cls(token=token)
-        roots = _grpc_roots() if ca == SYSTEM_CA else read_file(Path(ca), TLS_CA)
-        pair = files = None
+        roots = None if ca == SYSTEM_CA else read_file(Path(ca), TLS_CA)
+        pair = None
         if certificate:
-            files = Path(certificate), Path(key)
-            pair = read_file(files[0], TLS_CERT), read_file(files[1], TLS_KEY, secret=True)
-        old_context = _client_context(roots, files)
-        old_context.maximum_version = ssl.TLSVersion.TLSv1_2
-        return cls(roots, pair, token, _client_context(roots, files), old_context)
+            pair = read_file(Path(certificate), TLS_CERT), read_file(Path(key), TLS_KEY, secret=True)
+        security = cls(True, roots, pair, (Path(certificate), Path(key)) if certificate else None, token)
+        security.context()
+        return security
 
-    @property
-    def tls(self) -> bool:
-        """Whether the client uses TLS."""
-        return self.context is not None
+    def context(self) -> ssl.SSLContext | None:
+        """Return the TLS settings for Python's module `ssl`, or None for plaintext. Raises InvalidRequest."""
+        if not self.tls:
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.set_alpn_protocols(["h2"])
+        if self.ca is None:
+            context.load_default_certs()
+        else:
+            load_authorities(context, self.ca, TLS_CA)
+        if self.certificate_files is not None:
+            load_key_pair(context, *self.certificate_files, TLS_CERT)
+        return context
 
     def check(self, target: str) -> None:
         """Raise InvalidRequest if the token would be sent in plaintext to another machine."""
@@ -148,28 +150,10 @@ def _token() -> str:
     return token
 
 
-def _grpc_roots() -> bytes:
-    """Return the CAs that gRPC trusts. Python's `ssl`, which forked processes use, trusts others on some systems."""
-    own = os.environ.get(GRPC_ROOTS)
-    return read_file(Path(own or Path(grpc.__file__).with_name("_cython") / "_credentials" / "roots.pem"), GRPC_ROOTS)
-
-
-def _client_context(roots: bytes, files: tuple[Path, Path] | None) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.set_alpn_protocols(["h2"])
-    # As gRPC does, also trust a server's own certificate, or that of an intermediate CA.
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    load_authorities(context, roots, TLS_CA)
-    if files is not None:
-        load_key_pair(context, *files, TLS_CERT)
-    return context
-
-
 def load_authorities(context: ssl.SSLContext, certificates: bytes, what: str) -> None:
     """Trust these certificates, in PEM format. Raises InvalidRequest if there are none."""
     try:
-        # Ignore characters outside ASCII: they are in comments.
-        context.load_verify_locations(cadata=certificates.decode("ascii", "ignore"))
+        context.load_verify_locations(cadata=certificates.decode("ascii"))
     except (ssl.SSLError, ValueError) as error:
         raise InvalidRequest(f"{what} names a file without certificates in PEM format ({error})") from error
 
@@ -207,7 +191,8 @@ async def tls_obstacle(target: str, security: Security) -> AccessDenied | None:
 
 
 async def _tls_obstacle(target: str, security: Security) -> AccessDenied | None:
-    if security.context is None:
+    context = security.context()
+    if context is None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         failure = await _shake_hands(target, context)
@@ -216,7 +201,7 @@ async def _tls_obstacle(target: str, security: Security) -> AccessDenied | None:
         return AccessDenied(
             f"the server on {target} speaks TLS: set {TLS_CA} to the file with its CA certificate (or to {SYSTEM_CA!r})"
         )
-    failure = await _shake_hands(target, security.context)
+    failure = await _shake_hands(target, context)
     if isinstance(failure, ssl.SSLCertVerificationError):
         return AccessDenied(
             f"the certificate of the server on {target} was refused ({failure.verify_message.rstrip('.')}): "
@@ -226,8 +211,8 @@ async def _tls_obstacle(target: str, security: Security) -> AccessDenied | None:
         # Try TLS 1.2, to tell two causes apart. If a gRPC server doesn't accept the client's certificate, it closes the
         # connection without a reason: in TLS 1.3 after the handshake, but in TLS 1.2 during the handshake. A proxy
         # whose server is down closes the connection after the handshake in both versions.
-        assert security.old_context is not None
-        if isinstance(await _shake_hands(target, security.old_context), (ConnectionError, ssl.SSLError)):
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        if isinstance(await _shake_hands(target, context), (ConnectionError, ssl.SSLError)):
             own = "refuses this client's certificate" if security.certificate else "wants a client certificate"
             return AccessDenied(
                 f"the server on {target} {own}: set {TLS_CERT} and {TLS_KEY} to a certificate that its --tls-client-ca "

@@ -15,7 +15,7 @@ from server_thread import Secured, server_thread, use
 
 from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import AccessDenied, InvalidRequest, ServerUnavailable, TokenRefused
+from nexum_engine.errors import AccessDenied, InvalidRequest, TokenRefused
 from nexum_engine.owner import Owner
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
@@ -192,44 +192,6 @@ async def test_client_certificate_is_required_if_the_server_names_its_ca(
                 else:
                     with pytest.raises(AccessDenied, match="refuses this client's certificate"):
                         await client.ping()
-
-
-@pytest.mark.every_python
-async def test_heartbeats_trust_the_same_certificates_as_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls use gRPC's TLS, heartbeats use Python's."""
-    certificates = Certificates(tmp_path)
-    with server_thread(tmp_path, tls=certificates.server_tls()) as server:
-        own = tmp_path / "own.pem"
-        own.write_bytes("# Főtanúsítvány\n".encode() + (tmp_path / "server.pem").read_bytes())
-        for ca, grpc_roots in (("system", certificates.ca), (str(own), "")):
-            monkeypatch.setenv("NEXUM_TLS_CA", ca)
-            monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", grpc_roots)
-            async with NexumClient(f"localhost:{server.port}") as client:
-                await client.ping()
-                async with Owner(client):
-                    pass
-
-
-def remove(*paths: str) -> None:
-    for path in paths:
-        Path(path).unlink()
-
-
-async def test_client_needs_its_files_only_at_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    certificates = Certificates(tmp_path)
-    certificate, key = certificates.issue("client", "client", by="other")
-    with server_thread(tmp_path, tls=certificates.server_tls(client_ca=certificates.other_ca)) as server:
-        monkeypatch.setenv("NEXUM_TLS_CA", certificates.ca)
-        monkeypatch.setenv("NEXUM_TLS_CERT", certificate)
-        monkeypatch.setenv("NEXUM_TLS_KEY", key)
-        client = NexumClient(f"localhost:{server.port}")
-        remove(certificates.ca, certificate, key)
-        async with Owner(client):
-            pass
-    # Without its server, the client finds out whether TLS is the reason. This needs no file, either.
-    with pytest.raises(ServerUnavailable):
-        await client.ping()
-    await client.close()
 
 
 async def test_changed_certificate_is_used_for_new_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
