@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import asdict
 from itertools import count, islice
 from typing import TYPE_CHECKING
@@ -250,17 +249,12 @@ class Heartbeat:
         def tell(lost: NexumError | None) -> None:
             call_in(loop, news.put_nowait, lost)
 
-        route: Route | None = None
         try:
             while True:
                 try:
-                    present = self._connection.route()
-                    if route != present:
-                        if route is not None:
-                            await _release_channel(route)
-                        _take_channel(present)
-                        route = present
-                    await self._keep_a_stream(_channels[route].stub.WorkerStream(), loop, tell)
+                    route = self._connection.route()
+                    async with _channel_of(route) as channel:
+                        await self._keep_a_stream(channel.stub.WorkerStream(), loop, tell)
                     lost: NexumError = ServerUnavailable(
                         f"the Nexum server on {self._connection.address} ended the connection"
                     )
@@ -270,11 +264,7 @@ class Heartbeat:
                         await asyncio.sleep(RECONNECT_DELAY)
                         continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
-                    lost = (
-                        _NoWorkerStream()
-                        if is_missing
-                        else await explained(rpc_error, present.target, present.security)
-                    )
+                    lost = _NoWorkerStream() if is_missing else await explained(rpc_error, route.target, route.security)
                 except NexumError as error:
                     lost = error
                 self._held_until = 0.0
@@ -284,8 +274,6 @@ class Heartbeat:
                 await asyncio.sleep(RECONNECT_DELAY)
         finally:
             self._held_until = 0.0
-            if route is not None:
-                await _release_channel(route)
             call_in(loop, ended.set)
 
     async def _keep_a_stream(
@@ -406,25 +394,27 @@ class Heartbeat:
 
 _shared: LoopThread | None = None
 _shared_lock = threading.Lock()
-_channels: dict[Route, Channel] = {}
-"""For each route, the channel of all heartbeats that use it. A channel for each heartbeat would take a socket for each.
-
-The client has a channel of its own: its large messages would delay the heartbeats.
-"""
-_users: Counter[Route] = Counter()
-"""How many heartbeats use each of the channels."""
+_channels: dict[Route, tuple[Channel, set[object]]] = {}
+"""For each route, the channel of all heartbeats that use it now, and one object for each of them."""
 
 
-def _take_channel(route: Route) -> None:
-    _users[route] += 1
-    if route not in _channels:
-        _channels[route] = Channel(*route, purpose="heartbeat")
+@contextlib.asynccontextmanager
+async def _channel_of(route: Route) -> AsyncIterator[Channel]:
+    """Yield the channel of all heartbeats with this route. A channel for each heartbeat would take a socket for each.
 
-
-async def _release_channel(route: Route) -> None:
-    _users[route] -= 1
-    if not _users[route]:
-        await _channels.pop(route).close()
+    The client has a channel of its own: its large messages would delay the heartbeats.
+    """
+    channel, users = _channels.get(route) or (Channel(*route, purpose="heartbeat"), set())
+    _channels[route] = channel, users
+    user = object()
+    users.add(user)
+    try:
+        yield channel
+    finally:
+        users.remove(user)
+        if not users:
+            del _channels[route]
+            await channel.close()
 
 
 def _heartbeat_loop() -> asyncio.AbstractEventLoop:
@@ -442,4 +432,3 @@ def _forget_loop() -> None:
     global _shared, _shared_lock
     _shared, _shared_lock = None, threading.Lock()
     _channels.clear()
-    _users.clear()
