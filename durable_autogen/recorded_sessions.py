@@ -16,6 +16,7 @@ from durable_autogen.record.events import (
     Said,
     Waiting,
     end_of_wait,
+    latest_run,
     read_record,
     text_asked,
 )
@@ -175,10 +176,7 @@ async def question_of(client: NexumClient, session: str) -> str | None:
 
 async def has_begun(client: NexumClient, session: str) -> bool:
     """Return whether a program has run in the session."""
-    runs = await client.list_executions(
-        workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1, patience=SERVER_PATIENCE
-    )
-    return bool(runs)
+    return await latest_run(client, session) is not None
 
 
 async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> Execution | None:
@@ -187,10 +185,9 @@ async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> 
     `by` is the name of the person who cancels. If the run was cancelled before, return it; its program may have ended
     long ago. Raises InvalidRequest if the session is unknown, and Conflict if nothing runs it.
     """
-    latest = await client.list_executions(workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1)
-    if not latest:
+    run = await latest_run(client, session)
+    if run is None:
         raise unknown_session(session)
-    (run,) = latest
     if run.status is ExecutionStatus.CANCELLED:
         return run
     if not run.status.ended:

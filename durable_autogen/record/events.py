@@ -491,6 +491,19 @@ class Record:
         return f"{session}/{self.scope_of(call.address)}/{call.digest[:DIGITS]}"
 
 
+async def latest_run(client: NexumClient, session: str, *, status: str = "") -> Execution | None:
+    """Return a session's latest run (of this `status`, if given) with its result; None if there is none."""
+    found = await client.list_executions(
+        workflow_id=AGENT_RUN.workflow_id,
+        status=status,
+        key_prefix=f"{session}/",
+        limit=1,
+        with_nodes=True,
+        patience=SERVER_PATIENCE,
+    )
+    return found[0] if found else None
+
+
 async def read_record(client: NexumClient, session: str) -> Record:
     """Return everything that a session has recorded.
 

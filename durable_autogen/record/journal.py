@@ -27,6 +27,7 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
+    latest_run,
     read_record,
 )
 from durable_autogen.record.failures import end
@@ -99,14 +100,14 @@ class Journal:
         return self.recorded.events
 
     async def __aenter__(self) -> Journal:
-        latest = await self._runs()
+        latest = await latest_run(self.client, self.session)
         await self.owner.__aenter__()
         try:
             self._run, latest = await self._take_session(latest)
             await self._read_and_take_over()
             if latest is not None or self.recorded.made:  # else the session is new
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
-                    latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
+                    latest = await latest_run(self.client, self.session, status=ExecutionStatus.COMPLETED.value)
                 self.ended = self.recorded.end_of(latest)
                 self.may_leave_open = self.ended is None
                 if self.ended is None:
@@ -173,27 +174,15 @@ class Journal:
                 if started.task is not None:
                     if started.task.attempt > 1:
                         self.log.info("session %s: the previous run died; taking over", self.session)
-                        latest = latest or await self._runs()
+                        latest = latest or await latest_run(self.client, self.session)
                     return started.task, latest
                 latest = started.ended  # other processes have made this run, and it has completed: make the next one
                 continue
             await asyncio.sleep(LOOK_INTERVAL)
-            latest = await self._runs()
+            latest = await latest_run(self.client, self.session)
 
     def _busy(self, why: str) -> SessionBusy:
         return SessionBusy(f"session {self.session}: {why}. Run the session again when that process has ended")
-
-    async def _runs(self, status: str = "") -> Execution | None:
-        """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
-        found = await self.client.list_executions(
-            workflow_id=AGENT_RUN.workflow_id,
-            status=status,
-            key_prefix=f"{self.session}/",
-            limit=1,
-            with_nodes=True,
-            patience=TAKE_OVER_PATIENCE,
-        )
-        return found[0] if found else None
 
     async def _read_and_take_over(self) -> None:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
@@ -330,7 +319,7 @@ class Journal:
             "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
         )
         self._open.clear()
-        run, _ = await self._take_session(await self._runs())
+        run, _ = await self._take_session(await latest_run(self.client, self.session))
         if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
                 f"the server was replaced, and the new server has recorded other events in session {self.session}. "
@@ -354,17 +343,12 @@ class Journal:
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
-        if not must_be_known and not is_setback and self.is_holding:
+        if not must_be_known and not is_setback and self.owner.is_holding:
             return
         key = self._key(self._input(call))
         if call.kind is Kind.REPLY and key in self._open:
             await self._close(key, "the run that made this call died, and the call was made again", OUTAGE_PATIENCE)
         await self.begin(call)
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether it is certain that this process still owns the session."""
-        return self.owner.is_holding
 
     def has_begun(self, call: Call) -> bool:
         """Return whether the beginning of a call is recorded, by this run or an earlier one, and its outcome isn't."""
@@ -376,7 +360,7 @@ class Journal:
         If the beginning is recorded already, continue the call's execution.
         """
         input = self._input(call)
-        if self._key(input) in self._open and self.is_holding:
+        if self._key(input) in self._open and self.owner.is_holding:
             return
         if not await self._start(input):
             raise self._busy(f"another process has recorded {call}")

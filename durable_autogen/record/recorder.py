@@ -251,7 +251,7 @@ class Recorder:
         Since the call was made, the run may have waited for a person or for a retry. If another process owns the
         session, the run ends with SessionBusy.
         """
-        if not self.journal.is_holding:
+        if not self.journal.owner.is_holding:
             with self.servers_errors():
                 await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
 
