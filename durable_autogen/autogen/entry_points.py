@@ -231,7 +231,7 @@ async def _check(self: Any, original: _Original) -> Any:
 
 def _terminated(self: Any, original: _Original) -> Any:
     place = current.get()
-    return original() or (place is not None and place.session.state.is_stopped(self))
+    return original() or (place is not None and place.session.state.stopped.get(id(self)) is self)
 
 
 async def _reset_condition(self: Any, original: _Original) -> Any:
@@ -483,15 +483,15 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
                 for name, wrapper in methods.items():
                     _wrap(base, cls, name, wrapper)
 
-    _wrapped[base, "__init_subclass__"] = (own, None)
     hook: Any = classmethod(init_subclass)
+    _wrapped[base, "__init_subclass__"] = (own, hook)
     base.__init_subclass__ = hook  # type: ignore[method-assign]
 
 
 def _restore() -> None:
     with _lock:
         for (kind, name), (original, wrapped) in _wrapped.items():
-            if wrapped is not None and kind.__dict__.get(name) is not wrapped:
+            if kind.__dict__.get(name) is not wrapped:
                 continue  # the program has replaced the wrapper: leave the replacement
             if original is None:
                 delattr(kind, name)

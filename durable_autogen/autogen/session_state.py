@@ -91,7 +91,10 @@ class SessionState:
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
         """For each TimeoutTermination: its adjusted start time, and the session's active time at the real start."""
         self.stopped: dict[int, object] = {}
-        """The conditions that only the replay has stopped, by `id()`. They don't know that they are terminated."""
+        """The conditions that only the replay has stopped, by `id()`. They don't know that they are terminated.
+
+        A reset of a condition removes it from here.
+        """
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._agents: dict[str, AgentState] = {}
@@ -112,10 +115,6 @@ class SessionState:
         """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
         return any(one.replayed for one in agents) and all(one.replayed or not one.conversation.model for one in agents)
-
-    def is_stopped(self, condition: object) -> bool:
-        """Return whether the replay has stopped a termination condition, and the program has not reset it since."""
-        return self.stopped.get(id(condition)) is condition
 
     def used(self, client: object, usage: RequestUsage) -> None:
         """Add a replayed reply's usage to the replayed usage of `client`."""

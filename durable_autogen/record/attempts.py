@@ -162,15 +162,13 @@ def retry_after(error: BaseException) -> float:
     asked = getattr(error, "retry_after", None)
     if isinstance(asked, (int, float)):
         return max(0.0, float(asked))
-    headers = getattr(getattr(error, "response", None), "headers", None)
-    if headers is None:
-        return 0.0
-    with contextlib.suppress(TypeError, ValueError):
-        if (milliseconds := headers.get("retry-after-ms")) is not None:
-            return max(0.0, float(milliseconds) / 1000)
-    text = headers.get("retry-after")
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(text))
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
+    ways: tuple[Callable[[], float], ...] = (
+        lambda: float(headers.get("retry-after-ms")) / 1000,
+        lambda: float(headers.get("retry-after")),
+        lambda: parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time(),
+    )
+    for seconds in ways:
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0.0, seconds())
     return 0.0

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
-from durable_autogen.record.storable import decoded, encoded, has_surrogates, representable
+from durable_autogen.record.storable import decoded, encoded, representable
 
 T = TypeVar("T")
 
@@ -200,7 +200,7 @@ def _storable(value: object, max_text: int) -> Any:
     with contextlib.suppress(Exception):  # an object refuses to be written, and its `==` may raise anything
         written = encoded(value)
         text = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
-        if decoded(written) == value and len(text) <= max_text and not has_surrogates(text):
+        if decoded(written) == value and len(text) <= max_text and representable(text) == text:
             return written
     return _NOT_STORABLE
 

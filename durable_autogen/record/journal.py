@@ -433,11 +433,6 @@ class Journal:
         number = sum(event.kind is Kind.MESSAGE for event in self.events) + 1
         await self.record(Call(Kind.MESSAGE, "", f"message/{number}"), Said(text=text))
 
-    async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke the events with numbers above `seq`. Keep added user messages: agents still get them."""
-        left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
-        await self.revoke(left, why, is_another_program=True)
-
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
         """Record that `events` no longer count. If the program makes the same calls again, they are made live."""
         content = Revoked(why=why, seqs=[event.seq for event in events], is_another_program=is_another_program)

@@ -560,7 +560,7 @@ class Recorder:
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # If the recorded run did nothing but clean up since then, Ctrl+C may have ended it, and a kill its clean-up.
-        later = self._since(event)
+        later = self._since(event.seq)
         was_ending = self.journal.ended is None and all(one.is_cleanup for one in later)
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
@@ -836,16 +836,17 @@ class Recorder:
     async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
         """Revoke events that the replay has not delivered yet."""
         await self.journal.revoke(events, why, is_another_program=is_another_program)
-        self.replay.drop(events)
+        for event in events:
+            self.replay.ahead.pop(event.address, None)
 
-    def _since(self, first: Event) -> list[Event]:
-        return [event for event in self.journal.events if event.seq >= first.seq and event.kind is not Kind.REVOKE]
+    def _since(self, seq: int) -> list[Event]:
+        return [event for event in self.journal.events if event.seq >= seq and event.kind is not Kind.REVOKE]
 
     async def _revoke_cleanup(self, first: Event) -> None:
         """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
         async with self._record_lock:
             # Leave out what this run has recorded: another branch may have revoked later calls before.
-            events = [event for event in self._since(first) if event.is_cleanup]
+            events = [event for event in self._since(first.seq) if event.is_cleanup]
             if first not in events:
                 return  # another call that Ctrl+C cut off has revoked it
             self.journal.log.warning(
@@ -876,6 +877,8 @@ class Recorder:
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
-            await warn_of_effects(self.journal, [event for event in self.journal.events if event.seq > after])
-            await self.journal.revoke_after(after, what)
+            # Keep added user messages: agents still get them.
+            later = [event for event in self._since(after + 1) if event.kind is not Kind.MESSAGE]
+            await warn_of_effects(self.journal, later)
+            await self.journal.revoke(later, what, is_another_program=True)
             self.replay.leave()

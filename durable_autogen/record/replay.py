@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, EventInput, GivenUp, Kind
@@ -211,11 +210,6 @@ class Replay:
         return any(
             event.asked_after >= self.revoked_failures.get(call.address, math.inf) for call in self._waiting_live
         )
-
-    def drop(self, events: Iterable[Event]) -> None:
-        """Drop events that were revoked: the next event, or those of given-up calls."""
-        for event in events:
-            self.ahead.pop(event.address, None)
 
     async def run(self) -> Mismatch | None:
         """Deliver all events in order; return None after the last one. Return early if the next event doesn't fit."""
