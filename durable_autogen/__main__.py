@@ -196,7 +196,7 @@ async def look(args: argparse.Namespace) -> str:
                 raise nothing_recorded(url) from error
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
-            sessions = await _settled(
+            sessions = await _without_dead_runs(
                 lambda: list_sessions(client, args.limit),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
@@ -204,7 +204,7 @@ async def look(args: argparse.Namespace) -> str:
                 session_report.sessions_as_json(sessions) if args.json else session_report.table(sessions, time.time())
             )
         if args.command == "show":
-            shown = await _settled(
+            shown = await _without_dead_runs(
                 lambda: show_session(client, args.session),
                 lambda found: nexum.embedded and found.info.status == "running",
             )
@@ -228,7 +228,7 @@ async def look(args: argparse.Namespace) -> str:
         return f"session {args.new} begins with {copied} of {source}"
 
 
-async def _settled(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:
+async def _without_dead_runs(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:
     """Call `read` until its result contains no run that may be dead, or for OWNERS_PATIENCE; return the last result.
 
     If this process has just opened the database, a run whose process is dead still counts as running for half a second.

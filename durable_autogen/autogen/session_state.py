@@ -26,16 +26,17 @@ class AgentState:
         self.replayed = False
         """Whether the agent's last reply was replayed."""
         self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
-        self._last = 0
+        self._last_reply = 0
         self._thought = ""
-        self._unasked = 0
+        self._last_tool = 0
+        """The number of the last reply's last tool call. Calls that no reply requested are counted, too."""
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
         """Remember that the agent got a reply, and which tool calls the reply requests."""
         calls = [] if isinstance(result.content, str) else result.content
         # Put the newest reply's tool calls first, in the order of the reply.
         self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
-        self._last, self._unasked = int(position.rpartition("/")[2]), len(calls)
+        self._last_reply, self._last_tool = int(position.rpartition("/")[2]), len(calls)
         self._thought = result.thought or ""
         self.replayed = replayed
 
@@ -46,13 +47,13 @@ class AgentState:
         for found in (*same_id, *same_name):
             self._calls.remove(found)
             return found[0]
-        # Count an extra call that no reply requested: a custom agent may call tools on its own.
-        self._unasked += 1
-        return f"reply/{self._last}/tool/{self._unasked}"
+        # No reply requested this call: a custom agent may call tools on its own.
+        self._last_tool += 1
+        return f"reply/{self._last_reply}/tool/{self._last_tool}"
 
     def reason_for(self, position: str) -> str:
         """Return the text that the model gave along with the tool call at this position; empty if it gave none."""
-        return self._thought if position.startswith(f"reply/{self._last}/") else ""
+        return self._thought if position.startswith(f"reply/{self._last_reply}/") else ""
 
 
 class Names:
@@ -144,7 +145,7 @@ class AddedMessages:
             return messages
         at = self._at.setdefault(agent, {})
         for added in self.messages:
-            recorded = self._recorder.replay.recorded(f"{agent}/{position}")
+            recorded = self._recorder.replay.event_for(f"{agent}/{position}")
             comes_before = recorded is not None and recorded.seq < added.seq
             if added.seq not in at and not comes_before and added.seq not in self.as_task:
                 at[added.seq] = len(messages)

@@ -67,8 +67,8 @@ class Journal:
         self.log = log
         self.recorded = Record()
         """All that the session has recorded, including this process's events."""
-        self.ended: RunSummary | None = None
-        """The summary of the session's last run, if the session is finished. None after drift."""
+        self.finished_run: RunSummary | None = None
+        """The summary of the session's last run, if the session is finished, else None. Drift sets it to None."""
         self.may_leave_open = False
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
         event, or given back an effect."""
@@ -108,9 +108,9 @@ class Journal:
             if latest is not None or self.recorded.made:  # else the session is new
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await latest_run(self.client, self.session, status=ExecutionStatus.COMPLETED.value)
-                self.ended = self.recorded.end_of(latest)
-                self.may_leave_open = self.ended is None
-                if self.ended is None:
+                self.finished_run = self.recorded.end_of(latest)
+                self.may_leave_open = self.finished_run is None
+                if self.finished_run is None:
                     await self._revoke_failures_at_end()
                 else:
                     self.log.info(

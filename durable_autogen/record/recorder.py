@@ -267,7 +267,7 @@ class Recorder:
 
     def was_checked(self, condition: str) -> bool:
         """Return whether the recorded run is finished, and made the latest check of a termination condition, too."""
-        ended = self.journal.ended
+        ended = self.journal.finished_run
         return ended is not None and self._checks[condition] <= ended.looks.get(condition, 0)
 
     @property
@@ -561,7 +561,7 @@ class Recorder:
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # If the recorded run did nothing but clean up since then, Ctrl+C may have ended it, and a kill its clean-up.
         later = self._since(event.seq)
-        was_ending = self.journal.ended is None and all(one.is_cleanup for one in later)
+        was_ending = self.journal.finished_run is None and all(one.is_cleanup for one in later)
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
         follows_failure = not was_ending and any(failed < event.seq for failed in self.replay.revoked_failures.values())
@@ -587,8 +587,8 @@ class Recorder:
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
             await self._in_time(pending, self.replay.wait_until_over(call))
-            if self.holds_one_task and self.journal.ended is not None:
-                why = self.journal.ended.stop_reason or "it had its answer"
+            if self.holds_one_task and self.journal.finished_run is not None:
+                why = self.journal.finished_run.stop_reason or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
             # Wait until the session is idle, because the program may still be closing streams that it left.
@@ -871,7 +871,7 @@ class Recorder:
         """Handle drift after event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
         self.differs(what)
-        self.journal.ended = None  # what follows is another run: it makes calls and stops on its own
+        self.journal.finished_run = None  # what follows is another run: it makes calls and stops on its own
         async with self._record_lock:
             left = len(self.replay.ahead)
             self.journal.log.warning(

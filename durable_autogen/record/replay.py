@@ -104,7 +104,7 @@ class Replay:
         """The next event to deliver; None after the last one."""
         return next(iter(self.ahead.values()), None)
 
-    def recorded(self, address: str) -> Event | None:
+    def event_for(self, address: str) -> Event | None:
         """Return the event that will answer the call at this address: one that is ahead, or that of a given-up call."""
         return self.ahead.get(address) or self._apart.get(address)
 
@@ -121,7 +121,7 @@ class Replay:
         free = self._free[call.kind, call.agent]
         if not is_taken:
             free.append(call.position)
-        expected = None if is_taken else self.recorded(call.address) or self._unfinished.get(call.address)
+        expected = None if is_taken else self.event_for(call.address) or self._unfinished.get(call.address)
         if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
             every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
@@ -288,7 +288,7 @@ class Replay:
         it: the recorded run came to its end, or had no such agent. (A run that was cut off may have made further calls
         of the agents on record.)
         """
-        is_finished = self._journal.ended is not None
+        is_finished = self._journal.finished_run is not None
         return any(is_finished or call.agent not in self._agents for call in self._waiting_live) or any(
             bool(self.differences(self.ahead[address], asked.call))
             for address, asked in self._asked.items()

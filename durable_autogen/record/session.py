@@ -249,7 +249,7 @@ class Session:
                 await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
                 await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
             # Since the end of a finished session, a person may have resolved an effect as not done.
-            if journal.may_leave_open or journal.ended is not None:
+            if journal.may_leave_open or journal.finished_run is not None:
                 await cancel_effects_to_be_made(journal)
 
     async def _close(self) -> None:
