@@ -196,10 +196,7 @@ class _Run:
         return result
 
     def _cancelled(self) -> None:
-        line = (
-            f"the run of session {self.session.session_id} was cancelled; run it again to resume from what is recorded"
-        )
-        self.session.recorder.stop(RunCancelled(line))
+        self.session.recorder.stop(RunCancelled(self.session.session_id))
 
 
 def _check_new(runnable: Runnable) -> None:

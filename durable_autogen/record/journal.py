@@ -265,10 +265,7 @@ class Journal:
         """
         execution = (await self.client.get_execution(run.execution_id, wait=wait, patience=OUTAGE_PATIENCE)).execution
         if execution.status is ExecutionStatus.CANCELLED:
-            raise RunCancelled(
-                f"the run of session {self.session} was {execution.error or 'cancelled'}; run it again to resume from "
-                "what is recorded"
-            )
+            raise RunCancelled(self.session, execution.error or "cancelled")
         return execution.status.ended
 
     @contextlib.contextmanager
