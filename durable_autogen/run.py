@@ -103,8 +103,6 @@ async def run_durable(*args: Any, **options: Any) -> TaskResult:
     `task` out. `cancellation_token` and `output_task_messages` mean the same as in AutoGen's `run`. The other arguments
     mean the same as in DurableSession.
 
-    `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
-
     Raises RunCancelled, Parked, the errors of DurableSession, and the errors of the team's run.
     """
     result: TaskResult | None = None

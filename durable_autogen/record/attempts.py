@@ -23,7 +23,7 @@ from nexum_engine.deadline import Deadline
 from nexum_engine.errors import FinalError, StaleTask, TaskNotFound, UnknownEffect
 from nexum_engine.policy import Policy
 from nexum_engine.records import Task
-from nexum_engine.workflow import Workflow, workflow
+from nexum_engine.workflow import workflow
 
 T = TypeVar("T")
 
@@ -39,15 +39,6 @@ class LimitedCall(Frozen):
     agent: str
     call: str
     """The part of the call's id that names the call in its session."""
-
-
-def limited_call(name: str, policy: Policy) -> Workflow:
-    """Return the workflow under whose limits the calls of a tool or model are made."""
-    return (
-        workflow(f"limited-call:{name}", input=LimitedCall)
-        .compute("call", rate=policy.rate, concurrency=policy.concurrency)
-        .build()
-    )
 
 
 class ToolError(Exception):
@@ -114,8 +105,10 @@ class Attempts:
         saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)
         try:
             with self._recorder.servers_errors():
-                limits = limited_call(self._name, self._policy)
-                self._task = await journal.under_this_run(journal.owner.take_place, limits, input, key=key)
+                limits = workflow(f"limited-call:{self._name}", input=LimitedCall).compute(
+                    "call", rate=self._policy.rate, concurrency=self._policy.concurrency
+                )
+                self._task = await journal.under_this_run(journal.owner.take_place, limits.build(), input, key=key)
         finally:
             saying.cancel()
 

@@ -407,7 +407,8 @@ class Recorder:
         pending.cleanup = self.cleanup.of_this_task()
         is_cancelled = pending.cleanup is not None or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
-        if early and (event := self.replay.peek(pending.call)) is not None:
+        event = self.replay.ahead.get(pending.call.address) if early else None
+        if event is not None and not self.replay.differences(event, pending.call):
             self._found(pending, event.content)
         with call_of_a_thread():
             answer = await self._replayed(pending)

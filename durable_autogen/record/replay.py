@@ -141,11 +141,6 @@ class Replay:
         self._taken.add(call.address)
         return call
 
-    def peek(self, call: Call) -> Event | None:
-        """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""
-        event = self.ahead.get(call.address)
-        return None if event is None or self.differences(event, call) else event
-
     def take_apart(self, address: str) -> Event | None:
         """Return and remove the console event or given-up call of an address; None if the address has none."""
         return self._apart.pop(address, None)
