@@ -21,11 +21,10 @@ from durable_autogen.autogen.transcript import Item, Message, Task, marked, mess
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun
-from durable_autogen.record.failures import end
-from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import cancel_and_wait, closing, items_of
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.event_loop import call_in
@@ -178,7 +177,7 @@ class _Run:
             if not running.done():
                 self._cancelled()
                 await asyncio.wait({running}, timeout=END_PATIENCE)
-            await end(running, 0)
+            await cancel_and_wait(running, 0)
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         _has_run.add(runnable)

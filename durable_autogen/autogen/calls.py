@@ -41,11 +41,11 @@ from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
-from durable_autogen.record.failures import end, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, at, closing, items_of, recorded_call
+from durable_autogen.record.place import Place, at, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import cancel_and_wait, closing, items_of, ordinary
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
@@ -288,7 +288,7 @@ class Calls:
             try:
                 await asyncio.wait({running})
             finally:
-                await end(running)
+                await cancel_and_wait(running)
             if not running.cancelled():
                 return running.result()
             if token is not None and token.is_cancelled():
@@ -456,7 +456,7 @@ class Calls:
             answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         finally:
             if asking is not None:
-                await end(asking)
+                await cancel_and_wait(asking)
         said = str(self._value(answer, str))
         if answer.replayed:
             skip_answer(said)

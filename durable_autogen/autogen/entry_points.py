@@ -33,10 +33,11 @@ from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
-from durable_autogen.record.failures import ordinary, with_subclasses
+from durable_autogen.record.failures import with_subclasses
 from durable_autogen.record.log import LOG
-from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import Place, at, current, recording_place, steps_at
 from durable_autogen.record.session import Session
+from durable_autogen.record.tasks import closing, ordinary
 from durable_autogen.record.while_open import while_open
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from durable_autogen.record.events import Call, Frozen
-from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.tasks import cancel_and_wait
 from nexum_engine.approvals import key_within
 from nexum_engine.deadline import Deadline
 from nexum_engine.errors import FinalError, StaleTask, TaskNotFound, UnknownEffect
@@ -147,7 +147,7 @@ async def _in_time(policy: Policy, name: str, attempt: Callable[[], Awaitable[T]
             return await running
         raise TookTooLong(f"{name} {deadline.exceeded()}")
     finally:
-        await end(running, CANCEL_PATIENCE)
+        await cancel_and_wait(running, CANCEL_PATIENCE)
 
 
 def retry_after(error: BaseException) -> float:

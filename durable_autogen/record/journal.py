@@ -30,9 +30,9 @@ from durable_autogen.record.events import (
     latest_run,
     read_record,
 )
-from durable_autogen.record.failures import end
 from durable_autogen.record.log import LOG
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import cancel_and_wait
 from nexum_engine.approvals import key_within, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import OUTAGE_PATIENCE
@@ -123,7 +123,7 @@ class Journal:
 
     async def _release(self) -> None:
         if self._watching is not None:
-            await end(self._watching)
+            await cancel_and_wait(self._watching)
         await self.owner.__aexit__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
