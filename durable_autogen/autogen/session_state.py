@@ -100,6 +100,7 @@ class SessionState:
         """The usage of each client's replayed replies."""
         self._agents: dict[str, AgentState] = {}
         self._sources: dict[str, set[str]] = {}
+        """For each source of messages: the agents whose messages have this source."""
 
     def agent(self, name: str) -> AgentState:
         """Return the state of the agent with this name."""
@@ -138,6 +139,7 @@ class AddedMessages:
         """The event numbers of the messages that were run as a new task, because no agent got them during the run."""
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
+        """For each agent and event number of a message: at which index the agent's requests have the message."""
 
     def inserted_into(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
         """Return a request's messages, with the added user messages inserted."""

@@ -302,8 +302,10 @@ class Journal:
         the run.
         """
         async with self._moving:
-            if self._run is None or self._run is not run:
-                return self._run is not run
+            if self._run is not run:
+                return True  # another refused request has moved the run
+            if run is None:
+                return False
             try:
                 await self._check_not_cancelled(run)
                 return False

@@ -183,7 +183,10 @@ class Recorder:
         journal.watch(self.stop)
         self.on_drift = on_drift
         self._budget = budget
-        self._waiting_since = self._waited = 0.0
+        self._questions_since = 0.0
+        """When the first of the present waits for a person's decision began, by time.monotonic()."""
+        self._questions_seconds = 0.0
+        """How long such waits took that are over."""
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.holds_one_task = False
@@ -283,7 +286,7 @@ class Recorder:
         if since is None:
             return 0
         now = time.monotonic()
-        waited = self._waited + (now - self._waiting_since if self._questions_to_people else 0)
+        waited = self._questions_seconds + (now - self._questions_since if self._questions_to_people else 0)
         return round((now - since - waited) * 1000)
 
     async def begin_session(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
@@ -690,7 +693,7 @@ class Recorder:
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
-            self._waiting_since = time.monotonic()
+            self._questions_since = time.monotonic()
         self._questions_to_people.append((address, what))
         self._another_waits.set()
         try:
@@ -698,7 +701,7 @@ class Recorder:
         finally:
             self._questions_to_people.remove((address, what))
             if not self._questions_to_people:
-                self._waited += time.monotonic() - self._waiting_since
+                self._questions_seconds += time.monotonic() - self._questions_since
 
     async def _park_when_all_wait(self) -> None:
         while True:

@@ -28,6 +28,8 @@ NAMES_HINT = (
 
 @dataclass
 class _Asked:
+    """A call that waits for its recorded event."""
+
     call: Call
     delivered: asyncio.Future[Event | None]
 
