@@ -186,12 +186,14 @@ class Calls:
                 call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
             )
         )
-        is_first = self._place.hands_on_late
+        has_to_mark = self._place.hands_on_late
         async with closing(items_of(running, stream.items)) as pieces:
             async for piece in pieces:
                 stream.passed_on.append(piece)
-                if is_first:
-                    is_first = False
+                if has_to_mark:
+                    has_to_mark = False
+                    # With this piece, AutoGen passes on the agent's previous message. The mark gives that moment a
+                    # place in the order of events, so that a replay keeps it among parallel agents.
                     await self._recorder.mark(self._agent, f"{call.position}/begun", {})
                 yield piece
         result = self._received(client, await running)
