@@ -41,6 +41,7 @@ from nexum_engine.errors import (
     ExecutionNotFound,
     IdempotencyConflict,
     NexumError,
+    ServerUnavailable,
     StaleTask,
     TaskNotFound,
 )
@@ -52,6 +53,7 @@ from nexum_engine.workflow import Workflow
 TAKE_OVER_PATIENCE = 3.0  # seconds to wait for an owner that may have just died
 LOOK_INTERVAL = 0.1  # seconds
 WATCH_WAIT = 25.0  # seconds that one look at the run may wait for its end
+WATCH_PAUSE = 1.0  # seconds until the next look if no server answers
 
 T = TypeVar("T")
 
@@ -250,20 +252,24 @@ class Journal:
     async def _watch(self) -> None:
         run = self._run
         assert run is not None
-        # Ignore another error: the next request meets the same one, and raises it.
-        with contextlib.suppress(NexumError):
+        has_ended = False
+        while not has_ended:
             try:
-                while not await self._check_not_cancelled(run, wait=WATCH_WAIT):
-                    pass
+                has_ended = await self._check_not_cancelled(run, wait=WATCH_WAIT, patience=0.0)
             except RunCancelled as cancelled:
                 self._on_cancelled(cancelled)
+                return
+            except ServerUnavailable:
+                await asyncio.sleep(WATCH_PAUSE)
+            except NexumError:
+                return  # the next request meets the same error, and raises it
 
-    async def _check_not_cancelled(self, run: Task, *, wait: float = 0.0) -> bool:
+    async def _check_not_cancelled(self, run: Task, *, wait: float = 0.0, patience: float = OUTAGE_PATIENCE) -> bool:
         """Return whether the run has ended, now or within `wait` seconds.
 
         Raises RunCancelled if somebody has cancelled the run, and ExecutionNotFound if the database was replaced.
         """
-        execution = (await self.client.get_execution(run.execution_id, wait=wait, patience=OUTAGE_PATIENCE)).execution
+        execution = (await self.client.get_execution(run.execution_id, wait=wait, patience=patience)).execution
         if execution.status is ExecutionStatus.CANCELLED:
             raise RunCancelled(self.session, execution.error or "cancelled")
         return execution.status.ended

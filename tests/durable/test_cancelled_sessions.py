@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from autogen_core import CancellationToken
 from autogen_core.tools import FunctionTool
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_agents import TIMEOUT, asked
+from harness import nexum_server
 from server_thread import ServerThread
 
 from durable_autogen import DurableSession, RunCancelled, list_sessions
@@ -80,6 +82,24 @@ async def test_cancelled_session_continues_when_it_runs_again(server: ServerThre
     async with NexumClient(server.address) as client:
         await send(client, "again", "payment", "paid")
     assert await asyncio.wait_for(work("another"), TIMEOUT) == ["one", "paid"]
+
+
+async def test_waiting_run_ends_when_it_is_cancelled_after_a_restart_of_the_server(tmp_path: Path) -> None:
+    waiting = asyncio.Event()
+
+    async def work(address: str) -> None:
+        async with DurableSession("s", nexum=address) as session:
+            waiting.set()
+            await session.wait_for_event("payment")
+
+    with nexum_server(tmp_path) as first:
+        running = asyncio.create_task(work(first.address))
+        await asyncio.wait_for(waiting.wait(), TIMEOUT)
+        await asyncio.to_thread(first.process.kill)
+    with nexum_server(tmp_path, port=first.port) as second:
+        await cancel(second.address)
+        with pytest.raises(RunCancelled):
+            await asyncio.wait_for(running, TIMEOUT)
 
 
 async def test_next_call_of_a_cancelled_run_is_refused(server: ServerThread) -> None:
