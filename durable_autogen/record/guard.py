@@ -464,8 +464,8 @@ def _output(guarded: GuardedCall, value: Any) -> dict[str, Any]:
     """
     try:
         return {TOOLS_OWN: guarded.form.write(value)}
-    except ValueError as error:
-        raise UnknownEffect(str(error)) from error
+    except Exception as error:
+        raise UnknownEffect(str(error) or type(error).__name__) from error
 
 
 def _result(ended: Execution, guarded: GuardedCall) -> Any:

@@ -416,6 +416,24 @@ async def test_time_limit_leaves_a_once_effect_unknown(server: ServerThread) -> 
     assert slow.attempts == 1
 
 
+async def test_once_effect_is_unknown_if_its_result_can_not_be_written(server: ServerThread) -> None:
+    done: list[str] = []
+
+    async def charge() -> list[Any]:
+        """Charge."""
+        done.append(call_id())
+        nested: list[Any] = []
+        for _ in range(10_000):  # Python can't follow so many levels
+            nested = [nested]
+        return nested
+
+    for _ in range(2):
+        with pytest.raises(Parked, match=r"may or may not have happened .*recursion"):
+            async with DurableSession("s", nexum=server.address, park=True):
+                await durable_tool(charge, effect="once").run_json({}, CancellationToken())
+    assert len(done) == 1
+
+
 async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> None:
     for session, reconcile, text in (
         ("s1", None, r"may or may not have happened \(the line broke\)"),
