@@ -134,21 +134,21 @@ class Spent:
         for one in record.made:
             content = one.content if isinstance(one, Event) else None
             if not isinstance(content, GivenUp) or content.was_made:
-                spent.begun(one, counted.scope_of(one.address))
+                spent.count_call(one, counted.scope_of(one.address))
             if isinstance(one, Event):
                 counted.add(one)
-                spent.recorded(one)
+                spent.count_usage(one)
         spent.active_ms = _active_ms(one for one in record.made if isinstance(one, Event))
         return spent
 
-    def begun(self, call: Call | Event | EventInput, scope: str) -> None:
+    def count_call(self, call: Call | Event | EventInput, scope: str) -> None:
         """Count a call. `scope` is the part of the call's id that names the call."""
         if call.kind is Kind.REPLY:
             self.model_calls += 1
         elif call.kind is Kind.TOOL:
             self.tool_calls[call.tool].add(scope)
 
-    def recorded(self, event: Event) -> None:
+    def count_usage(self, event: Event) -> None:
         """Add the tokens of a model's reply, and what they cost."""
         if event.kind is not Kind.REPLY or not isinstance(event.content, Returned):
             return
@@ -321,13 +321,13 @@ class BudgetCheck:
         if call.kind.is_call and budget.seconds is not None:
             yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
-    def begun(self, call: Call) -> None:
+    def count_call(self, call: Call) -> None:
         """Count a call that is about to be made."""
-        self._spent.begun(call, self._journal.recorded.scope_of(call.address))
+        self._spent.count_call(call, self._journal.recorded.scope_of(call.address))
 
-    def recorded(self, event: Event) -> None:
+    def count_usage(self, event: Event) -> None:
         """Count the tokens and the cost of a call whose outcome has just been recorded."""
-        self._spent.recorded(event)
+        self._spent.count_usage(event)
         self._warn_of_models()
 
     def _warn_of_models(self) -> None:

@@ -657,7 +657,7 @@ class Recorder:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
         while exceeded := budget.exceeded(call, self._live_ms):
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
-        budget.begun(call)
+        budget.count_call(call)
 
     async def _performed(self, pending: _PendingCall, perform: Perform) -> Performed:
         place = current.get()
@@ -781,7 +781,7 @@ class Recorder:
         if pending.cleanup is not None:
             pending.cleanup.add(event.address)
         if self._budget is not None:
-            self._budget.recorded(event)
+            self._budget.count_usage(event)
         return event
 
     def _check_not_failed(self) -> None:
