@@ -22,13 +22,12 @@ class NotDurable(InvalidRequest):
 
 
 class RunCancelled(NexumError):
-    """The run was cancelled, by its program or a person. The session's next run resumes from what is recorded.
+    """The run was cancelled, by its program or a person. The session's next run resumes from what is recorded."""
 
-    `how` is "cancelled", or says also who cancelled the run.
-    """
-
-    def __init__(self, session: str, how: str = "cancelled") -> None:
-        super().__init__(f"the run of session {session} was {how}; run it again to resume from what is recorded")
+    @classmethod
+    def of(cls, session: str, how: str = "cancelled") -> RunCancelled:
+        """Return the error of a session's run. `how` is "cancelled", or says also who cancelled the run."""
+        return cls(f"the run of session {session} was {how}; run it again to resume from what is recorded")
 
 
 class Parked(NexumError):

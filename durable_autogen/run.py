@@ -193,7 +193,7 @@ class _Run:
         return result
 
     def _cancelled(self) -> None:
-        self.session.recorder.stop(RunCancelled(self.session.session_id))
+        self.session.recorder.stop(RunCancelled.of(self.session.session_id))
 
 
 def _check_new(runnable: Runnable) -> None:

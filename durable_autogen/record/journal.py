@@ -271,7 +271,7 @@ class Journal:
         """
         execution = (await self.client.get_execution(run.execution_id, wait=wait, patience=patience)).execution
         if execution.status is ExecutionStatus.CANCELLED:
-            raise RunCancelled(self.session, execution.error or "cancelled")
+            raise RunCancelled.of(self.session, execution.error or "cancelled")
         return execution.status.ended
 
     @contextlib.contextmanager

@@ -9,13 +9,14 @@ from datetime import datetime
 LOG = logging.getLogger("durable_autogen")
 
 
+def _ignore(_: Exception) -> None:
+    """Ignore an error of `tell`: the program continues even if it can't show its progress."""
+
+
 class Teller(logging.Handler):
-    """A handler that calls `tell` with each line about progress, and `on_failure` with an error of `tell`.
+    """A handler that calls `tell` with each line about progress, and `on_failure` with an error of `tell`."""
 
-    Without `on_failure`, such an error is ignored: the program continues even if it can't show its progress.
-    """
-
-    def __init__(self, tell: Callable[[str], None], on_failure: Callable[[Exception], object] | None = None) -> None:
+    def __init__(self, tell: Callable[[str], None], on_failure: Callable[[Exception], None] = _ignore) -> None:
         super().__init__(logging.INFO)
         self._tell = tell
         self._on_failure = on_failure
@@ -24,13 +25,10 @@ class Teller(logging.Handler):
         try:
             self._tell(f"[Nexum] {record.getMessage()}")
         except Exception as error:  # noqa: BLE001 - the program's function may raise anything
-            if self._on_failure is not None:
-                self._on_failure(error)
+            self._on_failure(error)
 
 
-def log_for(
-    tell: Callable[[str], None] | None, on_failure: Callable[[Exception], object] | None = None
-) -> logging.Logger:
+def log_for(tell: Callable[[str], None] | None, on_failure: Callable[[Exception], None] = _ignore) -> logging.Logger:
     """Return a session's logger: it calls `tell` with each line. Without `tell`, return the library's logger.
 
     An error of `tell` is passed to `on_failure` and not raised. Otherwise, the code that logs a line would fail.

@@ -684,7 +684,7 @@ async def test_call_raises_the_reason_if_the_run_is_stopped_as_the_call_begins(
 
     def start_and_stop(recorder: Recorder, live: Any, work: Any) -> asyncio.Task[None]:
         running = start(recorder, live, work)
-        recorder.stop(RunCancelled("s", "stopped before the first step of the call's task"))
+        recorder.stop(RunCancelled("stopped before the first step of the call's task"))
         return running
 
     monkeypatch.setattr(Recorder, "_start", start_and_stop)
