@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -271,6 +271,8 @@ class EventInput(Addressed, Frozen):
     """The tool's name; empty for other calls."""
     digest: str = ""
     """The hash of the tool's name and arguments; empty for other calls."""
+    accepted: ClassVar[bool] = False
+    """Only an event, which has a result, is copied into a fork."""
 
 
 class Summary(Frozen):

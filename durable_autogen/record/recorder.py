@@ -62,15 +62,6 @@ COUNTED_AS = {
 """The name under which a run counts its calls, by their kind. It counts no other calls."""
 
 
-def _nothing(_: bool) -> list[Any]:
-    """Return the items of a call that isn't a stream."""
-    return []
-
-
-def _ignore(_: Content) -> None:
-    """Do nothing. This is the `on_replay` of a call that has none."""
-
-
 @dataclass(frozen=True)
 class Performed:
     """The outcome of a live call: the value or the error for the caller, and the content to record."""
@@ -96,7 +87,9 @@ Perform = Callable[[Call], Awaitable[Performed]]
 """A function that makes a live call. Its parameter is the call, with the position at which the call is recorded."""
 
 Streamed = Callable[[bool], list[Any]]
-"""A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got."""
+"""A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got.
+
+For a call that isn't a stream, it returns no items."""
 
 
 class Token(Protocol):
@@ -115,8 +108,8 @@ class _PendingCall:
 
     call: Call
     perform: Perform | None = None
-    streamed: Streamed = _nothing
-    on_replay: Callable[[Content], None] = _ignore
+    streamed: Streamed = field(default=lambda _: [])
+    on_replay: Callable[[Content], None] = field(default=lambda _: None)
     caller: Caller = None
     token: Token | None = None
     asked_after: int = 0
@@ -388,8 +381,8 @@ class Recorder:
         call: Call,
         perform: Perform | None,
         *,
-        streamed: Streamed = _nothing,
-        on_replay: Callable[[Content], None] = _ignore,
+        streamed: Streamed = lambda _: [],
+        on_replay: Callable[[Content], None] = lambda _: None,
         caller: Caller = None,
         token: Token | None = None,
         early: bool = False,

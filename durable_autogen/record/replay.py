@@ -124,13 +124,11 @@ class Replay:
         if not is_taken:
             free.append(call.position)
         expected = None if is_taken else self.event_for(call.address) or self._unfinished.get(call.address)
-        if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
+        if expected is None or not (expected.accepted or _hash_of(expected) == wanted):
             every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
             left = {
-                one.position: _hash_of(one)
-                for one in same_agent
-                if one.address not in self._taken and not _is_accepted(one)
+                one.position: _hash_of(one) for one in same_agent if one.address not in self._taken and not one.accepted
             }
             found = [position for position, recorded in left.items() if recorded == wanted]
             if not found and is_taken:
@@ -296,10 +294,6 @@ class Replay:
     def _another_call_waits(self) -> bool:
         """Whether the program waits for another call than the next recorded one."""
         return bool(self._asked or self._waiting_live)
-
-
-def _is_accepted(one: Event | EventInput) -> bool:
-    return isinstance(one, Event) and one.accepted
 
 
 def _hash_of(one: Event | EventInput) -> object:
