@@ -270,7 +270,7 @@ class Heartbeat:
                         continue
                     is_missing = rpc_error.code() is grpc.StatusCode.UNIMPLEMENTED
                     lost = _NoWorkerStream() if is_missing else await explained(rpc_error, route.target, route.security)
-                except ServerError as error:
+                except NexumError as error:
                     lost = error
                 self._held_until = 0.0
                 tell(lost)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import ssl
+from asyncio import BaseTransport
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +24,7 @@ import grpclib.client
 from google.protobuf.message import DecodeError
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError, StreamTerminatedError
+from grpclib.protocol import H2Protocol
 
 from nexum_engine.wire.status import ANSWERED, CODE_OF_NUMBER, RETRY_AFTER, rpc_error
 
@@ -42,7 +45,29 @@ class _Codec(CodecBase):
         return data
 
 
+class _Protocol(H2Protocol):
+    """grpclib's HTTP/2, for servers of all kinds: another program may listen on the server's port."""
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        # Ignore the events that grpclib doesn't know, such as a frame of an unknown type.
+        self.processor.processors = defaultdict(lambda: _ignore, self.processor.processors)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except Exception as error:  # noqa: BLE001 - the event loop would log the error with a traceback
+            self.processor.close(f"the server's answer is malformed: {error}")
+
+
+def _ignore(_: object) -> None:
+    """Do nothing."""
+
+
 class _Connection(grpclib.client.Channel):
+    def _protocol_factory(self) -> H2Protocol:
+        return _Protocol(grpclib.client.Handler(), self._config, self._h2_config)
+
     def __del__(self) -> None:
         """Don't report an open connection: when the process ends, the operating system closes it."""
 
@@ -129,12 +154,13 @@ class PurePythonStream:
 
     async def write(self, request: Any) -> None:
         """Send a request. Raises asyncio.InvalidStateError if the stream is over."""
+        data = self._serialize(request)
         await self._is_open.wait()
         if self._reading.done():
             raise asyncio.InvalidStateError("the stream is over")
         try:
-            await self._stream.send_message(self._serialize(request))
-        except (StreamTerminatedError, OSError) as error:
+            await self._stream.send_message(data)
+        except Exception as error:
             raise asyncio.InvalidStateError("the stream is over") from error
 
     async def read(self) -> Any:
@@ -165,7 +191,11 @@ def _as_rpc_errors(stream: _Stream) -> Iterator[None]:
         raise rpc_error(CODE_OF_NUMBER[error.status.value], error.message or "", trailing) from error
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise rpc_error(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from error
-    except (OSError, StreamTerminatedError) as error:
-        raise rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
     except DecodeError as error:
         raise rpc_error(grpc.StatusCode.UNKNOWN, f"its answer is malformed: {error}") from error
+    except (OSError, StreamTerminatedError) as error:
+        raise rpc_error(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+    except Exception as error:
+        # grpclib raises errors of any class if a connection breaks while it opens, and for malformed answers.
+        details = f"the connection broke, or the answer is malformed: {type(error).__name__}"
+        raise rpc_error(grpc.StatusCode.UNAVAILABLE, details) from error

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 from engine_server import EngineServer, engine_server, hangs, is_full, raises
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.events import RequestReceived
+from h2.exceptions import ProtocolError
 
 from nexum_engine import heartbeat
 from nexum_engine.client import NexumClient
@@ -193,6 +199,77 @@ async def test_heartbeat_reports_missing_server_and_finds_later_one(tmp_path: Pa
         await until(lambda: bool(beats.lost))
         assert [type(error) for error in beats.lost] == [ServerUnavailable]
         assert not beats.heart.connected.is_set()
+
+
+def cut_off(http: H2Connection, stream: int) -> None:
+    http.send_headers(stream, GRPC_HEADERS)
+    http.send_data(stream, b"\0\0\0\0\tab", end_stream=True)
+
+
+def compressed(http: H2Connection, stream: int) -> None:
+    http.send_headers(stream, GRPC_HEADERS)
+    http.send_data(stream, b"\1\0\0\0\2ab")
+
+
+def not_in_ascii(http: H2Connection, stream: int) -> None:
+    http.send_headers(stream, [*GRPC_HEADERS, (b"grpc-status", b"2"), (b"x-y", b"\xff")], end_stream=True)
+
+
+GRPC_HEADERS = [(b":status", b"200"), (b"content-type", b"application/grpc")]
+UNKNOWN_FRAME = b"\0\0\4\xfa\0\0\0\0\0news"
+
+
+@asynccontextmanager
+async def another_server(answer: Callable[[H2Connection, int], None] | None) -> AsyncIterator[str]:
+    """Run an HTTP/2 server that isn't Nexum's, and yield its address. Without `answer`, it resets connections."""
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if answer is None:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.close()
+            return
+        http = H2Connection(H2Configuration(client_side=False, header_encoding=None, validate_outbound_headers=False))
+        http.initiate_connection()
+        writer.write(http.data_to_send() + UNKNOWN_FRAME)
+        # The client also tries TLS. asyncio would log an error of this task, and its cancellation.
+        with suppress(asyncio.CancelledError, ProtocolError):
+            while data := await reader.read(65536):
+                for event in http.receive_data(data):
+                    if isinstance(event, RequestReceived):
+                        answer(http, event.stream_id)
+                writer.write(http.data_to_send())
+        writer.close()
+
+    listening = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    finally:
+        listening.close()
+
+
+@pytest.mark.every_python
+@pytest.mark.parametrize("answer", [None, cut_off, compressed, not_in_ascii])
+async def test_heartbeat_continues_after_any_answer_of_another_program(
+    answer: Callable[[H2Connection, int], None] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(heartbeat, "TELL_AGAIN_AFTER", 0.0)
+    async with another_server(answer) as address, beating(address) as beats:
+        await until(lambda: len(beats.lost) >= 12)
+        assert {type(error) for error in beats.lost} == {ServerUnavailable}
+    assert not caplog.records
+
+
+async def test_heartbeat_ignores_frames_of_unknown_types(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(heartbeat, "FIRST_ACK_TIMEOUT", 0.5)
+    async with another_server(lambda *_: None) as address, beating(address) as beats:
+        await until(lambda: bool(beats.lost))
+        assert "did not answer a heartbeat within 0.5 s" in str(beats.lost[0])
+    assert not caplog.records
 
 
 async def test_worker_and_owner_work_after_unanswered_first_streams(
