@@ -15,7 +15,7 @@ import grpc
 
 from nexum_engine.forks import in_forked_process, never_free
 from nexum_engine.in_process import InProcessChannel, LocalServer, server_at
-from nexum_engine.security import Security
+from nexum_engine.security import Security, is_ip_address
 from nexum_engine.wire.addressee import Metadata
 from nexum_engine.wire.multiplexed import MultiplexedChannel
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -75,7 +75,7 @@ class Channel:
         channel: Any
         if server is not None:
             channel = InProcessChannel(server)
-        elif _is_forked or self._purpose == "heartbeat":
+        elif _is_forked or (self._purpose == "heartbeat" and self._is_plain):
             from nexum_engine.wire.pure_python import PurePythonChannel
 
             channel = PurePythonChannel(self.target, self._security.context())
@@ -93,6 +93,14 @@ class Channel:
             for name, call in vars(stub).items():
                 setattr(stub, name, partial(call, metadata=metadata))
         return channel, cast("NexumServiceAsyncStub", stub)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the server is named by its IP address, and without TLS.
+
+        Otherwise, gRPC in C and gRPC in Python may disagree about names such as localhost, or about certificates.
+        """
+        return not self._security.tls and is_ip_address(self.target.rpartition(":")[0])
 
     async def close(self) -> None:
         """Close the channel of the running event loop, and the channels of event loops that are closed."""

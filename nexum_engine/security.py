@@ -60,10 +60,16 @@ def stamp_of(path: Path) -> tuple[int, ...] | None:
 
 def is_loopback(host: str) -> bool:
     """Return whether `host`, which is a name or an IP address, is this machine."""
+    return ipaddress.ip_address(host.strip("[]")).is_loopback if is_ip_address(host) else host == "localhost"
+
+
+def is_ip_address(host: str) -> bool:
+    """Return whether `host` is an IP address, and not a name."""
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return host == "localhost"
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from nexum_engine.clock import SystemClock
 from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, read_process, remove_address, write_address
-from nexum_engine.security import is_loopback
+from nexum_engine.security import is_ip_address, is_loopback
 from nexum_engine.server.access import Gate, Tokens
 from nexum_engine.server.bounds import (
     DEFAULT_LIMITS,
@@ -74,12 +73,10 @@ def listen_address(listen: str, *, is_protected: bool) -> str:
             f"refusing to listen on {listen}: without TLS and tokens, anyone who reaches the port could run and read "
             "everything; give --tls-cert, --tls-key and --tokens, or listen on 127.0.0.1"
         )
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
+    if not is_ip_address(host):
         raise InvalidRequest(
             f"refusing to listen on {listen}: give an IP address of this machine, or 0.0.0.0 for all its addresses"
-        ) from None
+        )
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

@@ -5,7 +5,7 @@ ends it with a segmentation fault. grpclib has no threads.
 
 Heartbeats have an event loop of their own. All event loops of a process share one queue of grpcio: if the heartbeats
 used grpcio, too, each answer of a call would wake both loops, and often reach the caller's loop by way of the other one.
-A call through a worker took 6 % longer.
+A call through a worker took 6 % longer. (Heartbeats with TLS, or to a name such as localhost, do use grpcio.)
 """
 
 from __future__ import annotations
