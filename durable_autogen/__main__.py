@@ -42,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="address of a running server (default: $NEXUM_ADDRESS, else the server of this folder's database, else "
         "localhost:50051, else this program opens the database itself)",
     )
+    one_session = argparse.ArgumentParser(add_help=False, parents=[server])
+    one_session.add_argument("session", metavar="SESSION")
     run = commands.add_parser(
         "run",
         parents=[server],
@@ -110,11 +112,10 @@ def build_parser() -> argparse.ArgumentParser:
     ls.add_argument("--json", action="store_true", help="print JSON")
     show = commands.add_parser(
         "show",
-        parents=[server],
+        parents=[one_session],
         help="show what a session has recorded",
         description="Show the events of SESSION in their order. The number before a call is the N of `fork`.",
     )
-    show.add_argument("session", metavar="SESSION")
     show.add_argument("--json", action="store_true", help="print the whole events as JSON")
     fork = commands.add_parser(
         "fork",
@@ -135,12 +136,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     budget = commands.add_parser(
         "budget",
-        parents=[server],
+        parents=[one_session],
         help="raise the budget of a session, or stop the session",
         description="Raise limits of SESSION's budget to new values: before SESSION reaches a limit, while it waits at "
         "one, or while its program doesn't run. Without an option, print what SESSION has used.",
     )
-    budget.add_argument("session", metavar="SESSION")
     add_limits(budget)
     budget.add_argument(
         "--stop",
@@ -152,23 +152,21 @@ def build_parser() -> argparse.ArgumentParser:
     budget.add_argument("--by", metavar="NAME", default=user_name(), help="who decides (default: the user's name)")
     send = commands.add_parser(
         "send",
-        parents=[server],
+        parents=[one_session],
         help="send an event to a session",
         description="Send the event NAME to SESSION: its program gets JSON from `await session.wait_for_event(NAME)`. "
         "If the program does not wait for the event now, or does not run, the event is kept.",
     )
-    send.add_argument("session", metavar="SESSION")
     send.add_argument("name", metavar="NAME")
     send.add_argument("payload", metavar="JSON", nargs="?", default="null", help="the payload (default: null)")
     send.add_argument("--key", metavar="KEY", default="", help="a second event NAME with this key changes nothing")
     cancel = commands.add_parser(
         "cancel",
-        parents=[server],
+        parents=[one_session],
         help="stop the program that runs a session",
         description="Cancel the run of SESSION: its program ends with RunCancelled, even if it waits for a call. "
         "What is recorded stays. When the program has ended, run it again to continue.",
     )
-    cancel.add_argument("session", metavar="SESSION")
     cancel.add_argument("--by", metavar="NAME", default=user_name(), help="who cancels (default: the user's name)")
     return parser
 
@@ -196,7 +194,7 @@ async def look(args: argparse.Namespace) -> str:
                 raise nothing_recorded(url) from error
     async with EmbeddedNexum(args.nexum, owners=True) as nexum, NexumClient(nexum.address) as client:
         if args.command == "ls":
-            sessions = await _settled(
+            sessions = await _without_dead_runs(
                 lambda: list_sessions(client, args.limit),
                 lambda found: nexum.embedded and any(one.status == "running" for one in found),
             )
@@ -204,7 +202,7 @@ async def look(args: argparse.Namespace) -> str:
                 session_report.sessions_as_json(sessions) if args.json else session_report.table(sessions, time.time())
             )
         if args.command == "show":
-            shown = await _settled(
+            shown = await _without_dead_runs(
                 lambda: show_session(client, args.session),
                 lambda found: nexum.embedded and found.info.status == "running",
             )
@@ -228,7 +226,7 @@ async def look(args: argparse.Namespace) -> str:
         return f"session {args.new} begins with {copied} of {source}"
 
 
-async def _settled(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:
+async def _without_dead_runs(read: Callable[[], Awaitable[T]], may_be_dead: Callable[[T], bool]) -> T:
     """Call `read` until its result contains no run that may be dead, or for OWNERS_PATIENCE; return the last result.
 
     If this process has just opened the database, a run whose process is dead still counts as running for half a second.

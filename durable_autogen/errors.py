@@ -1,15 +1,4 @@
-"""The errors of a durable run.
-
-NexumError
-|-- DriftError          the program differs from the recorded one
-|-- BudgetExceeded      a limit of the session's budget is reached, and a person stopped the session
-|-- SessionBusy         another process is running the session
-|-- NotDurable          a call can't be recorded where it is made
-|-- RunCancelled        the run was cancelled; what is recorded stays
-|-- Parked              the run waits for a person's decision, and has ended meanwhile
-|-- CallRejected        a person rejected a tool call, or nobody approved it in time
-`-- CallFailed          a tool call whose effect must happen only once has failed, and is not made again
-"""
+"""The errors of a durable run. All of them are NexumErrors."""
 
 from __future__ import annotations
 
@@ -34,6 +23,11 @@ class NotDurable(InvalidRequest):
 
 class RunCancelled(NexumError):
     """The run was cancelled, by its program or a person. The session's next run resumes from what is recorded."""
+
+    @classmethod
+    def of(cls, session: str, how: str = "cancelled") -> RunCancelled:
+        """Return the error of a session's run. `how` is "cancelled", or says also who cancelled the run."""
+        return cls(f"the run of session {session} was {how}; run it again to resume from what is recorded")
 
 
 class Parked(NexumError):

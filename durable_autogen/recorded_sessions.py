@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from durable_autogen.record.events import (
@@ -16,6 +15,7 @@ from durable_autogen.record.events import (
     Said,
     Waiting,
     end_of_wait,
+    latest_run,
     read_record,
     text_asked,
 )
@@ -52,8 +52,16 @@ async def list_sessions(client: NexumClient, limit: int | None = None) -> list[S
     """Return a summary of every session on the server, the latest session first. With `limit`, of the latest ones."""
 
     async def read() -> list[SessionInfo]:
-        # Keep no events: the sessions together may have more than fits into memory.
-        return [shown.info async for shown in _sessions(client, "", limit)]
+        questions = await _questions(client)
+        found: list[SessionInfo] = []
+        async for latest in _runs(client, group_sessions=True):
+            if len(found) == limit:
+                break
+            session = latest.idempotency_key.rpartition("/")[0]
+            if runs := [run async for run in _runs(client, key_prefix=f"{session}/")]:  # else it was just pruned
+                # Keep no events: the sessions together may have more than fits into memory.
+                found.append((await _shown(client, session, runs, questions)).info)
+        return found
 
     return await while_pruning(read)
 
@@ -66,20 +74,10 @@ async def while_pruning(read: Callable[[], Awaitable[T]]) -> T:
             return await read()
 
 
-async def _sessions(
-    client: NexumClient, key_prefix: str, limit: int | None = None
-) -> AsyncGenerator[ShownSession, None]:
-    """Yield the sessions whose runs have keys that begin with `key_prefix`, the latest session first."""
-    runs = partial(client.all_executions, workflow_id=AGENT_RUN.workflow_id, with_nodes=True, patience=SERVER_PATIENCE)
-    questions = await _questions(client)
-    number = 0
-    async for latest in runs(key_prefix=key_prefix, group_sessions=True):
-        if number == limit:
-            return
-        number += 1
-        session = latest.idempotency_key.rpartition("/")[0]
-        if found := [run async for run in runs(key_prefix=f"{session}/")]:  # else the session was just pruned
-            yield await _shown(client, session, found, questions.get(session, ()))
+def _runs(client: NexumClient, **selected: Any) -> AsyncIterator[Execution]:
+    return client.all_executions(
+        workflow_id=AGENT_RUN.workflow_id, with_nodes=True, patience=SERVER_PATIENCE, **selected
+    )
 
 
 async def _questions(client: NexumClient) -> dict[str, list[str]]:
@@ -108,9 +106,9 @@ def _question(one: PendingApproval | UnknownNode, input: dict[str, Any], nexum: 
 
 
 async def _shown(
-    client: NexumClient, session: str, runs: Sequence[Execution], questions: Sequence[str]
+    client: NexumClient, session: str, runs: Sequence[Execution], questions: Mapping[str, Sequence[str]]
 ) -> ShownSession:
-    """Return a session with its events. `runs` are its runs, the newest first."""
+    """Return a session with its events. `runs` are its runs, newest first; `questions` are those of all sessions."""
     completed = next((run for run in runs if run.status is ExecutionStatus.COMPLETED), None)
     record = await read_record(client, session)
     events = record.events
@@ -133,7 +131,7 @@ async def _shown(
             and end_of_wait(event.address) not in addresses
             and status != "finished"
         ),
-        questions=tuple(questions),
+        questions=tuple(questions.get(session, ())),
     )
     return ShownSession(info, tuple(events))
 
@@ -150,13 +148,13 @@ class ShownSession:
 async def show_session(client: NexumClient, session: str) -> ShownSession:
     """Return a session with its events. Raises InvalidRequest if the server has no session of this id."""
 
-    async def read() -> list[ShownSession]:
-        return [shown async for shown in _sessions(client, f"{session}/")]
+    async def read() -> ShownSession:
+        runs = [run async for run in _runs(client, key_prefix=f"{session}/")]
+        if not runs:
+            raise unknown_session(session)
+        return await _shown(client, session, runs, await _questions(client))
 
-    found = await while_pruning(read)
-    if not found:
-        raise unknown_session(session)
-    return found[0]
+    return await while_pruning(read)
 
 
 def unknown_session(session: str) -> InvalidRequest:
@@ -175,10 +173,7 @@ async def question_of(client: NexumClient, session: str) -> str | None:
 
 async def has_begun(client: NexumClient, session: str) -> bool:
     """Return whether a program has run in the session."""
-    runs = await client.list_executions(
-        workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1, patience=SERVER_PATIENCE
-    )
-    return bool(runs)
+    return await latest_run(client, session) is not None
 
 
 async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> Execution | None:
@@ -187,10 +182,9 @@ async def cancel_session(client: NexumClient, session: str, *, by: str = "") -> 
     `by` is the name of the person who cancels. If the run was cancelled before, return it; its program may have ended
     long ago. Raises InvalidRequest if the session is unknown, and Conflict if nothing runs it.
     """
-    latest = await client.list_executions(workflow_id=AGENT_RUN.workflow_id, key_prefix=f"{session}/", limit=1)
-    if not latest:
+    run = await latest_run(client, session)
+    if run is None:
         raise unknown_session(session)
-    (run,) = latest
     if run.status is ExecutionStatus.CANCELLED:
         return run
     if not run.status.ended:

@@ -21,11 +21,10 @@ from durable_autogen.autogen.transcript import Item, Message, Task, marked, mess
 from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun
-from durable_autogen.record.failures import end
-from durable_autogen.record.place import closing, items_of
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import cancel_and_wait, closing, items_of
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.event_loop import call_in
@@ -103,8 +102,6 @@ async def run_durable(*args: Any, **options: Any) -> TaskResult:
     `task` out. `cancellation_token` and `output_task_messages` mean the same as in AutoGen's `run`. The other arguments
     mean the same as in DurableSession.
 
-    `tell` is called with each line about progress. Without `tell`, the logger `durable_autogen` logs these lines.
-
     Raises RunCancelled, Parked, the errors of DurableSession, and the errors of the team's run.
     """
     result: TaskResult | None = None
@@ -180,7 +177,7 @@ class _Run:
             if not running.done():
                 self._cancelled()
                 await asyncio.wait({running}, timeout=END_PATIENCE)
-            await end(running, 0)
+            await cancel_and_wait(running, 0)
 
     async def _feed(self, runnable: Runnable, task: Task) -> TaskResult:
         _has_run.add(runnable)
@@ -196,10 +193,7 @@ class _Run:
         return result
 
     def _cancelled(self) -> None:
-        line = (
-            f"the run of session {self.session.session_id} was cancelled; run it again to resume from what is recorded"
-        )
-        self.session.recorder.stop(RunCancelled(line))
+        self.session.recorder.stop(RunCancelled.of(self.session.session_id))
 
 
 def _check_new(runnable: Runnable) -> None:

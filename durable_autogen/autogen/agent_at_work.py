@@ -18,9 +18,9 @@ from autogen_core import CancellationToken
 from durable_autogen.autogen.fingerprints import describe_turn
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.transcript import messages_of
-from durable_autogen.record.failures import made_ordinary, times_cancelled
-from durable_autogen.record.place import Place, at, closing, steps_at
+from durable_autogen.record.place import Place, at, steps_at
 from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.tasks import closing, made_ordinary, times_cancelled
 
 
 class AtWork:

@@ -41,11 +41,11 @@ from durable_autogen.errors import CallFailed, CallRejected
 from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
-from durable_autogen.record.failures import end, ordinary
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, at, closing, items_of, recorded_call
+from durable_autogen.record.place import Place, at, recorded_call
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import cancel_and_wait, closing, items_of, ordinary
 from nexum_engine.approvals import noted_by
 from nexum_engine.deadline import heartbeat
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
@@ -186,12 +186,14 @@ class Calls:
                 call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
             )
         )
-        is_first = self._place.hands_on_late
+        has_to_mark = self._place.hands_on_late
         async with closing(items_of(running, stream.items)) as pieces:
             async for piece in pieces:
                 stream.passed_on.append(piece)
-                if is_first:
-                    is_first = False
+                if has_to_mark:
+                    has_to_mark = False
+                    # With this piece, AutoGen passes on the agent's previous message. The mark gives that moment a
+                    # place in the order of events, so that a replay keeps it among parallel agents.
                     await self._recorder.mark(self._agent, f"{call.position}/begun", {})
                 yield piece
         result = self._received(client, await running)
@@ -288,7 +290,7 @@ class Calls:
             try:
                 await asyncio.wait({running})
             finally:
-                await end(running)
+                await cancel_and_wait(running)
             if not running.cancelled():
                 return running.result()
             if token is not None and token.is_cancelled():
@@ -305,14 +307,14 @@ class Calls:
                     value = await attempt()
                 else:
                     value = await self._under_policy(policy, call, tool_call, attempt, stream.produced)
-                return Performed(value, self._checked(tool_call, value, stream.produced))
+                return Performed(value, self._returned(tool_call, value, stream.produced))
             except Exception as error:
                 is_refused = isinstance(error, (CallRejected, CallFailed))
                 if tool_call.result_type is not ToolResult or not (self._must_not_raise or is_refused):
                     raise
                 # Record the tool's error as a result. The tool ran, and the next run must not call it again.
                 failed = failed_result(name, error)
-                return Performed(failed, self._checked(tool_call, failed, []))
+                return Performed(failed, self._returned(tool_call, failed, []))
 
         def replayed(content: Content) -> None:
             if isinstance(content, (Returned, Raised, GivenUp)):
@@ -341,8 +343,8 @@ class Calls:
         will_run = policy.approval is not None or policy.is_once
         arguments = await tool_call.checked(tool_call.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        form = ToolForm(tool_call, lambda value: self._checked(tool_call, value, []).value)
-        guarded = GuardedCall(call, policy, arguments, form, tool_call.differs_in_defaults, reason)
+        form = ToolForm(tool_call, lambda value: self._returned(tool_call, value, []).value)
+        guarded = GuardedCall(call, policy, arguments, form, tool_call.fits, reason)
         if policy.is_once:
             is_kept, value = await guard.kept_result(guarded)
             if is_kept:
@@ -360,7 +362,7 @@ class Calls:
                 guarded = dataclasses.replace(guarded, arguments=edited)
             shown = guarded.arguments
 
-        async def once(arguments: Mapping[str, Any] | None) -> Any:
+        async def attempt_or_raise(arguments: Mapping[str, Any] | None) -> Any:
             under = CallUnderPolicy(frozenset(tool_call.names))
             call_under_policy.set(under)
             value = await attempt(arguments)
@@ -370,10 +372,10 @@ class Calls:
 
         try:
             if policy.is_once:
-                value = await guard.once(guarded, once)
+                value = await guard.once(guarded, attempt_or_raise)
             else:
                 attempts = Attempts(self._recorder, call, name, policy)
-                value = await attempts.make(partial(once, shown), lambda: not streamed)
+                value = await attempts.make(partial(attempt_or_raise, shown), lambda: not streamed)
         except ToolError as error:
             value = error.value
         return with_note(value, note)
@@ -395,7 +397,7 @@ class Calls:
         self._recorder.journal.log.warning("%s", escaped(line))
         return edited, f"({by} changed the arguments to {shown})"
 
-    def _checked(self, tool_call: ToolCall, value: Any, streamed: Sequence[Any]) -> Returned:
+    def _returned(self, tool_call: ToolCall, value: Any, streamed: Sequence[Any]) -> Returned:
         """Return a tool's value in the form that is recorded. Raises ValueError if the value has no such form."""
         try:
             written = written_value(value)
@@ -444,7 +446,7 @@ class Calls:
         # Start the callback that asks the person at once, because the recorder may have to send requests first. If the
         # callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
         asking = None
-        if self._recorder.replay.recorded(call.address) is None:
+        if self._recorder.replay.event_for(call.address) is None:
             with at(dataclasses.replace(self._place, in_call=True)):
                 asking = asyncio.ensure_future(run())
 
@@ -456,7 +458,7 @@ class Calls:
             answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         finally:
             if asking is not None:
-                await end(asking)
+                await cancel_and_wait(asking)
         said = str(self._value(answer, str))
         if answer.replayed:
             skip_answer(said)

@@ -33,10 +33,11 @@ from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
 from durable_autogen.record.events import Kind
-from durable_autogen.record.failures import ordinary, with_subclasses
+from durable_autogen.record.failures import with_subclasses
 from durable_autogen.record.log import LOG
-from durable_autogen.record.place import Place, at, closing, current, recording_place, steps_at
+from durable_autogen.record.place import Place, at, current, recording_place, steps_at
 from durable_autogen.record.session import Session
+from durable_autogen.record.tasks import closing, ordinary
 from durable_autogen.record.while_open import while_open
 
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ async def _check(self: Any, original: _Original) -> Any:
 
 def _terminated(self: Any, original: _Original) -> Any:
     place = current.get()
-    return original() or (place is not None and place.session.state.is_stopped(self))
+    return original() or (place is not None and place.session.state.stopped.get(id(self)) is self)
 
 
 async def _reset_condition(self: Any, original: _Original) -> Any:
@@ -483,15 +484,15 @@ def _watch_subclasses(base: type, methods: Methods) -> None:
                 for name, wrapper in methods.items():
                     _wrap(base, cls, name, wrapper)
 
-    _wrapped[base, "__init_subclass__"] = (own, None)
     hook: Any = classmethod(init_subclass)
+    _wrapped[base, "__init_subclass__"] = (own, hook)
     base.__init_subclass__ = hook  # type: ignore[method-assign]
 
 
 def _restore() -> None:
     with _lock:
         for (kind, name), (original, wrapped) in _wrapped.items():
-            if wrapped is not None and kind.__dict__.get(name) is not wrapped:
+            if kind.__dict__.get(name) is not wrapped:
                 continue  # the program has replaced the wrapper: leave the replacement
             if original is None:
                 delattr(kind, name)

@@ -77,12 +77,12 @@ class Conversation:
         if self._position:
             new["base"] = self._position
         new["same"] = same
-        new["messages"] = [one.print for one in seen[same:]]
+        new["messages"] = [one.fingerprint for one in seen[same:]]
         if whole != self._whole:
             self._whole, self._written = whole, _written(whole)
         new["hash"] = _hash(f"[{self._written},{_written(seen[-1].chain if seen else '')}]")
         self._position = position
-        return new, lambda: {**whole, "messages": [one.print for one in seen], "hash": new["hash"]}
+        return new, lambda: {**whole, "messages": [one.fingerprint for one in seen], "hash": new["hash"]}
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Store `messages`. Return how many messages at the beginning are unchanged since the previous request."""
@@ -95,9 +95,9 @@ class Conversation:
         self._seen = self._seen[:same]  # a new list: an earlier request may still need the old one
         for message in messages[same:]:
             moved = known.get(id(message))
-            print = moved.print if moved is not None and moved.is_still(message) else _message(message)
-            chain = _hash(f"{self._seen[-1].chain if self._seen else ''}{print['hash']}")
-            self._seen.append(_Seen(message, message.content, len(message.content), print, chain))
+            fingerprint = moved.fingerprint if moved is not None and moved.is_still(message) else _message(message)
+            chain = _hash(f"{self._seen[-1].chain if self._seen else ''}{fingerprint['hash']}")
+            self._seen.append(_Seen(message, message.content, len(message.content), fingerprint, chain))
         return same
 
 
@@ -110,7 +110,7 @@ class _Seen:
     """The message's content when it was fingerprinted. A list may have grown since."""
     length: int
     """The content's length when it was fingerprinted."""
-    print: dict[str, str]
+    fingerprint: dict[str, str]
     chain: str
     """The hash of all messages up to and including this one."""
 

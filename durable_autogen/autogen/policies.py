@@ -164,8 +164,8 @@ class ToolCall:
         defaults = {one: field["default"] for one, field in properties.items() if "default" in field}
         return {**defaults, **arguments}
 
-    def differs_in_defaults(self, complete: Mapping[str, Any]) -> bool:
-        """Return whether `complete` are this call's arguments with defaults. A default may differ at each call."""
+    def fits(self, complete: Mapping[str, Any]) -> bool:
+        """Return whether `complete` are this call's arguments with defaults. The defaults may be others than now."""
         given = {**complete, **self.arguments}
         return given == complete if self.tool is None else _is_same(self.tool.args_type(), given, complete)
 

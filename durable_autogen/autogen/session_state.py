@@ -26,16 +26,17 @@ class AgentState:
         self.replayed = False
         """Whether the agent's last reply was replayed."""
         self._calls: deque[tuple[str, FunctionCall]] = deque(maxlen=MAX_OPEN_CALLS)
-        self._last = 0
+        self._last_reply = 0
         self._thought = ""
-        self._unasked = 0
+        self._last_tool = 0
+        """The number of the last reply's last tool call. Calls that no reply requested are counted, too."""
 
     def received(self, position: str, result: CreateResult, *, replayed: bool) -> None:
         """Remember that the agent got a reply, and which tool calls the reply requests."""
         calls = [] if isinstance(result.content, str) else result.content
         # Put the newest reply's tool calls first, in the order of the reply.
         self._calls.extendleft((f"{position}/tool/{n}", call) for n, call in reversed(list(enumerate(calls, 1))))
-        self._last, self._unasked = int(position.rpartition("/")[2]), len(calls)
+        self._last_reply, self._last_tool = int(position.rpartition("/")[2]), len(calls)
         self._thought = result.thought or ""
         self.replayed = replayed
 
@@ -46,13 +47,13 @@ class AgentState:
         for found in (*same_id, *same_name):
             self._calls.remove(found)
             return found[0]
-        # Count an extra call that no reply requested: a custom agent may call tools on its own.
-        self._unasked += 1
-        return f"reply/{self._last}/tool/{self._unasked}"
+        # No reply requested this call: a custom agent may call tools on its own.
+        self._last_tool += 1
+        return f"reply/{self._last_reply}/tool/{self._last_tool}"
 
     def reason_for(self, position: str) -> str:
         """Return the text that the model gave along with the tool call at this position; empty if it gave none."""
-        return self._thought if position.startswith(f"reply/{self._last}/") else ""
+        return self._thought if position.startswith(f"reply/{self._last_reply}/") else ""
 
 
 class Names:
@@ -91,11 +92,15 @@ class SessionState:
         self.timeouts: weakref.WeakKeyDictionary[Any, tuple[float | None, int]] = weakref.WeakKeyDictionary()
         """For each TimeoutTermination: its adjusted start time, and the session's active time at the real start."""
         self.stopped: dict[int, object] = {}
-        """The conditions that only the replay has stopped, by `id()`. They don't know that they are terminated."""
+        """The conditions that only the replay has stopped, by `id()`. They don't know that they are terminated.
+
+        A reset of a condition removes it from here.
+        """
         self.replayed_usage: dict[int, tuple[object, RequestUsage]] = {}
         """The usage of each client's replayed replies."""
         self._agents: dict[str, AgentState] = {}
         self._sources: dict[str, set[str]] = {}
+        """For each source of messages: the agents whose messages have this source."""
 
     def agent(self, name: str) -> AgentState:
         """Return the state of the agent with this name."""
@@ -112,10 +117,6 @@ class SessionState:
         """
         agents = [self._agents[name] for name in self._sources.get(source, ()) if name in self._agents]
         return any(one.replayed for one in agents) and all(one.replayed or not one.conversation.model for one in agents)
-
-    def is_stopped(self, condition: object) -> bool:
-        """Return whether the replay has stopped a termination condition, and the program has not reset it since."""
-        return self.stopped.get(id(condition)) is condition
 
     def used(self, client: object, usage: RequestUsage) -> None:
         """Add a replayed reply's usage to the replayed usage of `client`."""
@@ -138,6 +139,7 @@ class AddedMessages:
         """The event numbers of the messages that were run as a new task, because no agent got them during the run."""
         self._recorder = recorder
         self._at: dict[str, dict[int, int]] = {}
+        """For each agent and event number of a message: at which index the agent's requests have the message."""
 
     def inserted_into(self, agent: str, position: str, messages: Sequence[LLMMessage]) -> Sequence[LLMMessage]:
         """Return a request's messages, with the added user messages inserted."""
@@ -145,7 +147,7 @@ class AddedMessages:
             return messages
         at = self._at.setdefault(agent, {})
         for added in self.messages:
-            recorded = self._recorder.replay.recorded(f"{agent}/{position}")
+            recorded = self._recorder.replay.event_for(f"{agent}/{position}")
             comes_before = recorded is not None and recorded.seq < added.seq
             if added.seq not in at and not comes_before and added.seq not in self.as_task:
                 at[added.seq] = len(messages)

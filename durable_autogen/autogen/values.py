@@ -29,9 +29,9 @@ _OWN_CLASS = "$reply"
 
 _SIMPLE: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     bytes: (lambda value: base64.b64encode(value).decode(), base64.b64decode),
-    datetime.datetime: (lambda value: value.isoformat(), datetime.datetime.fromisoformat),
-    datetime.date: (lambda value: value.isoformat(), datetime.date.fromisoformat),
-    datetime.time: (lambda value: value.isoformat(), datetime.time.fromisoformat),
+    datetime.datetime: (datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    datetime.date: (datetime.date.isoformat, datetime.date.fromisoformat),
+    datetime.time: (datetime.time.isoformat, datetime.time.fromisoformat),
     datetime.timedelta: (
         lambda value: [value.days, value.seconds, value.microseconds],
         lambda parts: datetime.timedelta(*parts),

@@ -16,14 +16,14 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from durable_autogen.record.events import Call, Frozen
-from durable_autogen.record.failures import end
 from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.tasks import cancel_and_wait
 from nexum_engine.approvals import key_within
 from nexum_engine.deadline import Deadline
 from nexum_engine.errors import FinalError, StaleTask, TaskNotFound, UnknownEffect
 from nexum_engine.policy import Policy
 from nexum_engine.records import Task
-from nexum_engine.workflow import Workflow, workflow
+from nexum_engine.workflow import workflow
 
 T = TypeVar("T")
 
@@ -39,15 +39,6 @@ class LimitedCall(Frozen):
     agent: str
     call: str
     """The part of the call's id that names the call in its session."""
-
-
-def limited_call(name: str, policy: Policy) -> Workflow:
-    """Return the workflow under whose limits the calls of a tool or model are made."""
-    return (
-        workflow(f"limited-call:{name}", input=LimitedCall)
-        .compute("call", rate=policy.rate, concurrency=policy.concurrency)
-        .build()
-    )
 
 
 class ToolError(Exception):
@@ -114,8 +105,10 @@ class Attempts:
         saying = asyncio.get_running_loop().call_later(SAY_AFTER, self._say_waiting)
         try:
             with self._recorder.servers_errors():
-                limits = limited_call(self._name, self._policy)
-                self._task = await journal.under_this_run(journal.owner.take_place, limits, input, key=key)
+                limits = workflow(f"limited-call:{self._name}", input=LimitedCall).compute(
+                    "call", rate=self._policy.rate, concurrency=self._policy.concurrency
+                )
+                self._task = await journal.under_this_run(journal.owner.take_place, limits.build(), input, key=key)
         finally:
             saying.cancel()
 
@@ -154,7 +147,7 @@ async def _in_time(policy: Policy, name: str, attempt: Callable[[], Awaitable[T]
             return await running
         raise TookTooLong(f"{name} {deadline.exceeded()}")
     finally:
-        await end(running, CANCEL_PATIENCE)
+        await cancel_and_wait(running, CANCEL_PATIENCE)
 
 
 def retry_after(error: BaseException) -> float:
@@ -162,15 +155,13 @@ def retry_after(error: BaseException) -> float:
     asked = getattr(error, "retry_after", None)
     if isinstance(asked, (int, float)):
         return max(0.0, float(asked))
-    headers = getattr(getattr(error, "response", None), "headers", None)
-    if headers is None:
-        return 0.0
-    with contextlib.suppress(TypeError, ValueError):
-        if (milliseconds := headers.get("retry-after-ms")) is not None:
-            return max(0.0, float(milliseconds) / 1000)
-    text = headers.get("retry-after")
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, float(text))
-    with contextlib.suppress(TypeError, ValueError):
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
+    ways: tuple[Callable[[], float], ...] = (
+        lambda: float(headers.get("retry-after-ms")) / 1000,
+        lambda: float(headers.get("retry-after")),
+        lambda: parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time(),
+    )
+    for seconds in ways:
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0.0, seconds())
     return 0.0

@@ -134,21 +134,21 @@ class Spent:
         for one in record.made:
             content = one.content if isinstance(one, Event) else None
             if not isinstance(content, GivenUp) or content.was_made:
-                spent.begun(one, counted.scope_of(one.address))
+                spent.count_call(one, counted.scope_of(one.address))
             if isinstance(one, Event):
                 counted.add(one)
-                spent.recorded(one)
+                spent.count_usage(one)
         spent.active_ms = _active_ms(one for one in record.made if isinstance(one, Event))
         return spent
 
-    def begun(self, call: Call | Event | EventInput, scope: str) -> None:
+    def count_call(self, call: Call | Event | EventInput, scope: str) -> None:
         """Count a call. `scope` is the part of the call's id that names the call."""
         if call.kind is Kind.REPLY:
             self.model_calls += 1
         elif call.kind is Kind.TOOL:
             self.tool_calls[call.tool].add(scope)
 
-    def recorded(self, event: Event) -> None:
+    def count_usage(self, event: Event) -> None:
         """Add the tokens of a model's reply, and what they cost."""
         if event.kind is not Kind.REPLY or not isinstance(event.content, Returned):
             return
@@ -195,16 +195,6 @@ class Use:
     unit: str
     option: str
     """The option of the command `budget` that raises the limit."""
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the limit is reached."""
-        return self.used >= self.limit
-
-    @property
-    def is_nearly_over(self) -> bool:
-        """Whether at least the fraction NEARLY of the limit is used, but the limit is not reached."""
-        return NEARLY * self.limit <= self.used < self.limit
 
     @property
     def raised(self) -> str:
@@ -299,9 +289,8 @@ class BudgetCheck:
         self._spent = Spent.of(journal.recorded, is_in_usd=budget.usd is not None)
         self._decided = 0
         """The number of the last question whose decision this run has applied."""
-        self._near: set[str] = set()
-        """The nearly reached limits that this run has warned of, by the option that raises them."""
-        self._warned: set[str] = set()
+        self._warned: set[object] = set()
+        """What this run has warned of: lines, and the nearly reached limits."""
         self._warn_of_models()
 
     def exceeded(self, call: Call, live_ms: int) -> list[Use]:
@@ -311,10 +300,9 @@ class BudgetCheck:
         """
         uses = list(self._uses(call, live_ms))
         for use in uses:
-            if use.is_nearly_over and use.option not in self._near:
-                self._near.add(use.option)
-                self._journal.log.warning("session %s has used %s of its budget", self._journal.session, use)
-        return [use for use in uses if use.is_over]
+            if NEARLY * use.limit <= use.used < use.limit:
+                self._warn(f"session {self._journal.session} has used {use} of its budget", (use.option, use.limit))
+        return [use for use in uses if use.used >= use.limit]
 
     def _uses(self, call: Call, live_ms: int) -> Iterator[Use]:
         """Yield the use of each limit that applies to this call."""
@@ -333,13 +321,13 @@ class BudgetCheck:
         if call.kind.is_call and budget.seconds is not None:
             yield Use((spent.active_ms + live_ms) // 1000, budget.seconds, "seconds", "--seconds ")
 
-    def begun(self, call: Call) -> None:
+    def count_call(self, call: Call) -> None:
         """Count a call that is about to be made."""
-        self._spent.begun(call, self._journal.recorded.scope_of(call.address))
+        self._spent.count_call(call, self._journal.recorded.scope_of(call.address))
 
-    def recorded(self, event: Event) -> None:
+    def count_usage(self, event: Event) -> None:
         """Count the tokens and the cost of a call whose outcome has just been recorded."""
-        self._spent.recorded(event)
+        self._spent.count_usage(event)
         self._warn_of_models()
 
     def _warn_of_models(self) -> None:
@@ -355,9 +343,10 @@ class BudgetCheck:
                     "streams, let its client ask for the usage (stream_options)"
                 )
 
-    def _warn(self, line: str) -> None:
-        if line not in self._warned:
-            self._warned.add(line)
+    def _warn(self, line: str, about: object = None) -> None:
+        """Log a warning, unless this run has logged it before, or another one `about` the same."""
+        if (about or line) not in self._warned:
+            self._warned.add(about or line)
             self._journal.log.warning("%s", line)
 
     async def ask(self, exceeded: Sequence[Use], waiting: Callable[[str], AbstractContextManager[None]]) -> None:
@@ -415,4 +404,3 @@ class BudgetCheck:
             )
             return
         self._budget = self._budget.raised_by(raised)
-        self._near.clear()

@@ -11,7 +11,7 @@ import sys
 from contextvars import ContextVar
 from typing import Any
 
-from durable_autogen.record.failures import is_cancellation, times_cancelled
+from durable_autogen.record.tasks import is_cancellation, times_cancelled
 
 _cleaning_up: ContextVar[set[str] | None] = ContextVar("durable_cleaning_up", default=None)
 """The calls of the clean-up to which the current task, or the task that started it, belongs."""

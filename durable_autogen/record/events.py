@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -271,6 +271,8 @@ class EventInput(Addressed, Frozen):
     """The tool's name; empty for other calls."""
     digest: str = ""
     """The hash of the tool's name and arguments; empty for other calls."""
+    accepted: ClassVar[bool] = False
+    """Only an event, which has a result, is copied into a fork."""
 
 
 class Summary(Frozen):
@@ -489,6 +491,19 @@ class Record:
         place. The digest gives this call another id.
         """
         return f"{session}/{self.scope_of(call.address)}/{call.digest[:DIGITS]}"
+
+
+async def latest_run(client: NexumClient, session: str, *, status: str = "") -> Execution | None:
+    """Return a session's latest run (of this `status`, if given) with its result; None if there is none."""
+    found = await client.list_executions(
+        workflow_id=AGENT_RUN.workflow_id,
+        status=status,
+        key_prefix=f"{session}/",
+        limit=1,
+        with_nodes=True,
+        patience=SERVER_PATIENCE,
+    )
+    return found[0] if found else None
 
 
 async def read_record(client: NexumClient, session: str) -> Record:

@@ -1,22 +1,19 @@
-"""Conversion of a call's exceptions to JSON and back. SystemExit and the like become a RuntimeError."""
+"""Conversion of a call's exceptions to JSON and back."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
-from durable_autogen.record.storable import decoded, encoded, has_surrogates, representable
-
-T = TypeVar("T")
+from durable_autogen.record.storable import decoded, encoded, representable
 
 MAX_TEXT = 1_000_000
 """The longest text of an error, in characters. A longer one is cut. An error's arguments share this limit, too.
@@ -200,7 +197,7 @@ def _storable(value: object, max_text: int) -> Any:
     with contextlib.suppress(Exception):  # an object refuses to be written, and its `==` may raise anything
         written = encoded(value)
         text = written if isinstance(written, str) else json.dumps(written, ensure_ascii=False)
-        if decoded(written) == value and len(text) <= max_text and not has_surrogates(text):
+        if decoded(written) == value and len(text) <= max_text and representable(text) == text:
             return written
     return _NOT_STORABLE
 
@@ -211,44 +208,3 @@ def _text(error: Exception, max_text: int = MAX_TEXT) -> str:
     except Exception as unsaid:  # noqa: BLE001 - the program's __str__ may raise anything
         text = f"(its text can't be read: {type(unsaid).__name__})"
     return text if len(text) <= max_text else f"{text[:max_text]} [cut]"
-
-
-async def ordinary(call: Awaitable[T], name: str) -> T:
-    """Await a call; turn SystemExit and other exceptions that don't derive from Exception into a RuntimeError.
-
-    Inside a task, such an exception would end the event loop. CancelledError is raised unchanged.
-    """
-    try:
-        return await call
-    except (Exception, asyncio.CancelledError):
-        raise
-    except BaseException as error:
-        raise made_ordinary(error, name) from error
-
-
-async def end(running: asyncio.Future[Any], patience: float | None = None) -> None:
-    """Cancel a task if it isn't done, and wait for its end, for `patience` seconds at most if that is not None.
-
-    Retrieve the task's error, so that asyncio doesn't log it.
-    """
-    if not running.done():
-        running.cancel()
-        await asyncio.wait({running}, timeout=patience)
-    if running.done() and not running.cancelled():
-        running.exception()
-
-
-def made_ordinary(error: BaseException, name: str) -> RuntimeError:
-    """Return a RuntimeError in place of an exception that would block a framework or end the event loop."""
-    return RuntimeError(f"{name} ended with {type(error).__name__}: {error}")
-
-
-def times_cancelled(task: asyncio.Task[Any] | None) -> int:
-    """Return how many cancellations of a task are in progress."""
-    # Return 0 in Python 3.10: it has no Task.cancelling.
-    return 0 if task is None else int(getattr(task, "cancelling", lambda: 0)())
-
-
-def is_cancellation(error: BaseException) -> bool:
-    """Return whether a run that ends with this error was cancelled from outside, as by Ctrl+C."""
-    return isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))

@@ -132,8 +132,8 @@ class Guard:
 
         If such an effect is unknown, a person has to resolve it: the run's own attempt may still be at work.
         """
-        self._keeps_results: bool | None = None
-        """Whether the session is a fork with results to reuse. None if that isn't known yet."""
+        self._kept: list[tuple[EffectInput, Execution]] | None = None
+        """The results that the session may reuse, if it is a fork. None until the first call asks for them."""
         self._taking = asyncio.Lock()
         self._declared: set[str] = set()
         """The names of the tools with policies that the server knows of."""
@@ -328,6 +328,7 @@ class Guard:
             return _UNKNOWN
         try:
             value = await self._performed(guarded, task, attempt, attempts)
+            output = _output(guarded, value)
         except asyncio.CancelledError:
             if not self._recorder.failed.done():  # a failed run ends, and the server notices
                 given_up = self._effects.fail(task, "the program gave the call up", unknown=True)
@@ -342,11 +343,6 @@ class Guard:
                 return _UNKNOWN
             raise
         with self._recorder.servers_errors():
-            try:
-                output = {TOOLS_OWN: guarded.form.write(value)}
-            except ValueError as error:  # the effect has happened: a person has to give a result that can be recorded
-                await self._effects.fail(task, str(error), unknown=True)
-                return _UNKNOWN
             completing = asyncio.ensure_future(self._effects.complete(task, output))
             try:
                 await asyncio.shield(completing)
@@ -408,9 +404,7 @@ class Guard:
         """Let `reconcile` say what happened in an earlier run; return False if a person has to say it."""
         try:
             value = await self._reconciled(guarded)
-            answer: dict[str, Any] = {"not_done": True}
-            if value is not NOT_DONE:
-                answer = {"output": {TOOLS_OWN: guarded.form.write(value)}}
+            answer = {"not_done": True} if value is NOT_DONE else {"output": _output(guarded, value)}
             # If another run has taken over, it may have made the call since `reconcile` looked.
             await self._recorder.before_attempt(guarded.call)
             attempt = execution.nodes[0].attempts[-1].attempt
@@ -438,20 +432,13 @@ class Guard:
         client, session = self._client, self._journal.session
         with self._recorder.servers_errors():
             async with self._taking:
-                if self._keeps_results is None:
-                    self._keeps_results = bool(
-                        await client.list_executions(
-                            workflow_id=TOOL_EFFECT.workflow_id,
-                            key_prefix=kept_for(session),
-                            limit=1,
-                            patience=OUTAGE_PATIENCE,
-                        )
-                    )
-                if not self._keeps_results:
-                    return False, None
+                if self._kept is None:
+                    self._kept = await read_effects(client, kept_for(session))
                 own = self._input(guarded)
+                kept = [(input, execution) for input, execution in self._kept if input.digest == own.digest]
+                if not kept:
+                    return False, None
                 before = await read_effects(client, of_session(session))
-                kept = await read_effects(client, f"{kept_for(session, own.digest)}/")
                 for input, execution in before:
                     if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
                         return True, _result(execution, guarded)
@@ -468,6 +455,17 @@ class Guard:
 
 def _is_unresolved(execution: Execution) -> bool:
     return not execution.status.ended and execution.nodes[0].status is NodeStatus.WAITING
+
+
+def _output(guarded: GuardedCall, value: Any) -> dict[str, Any]:
+    """Return the output of an effect with this result. Raises UnknownEffect if the result can't be recorded.
+
+    The effect has happened then, and a person has to give a result that can be recorded.
+    """
+    try:
+        return {TOOLS_OWN: guarded.form.write(value)}
+    except Exception as error:
+        raise UnknownEffect(str(error) or type(error).__name__) from error
 
 
 def _result(ended: Execution, guarded: GuardedCall) -> Any:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from durable_autogen.record.events import Call, Event
-from durable_autogen.record.failures import is_cancellation
+from durable_autogen.record.tasks import is_cancellation
 
 MAX_CONTINUED = 100  # how many setbacks to remember of those after which the run continued
 

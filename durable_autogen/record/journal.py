@@ -27,11 +27,12 @@ from durable_autogen.record.events import (
     RunInput,
     RunSummary,
     Said,
+    latest_run,
     read_record,
 )
-from durable_autogen.record.failures import end
 from durable_autogen.record.log import LOG
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import cancel_and_wait
 from nexum_engine.approvals import key_within, server_option
 from nexum_engine.client import NexumClient
 from nexum_engine.connection import OUTAGE_PATIENCE
@@ -68,8 +69,8 @@ class Journal:
         self.log = log
         self.recorded = Record()
         """All that the session has recorded, including this process's events."""
-        self.ended: RunSummary | None = None
-        """The summary of the session's last run, if the session is finished. None after drift."""
+        self.finished_run: RunSummary | None = None
+        """The summary of the session's last run, if the session is finished, else None. Drift sets it to None."""
         self.may_leave_open = False
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
         event, or given back an effect."""
@@ -101,17 +102,17 @@ class Journal:
         return self.recorded.events
 
     async def __aenter__(self) -> Journal:
-        latest = await self._runs()
+        latest = await latest_run(self.client, self.session)
         await self.owner.__aenter__()
         try:
             self._run, latest = await self._take_session(latest)
             await self._read_and_take_over()
             if latest is not None or self.recorded.made:  # else the session is new
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
-                    latest = await self._runs(status=ExecutionStatus.COMPLETED.value)
-                self.ended = self.recorded.end_of(latest)
-                self.may_leave_open = self.ended is None
-                if self.ended is None:
+                    latest = await latest_run(self.client, self.session, status=ExecutionStatus.COMPLETED.value)
+                self.finished_run = self.recorded.end_of(latest)
+                self.may_leave_open = self.finished_run is None
+                if self.finished_run is None:
                     await self._revoke_failures_at_end()
                 else:
                     self.log.info(
@@ -124,7 +125,7 @@ class Journal:
 
     async def _release(self) -> None:
         if self._watching is not None:
-            await end(self._watching)
+            await cancel_and_wait(self._watching)
         await self.owner.__aexit__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -175,27 +176,15 @@ class Journal:
                 if started.task is not None:
                     if started.task.attempt > 1:
                         self.log.info("session %s: the previous run died; taking over", self.session)
-                        latest = latest or await self._runs()
+                        latest = latest or await latest_run(self.client, self.session)
                     return started.task, latest
                 latest = started.ended  # other processes have made this run, and it has completed: make the next one
                 continue
             await asyncio.sleep(LOOK_INTERVAL)
-            latest = await self._runs()
+            latest = await latest_run(self.client, self.session)
 
     def _busy(self, why: str) -> SessionBusy:
         return SessionBusy(f"session {self.session}: {why}. Run the session again when that process has ended")
-
-    async def _runs(self, status: str = "") -> Execution | None:
-        """Return the session's latest run (of this `status`, if given) with its result; None if there is none."""
-        found = await self.client.list_executions(
-            workflow_id=AGENT_RUN.workflow_id,
-            status=status,
-            key_prefix=f"{self.session}/",
-            limit=1,
-            with_nodes=True,
-            patience=TAKE_OVER_PATIENCE,
-        )
-        return found[0] if found else None
 
     async def _read_and_take_over(self) -> None:
         """Read the record and take over its unfinished calls, so that no earlier owner can record their results."""
@@ -282,10 +271,7 @@ class Journal:
         """
         execution = (await self.client.get_execution(run.execution_id, wait=wait, patience=patience)).execution
         if execution.status is ExecutionStatus.CANCELLED:
-            raise RunCancelled(
-                f"the run of session {self.session} was {execution.error or 'cancelled'}; run it again to resume from "
-                "what is recorded"
-            )
+            raise RunCancelled.of(self.session, execution.error or "cancelled")
         return execution.status.ended
 
     @contextlib.contextmanager
@@ -322,8 +308,10 @@ class Journal:
         the run.
         """
         async with self._moving:
-            if self._run is None or self._run is not run:
-                return self._run is not run
+            if self._run is not run:
+                return True  # another refused request has moved the run
+            if run is None:
+                return False
             try:
                 await self._check_not_cancelled(run)
                 return False
@@ -336,7 +324,7 @@ class Journal:
             "session %s is unknown to this server: recording its %d event(s) again", self.session, len(self.events)
         )
         self._open.clear()
-        run, _ = await self._take_session(await self._runs())
+        run, _ = await self._take_session(await latest_run(self.client, self.session))
         if (await read_record(self.client, self.session)).events:
             raise SessionBusy(
                 f"the server was replaced, and the new server has recorded other events in session {self.session}. "
@@ -360,17 +348,12 @@ class Journal:
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
         is_setback = bool(self.events) and self.events[-1].is_setback
-        if not must_be_known and not is_setback and self.is_holding:
+        if not must_be_known and not is_setback and self.owner.is_holding:
             return
         key = self._key(self._input(call))
         if call.kind is Kind.REPLY and key in self._open:
             await self._close(key, "the run that made this call died, and the call was made again", OUTAGE_PATIENCE)
         await self.begin(call)
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether it is certain that this process still owns the session."""
-        return self.owner.is_holding
 
     def has_begun(self, call: Call) -> bool:
         """Return whether the beginning of a call is recorded, by this run or an earlier one, and its outcome isn't."""
@@ -382,7 +365,7 @@ class Journal:
         If the beginning is recorded already, continue the call's execution.
         """
         input = self._input(call)
-        if self._key(input) in self._open and self.is_holding:
+        if self._key(input) in self._open and self.owner.is_holding:
             return
         if not await self._start(input):
             raise self._busy(f"another process has recorded {call}")
@@ -454,11 +437,6 @@ class Journal:
         """Record a user message for the agents of a fork."""
         number = sum(event.kind is Kind.MESSAGE for event in self.events) + 1
         await self.record(Call(Kind.MESSAGE, "", f"message/{number}"), Said(text=text))
-
-    async def revoke_after(self, seq: int, why: str) -> None:
-        """Revoke the events with numbers above `seq`. Keep added user messages: agents still get them."""
-        left = [event for event in self.events if event.seq > seq and event.kind not in (Kind.MESSAGE, Kind.REVOKE)]
-        await self.revoke(left, why, is_another_program=True)
 
     async def revoke(self, events: Iterable[Event], why: str, *, is_another_program: bool = False) -> None:
         """Record that `events` no longer count. If the program makes the same calls again, they are made live."""

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.events import Call, Event
-from durable_autogen.record.failures import end
 
 T = TypeVar("T")
-
-_END = object()
-"""The mark in a queue of items that no further item comes."""
 
 
 class ThreadWork:
@@ -176,27 +172,6 @@ def at(place: Place | None) -> Iterator[None]:
             current.reset(token)
         except ValueError:  # the `with` ends in another context than it began in
             current.set(None)
-
-
-@asynccontextmanager
-async def closing(stream: AsyncIterator[T]) -> AsyncGenerator[AsyncIterator[T], None]:
-    """Close a stream at the end of a `with`. Python doesn't close it when an `async for` is left early."""
-    try:
-        yield stream
-    finally:
-        close: Any = getattr(stream, "aclose", None)
-        if close is not None:
-            await close()
-
-
-async def items_of(running: asyncio.Future[Any], items: asyncio.Queue[Any]) -> AsyncGenerator[Any, None]:
-    """Yield the items that a task puts into a queue, until the task is over. Cancel it if the consumer leaves."""
-    running.add_done_callback(lambda _: items.put_nowait(_END))
-    try:
-        while (item := await items.get()) is not _END:
-            yield item
-    finally:
-        await end(running)
 
 
 async def steps_at(place: Place | None, stream: AsyncIterator[T]) -> AsyncGenerator[T, None]:

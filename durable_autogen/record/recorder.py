@@ -32,13 +32,14 @@ from durable_autogen.record.events import (
     Returned,
     usage_of,
 )
-from durable_autogen.record.failures import Failure, ordinary
+from durable_autogen.record.failures import Failure
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import call_of_a_thread, idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, has_ended
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.storable import representable
+from durable_autogen.record.tasks import ordinary
 from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import call_in, to_its_end
 
@@ -59,15 +60,6 @@ COUNTED_AS = {
     Kind.SENT_EVENT: "waits",
 }
 """The name under which a run counts its calls, by their kind. It counts no other calls."""
-
-
-def _nothing(_: bool) -> list[Any]:
-    """Return the items of a call that isn't a stream."""
-    return []
-
-
-def _ignore(_: Content) -> None:
-    """Do nothing. This is the `on_replay` of a call that has none."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,9 @@ Perform = Callable[[Call], Awaitable[Performed]]
 """A function that makes a live call. Its parameter is the call, with the position at which the call is recorded."""
 
 Streamed = Callable[[bool], list[Any]]
-"""A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got."""
+"""A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got.
+
+For a call that isn't a stream, it returns no items."""
 
 
 class Token(Protocol):
@@ -114,8 +108,8 @@ class _PendingCall:
 
     call: Call
     perform: Perform | None = None
-    streamed: Streamed = _nothing
-    on_replay: Callable[[Content], None] = _ignore
+    streamed: Streamed = field(default=lambda _: [])
+    on_replay: Callable[[Content], None] = field(default=lambda _: None)
     caller: Caller = None
     token: Token | None = None
     asked_after: int = 0
@@ -182,7 +176,10 @@ class Recorder:
         journal.watch(self.stop)
         self.on_drift = on_drift
         self._budget = budget
-        self._waiting_since = self._waited = 0.0
+        self._questions_since = 0.0
+        """When the first of the present waits for a person's decision began, by time.monotonic()."""
+        self._questions_seconds = 0.0
+        """How long such waits took that are over."""
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.holds_one_task = False
@@ -251,7 +248,7 @@ class Recorder:
         Since the call was made, the run may have waited for a person or for a retry. If another process owns the
         session, the run ends with SessionBusy.
         """
-        if not self.journal.is_holding:
+        if not self.journal.owner.is_holding:
             with self.servers_errors():
                 await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
 
@@ -267,7 +264,7 @@ class Recorder:
 
     def was_checked(self, condition: str) -> bool:
         """Return whether the recorded run is finished, and made the latest check of a termination condition, too."""
-        ended = self.journal.ended
+        ended = self.journal.finished_run
         return ended is not None and self._checks[condition] <= ended.looks.get(condition, 0)
 
     @property
@@ -282,7 +279,7 @@ class Recorder:
         if since is None:
             return 0
         now = time.monotonic()
-        waited = self._waited + (now - self._waiting_since if self._questions_to_people else 0)
+        waited = self._questions_seconds + (now - self._questions_since if self._questions_to_people else 0)
         return round((now - since - waited) * 1000)
 
     async def begin_session(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
@@ -384,8 +381,8 @@ class Recorder:
         call: Call,
         perform: Perform | None,
         *,
-        streamed: Streamed = _nothing,
-        on_replay: Callable[[Content], None] = _ignore,
+        streamed: Streamed = lambda _: [],
+        on_replay: Callable[[Content], None] = lambda _: None,
         caller: Caller = None,
         token: Token | None = None,
         early: bool = False,
@@ -407,7 +404,8 @@ class Recorder:
         pending.cleanup = self.cleanup.of_this_task()
         is_cancelled = pending.cleanup is not None or (token is not None and token.is_cancelled())
         self.setbacks.called(call, caller, is_cancelled=is_cancelled)
-        if early and (event := self.replay.peek(pending.call)) is not None:
+        event = self.replay.ahead.get(pending.call.address) if early else None
+        if event is not None and not self.replay.differences(event, pending.call):
             self._found(pending, event.content)
         with call_of_a_thread():
             answer = await self._replayed(pending)
@@ -560,8 +558,8 @@ class Recorder:
         waited_ms = max(0, event.active_ms - event.asked_ms)
         watched: set[asyncio.Future[Any]] = {self.failed, given_up}
         # If the recorded run did nothing but clean up since then, Ctrl+C may have ended it, and a kill its clean-up.
-        later = self._since(event)
-        was_ending = self.journal.ended is None and all(one.is_cleanup for one in later)
+        later = self._since(event.seq)
+        was_ending = self.journal.finished_run is None and all(one.is_cleanup for one in later)
         # The recorded run may have given the call up because of an earlier failure. Wait until this run makes the
         # failed call again: if it fails again, the program gives this call up again.
         follows_failure = not was_ending and any(failed < event.seq for failed in self.replay.revoked_failures.values())
@@ -587,8 +585,8 @@ class Recorder:
         try:
             # Make no live call before the whole record is replayed: until then, drift may be detected.
             await self._in_time(pending, self.replay.wait_until_over(call))
-            if self.holds_one_task and self.journal.ended is not None:
-                why = self.journal.ended.stop_reason or "it had its answer"
+            if self.holds_one_task and self.journal.finished_run is not None:
+                why = self.journal.finished_run.stop_reason or "it had its answer"
                 last = self.journal.events[-1].seq
                 await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
             # Wait until the session is idle, because the program may still be closing streams that it left.
@@ -652,7 +650,7 @@ class Recorder:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
         while exceeded := budget.exceeded(call, self._live_ms):
             await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
-        budget.begun(call)
+        budget.count_call(call)
 
     async def _performed(self, pending: _PendingCall, perform: Perform) -> Performed:
         place = current.get()
@@ -688,7 +686,7 @@ class Recorder:
         if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
         if not self._questions_to_people:
-            self._waiting_since = time.monotonic()
+            self._questions_since = time.monotonic()
         self._questions_to_people.append((address, what))
         self._another_waits.set()
         try:
@@ -696,7 +694,7 @@ class Recorder:
         finally:
             self._questions_to_people.remove((address, what))
             if not self._questions_to_people:
-                self._waited += time.monotonic() - self._waiting_since
+                self._questions_seconds += time.monotonic() - self._questions_since
 
     async def _park_when_all_wait(self) -> None:
         while True:
@@ -776,7 +774,7 @@ class Recorder:
         if pending.cleanup is not None:
             pending.cleanup.add(event.address)
         if self._budget is not None:
-            self._budget.recorded(event)
+            self._budget.count_usage(event)
         return event
 
     def _check_not_failed(self) -> None:
@@ -836,16 +834,17 @@ class Recorder:
     async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
         """Revoke events that the replay has not delivered yet."""
         await self.journal.revoke(events, why, is_another_program=is_another_program)
-        self.replay.drop(events)
+        for event in events:
+            self.replay.ahead.pop(event.address, None)
 
-    def _since(self, first: Event) -> list[Event]:
-        return [event for event in self.journal.events if event.seq >= first.seq and event.kind is not Kind.REVOKE]
+    def _since(self, seq: int) -> list[Event]:
+        return [event for event in self.journal.events if event.seq >= seq and event.kind is not Kind.REVOKE]
 
     async def _revoke_cleanup(self, first: Event) -> None:
         """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
         async with self._record_lock:
             # Leave out what this run has recorded: another branch may have revoked later calls before.
-            events = [event for event in self._since(first) if event.is_cleanup]
+            events = [event for event in self._since(first.seq) if event.is_cleanup]
             if first not in events:
                 return  # another call that Ctrl+C cut off has revoked it
             self.journal.log.warning(
@@ -870,12 +869,14 @@ class Recorder:
         """Handle drift after event number `after`: raise DriftError, or revoke the later events and continue live."""
         session = self.journal.session
         self.differs(what)
-        self.journal.ended = None  # what follows is another run: it makes calls and stops on its own
+        self.journal.finished_run = None  # what follows is another run: it makes calls and stops on its own
         async with self._record_lock:
             left = len(self.replay.ahead)
             self.journal.log.warning(
                 "session %s continues live from here; %d recorded event(s) are dropped", session, left
             )
-            await warn_of_effects(self.journal, [event for event in self.journal.events if event.seq > after])
-            await self.journal.revoke_after(after, what)
+            # Keep added user messages: agents still get them.
+            later = [event for event in self._since(after + 1) if event.kind is not Kind.MESSAGE]
+            await warn_of_effects(self.journal, later)
+            await self.journal.revoke(later, what, is_another_program=True)
             self.replay.leave()

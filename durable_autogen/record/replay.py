@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from durable_autogen.record.events import Call, Event, EventInput, GivenUp, Kind
@@ -29,6 +28,8 @@ NAMES_HINT = (
 
 @dataclass
 class _Asked:
+    """A call that waits for its recorded event."""
+
     call: Call
     delivered: asyncio.Future[Event | None]
 
@@ -105,7 +106,7 @@ class Replay:
         """The next event to deliver; None after the last one."""
         return next(iter(self.ahead.values()), None)
 
-    def recorded(self, address: str) -> Event | None:
+    def event_for(self, address: str) -> Event | None:
         """Return the event that will answer the call at this address: one that is ahead, or that of a given-up call."""
         return self.ahead.get(address) or self._apart.get(address)
 
@@ -122,14 +123,12 @@ class Replay:
         free = self._free[call.kind, call.agent]
         if not is_taken:
             free.append(call.position)
-        expected = None if is_taken else self.recorded(call.address) or self._unfinished.get(call.address)
-        if expected is None or not (_is_accepted(expected) or _hash_of(expected) == wanted):
+        expected = None if is_taken else self.event_for(call.address) or self._unfinished.get(call.address)
+        if expected is None or not (expected.accepted or _hash_of(expected) == wanted):
             every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
             left = {
-                one.position: _hash_of(one)
-                for one in same_agent
-                if one.address not in self._taken and not _is_accepted(one)
+                one.position: _hash_of(one) for one in same_agent if one.address not in self._taken and not one.accepted
             }
             found = [position for position, recorded in left.items() if recorded == wanted]
             if not found and is_taken:
@@ -141,11 +140,6 @@ class Replay:
             free.remove(call.position)
         self._taken.add(call.address)
         return call
-
-    def peek(self, call: Call) -> Event | None:
-        """Return a call's recorded event before its delivery, if the event exists and matches the call; else None."""
-        event = self.ahead.get(call.address)
-        return None if event is None or self.differences(event, call) else event
 
     def take_apart(self, address: str) -> Event | None:
         """Return and remove the console event or given-up call of an address; None if the address has none."""
@@ -211,11 +205,6 @@ class Replay:
         return any(
             event.asked_after >= self.revoked_failures.get(call.address, math.inf) for call in self._waiting_live
         )
-
-    def drop(self, events: Iterable[Event]) -> None:
-        """Drop events that were revoked: the next event, or those of given-up calls."""
-        for event in events:
-            self.ahead.pop(event.address, None)
 
     async def run(self) -> Mismatch | None:
         """Deliver all events in order; return None after the last one. Return early if the next event doesn't fit."""
@@ -294,7 +283,7 @@ class Replay:
         it: the recorded run came to its end, or had no such agent. (A run that was cut off may have made further calls
         of the agents on record.)
         """
-        is_finished = self._journal.ended is not None
+        is_finished = self._journal.finished_run is not None
         return any(is_finished or call.agent not in self._agents for call in self._waiting_live) or any(
             bool(self.differences(self.ahead[address], asked.call))
             for address, asked in self._asked.items()
@@ -305,10 +294,6 @@ class Replay:
     def _another_call_waits(self) -> bool:
         """Whether the program waits for another call than the next recorded one."""
         return bool(self._asked or self._waiting_live)
-
-
-def _is_accepted(one: Event | EventInput) -> bool:
-    return isinstance(one, Event) and one.accepted
 
 
 def _hash_of(one: Event | EventInput) -> object:

@@ -37,7 +37,6 @@ from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
 S = TypeVar("S", bound="Session")
-T = TypeVar("T")
 
 
 class Session:
@@ -90,7 +89,6 @@ class Session:
         self._waits: Waits
         self.guard: Guard
         """The policies of the run."""
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
 
@@ -118,12 +116,14 @@ class Session:
     @property
     def recorder(self) -> Recorder:
         """The run's recorder. Raises RuntimeError outside `async with`."""
-        return _opened(self._recorder)
+        if self._recorder is None:
+            raise RuntimeError("the session is not open: use it inside `async with`")
+        return self._recorder
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop in which the session was opened. Raises RuntimeError outside `async with`."""
-        return _opened(self._loop)
+        return self.recorder.failed.get_loop()
 
     @contextmanager
     def agent(self, name: str) -> Iterator[None]:
@@ -195,7 +195,6 @@ class Session:
                     address = (await stack.enter_async_context(EmbeddedNexum(None, owners=True))).address
                 client = await stack.enter_async_context(NexumClient(address))
                 journal = await stack.enter_async_context(Journal(client, self.session_id, self.log))
-            self._loop = asyncio.get_running_loop()
             unrecorded.watch()
             stack.enter_context(at(Place(self, around=current.get())))
             budget = None if self._budget is None else BudgetCheck(self._budget, journal)
@@ -250,7 +249,7 @@ class Session:
                 await journal.cancel_running(BUDGET_QUESTION, budget_prefix(self.session_id))
                 await journal.cancel_running(SENT_EVENT, f"{self.session_id}/")
             # Since the end of a finished session, a person may have resolved an effect as not done.
-            if journal.may_leave_open or journal.ended is not None:
+            if journal.may_leave_open or journal.finished_run is not None:
                 await cancel_effects_to_be_made(journal)
 
     async def _close(self) -> None:
@@ -283,12 +282,6 @@ class Session:
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
             self.log.warning("session %s: outside the record: %s", self.session_id, times)
-
-
-def _opened(value: T | None) -> T:
-    if value is None:
-        raise RuntimeError("the session is not open: use it inside `async with`")
-    return value
 
 
 def _is_successful_exit(error: BaseException) -> bool:

@@ -19,11 +19,6 @@ MAX_DEPTH = 100  # levels of nesting at most; a value with more levels is record
 _LONE = re.compile("[\ud800-\udfff]")
 
 
-def has_surrogates(text: str) -> bool:
-    """Return whether a text holds a lone surrogate."""
-    return not text.isascii() and _LONE.search(text) is not None
-
-
 def representable(value: Any) -> Any:
     """Return a JSON-like value with each lone surrogate replaced: databases can't store lone surrogates."""
     if isinstance(value, str):

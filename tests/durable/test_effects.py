@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -414,6 +415,28 @@ async def test_time_limit_leaves_a_once_effect_unknown(server: ServerThread) -> 
         async with DurableSession("s", nexum=server.address, park=True):
             await slow.tool.run_json({}, CancellationToken())
     assert slow.attempts == 1
+
+
+@dataclass(repr=False)
+class Receipt:
+    """A result that can't be written: its number is never set."""
+
+    number: str = field(init=False)
+
+
+async def test_once_effect_is_unknown_if_its_result_can_not_be_written(server: ServerThread) -> None:
+    done: list[str] = []
+
+    async def charge() -> Receipt:
+        """Charge."""
+        done.append(call_id())
+        return Receipt()
+
+    for _ in range(2):
+        with pytest.raises(Parked, match=r"may or may not have happened .*no attribute 'number'"):
+            async with DurableSession("s", nexum=server.address, park=True):
+                await durable_tool(charge, effect="once").run_json({}, CancellationToken())
+    assert len(done) == 1
 
 
 async def test_tool_may_say_that_its_effect_is_unknown(server: ServerThread) -> None:

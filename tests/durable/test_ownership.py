@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from autogen_agentchat.teams import RoundRobinGroupChat
@@ -45,7 +46,17 @@ from durable_autogen import (
     list_sessions,
 )
 from durable_autogen.autogen.fingerprints import describe_call
-from durable_autogen.record.events import AGENT_EVENT, Call, GivenUp, Kind, Mark, Raised, Returned, read_record
+from durable_autogen.record.events import (
+    AGENT_EVENT,
+    Call,
+    GivenUp,
+    Kind,
+    Mark,
+    Raised,
+    Returned,
+    latest_run,
+    read_record,
+)
 from durable_autogen.record.failures import Failure
 from durable_autogen.record.journal import Journal
 from nexum_engine.client import NexumClient, Started
@@ -103,14 +114,18 @@ class Late(Journal):
         super().__init__(client, "s")
         self.seen = [seen]
 
-    async def _runs(self, status: str = "") -> Execution | None:
-        return self.seen.pop() if self.seen else await super()._runs(status)
+    async def __aenter__(self) -> Journal:
+        with patch("durable_autogen.record.journal.latest_run", self._latest_run):
+            return await super().__aenter__()
+
+    async def _latest_run(self, client: NexumClient, session: str, *, status: str = "") -> Execution | None:
+        return self.seen.pop() if self.seen else await latest_run(client, session, status=status)
 
 
 async def failed_run(client: NexumClient) -> Execution | None:
     """Run the session once, and let the run record a reply and fail. Return the run as seen while it was under way."""
     async with Journal(client, "s") as journal:
-        seen = await journal._runs()
+        seen = await latest_run(client, "s")
         await journal.record(Call(Kind.REPLY, "", "reply/1"), Returned(value="yes"))
     return seen
 
