@@ -39,6 +39,7 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent)]
 
+from floor import compile_modules  # noqa: E402
 from peers import ALL  # noqa: E402
 from peers.base import (  # noqa: E402
     ARGUMENT_BYTES,
@@ -263,6 +264,7 @@ def main() -> int:
     peers = chosen(args.only, args.published)
     if not peers:
         parser.error("no peer is left to be measured")
+    compile_modules()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="compare-", ignore_cleanup_errors=True) as folder:
         if is_in_memory(Path(folder)) and not args.quick:
             parser.error(f"{folder} is in memory: name a folder on a disk with --folder")

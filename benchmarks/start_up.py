@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from floor import ROOT, machine, machine_text
+from floor import ROOT, compile_modules, machine, machine_text
 
 sys.path.insert(0, str(ROOT))
 
@@ -113,7 +113,10 @@ def main() -> int:
     parser.add_argument("--beside", type=Path, metavar="FOLDER", help="measure this version of the project, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    found = measure(args.rounds, [ROOT, *([args.beside.resolve()] if args.beside else [])])
+    versions = [ROOT, *([args.beside.resolve()] if args.beside else [])]
+    for version in versions:
+        compile_modules(version)
+    found = measure(args.rounds, versions)
     print(json.dumps(found, indent=2, ensure_ascii=False) if args.json else table(found))
     return 0
 
