@@ -140,9 +140,17 @@ class PurePythonStream:
                     async for answer in self._stream:
                         self._answers.put_nowait(answer)
                     await self._stream.end()
+        except grpc.RpcError:
+            if not self._has_ended_well():
+                raise
         finally:
             self._is_open.set()
             self._answers.put_nowait(None)
+
+    def _has_ended_well(self) -> bool:
+        """Return whether the server has ended the stream without an error. It may close the connection right then."""
+        opened = getattr(self._stream, "_stream", None)
+        return opened is not None and dict(opened.trailers or ()).get("grpc-status") == "0"
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Call `callback` when the stream is over."""

@@ -91,8 +91,11 @@ def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) ->
 
 
 def answer(output: str) -> str:
-    """Return the final answer in the demo's output."""
-    return output.partition("\n\n")[2].partition("\n[Nexum] ")[0]
+    """Return the final answer in the demo's output.
+
+    Leave out lines about the server that the demo has logged between two streamed pieces of the answer.
+    """
+    return re.sub(r"(?<!\n)\[Nexum\] .*\n", "", output.partition("\n\n")[2]).partition("\n[Nexum] ")[0]
 
 
 @contextmanager
