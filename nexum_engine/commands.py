@@ -591,7 +591,7 @@ class _Decision:
     stands: Callable[[Node, Attempt], bool]
     """Returns whether the last decision about a node is this one, and still counts."""
     done: str
-    """What is said of the node after the decision."""
+    """What the command says about the node when it has recorded the decision, such as `is approved`."""
 
     async def make(self, execution_id: str, node_id: str) -> str:
         """Make the decision, unless the same one was made before; return a line about it.

@@ -282,17 +282,29 @@ def report_frame(call: int, task: pb.PollResponse) -> pb.CallFrame:
     return request_frame(call, "CompleteTask", pb.CompleteRequest(task_id=task.task_id, output_json="1"))
 
 
-async def test_the_answer_to_a_report_shares_a_message_with_the_next_task(
-    server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
-    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+POLL = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
+
+
+@asynccontextmanager
+async def holding_a_task(server: EngineServer, stub: Any, *more: pb.CallFrame) -> AsyncIterator[tuple[RawStream, Any]]:
+    """Yield a stream, and the task that call 1 on it has got. The frames `more` are sent with call 1."""
     await started(stub)
     async with RawStream(server.address) as raw:
-        await raw.send(request_frame(1, "PollTask", poll))
+        await raw.send(request_frame(1, "PollTask", POLL), *more)
         (handed_out,) = await raw.read()
-        task = pb.PollResponse.FromString(handed_out.message)
-        await raw.send(report_frame(2, task), request_frame(3, "PollTask", poll))
+        yield raw, pb.PollResponse.FromString(handed_out.message)
+
+
+@pytest.fixture
+def _long_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an answer that may wait for another one wait longer than a test."""
+    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
+
+
+@pytest.mark.usefixtures("_long_delay")
+async def test_the_answer_to_a_report_shares_a_message_with_the_next_task(server: EngineServer, stub: Any) -> None:
+    async with holding_a_task(server, stub) as (raw, task):
+        await raw.send(report_frame(2, task), request_frame(3, "PollTask", POLL))
         execution = await stub.GetExecution(
             pb.GetExecutionRequest(execution_id=task.execution_id, wait_ms=LONG_MS), timeout=SOON
         )
@@ -305,38 +317,22 @@ async def test_the_answer_to_a_report_shares_a_message_with_the_next_task(
 
 
 async def test_the_answer_to_a_report_is_sent_without_a_next_task(server: EngineServer, stub: Any) -> None:
-    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
-    await started(stub)
-    async with RawStream(server.address) as raw:
-        await raw.send(request_frame(1, "PollTask", poll))
-        (handed_out,) = await raw.read()
-        task = pb.PollResponse.FromString(handed_out.message)
-        await raw.send(report_frame(2, task), request_frame(3, "PollTask", poll))
+    async with holding_a_task(server, stub) as (raw, task):
+        await raw.send(report_frame(2, task), request_frame(3, "PollTask", POLL))
         assert [frame.call for frame in await raw.read()] == [2]
 
 
-async def test_the_answer_to_a_report_does_not_wait_for_another_workers_poll(
-    server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
-    poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
-    await started(stub)
-    async with RawStream(server.address) as raw:
-        await raw.send(request_frame(1, "PollTask", poll), request_frame(2, "PollTask", poll))
-        (handed_out,) = await raw.read()
-        await raw.send(report_frame(3, pb.PollResponse.FromString(handed_out.message)))
+@pytest.mark.usefixtures("_long_delay")
+async def test_the_answer_to_a_report_does_not_wait_for_another_workers_poll(server: EngineServer, stub: Any) -> None:
+    async with holding_a_task(server, stub, request_frame(2, "PollTask", POLL)) as (raw, task):
+        await raw.send(report_frame(3, task))
         assert [frame.call for frame in await raw.read()] == [3]
 
 
-async def test_the_answer_to_a_report_without_a_waiting_poll_does_not_wait(
-    server: EngineServer, stub: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calls, "ACK_DELAY", 2 * SOON)
-    await started(stub)
-    async with RawStream(server.address) as raw:
-        await raw.send(request_frame(1, "PollTask", pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)))
-        (handed_out,) = await raw.read()
-        await raw.send(report_frame(2, pb.PollResponse.FromString(handed_out.message)))
+@pytest.mark.usefixtures("_long_delay")
+async def test_the_answer_to_a_report_without_a_waiting_poll_does_not_wait(server: EngineServer, stub: Any) -> None:
+    async with holding_a_task(server, stub) as (raw, task):
+        await raw.send(report_frame(2, task))
         assert [frame.call for frame in await raw.read()] == [2]
 
 

@@ -247,6 +247,15 @@ async def _one(task: TaskContext) -> int:
     return 1
 
 
+async def _until_cancelled(at_work: asyncio.Event, cleaned_up: asyncio.Event) -> dict[str, Any]:
+    at_work.set()
+    try:
+        await asyncio.sleep(3600)
+    finally:
+        cleaned_up.set()
+    return {}
+
+
 async def test_handler_of_a_cancelled_execution_is_cancelled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "nexum_engine.worker")
     at_work, cleaned_up = asyncio.Event(), asyncio.Event()
@@ -254,12 +263,7 @@ async def test_handler_of_a_cancelled_execution_is_cancelled(tmp_path: Path, cap
     async def wait(task: TaskContext) -> dict[str, Any]:
         if task.input.get("ends"):
             return {}
-        at_work.set()
-        try:
-            await asyncio.sleep(3600)
-        finally:
-            cleaned_up.set()
-        return {}
+        return await _until_cancelled(at_work, cleaned_up)
 
     with nexum_server(tmp_path, lease=1.0) as server:  # a short lease, and so frequent heartbeats
         async with NexumClient(server.address) as client, working(server.address, {ONE: {"a": wait}}, concurrency=1):
@@ -284,12 +288,7 @@ async def test_handler_of_a_failed_execution_is_cancelled(tmp_path: Path) -> Non
         return [True, False]
 
     async def wait(_: TaskContext) -> dict[str, Any]:
-        at_work.set()
-        try:
-            await asyncio.sleep(3600)
-        finally:
-            cleaned_up.set()
-        return {}
+        return await _until_cancelled(at_work, cleaned_up)
 
     async def fail(_: TaskContext) -> None:
         await asyncio.wait_for(at_work.wait(), SOON)
