@@ -26,7 +26,7 @@ class RunCancelled(NexumError):
 
     @classmethod
     def of(cls, session: str, how: str = "cancelled") -> RunCancelled:
-        """Return the error of a session's run. `how` is "cancelled", or says also who cancelled the run."""
+        """Return the error of a session's run. `how` is "cancelled", or "cancelled by" a name."""
         return cls(f"the run of session {session} was {how}; run it again to resume from what is recorded")
 
 

@@ -344,7 +344,7 @@ class BudgetCheck:
                 )
 
     def _warn(self, line: str, about: object = None) -> None:
-        """Log a warning, unless this run has logged it before, or another one `about` the same."""
+        """Log a warning, unless this run has logged the same line, or another line with the same `about`."""
         if (about or line) not in self._warned:
             self._warned.add(about or line)
             self._journal.log.warning("%s", line)

@@ -179,7 +179,7 @@ class Recorder:
         self._questions_since = 0.0
         """When the first of the present waits for a person's decision began, by time.monotonic()."""
         self._questions_seconds = 0.0
-        """How long such waits took that are over."""
+        """The total length of the earlier waits for a person's decision."""
         self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         """A future that gets the error that ends the run. Every later call raises that error."""
         self.holds_one_task = False
