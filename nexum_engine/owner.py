@@ -36,7 +36,7 @@ from nexum_engine.records import DeclaredTool, Task
 from nexum_engine.workflow import Workflow
 
 CONNECT_TIMEOUT = 30.0  # seconds
-GIVE_UP_PATIENCE = 5.0  # seconds for the server to free a call's place after the caller was cancelled
+GIVE_UP_PATIENCE = 5.0  # seconds for the server to free a call's slot after the caller was cancelled
 HELD_FOR = 0.5
 """For how many seconds after an accepted start the owner counts as holding its tasks.
 
@@ -130,13 +130,13 @@ class Owner:
         """
         return await self._start(workflow, input, idempotency_key, holding, "")
 
-    async def take_place(
+    async def take_slot(
         self, workflow: Workflow, input: BaseModel | Mapping[str, Any], *, key: str, holding: Task | None = None
     ) -> Task:
-        """Wait until the limits of the workflow's only node let one more call pass. Return a task: the call's place.
+        """Wait until the limits of the workflow's only node let one more call pass. Return a task: the call's slot.
 
-        To free the place, complete the task. If this process dies, the server frees the place. `key` names the call: if
-        a process makes the call again after a crash, it takes over the place. Raises what `start` raises.
+        To free the slot, complete the task. If this process dies, the server frees the slot. `key` names the call: if
+        a process makes the call again after a crash, it takes over the slot. Raises what `start` raises.
         """
         number = 0
         while True:
@@ -145,17 +145,17 @@ class Owner:
             try:
                 started = await self.start(workflow, input, idempotency_key=numbered, holding=holding)
             except asyncio.CancelledError:
-                giving_up = asyncio.ensure_future(self._give_up_place(workflow, input, numbered))
+                giving_up = asyncio.ensure_future(self._give_up_slot(workflow, input, numbered))
                 await asyncio.wait({giving_up}, timeout=GIVE_UP_PATIENCE)
                 raise
             if started.task is not None:
                 return started.task
 
-    async def _give_up_place(
+    async def _give_up_slot(
         self, workflow: Workflow, input: BaseModel | Mapping[str, Any], idempotency_key: str
     ) -> None:
-        # If the cancelled start got the place, its execution has a task: complete the task. If the execution still
-        # waits for the place, cancel the execution.
+        # If the cancelled start got the slot, its execution has a task: complete the task. If the execution still
+        # waits for the slot, cancel the execution.
         with contextlib.suppress(NexumError):
             started = await self._client.start_execution(
                 workflow, input, idempotency_key=idempotency_key, owner=self.owner_id

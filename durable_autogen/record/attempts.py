@@ -1,8 +1,8 @@
 """The attempts at a call under a policy: their retries, their time limits, and the limits that all processes share.
 
-The server enforces `rate` and `concurrency`. Before an attempt, the call takes a place: it owns an execution of the
+The server enforces `rate` and `concurrency`. Before an attempt, the call takes a slot: it owns an execution of the
 workflow `limited-call:NAME`, whose only node has the limits of the policy. After the attempt, the call completes that
-execution. So all processes that use the server share the limits. If a process dies, its places become free when the
+execution. So all processes that use the server share the limits. If a process dies, its slots become free when the
 server notices the death.
 """
 
@@ -28,7 +28,7 @@ from nexum_engine.workflow import workflow
 T = TypeVar("T")
 
 SAY_AFTER = 1.0  # seconds; if a call waits longer, a log line says so
-ROOM_FOR_NUMBER = 10  # characters that follow the key of a call's place: a slash and the attempt's number
+ROOM_FOR_NUMBER = 10  # characters that follow the key of a call's slot: a slash and the attempt's number
 CANCEL_PATIENCE = 1.0  # seconds that a cancelled attempt has to end
 
 
@@ -71,7 +71,7 @@ class Attempts:
         """Make the call, and retry it as the policy says.
 
         If an attempt exceeds a time limit of the policy, it fails with TookTooLong. During each attempt, the call holds
-        a place under the policy's rate and concurrency.
+        a slot of the policy's rate and concurrency.
         """
         policy, what, number = self._policy, self._call.name, 0
         while True:
@@ -96,7 +96,7 @@ class Attempts:
                 await asyncio.sleep(delay)
 
     async def take(self) -> None:
-        """Wait until the limits allow the call, and take a place. Do nothing if the call has a place already."""
+        """Wait until the limits allow the call, and take a slot. Do nothing if the call has a slot already."""
         if not self._policy.is_limited or self._task is not None:
             return
         journal, scope = self._journal, self._journal.recorded.scope_of(self._call.address)
@@ -108,7 +108,7 @@ class Attempts:
                 limits = workflow(f"limited-call:{self._name}", input=LimitedCall).compute(
                     "call", rate=self._policy.rate, concurrency=self._policy.concurrency
                 )
-                self._task = await journal.under_this_run(journal.owner.take_place, limits.build(), input, key=key)
+                self._task = await journal.under_this_run(journal.owner.take_slot, limits.build(), input, key=key)
         finally:
             saying.cancel()
 
@@ -118,10 +118,10 @@ class Attempts:
         self._journal.log.info("%s waits, because of its %s", self._call, told)
 
     async def free(self) -> None:
-        """Free the place for another call."""
+        """Free the slot for another call."""
         task, self._task = self._task, None
         if task is not None:
-            # Do nothing if the server freed the place already, or if its database was replaced.
+            # Do nothing if the server freed the slot already, or if its database was replaced.
             with self._recorder.servers_errors(), contextlib.suppress(StaleTask, TaskNotFound):
                 await self._journal.owner.complete(task, {})
 

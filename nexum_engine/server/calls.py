@@ -68,7 +68,7 @@ class CallStreams:
 
     def __init__(self, rpcs: Mapping[str, Rpc], max_calls: int) -> None:
         self.rpcs = rpcs
-        self.free_places = max_calls
+        self.free_slots = max_calls
         """How many more calls all streams together may run."""
         self._open: set[_Stream] = set()
         self._stopping = False
@@ -123,7 +123,7 @@ class _Stream:
                         self._cancel(frame.call)
                     elif self._is_finishing:
                         continue
-                    elif len(self._calls) < MAX_STREAM_CALLS and self._all.free_places > 0:
+                    elif len(self._calls) < MAX_STREAM_CALLS and self._all.free_slots > 0:
                         self._begin(frame, may_wait=has_poll and frame.method in _REPORTS)
                     else:
                         # Wait here until the client reads: refusals that nobody reads must not pile up.
@@ -138,14 +138,14 @@ class _Stream:
         if frame.call in self._calls:
             raise InvalidRequest(f"the stream already has a call with the number {frame.call}")
         context = CallContext(self._metadata)
-        self._all.free_places -= 1
+        self._all.free_slots -= 1
         answering = asyncio.create_task(self._answer(frame, context, may_wait))
         self._calls[frame.call] = answering, context
         answering.add_done_callback(partial(self._ended, frame.call))
 
     def _ended(self, call: int, _: asyncio.Task[None]) -> None:
         _, context = self._calls.pop(call)
-        self._all.free_places += 1
+        self._all.free_slots += 1
         context.end()
         if self._is_finishing and not self._calls:
             self._has_news.set()

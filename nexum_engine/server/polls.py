@@ -274,7 +274,7 @@ class Polls:
                 if started.held is None:
                     return started, 0
                 if started.held_version != version_hash:
-                    # The tasks of this version are announced. Start again: the place may have become free meanwhile.
+                    # The tasks of this version are announced. Start again: the slot may have become free meanwhile.
                     return await self.under_limits(started.held_version, start, end - loop.time())
                 left, opens_ms = end - loop.time(), started.held.opens_ms
                 left_ms = HELD_MS if opens_ms is None else max(1, opens_ms - self._clock.now_ms())

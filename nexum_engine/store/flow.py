@@ -15,7 +15,7 @@ from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, N
 from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
 from nexum_engine.store.ids import node_number, random_part
-from nexum_engine.store.limits import place_freed
+from nexum_engine.store.limits import slot_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution, output_bytes
 from nexum_engine.store.results import Changes, ReadyTask
 from nexum_engine.workflow import NodeDefinition
@@ -303,7 +303,7 @@ def end_execution(
     if status is not ExecutionStatus.COMPLETED:
         for node in db.all("cancel_nodes", execution=execution, now=db.now_ms):
             if node["outcome"] == Outcome.CANCELLED:
-                place_freed(db, node, changes)
+                slot_freed(db, node, changes)
         db.run("cancel_item_nodes", execution=execution, now=db.now_ms)
         changes.ended_items += [
             item["execution_id"] for item in db.all("cancel_items", execution=execution, now=db.now_ms)

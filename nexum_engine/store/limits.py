@@ -76,7 +76,7 @@ def pass_through(db: Db, node: Row, gate: Gate) -> None:
         db.run("set_bucket", execution=node["execution"], node_id=node["node_id"], next_ms=gate.full_ms)
 
 
-def place_freed(db: Db, node: Row, changes: Changes) -> None:
+def slot_freed(db: Db, node: Row, changes: Changes) -> None:
     """Announce the tasks that the limits of `node` may have held back until now.
 
     Call this when an attempt at `node` has ended, after the statement that ends it.

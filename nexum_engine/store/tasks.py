@@ -18,7 +18,7 @@ from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import start_execution
 from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
-from nexum_engine.store.limits import gate_of, pass_through, place_freed
+from nexum_engine.store.limits import gate_of, pass_through, slot_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
 from nexum_engine.store.results import Changes, Claim, Gate, ReadyTask, Started
 from nexum_engine.workflow import check_id
@@ -372,7 +372,7 @@ def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
     execution_id = row["execution_id"]
     flow.check_outputs_fit(db, execution_id, output_json)
     db.run("record_output", node=row["node"], output_json=output_json, attempt=row["attempt"], now=db.now_ms)
-    place_freed(db, row, changes)
+    slot_freed(db, row, changes)
     if row["unrecorded"] > 1:  # counted before this node was recorded, so more than 1 means that other nodes are left
         flow.advance(db, row["execution"], row["workflow_id"], row["version_hash"], changes)
     else:
@@ -487,14 +487,14 @@ def _ended(db: Db, row: Row, end: AttemptEnd) -> dict[str, object]:
 def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd, changes: Changes) -> bool:
     """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
     retried = db.changes("retry_node", due_ms=due_ms, **_ended(db, row, end))
-    place_freed(db, row, changes)
+    slot_freed(db, row, changes)
     return bool(retried)
 
 
 def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
     """End the attempt in `row`, and mark its node and execution as FAILED, unless the node has already ended."""
     if db.changes("fail_node", error=reason, **_ended(db, row, end)):
-        place_freed(db, row, changes)
+        slot_freed(db, row, changes)
         end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
 
@@ -516,7 +516,7 @@ def wait_for_person(
         lost=lost,
         now=db.now_ms,
     )
-    place_freed(db, row, changes)
+    slot_freed(db, row, changes)
 
 
 def _shortened(error: str) -> str:

@@ -51,7 +51,7 @@ def program(folder: Path, *arguments: str) -> Iterator[Process]:
         yield process
 
 
-async def places(server: ServerThread, name: str) -> list[Attempt]:
+async def slots(server: ServerThread, name: str) -> list[Attempt]:
     """Return the attempts that the limits of a tool or model let begin: one for each call or retry, in order."""
     found: list[Attempt] = []
     async with NexumClient(server.address) as client:
@@ -62,7 +62,7 @@ async def places(server: ServerThread, name: str) -> list[Attempt]:
     return sorted(found, key=lambda one: one.started_ms)
 
 
-async def running_places(server: ServerThread, count: int) -> None:
+async def running_slots(server: ServerThread, count: int) -> None:
     """Wait until at least `count` calls of `work` run, or wait because of its limits."""
     async with NexumClient(server.address) as client:
         while len(await client.list_executions(workflow_id="limited-call:work", status="RUNNING")) < count:  # noqa: ASYNC110
@@ -96,14 +96,14 @@ async def test_rate_and_concurrency_of_a_tool_count_its_calls_and_retries(server
 
         assert await asyncio.gather(*map(call, range(5))) == list(range(5))
     assert (sorted(calls), most) == ([0, 1, 1, 2, 3, 4], 2)
-    found = await places(server, "work")
+    found = await slots(server, "work")
     assert len(found) == 6
     for first, later in enumerate(found[2:]):
         # The rate is 2 in 0.4 s: two calls may begin at once, and then one every 0.2 s.
         assert later.started_ms - found[first].started_ms >= 200 - 1
     async with DurableSession("s", nexum=server.address) as session:
         assert await asyncio.gather(*map(call, range(5))) == list(range(5))
-    assert len(await places(server, "work")) == 6, "a replayed call took a place"
+    assert len(await slots(server, "work")) == 6, "a replayed call took a slot"
 
 
 async def test_rate_of_a_model_counts_over_sessions(server: ServerThread) -> None:
@@ -114,19 +114,19 @@ async def test_rate_of_a_model_counts_over_sessions(server: ServerThread) -> Non
             model = Scripted([], "hello", name="m")
             async with DurableSession(session, nexum=server.address, policies=policies):
                 assert (await model.create(QUESTION)).content == "hello"
-    found = await places(server, "Scripted")
+    found = await slots(server, "Scripted")
     assert all(later.started_ms - earlier.started_ms >= 2999 for earlier, later in pairwise(found))
     assert len(found) == 2
     assert [line for line in lines if "waits" in line] == ["reply 1 of the program waits, because of its rate of 1/3s"]
 
 
 @pytest.mark.parametrize("effect", ["idempotent", "once"])
-async def test_killed_process_gives_its_place_back(server: ServerThread, tmp_path: Path, effect: str) -> None:
+async def test_killed_process_gives_its_slot_back(server: ServerThread, tmp_path: Path, effect: str) -> None:
     with program(tmp_path, "one", server.address, effect, "hangs") as holder:
         holder.wait_for("AT WORK")
         with program(tmp_path, "two", server.address, effect, "works") as waiting:
             waiting.wait_for("BEGINS")
-            await running_places(server, 2)
+            await running_slots(server, 2)
             assert not any("AT WORK" in line for line in waiting.lines)
             holder.kill()
             assert waiting.wait_for("GOT") == "GOT done"
@@ -139,18 +139,18 @@ async def test_run_killed_while_it_waits_has_made_no_call(server: ServerThread, 
     with program(tmp_path, "one", server.address, "once", "hangs") as holder:
         holder.wait_for("AT WORK")
         with program(tmp_path, "two", server.address, "once", "works") as waiting:
-            await running_places(server, 2)
+            await running_slots(server, 2)
             waiting.kill()
         holder.kill()
     with program(tmp_path, "two", server.address, "once", "works") as again:
         assert again.wait_for("GOT") == "GOT done"  # the killed run had not begun the effect, so it is not UNKNOWN
     async with NexumClient(server.address) as client:
         found = await client.list_executions(workflow_id="limited-call:work")
-    assert len(found) == 2, "the second run took another place than the first one"
+    assert len(found) == 2, "the second run took another slot than the first one"
 
 
 @pytest.mark.parametrize("name", ["a\tb", "\udc80", "a" * 300])
-async def test_limited_call_of_a_branch_with_any_name_takes_a_place(server: ServerThread, name: str) -> None:
+async def test_limited_call_of_a_branch_with_any_name_takes_a_slot(server: ServerThread, name: str) -> None:
     async def work() -> str:
         """Work."""
         return "done"
@@ -159,4 +159,4 @@ async def test_limited_call_of_a_branch_with_any_name_takes_a_place(server: Serv
     async with DurableSession("s", nexum=server.address) as session:
         with session.agent(name):
             assert await tool.run_json({}, CancellationToken()) == "done"
-    assert len(await places(server, "work")) == 1
+    assert len(await slots(server, "work")) == 1

@@ -295,7 +295,7 @@ async def test_end_of_an_attempt_announces_nothing_while_no_task_waits(store: St
 
 
 @both_stores
-async def test_cancelled_execution_frees_the_places_of_all_its_nodes(store: Store) -> None:
+async def test_cancelled_execution_frees_the_slots_of_all_its_nodes(store: Store) -> None:
     built = WorkflowBuilder("two").effect("a", concurrency=1).effect("b", depends_on=[], concurrency=1).build()
     await start(store, built, 2)
     first = await take_all(store, built)
@@ -367,7 +367,7 @@ async def test_owner_held_back_gets_the_task_later(store: Store, clock: ManualCl
 
 
 @both_stores
-async def test_dead_owner_gives_its_place_back(store: Store, clock: ManualClock) -> None:
+async def test_dead_owner_gives_its_slot_back(store: Store, clock: ManualClock) -> None:
     built = limited(concurrency=1)
     await register(store, built)
     assert (await own(store, built, "k1")).task is not None
@@ -380,7 +380,7 @@ async def test_dead_owner_gives_its_place_back(store: Store, clock: ManualClock)
 
 
 @both_stores
-async def test_recorded_result_needs_no_place(store: Store) -> None:
+async def test_recorded_result_needs_no_slot(store: Store) -> None:
     built = limited("1/h", 1)
     await register(store, built)
     assert (await own(store, built, "k1")).task is not None

@@ -141,26 +141,26 @@ async def until_running(client: NexumClient, count: int) -> None:
         await asyncio.sleep(0.01)
 
 
-async def test_owners_get_their_places_in_the_order_of_their_starts(
+async def test_owners_get_their_slots_in_the_order_of_their_starts(
     owners: Callable[[], Owner], server: ServerThread
 ) -> None:
     built = limited(None, 1)
     async with owners() as one, owners() as other, NexumClient(server.address) as client:
-        task, holder = await one.take_place(built, {}, key="first"), one
+        task, holder = await one.take_slot(built, {}, key="first"), one
         waiting = []
         for number, owner in enumerate([other, one, other]):
-            waiting.append((owner, asyncio.create_task(owner.take_place(built, {}, key=f"waiting-{number}"))))
+            waiting.append((owner, asyncio.create_task(owner.take_slot(built, {}, key=f"waiting-{number}"))))
             await until_running(client, 2 + number)
-        for index, (owner, place) in enumerate(waiting):
+        for index, (owner, slot) in enumerate(waiting):
             assert not any(later.done() for _, later in waiting[index:])
             await holder.complete(task, {})
-            task, holder = await asyncio.wait_for(place, SOON), owner
+            task, holder = await asyncio.wait_for(slot, SOON), owner
 
 
-async def test_owner_gets_the_place_of_an_execution_that_another_version_started(tmp_path: Path) -> None:
+async def test_owner_gets_the_slot_of_an_execution_that_another_version_started(tmp_path: Path) -> None:
     older, newer = limited(None, 1), limited("100/s", 1)
     async with engine_server(tmp_path) as server, NexumClient(server.address) as client, Owner(client) as owner:
-        task = await owner.take_place(older, {}, key="first")
+        task = await owner.take_slot(older, {}, key="first")
         started = asyncio.create_task(owner.start(older, {}, idempotency_key="second"))
         await until_running(client, 2)
         started.cancel()
@@ -174,17 +174,17 @@ async def test_owner_gets_the_place_of_an_execution_that_another_version_started
         assert got.version_hash == older.version_hash
 
 
-async def test_place_of_a_lost_owner_becomes_free(owners: Callable[[], Owner]) -> None:
+async def test_slot_of_a_lost_owner_becomes_free(owners: Callable[[], Owner]) -> None:
     built = limited(None, 1)
     async with owners() as other:
         async with owners() as lost:
-            await lost.take_place(built, {}, key="one")
-            waiting = asyncio.create_task(other.take_place(built, {}, key="two"))
+            await lost.take_slot(built, {}, key="one")
+            waiting = asyncio.create_task(other.take_slot(built, {}, key="two"))
         assert not waiting.done()
         await asyncio.wait_for(waiting, SOON)
 
 
-async def test_owner_keeps_its_place_if_its_calls_and_its_heartbeats_reach_different_servers(
+async def test_owner_keeps_its_slot_if_its_calls_and_its_heartbeats_reach_different_servers(
     tmp_path: Path, postgres_url: str
 ) -> None:
     """A load balancer may send the two connections of a client to different servers."""
@@ -196,21 +196,21 @@ async def test_owner_keeps_its_place_if_its_calls_and_its_heartbeats_reach_diffe
         owner._heartbeat._connection = for_heartbeats.connection
         await stack.enter_async_context(owner)
         await asyncio.sleep(SECOND_BEAT_AFTER + 0.1)  # no heartbeat is due now
-        await owner.take_place(built, {}, key="one")
+        await owner.take_slot(built, {}, key="one")
         other = await stack.enter_async_context(Owner(for_calls))
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(other.take_place(built, {}, key="two"), 2 * RECONNECT_GRACE_MS / 1000)
+            await asyncio.wait_for(other.take_slot(built, {}, key="two"), 2 * RECONNECT_GRACE_MS / 1000)
 
 
 async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], server: ServerThread) -> None:
     built = limited(None, 1)
     async with owners() as lost:
-        await lost.complete(await lost.take_place(built, {}, key="one"), {})
-        held = await lost.take_place(built, {}, key="one")
+        await lost.complete(await lost.take_slot(built, {}, key="one"), {})
+        held = await lost.take_slot(built, {}, key="one")
     async with owners() as other, NexumClient(server.address) as client:
-        blocking = await asyncio.wait_for(other.take_place(built, {}, key="two"), SOON)  # the lease has ended
+        blocking = await asyncio.wait_for(other.take_slot(built, {}, key="two"), SOON)  # the lease has ended
         await other.complete(blocking, {})
-        again = await other.take_place(built, {}, key="one")
+        again = await other.take_slot(built, {}, key="one")
         assert (again.execution_id, again.attempt) == (held.execution_id, 2)
         await other.complete(again, {})
         assert await client.list_executions(status="RUNNING") == []
@@ -219,8 +219,8 @@ async def test_key_of_a_lost_owner_is_taken_over(owners: Callable[[], Owner], se
 async def test_cancelled_owner_leaves_no_execution(owners: Callable[[], Owner], server: ServerThread) -> None:
     built = limited(None, 1)
     async with owners() as one, owners() as other, NexumClient(server.address) as client:
-        task = await one.take_place(built, {}, key="one")
-        waiting = asyncio.create_task(other.take_place(built, {}, key="two"))
+        task = await one.take_slot(built, {}, key="one")
+        waiting = asyncio.create_task(other.take_slot(built, {}, key="two"))
         await until_running(client, 2)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -233,7 +233,7 @@ async def test_owner_waits_for_a_rate(owners: Callable[[], Owner], server: Serve
     built = limited(rate, None)
 
     async def call(owner: Owner, key: str) -> str:
-        task = await owner.take_place(built, {}, key=key)
+        task = await owner.take_slot(built, {}, key=key)
         await owner.complete(task, {})
         return task.execution_id
 
