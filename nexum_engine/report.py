@@ -320,11 +320,11 @@ def _moment(ms: int) -> str:
     return moment.isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
 
 
-def seconds(start_ms: int, end_ms: int | None) -> str:
-    """Return a duration in seconds, as text. Return an empty text if `end_ms` is None."""
-    if end_ms is not None and end_ms < start_ms:
+def seconds(start_ms: int, end_ms: int) -> str:
+    """Return the duration between two times in seconds, as text."""
+    if end_ms < start_ms:
         return "an unknown time (the clock was set back)"
-    return "" if end_ms is None else f"{(end_ms - start_ms) / 1000:.2f} s"
+    return f"{(end_ms - start_ms) / 1000:.2f} s"
 
 
 def size(count: int) -> str:

@@ -303,7 +303,7 @@ def add_servicer(servicer: Any, server: grpc.aio.Server) -> None:
             handlers[name] = grpc.stream_stream_rpc_method_handler(streaming, Received, serializer)
         else:
             handlers[name] = grpc.unary_unary_rpc_method_handler(servicer.rpcs[name], Received, serializer)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, handlers),))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
 
 def _limit(method: str) -> int:
