@@ -32,6 +32,11 @@ _OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 5000),
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
+    # Ping the server, to notice a dead connection: a firewall may have forgotten it, or a laptop may have got another
+    # address. Without pings, the system sends a call's request again for 15 minutes before it closes the connection.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: by default, an idle connection gets only two pings
     # Ignore http_proxy: it is for the web, not for a server on this machine.
     ("grpc.enable_http_proxy", 0),
 )

@@ -50,6 +50,9 @@ _OPTIONS = (
     # read yet.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.max_send_message_length", -1),
+    # Allow the pings of clients on idle connections (channel.py). By default, gRPC ends a connection with more than two
+    # pings in five minutes.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 
 

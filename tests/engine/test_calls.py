@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,16 @@ from typing import Any
 import grpc
 import pytest
 from engine_server import EngineServer, engine_server, hangs, raises
+from faulty_proxy import FaultyProxy
 from harness import ROOT, cancelled_at_each_await
+from processes import wait_until
+from proxy import TO_SERVER
+from server_thread import server_thread
 
+from nexum_engine import channel
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import ServerUnavailable
-from nexum_engine.server import bounds, calls
+from nexum_engine.server import bounds, calls, run
 from nexum_engine.store import listing
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import CALLS
@@ -30,6 +35,11 @@ SOON = 10.0  # seconds
 LONG_MS = 25_000
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 65536), ("grpc.http2.bdp_probe", 0))
+PING_TIMES = (
+    "grpc.keepalive_time_ms",
+    "grpc.http2.ping_timeout_ms",
+    "grpc.http2.min_ping_interval_without_data_ms",
+)
 MIB = 1024 * 1024
 WORKFLOW = pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{"a":{"type":"EFFECT"}}}')
 
@@ -38,6 +48,50 @@ WORKFLOW = pb.WorkflowIR(workflow_id="w", version_hash="v1", ir_json='{"nodes":{
 async def server(tmp_path: Path) -> AsyncIterator[EngineServer]:
     async with engine_server(tmp_path) as running:
         yield running
+
+
+class Counting(FaultyProxy):
+    """A proxy that counts the connections of clients, and what it passes on to the server."""
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(upstream)
+        self.opened: set[asyncio.StreamWriter] = set()
+        self.passed_on = 0
+
+    async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
+        if direction == TO_SERVER:
+            self.opened.add(writer)
+            self.passed_on += 1
+        await super().before_sending(writer, direction, chunk)
+
+
+@pytest.fixture
+def pinged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Counting]:
+    """A proxy before a server. Clients ping the server twenty times as often as usual."""
+    for module in (channel, run):
+        options = [(name, value // 20 if name in PING_TIMES else value) for name, value in module._OPTIONS]
+        monkeypatch.setattr(module, "_OPTIONS", options)
+    with server_thread(tmp_path) as server, Counting(server.address) as proxy:
+        yield proxy
+        proxy.release()
+
+
+async def test_dead_connection_is_replaced(pinged: Counting) -> None:
+    async with NexumClient(pinged.address) as client:
+        await client.list_executions(limit=1)
+        pinged.forget_connections()
+        await client.list_executions(limit=1, patience=SOON)
+    assert pinged.hits
+    assert len(pinged.opened) > 1
+
+
+async def test_server_allows_the_pings_of_an_idle_connection(pinged: Counting) -> None:
+    async with NexumClient(pinged.address) as client:
+        await client.list_executions(limit=1)
+        before = pinged.passed_on
+        await asyncio.to_thread(wait_until, lambda: pinged.passed_on >= before + 6, "the client pings")
+        await client.list_executions(limit=1)
+    assert len(pinged.opened) == 1
 
 
 class Counted:

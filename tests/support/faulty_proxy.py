@@ -16,6 +16,8 @@ class FaultyProxy(Proxy):
         self._open = {direction: asyncio.Event() for direction in DIRECTIONS}
         for opened in self._open.values():
             opened.set()
+        self._forgotten: set[asyncio.StreamWriter] = set()
+        self._remembered = asyncio.Event()
         self._delay = 0.0
         self.hits = 0
         """The number of connections that were broken, and of times that data was held back or delayed."""
@@ -39,14 +41,22 @@ class FaultyProxy(Proxy):
         for direction in directions:
             self._loop.call_soon_threadsafe(self._open[direction].clear)
 
+    def forget_connections(self) -> None:
+        """Pass on nothing more of the open connections until `release`, as a firewall that has forgotten them."""
+
+        async def forget() -> None:
+            self._forgotten.update(self._writers)
+
+        asyncio.run_coroutine_threadsafe(forget(), self._loop).result()
+
     def delay(self, seconds: float) -> None:
         """Delay all data. Connections don't wait for each other, so data of one can overtake data of another."""
         self._delay = seconds
 
     def release(self) -> None:
-        """Undo `hold` and `delay`: pass on all data at once."""
+        """Undo `hold`, `forget_connections` and `delay`: pass on all data at once."""
         self._delay = 0.0
-        for opened in self._open.values():
+        for opened in (*self._open.values(), self._remembered):
             self._loop.call_soon_threadsafe(opened.set)
 
     async def before_sending(self, writer: asyncio.StreamWriter, direction: str, chunk: bytes) -> None:
@@ -56,6 +66,9 @@ class FaultyProxy(Proxy):
         if not self._open[direction].is_set():
             self.hits += 1
             await self._open[direction].wait()
+        if writer in self._forgotten:
+            self.hits += 1
+            await self._remembered.wait()
 
 
 def postgres_proxy(url: str) -> tuple[FaultyProxy, str]:
