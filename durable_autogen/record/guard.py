@@ -291,17 +291,15 @@ class Guard:
                 return guarded, started
             begun = await read_effects(self._client, key)
             earlier = next(one for one, execution in begun if execution.idempotency_key == key)
-            if earlier.digest == input.digest:
-                # The earlier run began the same call, but a default argument had another value there: for instance, an
-                # id that is new for each call. Use the arguments of the earlier run.
+            if earlier.digest == input.digest or (earlier.tool, earlier.arguments) == (input.tool, input.arguments):
+                # The earlier run began the same call. If its arguments differ, a default has another value now, such as
+                # an id that is new for each call: use the arguments of the earlier run. If the hashes differ, another
+                # version of this library began the call, or a person edited its arguments.
                 input, guarded = earlier, replace(guarded, arguments=earlier.arguments)
             else:
-                why = ""
-                if (earlier.tool, earlier.arguments) == (input.tool, input.arguments):
-                    why = " (another version of durable_autogen began that call, or a person edited its arguments)"
                 self._recorder.differs(
                     f"an earlier run has begun {earlier}, whose effect must happen only once, and now the program asks "
-                    f"for {guarded} in its place{why}"
+                    f"for {guarded} in its place"
                 )
                 key = key_of(input.session, EFFECT, input.call, input.digest)
 
