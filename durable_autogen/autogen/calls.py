@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -246,6 +247,10 @@ class Calls:
             if not must_not_raise:
                 raise
             return failed_result(tool_call.name, error)
+        if answer.replayed and _writes_to_canvas(tool_call.tool):
+            # The tool changes only a TextCanvas, which is in this process's memory, and whose text is in later prompts.
+            with at(dataclasses.replace(self._place, in_call=True)), contextlib.suppress(Exception):
+                await run(None)
         return self._value(answer, tool_call.result_type)
 
     def tool_stream(
@@ -500,6 +505,11 @@ def _skip_scripted_reply(client: Any) -> None:
     """
     if any(kind.__name__ == "ReplayChatCompletionClient" for kind in type(client).__mro__):
         client._current_index += 1
+
+
+def _writes_to_canvas(tool: object) -> bool:
+    """Return whether this is a tool of AutoGen's TextCanvasMemory. (Its module needs a package that may be missing.)"""
+    return any(kind.__module__ == "autogen_ext.memory.canvas._canvas_writer" for kind in type(tool).__mro__)
 
 
 async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:

@@ -171,6 +171,22 @@ def _tool_list(calls: Calls, workbench: Any, original: _Original) -> Any:
     return calls.other(Kind.TOOLS, {"workbench": type(workbench).__name__}, original, None)
 
 
+def _read(method: str) -> Recording:
+    def recording(calls: Calls, workbench: Any, original: _Original) -> Any:
+        # Workbench doesn't define these methods. A custom workbench may use their names for ordinary functions.
+        if not inspect.iscoroutinefunction(original.method):
+            return original()
+        arguments = plain([list(original.args), original.kwargs])
+        request = {"workbench": type(workbench).__name__, "method": method, "arguments": arguments}
+        return calls.other(Kind.TOOLS, request, original, None)
+
+    return recording
+
+
+_MCP_READS = ("list_prompts", "get_prompt", "list_resources", "list_resource_templates", "read_resource")
+"""The methods of AutoGen's McpWorkbench that read something else than a tool from the MCP server."""
+
+
 def _input(calls: Calls, _: Any, original: _Original) -> Any:
     return calls.input(original, original.given(0, "prompt"), original.given(1, "cancellation_token"))
 
@@ -334,6 +350,7 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
             "call_tool": _recorded(_workbench_tool(stream=False)),
             "call_tool_stream": _recorded(_workbench_tool(stream=True)),
             "list_tools": _recorded(_tool_list),
+            **{method: _recorded(_read(method)) for method in _MCP_READS},
             **dict.fromkeys(("start", "stop", "reset"), _preparation),
         },
     ),

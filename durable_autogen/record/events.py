@@ -51,7 +51,7 @@ class Kind(str, Enum):
     TOOL = "tool"
     """A tool's result."""
     TOOLS = "tools"
-    """The list of a workbench's tools."""
+    """The list of a workbench's tools; or prompts or resources of an MCP server."""
     INPUT = "input"
     """A person's input."""
     CONSOLE = "console"

@@ -102,6 +102,26 @@ async def test_mcp_tool_is_executed_once_and_its_failure_is_replayed(
     assert first[0] != first[1]
 
 
+async def test_prompts_and_resources_of_an_mcp_server_are_read_once(server: ServerThread, tmp_path: Path) -> None:
+    from autogen_ext.tools.mcp import McpWorkbench
+
+    log = tmp_path / "log"
+
+    async def run(parameters: Any) -> list[Any]:
+        async with DurableSession("s", nexum=server.address), McpWorkbench(parameters) as bench:
+            read = [await bench.list_prompts(), await bench.get_prompt("greeting", {"who": "ann"})]
+            read += [await bench.list_resources(), await bench.read_resource("note://today")]
+            read.append(await bench.list_resource_templates())
+            with pytest.raises(Exception, match="unknown"):
+                await bench.get_prompt("unknown")
+            return read
+
+    with mcp_server(log, "stdio") as parameters:
+        first = await run(parameters)
+        assert await run(parameters) == first
+    assert log.read_text().split() == ["greeting-ann", "today"]
+
+
 async def test_policy_of_an_mcp_tool_applies_by_name(server: ServerThread, tmp_path: Path) -> None:
     from autogen_ext.tools.mcp import McpWorkbench
 

@@ -1,4 +1,4 @@
-"""An MCP server with one tool that logs its effects: `mcp_server.py LOG [TRANSPORT PORT]`."""
+"""An MCP server with a tool, a prompt and a resource. It logs their calls: `mcp_server.py LOG [TRANSPORT PORT]`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,21 @@ def note(text: str, copies: int = 1) -> str:
     return f"noted {text} {uuid.uuid4()}"
 
 
+def greeting(who: str) -> str:
+    """Greet."""
+    return note(f"greeting-{who}")
+
+
+def today() -> str:
+    """Return today's note."""
+    return note("today")
+
+
 if __name__ == "__main__":
     server = FastMCP("tests")
     server.add_tool(note)
+    server.prompt()(greeting)
+    server.resource("note://today")(today)
     if len(sys.argv) > 2:
         server.settings.port = int(sys.argv[3])
         server.run(transport="sse" if sys.argv[2] == "sse" else "streamable-http")
