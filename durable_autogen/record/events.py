@@ -51,7 +51,7 @@ class Kind(str, Enum):
     TOOL = "tool"
     """A tool's result."""
     TOOLS = "tools"
-    """The list of a workbench's tools; or prompts or resources of an MCP server."""
+    """The list of a workbench's tools, or what a workbench has read from an MCP server: prompts, resources."""
     INPUT = "input"
     """A person's input."""
     CONSOLE = "console"

@@ -22,7 +22,6 @@ from harness import Server
 from durable_autogen import DriftError, DurableSession, Policy, run_durable_stream
 from nexum_engine.errors import InvalidRequest
 
-
 SOON = 10.0  # seconds
 
 
