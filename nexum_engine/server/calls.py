@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
-from functools import partial
 from typing import Any, NoReturn
 
 import grpc
@@ -141,9 +140,8 @@ class _Stream:
         self._all.free_slots -= 1
         answering = asyncio.create_task(self._answer(frame, context, may_wait))
         self._calls[frame.call] = answering, context
-        answering.add_done_callback(partial(self._ended, frame.call))
 
-    def _ended(self, call: int, _: asyncio.Task[None]) -> None:
+    def _ended(self, call: int) -> None:
         _, context = self._calls.pop(call)
         self._all.free_slots += 1
         context.end()
@@ -154,7 +152,8 @@ class _Stream:
         if call in self._calls:
             answering, context = self._calls[call]
             context.is_cancelled = True
-            answering.cancel()
+            # Cancel the task in the next turn, when it has begun: otherwise, it would not run its `finally`.
+            asyncio.get_running_loop().call_soon(answering.cancel)
 
     def cancel_all(self) -> None:
         """Cancel the calls: nobody reads their answers."""
@@ -192,17 +191,20 @@ class _Stream:
 
     async def _answer(self, frame: pb.CallFrame, context: CallContext, may_wait: bool) -> None:
         try:
-            await self._run(frame, context, may_wait)
-            return
-        except Refused as refused:
-            refusal = _refusal(frame.call, refused)
-        except asyncio.CancelledError:
-            if context.is_cancelled:
-                raise
-            # `Answers.reserve` has cancelled this task. Tell the client, which may read again.
-            refusal = _refusal(frame.call, _UNREAD)
-        context.end()  # the refusal may wait long until the client reads, and needs none of the call's memory
-        await self._send(refusal)
+            try:
+                await self._run(frame, context, may_wait)
+                return
+            except Refused as refused:
+                refusal = _refusal(frame.call, refused)
+            except asyncio.CancelledError:
+                if context.is_cancelled:
+                    raise
+                # `Answers.reserve` has cancelled this task. Tell the client, which may read again.
+                refusal = _refusal(frame.call, _UNREAD)
+            context.end()  # the refusal may wait long until the client reads, and needs none of the call's memory
+            await self._send(refusal)
+        finally:
+            self._ended(frame.call)
 
     async def _run(self, frame: pb.CallFrame, context: CallContext, may_wait: bool) -> None:
         """Run a call, and send its answer in parts. Raises Refused."""

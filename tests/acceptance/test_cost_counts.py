@@ -35,7 +35,7 @@ COSTS = {
     "WAL pages": (8.1, 0, 8.1, 4.1, 4.1, 6),
     "server's fsyncs": (2, 0, 2, 1, 1, 0),
     "server's loop turns": (14.6, 8, 16, 8, 8, 10),
-    "server's loop callbacks": (24.4, 10, 20, 10, 10, 5),
+    "server's loop callbacks": (21.4, 9, 18, 9, 9, 5),
     "worker's loop turns": (11.3, 0, 0, 0, 0, 12),
     "worker's loop callbacks": (14.2, 0, 0, 0, 0, 10),
     "client's fsyncs": (0, 0, 0, 0, 0, 0),
