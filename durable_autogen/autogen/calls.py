@@ -247,11 +247,14 @@ class Calls:
             if not must_not_raise:
                 raise
             return failed_result(tool_call.name, error)
-        if answer.replayed and _writes_to_canvas(tool_call.tool):
-            # The tool changes only a TextCanvas, which is in this process's memory, and whose text is in later prompts.
+        value = self._value(answer, tool_call.result_type)
+        is_error = isinstance(value, ToolResult) and value.is_error
+        if answer.replayed and not is_error and _writes_to_canvas(tool_call.tool):
+            # Write again: the canvas is only in this process's memory, and later prompts contain its text. If this
+            # fails, the next prompt differs from the recorded one, and the replay says so.
             with at(dataclasses.replace(self._place, in_call=True)), contextlib.suppress(Exception):
                 await run(None)
-        return self._value(answer, tool_call.result_type)
+        return value
 
     def tool_stream(
         self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], tool_call: ToolCall
@@ -508,7 +511,10 @@ def _skip_scripted_reply(client: Any) -> None:
 
 
 def _writes_to_canvas(tool: object) -> bool:
-    """Return whether this is a tool of AutoGen's TextCanvasMemory. (Its module needs a package that may be missing.)"""
+    """Return whether this is one of the two tools that change the text of AutoGen's TextCanvasMemory.
+
+    Compare the module's name: to import the module needs a package that may be missing.
+    """
     return any(kind.__module__ == "autogen_ext.memory.canvas._canvas_writer" for kind in type(tool).__mro__)
 
 
