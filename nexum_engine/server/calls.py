@@ -192,7 +192,8 @@ class _Stream:
     async def _answer(self, frame: pb.CallFrame, context: CallContext, may_wait: bool) -> None:
         try:
             try:
-                await self._run(frame, context, may_wait)
+                if not context.is_cancelled:  # the call and its cancellation may come in one message
+                    await self._run(frame, context, may_wait)
                 return
             except Refused as refused:
                 refusal = _refusal(frame.call, refused)

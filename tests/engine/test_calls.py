@@ -285,6 +285,16 @@ async def test_a_number_that_is_in_use_ends_the_stream(server: EngineServer) -> 
             await raw.read()
 
 
+async def test_call_that_is_cancelled_in_the_same_message_is_not_made(server: EngineServer) -> None:
+    async with RawStream(server.address) as raw:
+        cancelled = request_frame(1, "RegisterWorkflow", WORKFLOW)
+        await raw.send(cancelled, pb.CallFrame(call=1, cancel=True))
+        await raw.send(request_frame(2, "ListWorkflowVersions", pb.ListVersionsRequest(workflow_id="w")))
+        (answer,) = await raw.read()
+        assert (answer.call, answer.status) == (2, 0)
+        assert not pb.ListVersionsResponse.FromString(answer.message).versions
+
+
 async def test_too_many_calls_of_a_stream_are_refused(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "MAX_STREAM_CALLS", 3)
     poll = pb.PollRequest(worker_id="w", version_hash="v1", wait_ms=LONG_MS)
