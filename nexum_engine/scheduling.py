@@ -1,4 +1,4 @@
-"""The rules of an execution's nodes: when a node runs or is skipped, and how many of its attempts may be lost."""
+"""The rules of an execution's nodes: when a node runs, and when it is skipped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Mapping
 
 from nexum_engine.records import NodeStatus
 from nexum_engine.workflow import NodeDefinition
-
-MAX_LOST_ATTEMPTS = 10
-"""The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
 
 DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})
 """The statuses in which a node no longer keeps other nodes waiting."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nexum_engine import jsontext, scheduling
+from nexum_engine import jsontext
 from nexum_engine.records import Effect, ExecutionStatus, Outcome
 from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import TIMEOUT_GRACE_MS, retry_of
@@ -13,6 +13,8 @@ from nexum_engine.store.results import Changes, ReadyTask, Renewed, Swept
 from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail, wait_for_person
 from nexum_engine.store.waits import end_waits
 
+MAX_LOST_ATTEMPTS = 10
+"""The number of lost attempts (a crash, an expired lease) after which a node is FAILED."""
 OWNER_RESTART_GRACE_MS = 500
 """How long an owner has to reconnect after a restart of the server, before another owner may take over. A running owner
 tries to reconnect several times a second. A late owner loses its task only if another owner wants the task."""
@@ -164,7 +166,7 @@ def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes, *, 
     runs_once = row["effect"] is not None
     end = AttemptEnd(outcome, reason, lost=_counted_losses(outcome, row))
     losses = row["lost_attempts"] + end.lost
-    is_last = losses >= scheduling.MAX_LOST_ATTEMPTS
+    is_last = losses >= MAX_LOST_ATTEMPTS
     if (row["effect"] == Effect.ONCE and may_have_begun) or (runs_once and is_last):
         wait_for_person(db, row, reason, changes, None if outcome is Outcome.TIMED_OUT else outcome)
     elif is_last:

@@ -11,8 +11,8 @@ from nexum_engine.approvals import approval_workflow, decision_of
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, InvalidRequest, NotFound, StaleTask
 from nexum_engine.records import Attempt, ExecutionStatus, Node, NodeStatus, Outcome, Task
-from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, executions, leases, reading, retry, tasks, waits
+from nexum_engine.store.leases import MAX_LOST_ATTEMPTS
 from nexum_engine.workflow import MAX_SECONDS, RetryPolicy, workflow
 
 pytestmark = pytest.mark.both_stores

@@ -22,9 +22,9 @@ from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, Ser
 from nexum_engine.heartbeat import Heartbeat
 from nexum_engine.owner import HELD_FOR, Owner
 from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
-from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, RESTART_GRACE_MS
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
+from nexum_engine.store.leases import MAX_LOST_ATTEMPTS
 from nexum_engine.store.results import Started
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub

@@ -22,10 +22,9 @@ from nexum_engine.errors import (
     WorkflowNotFound,
 )
 from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionStatus, NodeStatus, Outcome, Task
-from nexum_engine.scheduling import MAX_LOST_ATTEMPTS
 from nexum_engine.store import Store, base, executions, flow, leases, listing, reading, tasks, waits
 from nexum_engine.store.db import Db
-from nexum_engine.store.leases import SLOW_LINE
+from nexum_engine.store.leases import MAX_LOST_ATTEMPTS, SLOW_LINE
 from nexum_engine.store.results import Changes, Renewed, Started
 from nexum_engine.store.submitted import Submitted
 
