@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from nexum_engine import jsontext, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
-from nexum_engine.connection import DEFAULT_ADDRESS
+from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY
 from nexum_engine.errors import (
     Conflict,
     InvalidRequest,
@@ -53,7 +53,6 @@ from nexum_engine.store.retry import retry_execution
 
 WATCH_INTERVAL = 1.0  # seconds
 LOOK_PATIENCE = 3.0  # seconds to wait while a server has the database open and does not answer
-LOOK_INTERVAL = 0.1  # seconds between two attempts to find the server or to open the database
 PAGE = 1000
 """How many child executions to read in one call. A child execution is one that a node started."""
 T = TypeVar("T")
@@ -319,7 +318,7 @@ async def when_released(attempt: Callable[[], Awaitable[T]]) -> T:
         except StoreLocked:
             if loop.time() >= end:
                 raise
-        await asyncio.sleep(LOOK_INTERVAL)
+        await asyncio.sleep(RECONNECT_DELAY)
 
 
 async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import FIRST_ANSWER
+from nexum_engine.connection import FIRST_ANSWER, RECONNECT_DELAY
 from nexum_engine.errors import (
     START_A_SERVER,
     NexumError,
@@ -27,7 +27,7 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.event_loop import call_in, to_its_end
-from nexum_engine.host import LOOK_INTERVAL, WATCH_INTERVAL, Host, Restarts
+from nexum_engine.host import WATCH_INTERVAL, Host, Restarts
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class EmbeddedNexum:
         try:
             if self.address:
                 async with NexumClient(self.address) as client:
-                    await _first_answer(client)
+                    await _wait_for_server(client)
                     with contextlib.suppress(ServerUnavailable):  # the server may be restarting
                         self.is_published = await client.server_info() is None
             else:
@@ -182,7 +182,7 @@ class EmbeddedNexum:
             self._give_up(error)
 
 
-async def _first_answer(client: NexumClient) -> None:
+async def _wait_for_server(client: NexumClient) -> None:
     """Wait until a Nexum server answers.
 
     Raises ServerUnavailable if nothing listens on the address. Raises NotANexumServer if a program listens there but
@@ -206,7 +206,7 @@ async def _first_answer(client: NexumClient) -> None:
                 f"the program that listens on {client.address} does not answer as a Nexum server: end it, or name a "
                 "running server with --nexum HOST:PORT"
             )
-        await asyncio.sleep(LOOK_INTERVAL)
+        await asyncio.sleep(RECONNECT_DELAY)
 
 
 async def _refusal(client: NexumClient, timeout: float) -> ServerUnavailable | None:

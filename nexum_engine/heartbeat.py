@@ -46,7 +46,7 @@ MIN_LEASE_MS = 100  # heartbeats are sent as if the lease were at least this lon
 # At most this many seconds pass between the first two heartbeats of a stream, and between a heartbeat that `beat` sends
 # and the next one. The server waits longer than this before it reassigns the tasks of a disconnected worker.
 SECOND_BEAT_AFTER = 0.5
-TELL_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
+REPORT_AGAIN_AFTER = 10.0  # seconds until an error of the same class is reported again
 BLOCKED_AFTER = 1.0  # an event loop that has been blocked for this many seconds is reported
 MAX_PROGRESS_AT_ONCE = 32  # one heartbeat has the progress of at most this many tasks
 MAX_TOOLS_AT_ONCE = 32  # one heartbeat declares at most this many tools
@@ -103,7 +103,7 @@ class Heartbeat:
         self._on_lost = on_lost
         self._on_tasks_lost = on_tasks_lost
         self._on_blocked = on_blocked
-        self._told: tuple[type[NexumError], float] | None = None
+        self._reported: tuple[type[NexumError], float] | None = None
 
         # The program's event loop and the heartbeat loop both use the attributes below. The lock guards `_held`,
         # `_progress` and `_questions`.
@@ -201,7 +201,7 @@ class Heartbeat:
                 lost = await news.get()
                 if lost is None:
                     await self._retry(self._prepare)
-                    self._told = None
+                    self._reported = None
                     self._on_connected()
                     self.connected_once = True
                     self.connected.set()
@@ -214,7 +214,7 @@ class Heartbeat:
                     raise lost
                 else:
                     self.connected.clear()
-                    self._tell(lost)
+                    self._report(lost)
                     await self._retry(self._connection.reach)
         finally:
             self.connected.clear()
@@ -228,15 +228,19 @@ class Heartbeat:
             except (NotANexumServer, AccessDenied):
                 raise
             except ServerError as error:
-                self._tell(error)
+                self._report(error)
                 await asyncio.sleep(RECONNECT_DELAY)
             else:
                 return
 
-    def _tell(self, lost: NexumError) -> None:
+    def _report(self, lost: NexumError) -> None:
         now = time.monotonic()
-        if self._told is None or self._told[0] is not type(lost) or now - self._told[1] >= TELL_AGAIN_AFTER:
-            self._told = type(lost), now
+        if (
+            self._reported is None
+            or self._reported[0] is not type(lost)
+            or now - self._reported[1] >= REPORT_AGAIN_AFTER
+        ):
+            self._reported = type(lost), now
             self._on_lost(lost)
 
     # ---- In the heartbeat loop ---------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ class Heartbeat:
         Raises grpc.RpcError if the stream breaks, ServerError if the server doesn't answer.
         """
         call.add_done_callback(lambda _: self._wake.set())
-        is_connected, timeout, told = False, FIRST_ACK_TIMEOUT, 0
+        is_connected, timeout, declared = False, FIRST_ACK_TIMEOUT, 0
         lease = float("inf")
         self._doubtful_until = time.monotonic()
         # Send the second heartbeat soon. The server may have handed out a task during the reconnection, with the short
@@ -303,7 +307,7 @@ class Heartbeat:
                     questions = len(self._questions)
                     held = sorted(self._held)
                     progress = dict(islice(self._progress.items(), MAX_PROGRESS_AT_ONCE))
-                tools = self._tools[told : told + MAX_TOOLS_AT_ONCE]
+                tools = self._tools[declared : declared + MAX_TOOLS_AT_ONCE]
                 beat = pb.WorkerBeat(
                     worker_id=self._worker_id,
                     task_ids=held,
@@ -317,8 +321,8 @@ class Heartbeat:
                 lease = max(ack.lease_ms, MIN_LEASE_MS) / 1000
                 self._held_until = sent + ack.lease_ms / 2000
                 self._answer(loop, questions, frozenset(ack.lost_task_ids))
-                told += len(tools)
-                if told < len(self._tools):
+                declared += len(tools)
+                if declared < len(self._tools):
                     self._wake.set()
                 with self._lock:
                     for task_id, text in progress.items():

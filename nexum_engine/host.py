@@ -17,7 +17,7 @@ from typing import Any
 from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN
 from nexum_engine.channel import is_forked
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import DEFAULT_ADDRESS
+from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
 from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.forks import in_forked_process, never_free
@@ -31,7 +31,6 @@ from nexum_engine.location import (
 _log = logging.getLogger(__name__)
 
 ANY_PORT = "127.0.0.1:0"
-LOOK_INTERVAL = 0.1  # seconds
 WATCH_INTERVAL = 0.3  # seconds between checks of a server of another process
 PATIENCE = 10.0  # seconds that a new server waits for an ending server to release the database
 SLOW_START = 3.0  # seconds until a log line explains why the database isn't open
@@ -235,7 +234,7 @@ class Host:
                 why = f"{why}; " if why else ""
                 _log.info("%sanother run has just opened the database: using its server", why)
                 return
-            await asyncio.sleep(LOOK_INTERVAL)
+            await asyncio.sleep(RECONNECT_DELAY)
 
     async def _serve(self, why: str) -> None:
         """Open the database and listen. Raises StoreError, and ServerError if the port can't be used."""

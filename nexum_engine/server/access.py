@@ -176,7 +176,7 @@ def guarded(rpcs: Mapping[str, Rpc], tokens: Tokens) -> dict[str, Rpc]:
     return {method: guard(method, rpc) for method, rpc in rpcs.items()}
 
 
-class Gate(grpc.aio.ServerInterceptor):
+class TokenCheck(grpc.aio.ServerInterceptor):
     """An interceptor that refuses a call without a valid token before the call's request is read.
 
     If a token is removed, a stream with this token is refused at its next message. `guarded` ends the unary calls.

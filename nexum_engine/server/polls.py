@@ -15,7 +15,7 @@ from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 from nexum_engine.store import Store, tasks
-from nexum_engine.store.results import Claim, ReadyTask, Started
+from nexum_engine.store.results import Claim, ReadyTask, StoredStart
 from nexum_engine.store.submitted import Submitted
 
 POLL_COUNTS_FOR_MS = 2000
@@ -256,8 +256,8 @@ class Polls:
         self.task_ready(ReadyTask(version_hash))
 
     async def under_limits(
-        self, version_hash: str, start: Callable[[], Awaitable[Started]], wait: float
-    ) -> tuple[Started, int]:
+        self, version_hash: str, start: Callable[[], Awaitable[StoredStart]], wait: float
+    ) -> tuple[StoredStart, int]:
         """Start the execution of an owner. If limits hold the node back, start again when they may let the node pass.
 
         After `wait` seconds at the latest, return the result of the last start, and in how many milliseconds the owner

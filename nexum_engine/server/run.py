@@ -19,7 +19,7 @@ from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
 from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, read_process, remove_address, write_address
 from nexum_engine.security import is_ip_address, is_loopback
-from nexum_engine.server.access import Gate, Tokens
+from nexum_engine.server.access import TokenCheck, Tokens
 from nexum_engine.server.bounds import (
     DEFAULT_LIMITS,
     MAX_REQUEST_BYTES,
@@ -179,7 +179,7 @@ async def _bind(
         # Don't wait for the port. An ending server releases its port before its database, and this server has already
         # opened the database. So no ending server holds the port.
         address = f"{address.rpartition(':')[0]}:0"
-    interceptors = [Reading()] if tokens is None else [Gate(tokens), Reading()]
+    interceptors = [Reading()] if tokens is None else [TokenCheck(tokens), Reading()]
     while True:
         server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_RPCS)
         add_servicer(servicer, server)

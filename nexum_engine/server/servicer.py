@@ -30,7 +30,7 @@ from nexum_engine.server.refusal import Context, abort, cut
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
-from nexum_engine.store.results import ReadyTask, Started
+from nexum_engine.store.results import ReadyTask, StoredStart
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.addressee import refusal
 from nexum_engine.wire.frames import OPENED
@@ -45,7 +45,7 @@ ANSWER_BYTES = 4 * 1024 * 1024
 """The largest answer that a gRPC client with default settings can receive."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
-MAX_VERSIONS = 100
+MAX_POLLED_VERSIONS = 100
 """The largest number of versions that one poll may name."""
 SUMMARY_BYTES, VERSION_BYTES = 8000, 500
 """Estimates of the size of a long item in a list of executions, and in a list of versions."""
@@ -196,7 +196,7 @@ class NexumServicer(NexumServiceServicer):
             heartbeat_now=started.task is not None and not self.liveness.is_connected(request.owner),
         )
 
-    async def _submit_owned(self, request: pb.StartRequest, input_json: str) -> Started:
+    async def _submit_owned(self, request: pb.StartRequest, input_json: str) -> StoredStart:
         starting = self._store.run(
             tasks.start_owned,
             request.workflow_id,
@@ -213,12 +213,12 @@ class NexumServicer(NexumServiceServicer):
         starting.when_stored(self._started_owned)
         return await starting
 
-    def _started_owned(self, started: Started) -> None:
+    def _started_owned(self, started: StoredStart) -> None:
         if started.lease_ends_ms is not None:
             self.liveness.due_at(started.lease_ends_ms)
         self.liveness.apply(started.changed)
 
-    def _started(self, started: Started) -> None:
+    def _started(self, started: StoredStart) -> None:
         if started.existing:
             return
         self.waiters.execution_started(started.execution_id)
@@ -537,9 +537,9 @@ def _wait_seconds(wait_ms: int) -> float:
 def _checked_poll(request: pb.PollRequest) -> tuple[str, tuple[str, ...], int]:
     """Return a poll's worker id, its versions, and the size in bytes of the largest task that it can receive."""
     check_id(request.worker_id, "worker_id")
-    if len(request.more_version_hashes) >= MAX_VERSIONS:
+    if len(request.more_version_hashes) >= MAX_POLLED_VERSIONS:
         raise InvalidRequest(
-            f"the poll names {1 + len(request.more_version_hashes):,} versions; the limit is {MAX_VERSIONS}"
+            f"the poll names {1 + len(request.more_version_hashes):,} versions; the limit is {MAX_POLLED_VERSIONS}"
         )
     versions = tuple(dict.fromkeys((request.version_hash, *request.more_version_hashes)))
     for version_hash in versions:

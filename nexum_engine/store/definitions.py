@@ -34,7 +34,7 @@ def definition_of(db: Db, workflow_id: str, version_hash: str) -> Mapping[str, N
     return parsed(row["ir_json"])
 
 
-def policy_of(node: NodeDefinition) -> dict[str, object]:
+def columns_of(node: NodeDefinition) -> dict[str, object]:
     """Return a node's columns for its time limit, retry policy, effect and limits."""
     limited = node.timeout_seconds is not None and node.node_type.has_task
     return {

@@ -16,11 +16,11 @@ from nexum_engine.errors import (
 )
 from nexum_engine.records import Compatibility, ExecutionStatus, NodeStatus, NodeType, WorkflowVersion
 from nexum_engine.store.db import Db, Row, brief, row_of
-from nexum_engine.store.definitions import parsed, policy_of
+from nexum_engine.store.definitions import columns_of, parsed
 from nexum_engine.store.flow import TASK_FRAME_BYTES, begin, end_execution
 from nexum_engine.store.ids import new_task_id, node_number, random_part
 from nexum_engine.store.reading import MAX_INLINE_BYTES, find_execution, get_execution
-from nexum_engine.store.results import Changes, Started
+from nexum_engine.store.results import Changes, StoredStart
 from nexum_engine.workflow import check_attributes, check_id, compatibility
 
 QUEUE_RETRY_AFTER = 1.0  # seconds
@@ -94,7 +94,7 @@ def start_execution(
     attributes: Mapping[str, str] | None = None,
     any_worker_bytes: int | None = None,
     full_at: int | None = None,
-) -> Started:
+) -> StoredStart:
     """Store an execution and its first tasks, or find the RUNNING or COMPLETED execution of the idempotency key.
 
     A FAILED or CANCELLED execution of the key is found, too, if it has a node whose effect must happen only once. An
@@ -124,7 +124,7 @@ def start_execution(
             status = ExecutionStatus(latest["status"])
             if status in (ExecutionStatus.RUNNING, ExecutionStatus.COMPLETED) or latest["has_once"]:
                 ended = get_execution(db, latest["execution_id"], max_bytes=MAX_INLINE_BYTES) if status.ended else None
-                return Started(latest["execution_id"], status, existing=True, ended=ended)
+                return StoredStart(latest["execution_id"], status, existing=True, ended=ended)
     if full_at is not None:
         raise Overloaded(
             f"at least {full_at:,} tasks wait for workers, which is the limit of this server (--max-queue): retry, or "
@@ -158,12 +158,12 @@ def start_execution(
         db.run("add_attribute", execution=added["sequence"], name=name, value=value)
     if owner:
         _add_owned_node(db, added, workflow_id, version_hash, task_bytes, owner, output_json)
-        return Started(added["execution_id"], status, existing=False)
+        return StoredStart(added["execution_id"], status, existing=False)
     changes = Changes()
     begin(db, added, workflow_id, version_hash, task_bytes, changes)
     # If all nodes complete at once (for instance timers without a delay), the execution has already ended.
     status = next((one.status for one in changes.ended if one.execution_id == added["execution_id"]), status)
-    return Started(added["execution_id"], status, existing=False, changed=changes)
+    return StoredStart(added["execution_id"], status, existing=False, changed=changes)
 
 
 def _add_owned_node(
@@ -198,7 +198,7 @@ def _add_owned_node(
             output_json=output_json,
         )
     else:
-        db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **policy_of(node))
+        db.run("add_node", **fields, status=NodeStatus.READY.value, due_ms=None, **columns_of(node))
 
 
 def cancel_execution(db: Db, execution_id: str, by: str = "") -> Changes:

@@ -13,7 +13,7 @@ from nexum_engine import jsontext, scheduling
 from nexum_engine.errors import InvalidRequest, TooLarge, WorkflowNotFound
 from nexum_engine.records import Execution, ExecutionStatus, Node, NodeStatus, NodeType, Outcome
 from nexum_engine.store.db import Db, Row, row_of
-from nexum_engine.store.definitions import definition_of, milliseconds, parsed, policy_of
+from nexum_engine.store.definitions import columns_of, definition_of, milliseconds, parsed
 from nexum_engine.store.ids import node_number, random_part
 from nexum_engine.store.limits import slot_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES, execution_of, get_execution, output_bytes
@@ -58,7 +58,7 @@ def begin(db: Db, added: Row, workflow_id: str, version_hash: str, task_bytes: i
             due_ms=db.now_ms if is_task else None,
             task_bytes=task_bytes if is_task else None,
             owned=False,
-            **policy_of(node),
+            **columns_of(node),
         )
         if is_task:
             changes.ready.append(ReadyTask(version_hash, task_bytes))

@@ -19,7 +19,7 @@ from nexum_engine.store.results import Changes, Gate, ReadyTask
 from nexum_engine.workflow import Concurrency, NodeDefinition, Rate
 
 
-class Limits(BaseModel):
+class NodeLimits(BaseModel):
     """The limits of one node, as the column `limits` stores them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,14 +28,14 @@ class Limits(BaseModel):
     concurrency: Concurrency | None = None
 
 
-_parse = lru_cache(maxsize=256)(Limits.model_validate_json)
+_parse = lru_cache(maxsize=256)(NodeLimits.model_validate_json)
 
 
 def limits_of(node: NodeDefinition) -> str | None:
     """Return the limits of a node as JSON, for the column `limits`. Return None if it has no limits."""
     if not node.is_limited:
         return None
-    return Limits(rate=node.rate, concurrency=node.concurrency).model_dump_json(exclude_none=True)
+    return NodeLimits(rate=node.rate, concurrency=node.concurrency).model_dump_json(exclude_none=True)
 
 
 def gate_of(db: Db, node: Row, *, lock: bool = False) -> Gate:

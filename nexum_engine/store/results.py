@@ -38,8 +38,8 @@ class Changes:
 
 
 @dataclass(frozen=True)
-class Started:
-    """The result of `start_execution` or `start_owned`."""
+class StoredStart:
+    """The result of `executions.start_execution` or `tasks.start_owned`."""
 
     execution_id: str
     status: ExecutionStatus

@@ -20,7 +20,7 @@ from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.limits import gate_of, pass_through, slot_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
-from nexum_engine.store.results import Changes, Claim, Gate, ReadyTask, Started
+from nexum_engine.store.results import Changes, Claim, Gate, ReadyTask, StoredStart
 from nexum_engine.workflow import check_id
 
 MAX_ERROR_CHARACTERS = 4000
@@ -90,7 +90,7 @@ def start_owned(
     held_task_id: str = "",
     output_json: str = "",
     attributes: Mapping[str, str] | None = None,
-) -> Started:
+) -> StoredStart:
     """Start or find the execution of the idempotency key, and hand its only node to `owner` as an attempt.
 
     No poll ever gets the node. If the execution's previous owner is dead, `owner` takes over. If the effect of the node

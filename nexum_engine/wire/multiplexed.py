@@ -18,7 +18,7 @@ from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.frames import CALLS, OPENED, take_batch
 from nexum_engine.wire.status import CODE_OF_NUMBER, CUT_OFF, rpc_error, trailing_metadata
 
-MAX_REQUEST_BYTES = 16 * 1024
+MAX_STREAMED_BYTES = 16 * 1024
 """The largest request that is sent on the stream. A larger one would delay the other calls."""
 END_REPORT = 0.05  # seconds to wait until grpcio reports the end of a stream
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class MultiplexedChannel:
 
         async def call(request: Any, *, timeout: float | None = None, metadata: Sequence[Any] = ()) -> T:
             data = request_serializer(request)
-            if self._has_calls and len(data) <= MAX_REQUEST_BYTES:
+            if self._has_calls and len(data) <= MAX_STREAMED_BYTES:
                 if self._stream is None or self._stream.is_over:
                     self._stream = _Stream(self._open(metadata=metadata))
                 try:

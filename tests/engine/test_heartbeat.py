@@ -273,7 +273,7 @@ async def test_heartbeat_continues_after_any_answer_of_another_program(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(heartbeat, "TELL_AGAIN_AFTER", 0.0)
+    monkeypatch.setattr(heartbeat, "REPORT_AGAIN_AFTER", 0.0)
     async with another_server(answer) as address, beating(address) as beats:
         await until(lambda: len(beats.lost) >= 12)
         assert {type(error) for error in beats.lost} == {ServerUnavailable}

@@ -14,7 +14,7 @@ from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import ExecutionStatus, NodeStatus, Task
 from nexum_engine.store import Store, executions, leases, open_store, reading, tasks
 from nexum_engine.store.db import Db
-from nexum_engine.store.results import Changes, Claim, Started
+from nexum_engine.store.results import Changes, Claim, StoredStart
 from nexum_engine.workflow import Rate, Workflow, WorkflowBuilder, parse_ir, workflow
 
 LEASE_MS = 30_000
@@ -64,7 +64,7 @@ async def take_all(store: Store, *built: Workflow) -> list[Task]:
     return found
 
 
-async def own(store: Store, built: Workflow, key: str, output_json: str = "", owner: str = "o1") -> Started:
+async def own(store: Store, built: Workflow, key: str, output_json: str = "", owner: str = "o1") -> StoredStart:
     one = (built.workflow_id, built.version_hash, "{}", key, owner, LEASE_MS, "", output_json)
     return await store.run(tasks.start_owned, *one)
 

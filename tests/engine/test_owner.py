@@ -15,8 +15,7 @@ from harness import running
 from nexum_wire import connected
 from server_thread import ServerThread, server_thread
 
-from nexum_engine.client import NexumClient
-from nexum_engine.client import Started as ClientStarted
+from nexum_engine.client import NexumClient, Started
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound, InvalidRequest, ServerError, StaleTask
 from nexum_engine.heartbeat import Heartbeat
@@ -25,7 +24,7 @@ from nexum_engine.records import ExecutionStatus, NodeStatus, Outcome
 from nexum_engine.server.liveness import RECONNECT_GRACE_MS, RESTART_GRACE_MS
 from nexum_engine.store import Store, executions, leases, listing, open_store, reading, tasks
 from nexum_engine.store.leases import MAX_LOST_ATTEMPTS
-from nexum_engine.store.results import Started
+from nexum_engine.store.results import StoredStart
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
 from nexum_engine.workflow import workflow
@@ -44,7 +43,7 @@ async def store(tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
     await opened.close()
 
 
-async def own(store: Store, owner: str, key: str = "k") -> Started:
+async def own(store: Store, owner: str, key: str = "k") -> StoredStart:
     return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS)
 
 
@@ -137,7 +136,7 @@ async def test_owner_finds_completed_execution_and_restarts_failed_one(store: St
 
 
 async def test_owner_that_lost_its_held_task_can_not_start(store: Store, clock: ManualClock) -> None:
-    async def under(held: Started, owner: str, key: str) -> Started:
+    async def under(held: StoredStart, owner: str, key: str) -> StoredStart:
         assert held.task is not None
         return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, held.task.task_id)
 
@@ -175,7 +174,7 @@ async def test_start_that_arrives_after_its_owner_is_dead_does_not_keep_the_next
     assert taken.task.attempt == 2
 
 
-async def record(store: Store, output: str, owner: str = "one", key: str = "k", held: str = "") -> Started:
+async def record(store: Store, output: str, owner: str = "one", key: str = "k", held: str = "") -> StoredStart:
     return await store.run(tasks.start_owned, "w", "v1", "{}", key, owner, LEASE_MS, held, output)
 
 
@@ -336,7 +335,6 @@ async def test_execution_above_list_limit_is_its_own_page(store: Store, monkeypa
 DIES = """
 import asyncio, sys
 from nexum_engine.client import NexumClient
-from nexum_engine.client import Started as ClientStarted
 from nexum_engine.owner import HELD_FOR, Owner
 from nexum_engine.workflow import workflow
 
@@ -350,7 +348,7 @@ asyncio.run(main())
 """
 
 
-async def taken_over(owner: Owner) -> ClientStarted:
+async def taken_over(owner: Owner) -> Started:
     """Start the execution as its next owner, as soon as the server notices that its owner is dead."""
     deadline = asyncio.get_running_loop().time() + 5
     while True:
@@ -432,7 +430,7 @@ async def test_owner_begins_although_the_server_ends_just_after_the_connection(
 
 async def test_owner_cancels_execution_on_server_without_owners(server: ServerThread) -> None:
     class Ownerless(NexumClient):
-        async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
+        async def start_execution(self, *args: Any, **options: Any) -> Started:
             return await super().start_execution(*args, **{**options, "owner": ""})
 
     async with Ownerless(server.address) as client, Owner(client) as owner:
@@ -458,7 +456,7 @@ async def test_owner_completes_the_task_on_an_older_server(server: ServerThread)
     class Older(NexumClient):
         """A client whose server ignores `output_json`."""
 
-        async def start_execution(self, *args: Any, **options: Any) -> ClientStarted:
+        async def start_execution(self, *args: Any, **options: Any) -> Started:
             return await super().start_execution(*args, **{**options, "output_json": ""})
 
     async with Older(server.address) as client, Owner(client) as owner:

@@ -291,7 +291,7 @@ async def test_failed_transition_leaves_the_others_of_its_transaction(store: Pos
         store.run(executions.start_execution, "w", "v1", "{}", "two"),
         return_exceptions=True,
     )
-    assert [type(one).__name__ for one in outcomes] == ["Started", "ValueError", "TaskNotFound", "Started"]
+    assert [type(one).__name__ for one in outcomes] == ["StoredStart", "ValueError", "TaskNotFound", "StoredStart"]
     assert await count(store, "executions") == 2
 
 

@@ -25,7 +25,7 @@ from nexum_engine.records import Attempt, Compatibility, Execution, ExecutionSta
 from nexum_engine.store import Store, base, executions, flow, leases, listing, reading, tasks, waits
 from nexum_engine.store.db import Db
 from nexum_engine.store.leases import MAX_LOST_ATTEMPTS, SLOW_LINE
-from nexum_engine.store.results import Changes, Renewed, Started
+from nexum_engine.store.results import Changes, Renewed, StoredStart
 from nexum_engine.store.submitted import Submitted
 
 pytestmark = [pytest.mark.every_python, pytest.mark.both_stores]
@@ -48,7 +48,9 @@ async def register(
     return await store.run(executions.register_workflow, workflow_id, version, json.dumps(ir))
 
 
-async def start(store: Store, nodes: dict[str, list[str]] = ONE, *, key: str = "", input_json: str = "{}") -> Started:
+async def start(
+    store: Store, nodes: dict[str, list[str]] = ONE, *, key: str = "", input_json: str = "{}"
+) -> StoredStart:
     await register(store, nodes)
     return await store.run(executions.start_execution, "w", "v1", input_json, key)
 
@@ -894,7 +896,7 @@ async def test_failing_transition_raises_only_for_its_caller(store: Store) -> No
         store.run(executions.start_execution, "w", "v1", "2", ""),
         return_exceptions=True,
     )
-    assert [type(one) for one in outcomes] == [Started, InvalidRequest, TaskNotFound, Started]
+    assert [type(one) for one in outcomes] == [StoredStart, InvalidRequest, TaskNotFound, StoredStart]
     assert len(await store.run(listing.list_executions, "", "", 20)) == 2
 
 
