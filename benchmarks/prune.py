@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from tool_call import SCRIPT as WORKER
 from tool_call import Calls, open_calls
 
-from nexum_engine.client import NexumClient, Pruned
+from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.options import count
 from nexum_engine.store import executions, open_store, tasks
@@ -81,7 +81,7 @@ async def prune(client: NexumClient, days: float, done: asyncio.Event) -> int:
     after, found = 0, 0
     try:
         while True:
-            part: Pruned = await client.prune((days - 0.5) * DAY, after=after)
+            part = await client.prune((days - 0.5) * DAY, after=after)
             found += part.executions
             if part.after is None:
                 return found

@@ -50,6 +50,7 @@ from nexum_engine.records import (
     NodeStatus,
     Outcome,
     PendingApproval,
+    Pruned,
     SessionSummary,
     Task,
     UnknownNode,
@@ -94,26 +95,6 @@ class Observed:
     execution: Execution
     has_poller: bool | None
     """Whether a worker polls for the execution's version. None if the server can't tell."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The answer to `prune`."""
-
-    executions: int
-    sessions: int
-    kept: int
-    """How many old executions are kept.
-
-    An old execution is kept while it runs. It is also kept while another execution of its session runs, or if that one
-    ended less than the requested time ago.
-    """
-    after: int | None
-    """The value to pass to the next call of `prune`; None if this was the last part."""
-    total_bytes: int
-    free_bytes: int
-    released_bytes: int
-    """The database's size, its free space, and the space released to the disk. All are 0 before the last part."""
 
 
 class NexumClient:

@@ -11,18 +11,18 @@ import textwrap
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from nexum_engine.client import NexumClient, Pruned
+from nexum_engine.client import NexumClient
 from nexum_engine.commands import on_server_or_database, when_released
 from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
 from nexum_engine.location import absolute, database_path, default_database_url, read_address
 from nexum_engine.options import duration, not_empty
+from nexum_engine.records import Pruned
 from nexum_engine.report import WIDTH, printable, size
 from nexum_engine.store import Checked, Store, check_database, retention
-from nexum_engine.store.base import Space
 
 PROGRESS_INTERVAL = 2.0  # seconds between two progress lines of a long command
 
@@ -111,33 +111,20 @@ async def _prune_in_store(args: argparse.Namespace, store: Store) -> Pruned:
             dry_run=args.dry_run,
             verdicts=verdicts,
         )
-        space = Space(0, 0)
-        if pruned.after is None and not args.dry_run:
-            space = await store.compact(max_bytes=None, always=args.compact)
-        return Pruned(
-            pruned.executions,
-            pruned.sessions,
-            pruned.kept,
-            pruned.after,
-            space.total,
-            space.free,
-            space.released,
-        )
+        if pruned.after is not None or args.dry_run:
+            return pruned
+        return replace(pruned, **asdict(await store.compact(max_bytes=None, always=args.compact)))
 
     return await _all_parts(part)
 
 
 async def _all_parts(part: Callable[[int], Awaitable[Pruned]]) -> Pruned:
     progress = _Progress()
-    executions = sessions = kept = 0
-    after = 0
-    while True:
-        last = await part(after)
-        executions, sessions, kept = executions + last.executions, sessions + last.sessions, kept + last.kept
-        if last.after is None:
-            return replace(last, executions=executions, sessions=sessions, kept=kept)
-        after = last.after
-        progress.say(f"{executions:,} executions so far")
+    total = await part(0)
+    while total.after is not None:
+        progress.say(f"{total.executions:,} executions so far")
+        total += await part(total.after)
+    return total
 
 
 def _pruned(args: argparse.Namespace, found: Pruned) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 
@@ -293,6 +293,36 @@ class UnknownNode:
     """When that attempt began."""
     heartbeat_ms: int
     """When the worker last sent a heartbeat that named that attempt's task; 0 if it sent none."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was pruned or, in a dry run, would have been pruned: by one transaction, one call, or several of them."""
+
+    executions: int = 0
+    sessions: int = 0
+    kept: int = 0
+    """How many old executions are kept.
+
+    An old execution is kept while it runs. It is also kept while another execution of its session runs, or if that one
+    ended too recently.
+    """
+    after: int | None = None
+    """Where to continue: the number of an execution. None if nothing is left to prune."""
+    total_bytes: int = 0
+    free_bytes: int = 0
+    released_bytes: int = 0
+    """The database's size, its free space, and the space released to the disk. All are 0 if something is left to prune,
+    and in a dry run."""
+
+    def __add__(self, later: Pruned) -> Pruned:
+        """Return the result of this part and the part that continued after it."""
+        return replace(
+            later,
+            executions=self.executions + later.executions,
+            sessions=self.sessions + later.sessions,
+            kept=self.kept + later.kept,
+        )
 
 
 @dataclass(frozen=True)

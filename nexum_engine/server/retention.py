@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import asdict, replace
 
 from nexum_engine.errors import StoreUnavailable
+from nexum_engine.records import Pruned
 from nexum_engine.store import Store, retention
-from nexum_engine.store.base import Space
-from nexum_engine.store.retention import Pruned, Verdicts
+from nexum_engine.store.retention import Verdicts
 
 REST, IDLE_REST = 9, 1
 """How long pruning rests after a transaction, as a multiple of the transaction's duration.
@@ -56,53 +57,41 @@ class Retention:
 
     async def prune(
         self, older_than_ms: int, *, session: str = "", after: int = 0, dry_run: bool = False, compact: bool = False
-    ) -> tuple[Pruned, Space]:
-        """Prune for about PART_SECONDS. When nothing is left to prune, release free space to the disk.
-
-        Return what was pruned, and the database's space: zeros if the call leaves something to prune, or in a dry run.
-        """
+    ) -> Pruned:
+        """Prune for about PART_SECONDS. When nothing is left to prune, release free space to the disk."""
         loop = asyncio.get_running_loop()
         end = loop.time() + PART_SECONDS
-        executions = sessions = kept = 0
+        total = Pruned()
         verdicts = self._verdicts if self._unfinished == (older_than_ms, dry_run, after) else {}
         while True:
             begun, submitted = loop.time(), self._store.submitted
-            pruned = await self._store.run_alone(
+            total += await self._store.run_alone(
                 retention.prune, older_than_ms, session=session, after=after, dry_run=dry_run, verdicts=verdicts
             )
-            executions, sessions, kept = (
-                executions + pruned.executions,
-                sessions + pruned.sessions,
-                kept + pruned.kept,
-            )
-            if pruned.after is None or loop.time() >= end:
+            if total.after is None or loop.time() >= end:
                 break
-            after = pruned.after
+            after = total.after
             took = loop.time() - begun
             await asyncio.sleep(IDLE_REST * took)
             if self._store.submitted > submitted + 1:
                 await asyncio.sleep(min((REST - IDLE_REST) * took, MAX_REST))
-        total = Pruned(executions, sessions, kept, pruned.after)
         self._unfinished, self._verdicts = None, {}
-        if pruned.after is not None and len(verdicts) <= MAX_VERDICTS:
+        if total.after is not None and len(verdicts) <= MAX_VERDICTS:
             # If many keys have the same beginning, it takes long to find out whether they belong to a session.
-            self._unfinished, self._verdicts = (older_than_ms, dry_run, pruned.after), verdicts
-        if pruned.after is not None or dry_run:
-            return total, Space(0, 0)
+            self._unfinished, self._verdicts = (older_than_ms, dry_run, total.after), verdicts
+        if total.after is not None or dry_run:
+            return total
         max_bytes = REQUESTED_BYTES if compact else QUICK_BYTES
-        return total, await self._store.compact(max_bytes=max_bytes, always=compact)
+        return replace(total, **asdict(await self._store.compact(max_bytes=max_bytes, always=compact)))
 
     async def _keep(self, keep_ms: int) -> None:
         while True:
             try:
-                after: int | None = 0
-                executions = 0
-                while after is not None:
-                    pruned, _ = await self.prune(keep_ms, after=after)
-                    executions += pruned.executions
-                    after = pruned.after
-                if executions:
-                    logger.info("pruned %d executions", executions)
+                pruned = await self.prune(keep_ms)
+                while pruned.after is not None:
+                    pruned += await self.prune(keep_ms, after=pruned.after)
+                if pruned.executions:
+                    logger.info("pruned %d executions", pruned.executions)
             except Exception as error:
                 if self._store.failed.done():
                     return  # the server stops, and says why

@@ -473,7 +473,7 @@ class NexumServicer(NexumServiceServicer):
             await abort(context, error)
 
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
-        pruned, space = await self._retention.prune(
+        pruned = await self._retention.prune(
             request.older_than_ms,
             session=request.session,
             after=request.after,
@@ -486,9 +486,9 @@ class NexumServicer(NexumServiceServicer):
             kept=pruned.kept,
             more=pruned.after is not None,
             after=pruned.after or 0,
-            total_bytes=space.total,
-            free_bytes=space.free,
-            released_bytes=space.released,
+            total_bytes=pruned.total_bytes,
+            free_bytes=pruned.free_bytes,
+            released_bytes=pruned.released_bytes,
         )
 
     async def Backup(

@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Space:
-    """The space of a database on the disk, in bytes."""
+    """The space of a database on the disk."""
 
-    total: int
-    free: int
-    """The part of `total` that is not in use. New executions are stored in it."""
-    released: int = 0
+    total_bytes: int
+    free_bytes: int
+    """The part of `total_bytes` that is not in use. New executions are stored in it."""
+    released_bytes: int = 0
     """The bytes that `compact` has just released to the disk."""
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from nexum_engine.errors import InvalidRequest, NotFound
-from nexum_engine.records import ExecutionStatus
+from nexum_engine.records import ExecutionStatus, Pruned
 from nexum_engine.store.db import Db, Row
 from nexum_engine.workflow import check_id
 
@@ -38,18 +38,6 @@ _DELETIONS = (
     "prune_executions",
 )
 """The queries that delete executions, in this order. If a new table has rows of executions, it needs a query here."""
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What one transaction has pruned, or, in a dry run, would have pruned."""
-
-    executions: int = 0
-    sessions: int = 0
-    kept: int = 0
-    """How many old executions are kept, because one of them or of their session's executions ended too recently."""
-    after: int | None = None
-    """The number of the execution after which to continue. None if nothing is left to prune."""
 
 
 @dataclass(frozen=True)

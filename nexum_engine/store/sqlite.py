@@ -9,6 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ class SqliteStore(Store):
         with self._turn:
             space = self._database.space()
             if (
-                not space.free
-                or not (always or space.free >= space.total / 4)
-                or (max_bytes is not None and space.total - space.free > max_bytes)
+                not space.free_bytes
+                or not (always or space.free_bytes >= space.total_bytes / 4)
+                or (max_bytes is not None and space.total_bytes - space.free_bytes > max_bytes)
                 or self._backup is not None
             ):
                 return space
@@ -91,7 +92,7 @@ class SqliteStore(Store):
                 logger.warning("database %s could not be compacted: %s", self._path, error)
                 return space
             left = self._database.space()
-            return Space(left.total, left.free, released=space.total - left.total)
+            return replace(left, released_bytes=space.total_bytes - left.total_bytes)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
         if self._closed or self.failed.done():

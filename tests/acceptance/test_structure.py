@@ -146,7 +146,7 @@ ENGINE = {
         "clock",
         "errors",
     ),
-    "maintenance": ("commands", "client", "store", "report", "options", "location", "errors"),
+    "maintenance": ("commands", "client", "store", "report", "options", "location", "records", "errors"),
     "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 

@@ -109,7 +109,7 @@ async def test_backup_that_is_requested_during_a_compaction_is_made(
     making = asyncio.create_task(store.backup(tmp_path / "b.db", overwrite=False, progress=say_nothing))
     await asyncio.sleep(0)  # the task runs until it waits for the compaction
     requested.set()
-    assert (await compacting).released > 0
+    assert (await compacting).released_bytes > 0
     await making
     assert check_database(tmp_path / "b.db") == Checked(1, ())
     assert await ids(store) == {kept}
@@ -126,7 +126,7 @@ async def test_store_serves_while_backup_is_made_and_backup_is_consistent(
     during = {await record(store, f"during{one}", 5000) for one in range(20)}
     with pytest.raises(Conflict, match="another backup of this database is being made"):
         await store.backup(tmp_path / "c.db", overwrite=False, progress=say_nothing)
-    assert (await store.compact(max_bytes=None, always=True)).released == 0
+    assert (await store.compact(max_bytes=None, always=True)).released_bytes == 0
     gate.open.set()
     beside: set[str] = set()
     while not making.done():

@@ -376,7 +376,7 @@ async def test_role_that_may_only_create_in_its_schema_suffices(postgres_url: st
         await store.run(tasks.complete_task, task.task_id, "1")
         await asyncio.wait_for(joined.wait(), 10)
         assert (await store.run_alone(retention.prune, 0)).executions == 1
-        assert (await store.compact(max_bytes=None, always=True)).total > 0
+        assert (await store.compact(max_bytes=None, always=True)).total_bytes > 0
         with pytest.raises(ExecutionNotFound):
             await store.run(reading.get_execution, started.execution_id)
     finally:

@@ -22,10 +22,9 @@ from nexum_engine.client import NexumClient
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import ExecutionNotFound, InvalidRequest, NotFound, StoreUnavailable, TaskNotFound
 from nexum_engine.options import duration
-from nexum_engine.records import ExecutionStatus
+from nexum_engine.records import ExecutionStatus, Pruned
 from nexum_engine.server.retention import Retention
 from nexum_engine.store import Store, executions, listing, open_store, reading, retention, sqlite_file, tasks
-from nexum_engine.store.retention import Pruned
 from nexum_engine.store.sqlite import SqliteStore
 from nexum_engine.workflow import workflow
 
@@ -87,13 +86,12 @@ async def record(store: Store, key: str, output: str = '"done"') -> str:
 
 async def prune(store: Store, days: float = 30, **options: Any) -> Pruned:
     """Prune until nothing is left to prune; return the sum of all transactions' results."""
-    total, after, verdicts = Pruned(), 0, retention.Verdicts()
-    while True:
-        part = await store.run_alone(retention.prune, round(days * DAY_MS), after=after, verdicts=verdicts, **options)
-        total = Pruned(total.executions + part.executions, total.sessions + part.sessions, total.kept + part.kept, None)
-        if part.after is None:
-            return total
-        after = part.after
+    total, verdicts = Pruned(after=0), retention.Verdicts()
+    while total.after is not None:
+        total += await store.run_alone(
+            retention.prune, round(days * DAY_MS), after=total.after, verdicts=verdicts, **options
+        )
+    return total
 
 
 async def ids(store: Store) -> set[str]:
@@ -394,7 +392,7 @@ async def test_keys_with_one_beginning_are_read_once_in_all_calls_of_prune(
     after: int | None = 0
     parts = []
     while after is not None:
-        part, _ = await server.prune(30 * DAY_MS, after=after, dry_run=dry_run)
+        part = await server.prune(30 * DAY_MS, after=after, dry_run=dry_run)
         parts.append(part.executions)
         after = part.after
     sqlite_store._database.connection.set_trace_callback(None)
@@ -425,14 +423,14 @@ async def test_compacting_gives_space_back_and_keeps_the_rest(
     clock.advance(31 * 86_400)
     kept = await record(sqlite_store, "kept", json.dumps("z" * 20_000))
     before = await sqlite_store.compact(max_bytes=None, always=False)
-    assert (before.released, before.total > 1_000_000) == (0, True)
+    assert (before.released_bytes, before.total_bytes > 1_000_000) == (0, True)
     await prune(sqlite_store)
-    assert (await sqlite_store.compact(max_bytes=1000, always=True)).released == 0
+    assert (await sqlite_store.compact(max_bytes=1000, always=True)).released_bytes == 0
     space = await sqlite_store.compact(max_bytes=1_000_000, always=False)
-    assert space.released > 900_000
-    assert space.free == 0
-    check_files(path, space.total)
-    assert space.total < 200_000
+    assert space.released_bytes > 900_000
+    assert space.free_bytes == 0
+    check_files(path, space.total_bytes)
+    assert space.total_bytes < 200_000
 
     # The store continues in the new file, which it keeps locked. After a restart, the file has all data.
     later = await record(sqlite_store, "later")
@@ -479,7 +477,7 @@ async def test_failed_compaction_changes_nothing(
             raise sqlite3.OperationalError("database or disk is full")
 
         monkeypatch.setattr(sqlite_file, "checkpoint", is_full)
-    assert (await sqlite_store.compact(max_bytes=None, always=True)).released == 0
+    assert (await sqlite_store.compact(max_bytes=None, always=True)).released_bytes == 0
     assert "could not be compacted" in caplog.text
     monkeypatch.undo()
     # The large result makes SQLite copy the log into the file, so the next transaction starts the log again.
@@ -567,7 +565,7 @@ async def test_call_of_prune_does_not_rest_for_longer_than_its_client_waits(
     monkeypatch.setattr("nexum_engine.server.retention.PART_SECONDS", 0.25)
     monkeypatch.setattr("nexum_engine.server.retention.MAX_REST", 0.1)
     # Without MAX_REST, the rest would take 1.8 s.
-    pruned, _ = await asyncio.wait_for(Retention(sqlite_store).prune(0), 1.2)
+    pruned = await asyncio.wait_for(Retention(sqlite_store).prune(0), 1.2)
     assert pruned.executions == 2
 
 
