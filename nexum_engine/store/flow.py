@@ -243,20 +243,23 @@ def _child_ended(db: Db, child: Row, changes: Changes) -> None:
         end = f"failed: {child['error']}" if status is ExecutionStatus.FAILED else "was cancelled"
         is_item = child["child_index"] is not None and status is ExecutionStatus.FAILED
         fail_waiting(db, parent, child["error"] if is_item else f"execution {child['execution_id']} {end}", changes)
-    elif parent["node_type"] == NodeType.SUBWORKFLOW:
+        return
+    if parent["node_type"] == NodeType.SUBWORKFLOW:
         last = db.one("last_output", execution=child["sequence"])
         output = "null" if last is None else last["output_json"]
-        if outputs_fit(db, parent["execution_id"], jsontext.size_of(output)):
-            complete_waiting(db, parent, output, changes)
-        else:
-            _fail_too_large(db, parent, changes)
-    elif db.one("running_child", node=parent["node"]) is None:
-        size = row_of(db, "item_result_bytes", node=parent["node"])["bytes"]
-        if outputs_fit(db, parent["execution_id"], size):
-            results = [row["output_json"] for row in db.all("item_results", node=parent["node"])]
-            complete_waiting(db, parent, f"[{','.join(results)}]", changes)
-        else:
-            _fail_too_large(db, parent, changes)
+        fits = outputs_fit(db, parent["execution_id"], jsontext.size_of(output))
+    elif db.one("running_child", node=parent["node"]) is not None:
+        return
+    else:
+        fits = outputs_fit(db, parent["execution_id"], row_of(db, "item_result_bytes", node=parent["node"])["bytes"])
+        # Read the results only if they fit: together, they may be larger than the memory.
+        results = db.all("item_results", node=parent["node"]) if fits else []
+        output = f"[{','.join(row['output_json'] for row in results)}]"
+    if fits:
+        complete_waiting(db, parent, output, changes)
+    else:
+        reason = f"with its result, the outputs of the execution are over the limit of {MAX_OUTPUT_BYTES:,} bytes"
+        fail_waiting(db, parent, reason, changes)
 
 
 def outputs_fit(db: Db, execution_id: str, size: int) -> bool:
@@ -271,12 +274,6 @@ def check_outputs_fit(db: Db, execution_id: str, output_json: str) -> None:
     """Raise TooLarge if an execution's outputs, with one more, are over MAX_OUTPUT_BYTES."""
     if not outputs_fit(db, execution_id, jsontext.size_of(output_json)):
         raise TooLarge(f"the outputs of execution {execution_id} are over the limit of {MAX_OUTPUT_BYTES:,} bytes")
-
-
-def _fail_too_large(db: Db, node: Row, changes: Changes) -> None:
-    """Fail a WAITING node whose output is too large for its execution."""
-    reason = f"with its result, the outputs of the execution are over the limit of {MAX_OUTPUT_BYTES:,} bytes"
-    fail_waiting(db, node, reason, changes)
 
 
 # ---- The end ---------------------------------------------------------------------------------------------------------

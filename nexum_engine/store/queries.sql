@@ -378,7 +378,8 @@ WHERE node = :node;
 
 -- name: map_of_item
 -- The MAP node that started the execution :item, with the node's execution, the number of items, and the item's index.
-SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, workflow_id, idempotency_key, input_json,
+SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, workflow_id, nodes.version_hash,
+       idempotency_key, input_json,
        (SELECT child_index + 1 FROM executions AS items WHERE items.parent_node = nodes.node
         ORDER BY items.sequence DESC LIMIT 1) AS total,
        (SELECT child_index FROM executions AS item WHERE item.sequence = :item) AS child_index

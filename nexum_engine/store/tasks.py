@@ -16,7 +16,6 @@ from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row, brief, row_of
 from nexum_engine.store.definitions import definition_of, retry_of
 from nexum_engine.store.executions import start_execution
-from nexum_engine.store.flow import end_execution
 from nexum_engine.store.ids import new_task_id, number_of
 from nexum_engine.store.limits import gate_of, pass_through, slot_freed
 from nexum_engine.store.reading import MAX_INLINE_BYTES
@@ -183,33 +182,26 @@ def _hand_out(db: Db, row: Row, gate: Gate, worker_id: str, lease_ms: int, strea
 
 
 def _task(db: Db, node: Row, task_id: str, attempt: int) -> Task:
+    is_item = node["node_type"] == NodeType.MAP_SUBTASK
+    # A worker sees the task of an item as a task of the MAP node.
+    seen = row_of(db, "map_of_item", item=node["execution"]) if is_item else node
     is_short = node["input_json"] is not None
-    task = Task(
+    return Task(
         task_id=task_id,
-        execution_id=node["execution_id"],
-        node_id=node["node_id"],
+        execution_id=seen["execution_id"],
+        node_id=seen["node_id"],
         node_type=node["node_type"],
         version_hash=node["version_hash"],
         attempt=attempt,
-        idempotency_key=_key_of(node, node["node_id"]),
-        input_json=_task_input(db, node) if is_short else "",
+        idempotency_key=_key_of(seen, node["node_id"]),
+        input_json=_task_input(db, seen) if is_short else "",
         input_bytes=node["task_bytes"],
         timeout_ms=node["timeout_ms"],
         progress_json=node["progress_json"] or "",
+        map_index=seen["child_index"] if is_item else 0,
+        map_total=seen["total"] if is_item else 0,
+        map_item_json=node["input_json"] if is_item and is_short else "",
         must_reconcile=node["effect"] == Effect.MUST_RECONCILE,
-    )
-    if node["node_type"] != NodeType.MAP_SUBTASK:
-        return task
-    # A worker sees one item's task as a task of the MAP node.
-    parent = row_of(db, "map_of_item", item=node["execution"])
-    return replace(
-        task,
-        execution_id=parent["execution_id"],
-        node_id=parent["node_id"],
-        idempotency_key=_key_of({**parent, "version_hash": node["version_hash"]}, node["node_id"]),
-        map_index=parent["child_index"],
-        map_total=parent["total"],
-        map_item_json=node["input_json"] if is_short else "",
     )
 
 
@@ -247,16 +239,14 @@ def with_payload(db: Db, task: Task) -> Task:
     row = db.one("task_payload", node=number_of(db, task.task_id))
     if row is None:
         raise TaskNotFound(task.task_id)
-    is_item = row["node_type"] == NodeType.MAP_SUBTASK
-    return replace(
-        task, input_json=_task_input(db, row), map_item_json=row["input_json"] if is_item else task.map_item_json
-    )
+    if row["node_type"] != NodeType.MAP_SUBTASK:
+        return replace(task, input_json=_task_input(db, row))
+    of_map = row_of(db, "map_of_item", item=row["execution"])
+    return replace(task, input_json=_task_input(db, of_map), map_item_json=row["input_json"])
 
 
 def _task_input(db: Db, node: Row) -> str:
     """Return `{"input": …, "deps": {…}}` as text. Its JSON parts were checked when they were stored."""
-    if node["node_type"] == NodeType.MAP_SUBTASK:
-        node = row_of(db, "map_of_item", item=node["execution"])
     dependencies: list[str] = json.loads(node["dependencies"])
     deps = ""
     if dependencies:
@@ -379,7 +369,7 @@ def _record(db: Db, row: Row, output_json: str, changes: Changes) -> None:
         is_short = row["is_only_node"] and len(output_json) <= MAX_INLINE_BYTES
         node = Node(row["node_id"], row["node_type"], NodeStatus.COMPLETED, output_json, "")
         only_node = node if is_short else None
-        end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", changes, only_node)
+        flow.end_execution(db, row["execution"], ExecutionStatus.COMPLETED, "", changes, only_node)
 
 
 def _check_route(db: Db, row: Row, output: object) -> None:
@@ -495,7 +485,7 @@ def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) 
     """End the attempt in `row`, and mark its node and execution as FAILED, unless the node has already ended."""
     if db.changes("fail_node", error=reason, **_ended(db, row, end)):
         slot_freed(db, row, changes)
-        end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
+        flow.end_execution(db, row["execution"], ExecutionStatus.FAILED, f"{row['node_id']}: {reason}", changes)
 
 
 def wait_for_person(
