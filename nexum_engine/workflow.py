@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from nexum_engine import jsontext
-from nexum_engine.errors import InvalidRequest
+from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.records import Compatibility, NodeType
 
 MAX_IR_BYTES = 1024 * 1024
@@ -109,7 +109,7 @@ class Rate(BaseModel):
         try:
             return cls.model_validate(text)
         except ValidationError as error:
-            raise InvalidRequest(f"rate: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+            raise InvalidRequest(first_problem(error, "rate")) from error
 
     def __str__(self) -> str:
         unit = next((unit for unit, seconds in _UNITS.items() if seconds == self.seconds), None)

@@ -96,10 +96,15 @@ def test_rate_is_parsed_and_shown(text: str, calls: int, seconds: float, shown: 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10", "10/", "/min", "0/s", "10/0s", "-1/s", "10/week", "1.5/s", "٣/s", "1/99999999999d"]
+    ("text", "place"),
+    [
+        *((text, "rate") for text in ("", "10", "10/", "/min", "-1/s", "10/week", "1.5/s", "٣/s")),
+        ("0/s", "rate.calls"),
+        *((text, "rate.seconds") for text in ("10/0s", "1/99999999999d")),
+    ],
 )
-def test_wrong_rate_is_refused(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="rate: "):
+def test_wrong_rate_is_refused(text: str, place: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{place}: "):
         Rate.parse(text)
 
 
