@@ -15,7 +15,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from pydantic import BaseModel
@@ -195,25 +194,23 @@ class Owner:
         holding: Task | None,
         output_json: str,
     ) -> Started:
-        start = partial(
-            self._client.start_execution,
-            workflow,
-            input,
-            idempotency_key=idempotency_key,
-            register=True,
-            owner=self.owner_id,
-            held_task_id="" if holding is None else holding.task_id,
-            output_json=output_json,
-            # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
-            wait=MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0,
-            patience=OUTAGE_PATIENCE,
-        )
-        sent = time.monotonic()
-        started = await start()
-        while started.retry_after:
-            await asyncio.sleep(started.retry_after)
+        while True:
             sent = time.monotonic()
-            started = await start()
+            started = await self._client.start_execution(
+                workflow,
+                input,
+                idempotency_key=idempotency_key,
+                register=True,
+                owner=self.owner_id,
+                held_task_id="" if holding is None else holding.task_id,
+                output_json=output_json,
+                # If a limit holds the node back, the server answers as soon as the limit lets the node pass.
+                wait=MAX_SERVER_WAIT if any(node.is_limited for node in workflow.nodes) else 0.0,
+                patience=OUTAGE_PATIENCE,
+            )
+            if not started.retry_after:
+                break
+            await asyncio.sleep(started.retry_after)
         if holding is not None or started.task is not None:
             self._held_until = sent + HELD_FOR
         if started.task is not None:
