@@ -84,9 +84,9 @@ class Heartbeat:
         connection: Connection,
         worker_id: str,
         *,
+        on_lost: Callable[[NexumError], None],
         prepare: Callable[[], Awaitable[None]] = _nothing,
         on_connected: Callable[[], None] = lambda: None,
-        on_lost: Callable[[NexumError], None] = lambda _: None,
         on_tasks_lost: Callable[[frozenset[str]], None] = lambda _: None,
         on_blocked: Callable[[float], None] = lambda _: None,
     ) -> None:

@@ -220,7 +220,6 @@ class Liveness:
     async def _sweep(self) -> None:
         may_wait_ms: int | None = STALL_MS
         while True:
-            self._due_changed.clear()
             self._due_ms = None
             earliest_ms, now_ms = 0, self._clock.now_ms()
             latest_ms = None if may_wait_ms is None else now_ms + may_wait_ms
