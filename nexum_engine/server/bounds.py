@@ -28,19 +28,6 @@ MAX_STREAM_CALLS = 10_000
 """The largest number of calls on one stream at the same time. Calls that wait count."""
 MAX_SHOWN_METHOD = 100
 """How many characters of an unknown RPC's name are logged, or repeated in an error."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits that are options of a server."""
-
-    calls: int = DEFAULT_MAX_CALLS
-    """The largest number of calls on all streams at the same time, including the calls that wait."""
-    queue: int = DEFAULT_MAX_QUEUE
-    """The largest number of tasks that wait for workers. When it is reached, no new execution is started."""
-
-
-DEFAULT_LIMITS = Limits()
 SMALL_BYTES = 16 * 1024
 """The size up to which a request or an answer needs no share of a budget."""
 MAX_SMALL_REQUEST_BYTES = 256 * 1024  # the largest request without a payload
@@ -76,12 +63,24 @@ _WITH_PAYLOAD = {
     "ApproveTask",
     "ResolveNode",
 }
-
 _OVERLOADED = (
     "other calls use all the memory that the server may use for calls: retry, and end clients that don't read answers"
 )
 Rpc = Callable[["Received", Any], Awaitable[Message]]
 """A unary RPC. It takes the encoded request and the call's context."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits that are options of a server."""
+
+    calls: int = DEFAULT_MAX_CALLS
+    """The largest number of calls on all streams at the same time, including the calls that wait."""
+    queue: int = DEFAULT_MAX_QUEUE
+    """The largest number of tasks that wait for workers. When it is reached, no new execution is started."""
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class Budget:
@@ -317,9 +316,12 @@ def _streaming(behaviour: Any, request_type: type[Message], limit: int) -> Any:
                 _check(received, limit)
                 yield _decoded(received, request_type)
 
-        async with aclosing(behaviour(decoded(), context)) as answers:
-            async for answer in answers:
-                yield answer
+        try:
+            async with aclosing(behaviour(decoded(), context)) as answers:
+                async for answer in answers:
+                    yield answer
+        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+            await abort(context, error)
 
     return handle
 

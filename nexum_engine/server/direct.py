@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from nexum_engine.server.bounds import Received
 from nexum_engine.server.calls import CallContext
-from nexum_engine.server.refusal import Refused
+from nexum_engine.server.refusal import Refused, abort
 from nexum_engine.server.servicer import NexumServicer
 from nexum_engine.wire.status import rpc_error, trailing_metadata
 
@@ -31,13 +31,17 @@ class DirectServer:
         self, method: str, requests: AsyncIterator[Message], metadata: Sequence[Any], answer: Callable[[Message], None]
     ) -> None:
         with _context(metadata) as context:
-            async with aclosing(getattr(self._servicer, method)(requests, context)) as answers:
-                async for message in answers:
-                    answer(message)
+            try:
+                async with aclosing(getattr(self._servicer, method)(requests, context)) as answers:
+                    async for message in answers:
+                        answer(message)
+            except Exception as error:  # noqa: BLE001 - `abort` answers with a status
+                await abort(context, error)
 
 
 @contextmanager
-def _context(metadata: Sequence[Any]) -> Iterator[CallContext]:
+def _context(metadata: Sequence[Any]) -> Iterator[Any]:
+    """Yield the context of a call: a CallContext, in place of gRPC's. Raise a refusal as the error of a gRPC call."""
     context = CallContext(metadata)
     try:
         yield context

@@ -26,7 +26,7 @@ from nexum_engine.server.calls import CallStreams
 from nexum_engine.server.liveness import Liveness
 from nexum_engine.server.polls import Polls
 from nexum_engine.server.queue import Queue
-from nexum_engine.server.refusal import Context, abort, cut
+from nexum_engine.server.refusal import Context, cut
 from nexum_engine.server.retention import Retention
 from nexum_engine.server.waiters import Waiters
 from nexum_engine.store import Store, executions, listing, reading, retry, tasks, waits
@@ -319,18 +319,14 @@ class NexumServicer(NexumServiceServicer):
         """Return the execution if it ends within `wait` seconds. Return None if the caller must query the store."""
         if not wait:
             return None
-        with self.waiters.watch(execution_id) as ended:
+        with self.waiters.watch(execution_id, wait) as ended:
             if not self.waiters.is_running(execution_id):
                 execution = await self._store.run(
                     reading.get_execution, execution_id, max_bytes=reading.MAX_INLINE_BYTES
                 )
                 if execution.status.ended:
                     return execution
-            timer = asyncio.get_running_loop().call_later(wait, self.waiters.give_up, ended)
-            try:
-                return await ended
-            finally:
-                timer.cancel()
+            return await ended
 
     async def ListExecutions(self, request: pb.ListRequest, context: Context) -> pb.ListResponse:
         limit = min(request.limit, MAX_LIST_LIMIT) if request.limit > 0 else DEFAULT_LIST_LIMIT
@@ -452,25 +448,19 @@ class NexumServicer(NexumServiceServicer):
     async def WorkerStream(
         self, request_iterator: AsyncIterator[pb.WorkerBeat], context: Context
     ) -> AsyncGenerator[pb.WorkerBeatAck, None]:
-        try:
-            await self.refuse_call_for_another_database(context)
-            # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
-            async with aclosing(self.liveness.beats(request_iterator)) as acks:
-                async for ack in acks:
-                    yield ack
-        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
-            await abort(context, error)
+        await self.refuse_call_for_another_database(context)
+        # Close the generator when the call ends: its clean-up must not wait for the garbage collector.
+        async with aclosing(self.liveness.beats(request_iterator)) as acks:
+            async for ack in acks:
+                yield ack
 
     async def Calls(
         self, request_iterator: AsyncIterator[pb.CallFrames], context: Context
     ) -> AsyncGenerator[pb.CallFrames, None]:
-        try:
-            await context.send_initial_metadata((OPENED,))
-            async with aclosing(self._streams.serve(request_iterator, context.invocation_metadata())) as answers:
-                async for frames in answers:
-                    yield frames
-        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
-            await abort(context, error)
+        await context.send_initial_metadata((OPENED,))
+        async with aclosing(self._streams.serve(request_iterator, context.invocation_metadata())) as answers:
+            async for frames in answers:
+                yield frames
 
     async def Prune(self, request: pb.PruneRequest, context: Context) -> pb.PruneResponse:
         pruned = await self._retention.prune(
@@ -494,15 +484,12 @@ class NexumServicer(NexumServiceServicer):
     async def Backup(
         self, request_iterator: AsyncIterator[pb.BackupRequest], context: Context
     ) -> AsyncGenerator[pb.BackupProgress, None]:
-        try:
-            await self.refuse_call_for_another_database(context)
-            async for request in request_iterator:
-                async with aclosing(self._backup(request)) as steps:
-                    async for step in steps:
-                        yield step
-                return
-        except Exception as error:  # noqa: BLE001 - `abort` answers with a status
-            await abort(context, error)
+        await self.refuse_call_for_another_database(context)
+        async for request in request_iterator:
+            async with aclosing(self._backup(request)) as steps:
+                async for step in steps:
+                    yield step
+            return
 
     async def _backup(self, request: pb.BackupRequest) -> AsyncGenerator[pb.BackupProgress, None]:
         """Make a backup. If the generator is closed before its end, the backup is stopped."""

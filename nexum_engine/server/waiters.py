@@ -35,24 +35,25 @@ class Waiters:
         return execution_id in self._running
 
     @contextmanager
-    def watch(self, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
-        """Yield a future that resolves with the ended execution, or with None if the caller should query the store."""
-        future: asyncio.Future[Execution | None] = asyncio.get_running_loop().create_future()
+    def watch(self, execution_id: str, seconds: float) -> Iterator[asyncio.Future[Execution | None]]:
+        """Yield a future that resolves with the ended execution, or with None if the caller should query the store.
+
+        After `seconds` at the latest, the caller should query the store.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Execution | None] = loop.create_future()
         if self._stopping:
             future.set_result(None)
+        timer = loop.call_later(seconds, _settle, future, None)
         self._waiting[execution_id].add(future)
         try:
             yield future
         finally:
+            timer.cancel()
             others = self._waiting[execution_id]
             others.discard(future)
             if not others:
                 del self._waiting[execution_id]
-
-    def give_up(self, future: asyncio.Future[Execution | None]) -> None:
-        """Make one caller query the store, because it has waited long enough."""
-        if not future.done():
-            future.set_result(None)
 
     def execution_ended(self, execution: Execution) -> None:
         """Answer the callers that wait for the execution. If its payloads are large, the callers query the store."""
@@ -65,8 +66,7 @@ class Waiters:
     def _answer(self, execution_id: str, ended: Execution | None) -> None:
         self._running.discard(execution_id)
         for future in self._waiting.get(execution_id, ()):
-            if not future.done():
-                future.set_result(ended)
+            _settle(future, ended)
 
     def waited_for(self) -> list[str]:
         """Return the ids of the executions that have waiting callers."""
@@ -89,3 +89,8 @@ class Waiters:
         """Make every waiting caller query the store, and let no later caller wait."""
         self._stopping = True
         self.look_again()
+
+
+def _settle(future: asyncio.Future[Execution | None], ended: Execution | None) -> None:
+    if not future.done():
+        future.set_result(ended)

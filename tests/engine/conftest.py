@@ -73,8 +73,10 @@ def begun_waits(monkeypatch: pytest.MonkeyPatch) -> queue.SimpleQueue[str]:
     watch = Waiters.watch
 
     @contextmanager
-    def watch_and_say(waiters: Waiters, execution_id: str) -> Iterator[asyncio.Future[Execution | None]]:
-        with watch(waiters, execution_id) as future:
+    def watch_and_say(
+        waiters: Waiters, execution_id: str, seconds: float
+    ) -> Iterator[asyncio.Future[Execution | None]]:
+        with watch(waiters, execution_id, seconds) as future:
             begun.put(execution_id)
             yield future
 

@@ -881,7 +881,7 @@ async def test_no_wake_up_is_lost_when_callers_die_at_random(
     await asyncio.gather(*(starter() for _ in range(4)))
     try:
         for execution in await engine.store.run(listing.list_executions, "", "", 1000):
-            with engine.waiters.watch(execution.execution_id) as ended:
+            with engine.waiters.watch(execution.execution_id, 2 * SOON) as ended:
                 current = await engine.store.run(reading.get_execution, execution.execution_id)
                 if current.status is ExecutionStatus.RUNNING:
                     await asyncio.wait_for(ended, SOON)
