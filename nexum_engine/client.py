@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -245,7 +245,7 @@ class NexumClient:
     ) -> Observed:
         """Return the state of an execution when it ends, or after `wait` seconds. Raises ExecutionNotFound."""
         wait = min(wait, MAX_SERVER_WAIT)
-        try:
+        with _about_execution(execution_id):
             if self._has_get_execution:
                 request = pb.GetExecutionRequest(
                     execution_id=execution_id, wait_ms=_milliseconds(wait), with_attempts=with_attempts
@@ -256,8 +256,6 @@ class NexumClient:
                 except NotANexumServer:
                     self._fall_back()
             return await self._poll_status(execution_id, wait=wait, patience=patience)
-        except NotFound as error:
-            raise ExecutionNotFound(execution_id) from error
 
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
         """Return the execution that `answer` describes. Read the input and the outputs that `answer` leaves out."""
@@ -310,10 +308,8 @@ class NexumClient:
     async def get_status(self, execution_id: str, *, patience: float = 0.0) -> ExecutionStatus:
         """Return the status of an execution, without its outputs. Raises ExecutionNotFound."""
         request = pb.StatusRequest(execution_id=execution_id)
-        try:
+        with _about_execution(execution_id):
             answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
-        except NotFound as error:
-            raise ExecutionNotFound(execution_id) from error
         return ExecutionStatus(answer.status)
 
     async def list_executions(
@@ -355,10 +351,8 @@ class NexumClient:
             attributes=attributes,
             group_sessions=group_sessions,
         )
-        try:
+        with _about_execution(before):
             answer = await self._call(lambda stub: stub.ListExecutions, request, patience=patience)
-        except NotFound as error:
-            raise ExecutionNotFound(before) from error
         if (since_ms or until_ms or attributes) and any(not one.created_ms for one in answer.executions):
             raise ServerError(f"the server on {self.address} is a published one: it can't select by time or attributes")
         return [
@@ -387,11 +381,9 @@ class NexumClient:
         status = await self.get_status(execution_id)
         if status in (ExecutionStatus.COMPLETED, ExecutionStatus.FAILED):
             raise Conflict(f"execution {execution_id} is {status.value} and can't be cancelled any more")
-        try:
+        with _about_execution(execution_id):
             request = pb.CancelRequest(execution_id=execution_id, cancelled_by=by)
             await self._call(lambda stub: stub.CancelExecution, request)
-        except NotFound as error:
-            raise ExecutionNotFound(execution_id) from error
 
     async def retry_execution(self, execution_id: str) -> None:
         """Continue a FAILED execution at its failed node. Recorded results are kept.
@@ -400,10 +392,8 @@ class NexumClient:
         execution, or it is owned.
         """
         request = pb.RetryRequest(execution_id=execution_id)
-        try:
+        with _about_execution(execution_id):
             await self._of_this_project("retry executions", lambda stub: stub.RetryExecution, request)
-        except NotFound as error:
-            raise ExecutionNotFound(execution_id) from error
 
     # ---- Nodes that wait ---------------------------------------------------------------------------------------------
 
@@ -643,6 +633,15 @@ class NexumClient:
             raise TaskNotFound(task_id) from error
         except Conflict as error:
             raise StaleTask(str(error)) from error
+
+
+@contextlib.contextmanager
+def _about_execution(execution_id: str) -> Iterator[None]:
+    """Inside a `with` block, raise ExecutionNotFound if the server answers that it doesn't know the execution."""
+    try:
+        yield
+    except NotFound as error:
+        raise ExecutionNotFound(execution_id) from error
 
 
 def _milliseconds(wait: float) -> int:
