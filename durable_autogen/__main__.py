@@ -179,10 +179,10 @@ async def look(args: argparse.Namespace) -> str:
     from durable_autogen.recorded_sessions import cancel_session, has_begun, list_sessions, show_session
     from nexum_engine import jsontext
     from nexum_engine.client import NexumClient
-    from nexum_engine.commands import nothing_recorded
     from nexum_engine.embedded import EmbeddedNexum
     from nexum_engine.location import default_database_url
     from nexum_engine.report import cancel_in_words
+    from nexum_engine.server_or_database import nothing_recorded
     from nexum_engine.store import database_exists
 
     if args.command != "send" and not args.nexum and not database_exists(url := default_database_url()):

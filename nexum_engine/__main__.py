@@ -32,9 +32,7 @@ if __name__ == "__main__":
     end_on_ctrl_c()  # first, so that Ctrl+C during the slow imports prints no traceback
 
 import argparse
-import asyncio
 import atexit
-import contextlib
 import gc
 import io
 import logging
@@ -51,10 +49,9 @@ from nexum_engine import (
     VERSION,
     event_loop,
     maintenance,
-    report,
 )
 from nexum_engine import commands as about_executions
-from nexum_engine.commands import PartlyDecided, look, say, watch
+from nexum_engine.commands import complain, say
 from nexum_engine.connection import DEFAULT_ADDRESS
 from nexum_engine.errors import (
     AccessDenied,
@@ -84,6 +81,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
         description="The Nexum server. Without a command it starts and serves until Ctrl+C.",
         epilog="After an installation with pip, durable_autogen adds a command: nexum budget SESSION.",
     )
+    parser.set_defaults(run=lambda args: event_loop.run(_serve(args)))
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
     parser.add_argument(
         "--listen",
@@ -157,6 +155,7 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
         help="replace the database by a backup; stop its server first",
         description="Replace the database by a backup, and keep the former database beside it. Stop its server first.",
     )
+    restore.set_defaults(run=_restore)
     restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
     _add_database(restore, argparse.SUPPRESS)
     return parser, commands.choices
@@ -185,8 +184,8 @@ def _added(command: str) -> Callable[[list[str]], int] | None:
     return None if found is None else found.load()
 
 
-async def serve(args: argparse.Namespace) -> None:
-    """Run the server until it is stopped."""
+async def _serve(args: argparse.Namespace) -> int:
+    """Run the server until it is stopped; return the exit code."""
     # Let the threads take shorter turns than Python's default of 5 ms: each message goes from a thread of gRPC to the
     # event loop, and some transactions go to the thread of the store and back.
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -217,14 +216,15 @@ async def serve(args: argparse.Namespace) -> None:
         stop=stop_event(),
         on_ready=on_ready,
     )
+    return 0
 
 
-def restore(args: argparse.Namespace) -> str:
-    """Replace the database by a backup; return what to print."""
+def _restore(args: argparse.Namespace) -> int:
     url = default_database_url() if args.database_url is None else args.database_url
     former = restore_database(url, args.backup)
     kept = "" if former is None else f"; the former database is kept as {former}"
-    return f"{database_path(url)} now has the contents of {args.backup}{kept}"
+    say(f"{database_path(url)} now has the contents of {args.backup}{kept}")
+    return 0
 
 
 def _session_hint(args: argparse.Namespace, error: NexumError) -> str:
@@ -233,11 +233,6 @@ def _session_hint(args: argparse.Namespace, error: NexumError) -> str:
     if not isinstance(error, NotFound) or name.startswith("exec-"):
         return ""
     return f"; if {name} is a durable session: python -m durable_autogen show {name}"
-
-
-def _complain(error: str) -> None:
-    with contextlib.suppress(OSError):  # standard error itself may have failed
-        print(f"error: {report.printable(error)}", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -267,39 +262,17 @@ def _run(argv: list[str] | None) -> int:
         if names.count(name) > 1:
             parser.error(f"--attr names {name!r} twice: an execution has one value for each name")
     try:
-        if args.command is None:
-            event_loop.run(serve(args))
-        elif args.command == "restore":
-            say(restore(args))
-        elif args.command == "check":
-            text, is_sound = asyncio.run(maintenance.check(args))
-            say(text)
-            return 0 if is_sound else 1
-        elif args.command == "prune":
-            say(asyncio.run(maintenance.prune(args)))
-        elif args.command == "backup":
-            say(asyncio.run(maintenance.backup(args)))
-        elif getattr(args, "watch", False) or getattr(args, "follow", False):
-            return asyncio.run(watch(args))
-        else:
-            try:
-                say(asyncio.run(look(args)))
-            except PartlyDecided as partly:
-                for line in partly.done:
-                    say(line)
-                for failure in partly.failures:
-                    _complain(failure)
-                return 1
+        code: int = args.run(args)
+        return code
     except NexumError as error:
-        _complain(f"{error}{_session_hint(args, error)}")
+        complain(f"{error}{_session_hint(args, error)}")
         return 2 if isinstance(error, (ServerUnavailable, NotANexumServer, AccessDenied)) else 1
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # a closed pipe (`| head`) needs no message
-            _complain(in_words(error))  # for example, the disk is full
+            complain(in_words(error))  # for example, the disk is full
         # Discard the rest of the output. Otherwise, Python would try to write it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,31 +13,26 @@ import os
 import sys
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from nexum_engine import jsontext, report
 from nexum_engine.client import NexumClient
 from nexum_engine.clock import SystemClock
-from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY
 from nexum_engine.errors import (
     Conflict,
     InvalidRequest,
     NexumError,
     NotANexumServer,
     NotFound,
-    ServerNotReady,
     ServerUnavailable,
-    StoreLocked,
-    StoreRefused,
     perhaps_sent,
 )
 from nexum_engine.location import default_database_url
 from nexum_engine.options import attribute, count, moment, user_name
 from nexum_engine.records import (
     Attempt,
-    DeclaredTool,
     Execution,
     ExecutionStatus,
     Node,
@@ -48,24 +43,34 @@ from nexum_engine.records import (
     UnknownNode,
 )
 from nexum_engine.screen import Screen
-from nexum_engine.store import Store, database_exists, executions, listing, open_store, reading, waits
-from nexum_engine.store.retry import retry_execution
+from nexum_engine.server_or_database import Executions, InDatabase, OnServer, on_server_or_database
+from nexum_engine.store import database_exists, waits
 
 WATCH_INTERVAL = 1.0  # seconds
-LOOK_PATIENCE = 3.0  # seconds to wait while a server has the database open and does not answer
-PAGE = 1000
-"""How many child executions to read in one call. A child execution is one that a node started."""
-T = TypeVar("T")
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Commands) -> list[argparse.ArgumentParser]:
     """Add the commands to the parser of the command line, and return them."""
+    added = [
+        *_add_execution_commands(commands),
+        *_add_approval_commands(commands),
+        *_add_effect_commands(commands),
+        *_add_worker_commands(commands),
+    ]
+    for command in added:
+        command.set_defaults(run=_run)
+    return added
+
+
+def _add_execution_commands(commands: Commands) -> list[argparse.ArgumentParser]:
     ps = commands.add_parser(
         "ps",
         help="list executions, newest first",
         description="List executions, newest first. A durable session is one row: its latest run, with the session's "
         "question, calls and tokens.",
     )
+    ps.set_defaults(answer=_ps, refresh=_refresh_list)
     ps.add_argument("--workflow", default="", help="only executions of this workflow, without grouping sessions")
     ps.add_argument(
         "--status",
@@ -73,12 +78,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=str.upper,
         help="only executions with this status: RUNNING, COMPLETED, FAILED or CANCELLED",
     )
-    ps.add_argument(
-        "--key",
-        default="",
-        metavar="PREFIX",
-        help="only those whose idempotency key begins with PREFIX",
-    )
+    ps.add_argument("--key", default="", metavar="PREFIX", help="only those whose idempotency key begins with PREFIX")
     ps.add_argument(
         "--since",
         type=moment,
@@ -109,28 +109,43 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="refresh the list each second until Ctrl+C; without a terminal, print what changes",
     )
+    ps.add_argument("--json", action="store_true", help="print JSON; with --watch, print a line for each change")
     show = commands.add_parser(
         "show",
         help="show an execution with its nodes and attempts",
         description="Show an execution with its nodes and attempts.",
     )
+    show.set_defaults(answer=_show, refresh=_refresh_execution)
     show.add_argument(
         "--follow",
         action="store_true",
         help="refresh until the execution ends; without a terminal, print what happens. The exit code is 0 if it "
         "COMPLETED, else 1",
     )
+    _add_execution(show, "ps")
+    show.add_argument("--json", action="store_true", help="print JSON; with --follow, print a line for each change")
     cancel = commands.add_parser("cancel", help="cancel an execution", description="Cancel an execution.")
+    cancel.set_defaults(answer=_cancel)
+    _add_execution(cancel, "ps")
+    _add_by(cancel)
     retry = commands.add_parser(
         "retry",
         help="continue a FAILED execution at its failed node",
         description="Continue a FAILED execution at its failed node, with fresh retries. Recorded results are kept.",
     )
+    retry.set_defaults(answer=_retry)
+    _add_execution(retry, "ps")
+    return [ps, show, cancel, retry]
+
+
+def _add_approval_commands(commands: Commands) -> list[argparse.ArgumentParser]:
     approvals = commands.add_parser(
         "approvals",
         help="list the nodes that wait for a person's approval",
         description="List the HUMAN_APPROVAL nodes that wait for a person.",
     )
+    approvals.set_defaults(answer=_approvals)
+    approvals.add_argument("--json", action="store_true", help="print JSON")
     approve = commands.add_parser(
         "approve",
         help="approve a node that waits for approval: the node completes",
@@ -141,35 +156,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="reject a node that waits for approval: the node and its execution fail",
         description="Reject a HUMAN_APPROVAL node: the node and its execution fail.",
     )
-    unknown = commands.add_parser(
-        "unknown",
-        help="list the nodes whose effect may or may not have happened",
-        description="List the nodes whose effect may or may not have happened. Each waits until a person resolves it.",
-    )
-    resolve = commands.add_parser(
-        "resolve",
-        # argparse would write the alternatives in one long line.
-        usage="%(prog)s [-h] [--by NAME] [--attempt N]\n"
-        "       [--nexum HOST:PORT] [--database-url URL]\n"
-        "       (--result JSON | --not-done | --failed REASON) EXECUTION [NODE]",
-        help="say whether the effect of an UNKNOWN node has happened",
-        description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
-    )
-    tools = commands.add_parser(
-        "tools",
-        help="list the tools of connected workers and runs, with their policies",
-        description="List the tools of the workers and durable runs that are connected to the server, with their "
-        "policies. Of a run, list the tools that have a policy.",
-    )
-    send = commands.add_parser(
-        "send",
-        help="send an event to an execution",
-        description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
-        "for the event yet, the event is kept.",
-    )
-    for command, lister in ((show, "ps"), (cancel, "ps"), (retry, "ps"), (resolve, "unknown"), (send, "ps")):
-        command.add_argument("execution", metavar="EXECUTION", help=f"the execution's id, as {lister} prints it")
     for command in (approve, reject):
+        command.set_defaults(answer=_approve_or_reject)
         command.add_argument(
             "execution", nargs="?", default="", metavar="EXECUTION", help="the execution's id, as approvals prints it"
         )
@@ -179,22 +167,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             metavar="ID",
             help="instead of EXECUTION: decide about all calls of this session that wait",
         )
-    for command, lister in ((approve, "approvals"), (reject, "approvals"), (resolve, "unknown")):
-        command.add_argument(
-            "node",
-            nargs="?",
-            default="",
-            metavar="NODE",
-            help=f"the node's name, as {lister} prints it (needed if several nodes of the execution wait, or if a "
-            "person has decided about another one)",
-        )
-    for command in (cancel, approve, reject, resolve):
-        command.add_argument(
-            "--by",
-            default=user_name(),
-            metavar="NAME",
-            help="who does it (default: %(default)s). A server with tokens records the name of the token instead",
-        )
+        _add_node(command, "approvals")
+        _add_by(command)
     approve.add_argument("--comment", default="", help="stored with the approval")
     approve.add_argument(
         "--args",
@@ -203,6 +177,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="an answer that is stored with the approval: for a tool call, the arguments to call the tool with instead",
     )
     reject.add_argument("--reason", default="", help="stored as the error of the node and the execution")
+    return [approvals, approve, reject]
+
+
+def _add_effect_commands(commands: Commands) -> list[argparse.ArgumentParser]:
+    unknown = commands.add_parser(
+        "unknown",
+        help="list the nodes whose effect may or may not have happened",
+        description="List the nodes whose effect may or may not have happened. Each waits until a person resolves it.",
+    )
+    unknown.set_defaults(answer=_unknown)
+    unknown.add_argument("--json", action="store_true", help="print JSON")
+    resolve = commands.add_parser(
+        "resolve",
+        # argparse would write the alternatives in one long line.
+        usage="%(prog)s [-h] [--by NAME] [--attempt N]\n"
+        "       [--nexum HOST:PORT] [--database-url URL]\n"
+        "       (--result JSON | --not-done | --failed REASON) EXECUTION [NODE]",
+        help="say whether the effect of an UNKNOWN node has happened",
+        description="Say whether the effect of an UNKNOWN node has happened. Look at the target of the effect first.",
+    )
+    resolve.set_defaults(answer=_resolve)
+    _add_execution(resolve, "unknown")
+    _add_node(resolve, "unknown")
+    _add_by(resolve)
     decision = resolve.add_mutually_exclusive_group(required=True)
     decision.add_argument(
         "--result",
@@ -223,18 +221,56 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="the attempt that you have looked at, as unknown prints it. If another attempt is in doubt by now, the "
         "decision is refused (needed if a person has decided about an earlier attempt)",
     )
+    return [unknown, resolve]
+
+
+def _add_worker_commands(commands: Commands) -> list[argparse.ArgumentParser]:
+    tools = commands.add_parser(
+        "tools",
+        help="list the tools of connected workers and runs, with their policies",
+        description="List the tools of the workers and durable runs that are connected to the server, with their "
+        "policies. Of a run, list the tools that have a policy.",
+    )
+    tools.set_defaults(answer=_tools)
+    tools.add_argument("--json", action="store_true", help="print JSON")
+    send = commands.add_parser(
+        "send",
+        help="send an event to an execution",
+        description="Send an event to an execution. The event completes the node that waits for it. If no node waits "
+        "for the event yet, the event is kept.",
+    )
+    send.set_defaults(answer=_send)
+    _add_execution(send, "ps")
     send.add_argument("name", metavar="NAME", help="the event's name")
     send.add_argument(
         "payload", nargs="?", default="null", type=_json, metavar="JSON", help="the output of the node (default: null)"
     )
     send.add_argument("--key", default="", help="an idempotency key: a second event with this key changes nothing")
-    for command, option in ((ps, "--watch"), (show, "--follow")):
-        command.add_argument(
-            "--json", action="store_true", help=f"print JSON; with {option}, print a line for each change"
-        )
-    for command in (approvals, unknown, tools):
-        command.add_argument("--json", action="store_true", help="print JSON")
-    return [ps, show, cancel, retry, approvals, approve, reject, unknown, resolve, tools, send]
+    return [tools, send]
+
+
+def _add_execution(command: argparse.ArgumentParser, lister: str) -> None:
+    command.add_argument("execution", metavar="EXECUTION", help=f"the execution's id, as {lister} prints it")
+
+
+def _add_node(command: argparse.ArgumentParser, lister: str) -> None:
+    command.add_argument(
+        "node",
+        nargs="?",
+        default="",
+        metavar="NODE",
+        help=f"the node's name, as {lister} prints it (needed if several nodes of the execution wait, or if a "
+        "person has decided about another one)",
+    )
+
+
+def _add_by(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--by",
+        default=user_name(),
+        metavar="NAME",
+        help="who does it (default: %(default)s). A server with tokens records the name of the token instead",
+    )
 
 
 def _json(text: str) -> Any:
@@ -261,15 +297,32 @@ class PartlyDecided(Conflict):
         self.done, self.failures = done, failures
 
 
+def _run(args: argparse.Namespace) -> int:
+    """Run a command of this module; return the exit code."""
+    if getattr(args, "watch", False) or getattr(args, "follow", False):
+        return asyncio.run(watch(args))
+    try:
+        say(asyncio.run(look(args)))
+    except PartlyDecided as partly:
+        for line in partly.done:
+            say(line)
+        for failure in partly.failures:
+            complain(failure)
+        return 1
+    return 0
+
+
 async def look(args: argparse.Namespace) -> str:
-    """Run a command of this module; return what to print."""
+    """Run a command of this module, but don't watch; return what to print."""
     has_new_key = args.command == "send" and not args.key
     if has_new_key:
         # If the server ends before it answers, the command sends the event again, and the event must not count twice.
         args.key = uuid.uuid4().hex
     try:
         return await on_server_or_database(
-            args, lambda client: _answer(args, _OnServer(client)), lambda store: _answer(args, _InDatabase(store))
+            args,
+            lambda client: args.answer(args, OnServer(client)),
+            lambda store: args.answer(args, InDatabase(store)),
         )
     except ServerUnavailable as error:
         if has_new_key:
@@ -277,211 +330,34 @@ async def look(args: argparse.Namespace) -> str:
         raise
 
 
-async def on_server_or_database(
-    args: argparse.Namespace, ask: Callable[[NexumClient], Awaitable[T]], read: Callable[[Store], Awaitable[T]]
-) -> T:
-    """Open the database that --database-url names. Without --database-url, ask a server.
-
-    If no server is named, and no server answers, open the default database instead. Raises InvalidRequest if both a
-    server and a database are named.
-    """
-    if args.database_url is not None:
-        if args.nexum is not None:
-            raise InvalidRequest("--nexum names a server and --database-url names a database: give only one of them")
-        return await when_released(lambda: _use_database(read, args.database_url))
-    address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
-
-    async def find() -> T:
-        try:
-            async with NexumClient(address or None) as client:
-                return await ask(client)
-        except (ServerUnavailable, NotANexumServer) as error:
-            if address:
-                raise
-            failure = error
-        why = str(failure) if isinstance(failure, ServerNotReady) else f"no server on {DEFAULT_ADDRESS}"
-        return await _use_database(read, default_database_url(), f"{why}, and ")
-
-    return await when_released(find)
+async def _ps(args: argparse.Namespace, source: Executions) -> str:
+    found = await source.find(args)
+    return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
 
 
-async def when_released(attempt: Callable[[], Awaitable[T]]) -> T:
-    """Make attempts for LOOK_PATIENCE, as long as a server has the database open and can't be asked.
-
-    Such a server is about to end, or a run has just opened the database and will answer soon.
-    """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + LOOK_PATIENCE
-    while True:
-        try:
-            return await attempt()
-        except StoreLocked:
-            if loop.time() >= end:
-                raise
-        await asyncio.sleep(RECONNECT_DELAY)
+async def _show(args: argparse.Namespace, source: Executions) -> str:
+    execution, children = await _with_children(source, args.execution)
+    return report.as_json(execution) if args.json else report.details(execution, children)
 
 
-async def _use_database(read: Callable[[Store], Awaitable[T]], url: str, tried: str = "") -> T:
-    if not database_exists(url):
-        raise nothing_recorded(url, tried)
-    try:
-        store = await open_store(url, SystemClock())
-    except StoreLocked as error:
-        raise StoreLocked(f"{tried}a Nexum server has {url} open: ask that server with --nexum HOST:PORT") from error
-    try:
-        return await read(store)
-    finally:
-        await store.close()
+async def _approvals(args: argparse.Namespace, source: Executions) -> str:
+    pending = await source.approvals()
+    return _as_json(pending) if args.json else report.approvals(pending, SystemClock().now_ms()) + _more(pending)
 
 
-def nothing_recorded(url: str, tried: str = f"no server on {DEFAULT_ADDRESS}, and ") -> StoreRefused:
-    """Return the error of a command that needs a database, if there is none."""
-    return StoreRefused(f"{tried}no database at {url}: nothing recorded")
+async def _unknown(args: argparse.Namespace, source: Executions) -> str:
+    nodes = await source.unknown()
+    return _as_json(nodes) if args.json else report.unknown(nodes, SystemClock().now_ms()) + _more(nodes)
 
 
-class _OnServer:
-    """The operations that the commands need, on a server."""
-
-    def __init__(self, client: NexumClient) -> None:
-        self._client = client
-        self.cancel, self.retry = client.cancel_execution, client.retry_execution
-        self.approvals, self.approve, self.reject = client.pending_approvals, client.approve, client.reject
-        self.unknown, self.resolve = client.unknown, client.resolve
-        self.tools, self.send, self.status = client.tools, client.send_event, client.get_status
-
-    async def children(self, execution_id: str, before: str) -> list[Execution]:
-        return await self._client.list_executions(parent=execution_id, before=before, limit=PAGE)
-
-    async def find(self, args: argparse.Namespace) -> list[Execution]:
-        return await self._client.list_executions(
-            workflow_id=args.workflow, status=args.status, limit=args.limit, **_conditions(args)
-        )
-
-    async def get(self, execution_id: str) -> Execution:
-        return (await self._client.get_execution(execution_id, with_attempts=True)).execution
+async def _tools(args: argparse.Namespace, source: Executions) -> str:
+    declared = await source.tools()
+    return report.as_json(declared) if args.json else report.tools(declared)
 
 
-class _InDatabase:
-    """The same operations, in a database that no server has open."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-
-    async def find(self, args: argparse.Namespace) -> list[Execution]:
-        found = await self._store.run(
-            listing.list_executions, args.workflow, args.status, args.limit, **_conditions(args)
-        )
-        if self._store.file is None:
-            return found
-        # No server has the file open, so no process runs a session. But a killed run may have left its session recorded
-        # as running.
-        return [
-            one if one.session is None else replace(one, session=replace(one.session, is_running=False))
-            for one in found
-        ]
-
-    async def status(self, execution_id: str) -> ExecutionStatus:
-        return (await self.get(execution_id)).status
-
-    async def get(self, execution_id: str) -> Execution:
-        return await self._store.run(reading.get_execution, execution_id, True)
-
-    async def cancel(self, execution_id: str, *, by: str) -> None:
-        await self._store.run(executions.cancel_execution, execution_id, by)
-
-    async def children(self, execution_id: str, before: str) -> list[Execution]:
-        return await self._store.run(listing.list_executions, "", "", PAGE, parent=execution_id, before=before)
-
-    async def retry(self, execution_id: str) -> None:
-        await self._store.run(retry_execution, execution_id)
-
-    async def approvals(self) -> list[PendingApproval]:
-        return await self._store.run(waits.pending_approvals)
-
-    async def approve(self, execution_id: str, node_id: str, *, approver: str, comment: str, answer: object) -> None:
-        answer_json = "" if answer is None else jsontext.dump(answer, "the answer")
-        await self._store.run(waits.approve, execution_id, node_id, approver, comment, answer_json)
-
-    async def reject(self, execution_id: str, node_id: str, *, approver: str, reason: str) -> None:
-        await self._store.run(waits.reject, execution_id, node_id, approver, reason)
-
-    async def unknown(self) -> list[UnknownNode]:
-        return await self._store.run(waits.unknown_nodes)
-
-    async def resolve(
-        self,
-        execution_id: str,
-        node_id: str,
-        *,
-        resolved_by: str,
-        output: object,
-        not_done: bool,
-        failed: str | None,
-        attempt: int,
-    ) -> None:
-        is_done = not not_done and failed is None
-        await self._store.run(
-            waits.resolve,
-            execution_id,
-            node_id,
-            resolved_by,
-            output_json=jsontext.dump(output, "the result") if is_done else None,
-            not_done=not_done,
-            failed=failed or "",
-            attempt=attempt,
-        )
-
-    async def tools(self) -> list[DeclaredTool]:
-        return []  # no server runs, so no worker and no run is connected
-
-    async def send(self, execution_id: str, name: str, payload: Any, *, idempotency_key: str) -> None:
-        payload_json = jsontext.dump(payload, "the payload")
-        await self._store.run(waits.send_event, execution_id, name, payload_json, idempotency_key)
-
-
-_Executions = _OnServer | _InDatabase
-
-
-def _conditions(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "key_prefix": args.key,
-        "since_ms": args.since,
-        "until_ms": args.until,
-        "attributes": dict(args.attr),
-        "group_sessions": not args.all and not args.workflow,
-    }
-
-
-async def _answer(args: argparse.Namespace, source: _Executions) -> str:
-    if args.command == "ps":
-        found = await source.find(args)
-        return report.as_json(found) if args.json else report.table(found, SystemClock().now_ms())
-    if args.command == "show":
-        execution, children = await _with_children(source, args.execution)
-        return report.as_json(execution) if args.json else report.details(execution, children)
-    if args.command == "approvals":
-        pending = await source.approvals()
-        if args.json:
-            return _as_json(pending)
-        return report.approvals(pending, SystemClock().now_ms()) + _more(pending)
-    if args.command == "unknown":
-        nodes = await source.unknown()
-        if args.json:
-            return _as_json(nodes)
-        return report.unknown(nodes, SystemClock().now_ms()) + _more(nodes)
-    if args.command == "tools":
-        declared = await source.tools()
-        return report.as_json(declared) if args.json else report.tools(declared)
-    if args.command == "cancel":
-        return await _cancel(args, source)
-    if args.command in ("approve", "reject"):
-        return await _approve_or_reject(args, source)
-    if args.command == "resolve":
-        return await _resolve(args, source)
-    if args.command == "send":
-        await source.send(args.execution, args.name, args.payload, idempotency_key=args.key)
-        return f"sent {args.name} to {args.execution}"
-    return await _retry(args, source)
+async def _send(args: argparse.Namespace, source: Executions) -> str:
+    await source.send(args.execution, args.name, args.payload, idempotency_key=args.key)
+    return f"sent {args.name} to {args.execution}"
 
 
 def _more(waiting: Sequence[PendingApproval | UnknownNode], separator: str = "\n") -> str:
@@ -499,7 +375,7 @@ def _as_json(waiting: Sequence[PendingApproval] | Sequence[UnknownNode]) -> str:
     return report.as_json(waiting)
 
 
-async def _approve_or_reject(args: argparse.Namespace, source: _Executions) -> str:
+async def _approve_or_reject(args: argparse.Namespace, source: Executions) -> str:
     """Approve or reject a node, or all waiting calls of a session. Return a line for each node."""
     if bool(args.execution) == bool(args.session):
         raise InvalidRequest("give either an EXECUTION or --session")
@@ -544,7 +420,7 @@ async def _approve_or_reject(args: argparse.Namespace, source: _Executions) -> s
     return "\n".join(done)
 
 
-async def _session_of(source: _Executions, pending: PendingApproval) -> object:
+async def _session_of(source: Executions, pending: PendingApproval) -> object:
     """Return the session of a tool call that waits for approval, or None if `pending` is no tool call."""
     # The list of approvals leaves out a long input.
     input_json = pending.input_json or (await source.get(pending.execution_id)).input_json
@@ -552,7 +428,7 @@ async def _session_of(source: _Executions, pending: PendingApproval) -> object:
     return value.get("session") if isinstance(value, dict) and "tool" in value else None
 
 
-async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
+async def _resolve(args: argparse.Namespace, source: Executions) -> str:
     output = getattr(args, "result", None)
 
     def stands(node: Node, made: Attempt) -> bool:
@@ -583,7 +459,7 @@ async def _resolve(args: argparse.Namespace, source: _Executions) -> str:
 class _Decision:
     """A person's decision about a node."""
 
-    source: _Executions
+    source: Executions
     node_type: NodeType
     decide: Callable[[str, str], Awaitable[None]]
     """Records the decision about a node of an execution. Raises Conflict if the node doesn't wait for one."""
@@ -647,7 +523,7 @@ def _is_undecided(node: Node) -> bool:
     return node.status is NodeStatus.WAITING and node.node_type == NodeType.HUMAN_APPROVAL
 
 
-async def _cancel(args: argparse.Namespace, source: _Executions) -> str:
+async def _cancel(args: argparse.Namespace, source: Executions) -> str:
     if await source.status(args.execution) is ExecutionStatus.CANCELLED:
         execution = await source.get(args.execution)
         return f"already done: {args.execution} was {report.cancel_in_words(execution, SystemClock().now_ms())}"
@@ -655,7 +531,7 @@ async def _cancel(args: argparse.Namespace, source: _Executions) -> str:
     return f"{args.execution} is CANCELLED"
 
 
-async def _retry(args: argparse.Namespace, source: _Executions) -> str:
+async def _retry(args: argparse.Namespace, source: Executions) -> str:
     try:
         await source.retry(args.execution)
     except Conflict:
@@ -666,7 +542,7 @@ async def _retry(args: argparse.Namespace, source: _Executions) -> str:
     return f"{args.execution} is RUNNING again"
 
 
-async def _with_children(source: _Executions, execution_id: str) -> tuple[Execution, list[Execution]]:
+async def _with_children(source: Executions, execution_id: str) -> tuple[Execution, list[Execution]]:
     """Return an execution, and the executions that its nodes started, the oldest first."""
     execution = await source.get(execution_id)
     children: list[Execution] = []
@@ -686,10 +562,10 @@ async def watch(args: argparse.Namespace) -> int:
     address = os.environ.get("NEXUM_ADDRESS") if args.nexum is None else args.nexum
     screen = Screen(say, in_place=sys.stdout.isatty() and not args.json)
     if address or args.command == "show" or database_exists(default_database_url()):
-        code = await on_server_or_database(
+        code: int | None = await on_server_or_database(
             args,
-            lambda client: _refresh(args, _OnServer(client), screen),
-            lambda store: _refresh(args, _InDatabase(store), screen),
+            lambda client: args.refresh(args, OnServer(client), screen),
+            lambda store: args.refresh(args, InDatabase(store), screen),
         )
         if code is not None:
             return code
@@ -698,7 +574,7 @@ async def watch(args: argparse.Namespace) -> int:
         with contextlib.suppress(ServerUnavailable, NotANexumServer):
             async with NexumClient(address or None) as client:
                 while True:
-                    code = await _refresh(args, _OnServer(client), screen)
+                    code = await args.refresh(args, OnServer(client), screen)
                     if code is not None:
                         return code
                     await asyncio.sleep(WATCH_INTERVAL)
@@ -710,17 +586,17 @@ async def watch(args: argparse.Namespace) -> int:
         await asyncio.sleep(WATCH_INTERVAL)
 
 
-async def _refresh(args: argparse.Namespace, source: _Executions, screen: Screen) -> int | None:
-    """Show the present state. Return the exit code if nothing more will change."""
-    if args.command == "ps":
-        found = await source.find(args)
-        now_ms = SystemClock().now_ms()
-        news = [
-            (repr(one), report.as_json_line(one) if args.json else report.row(one, now_ms)) for one in reversed(found)
-        ]
-        lines = report.table(found, now_ms).splitlines()
-        screen.show(lines, news if args.json else [("", report.HEADING), *news])
-        return None
+async def _refresh_list(args: argparse.Namespace, source: Executions, screen: Screen) -> None:
+    """Show the list of `ps` as it is now."""
+    found = await source.find(args)
+    now_ms = SystemClock().now_ms()
+    news = [(repr(one), report.as_json_line(one) if args.json else report.row(one, now_ms)) for one in reversed(found)]
+    lines = report.table(found, now_ms).splitlines()
+    screen.show(lines, news if args.json else [("", report.HEADING), *news])
+
+
+async def _refresh_execution(args: argparse.Namespace, source: Executions, screen: Screen) -> int | None:
+    """Show the execution of `show` as it is now. Return the exit code if the execution has ended."""
     execution, children = await _with_children(source, args.execution)
     facts = [report.as_json_line(execution)] if args.json else report.changes(execution)
     screen.show(report.details(execution, children).splitlines(), [(fact, fact) for fact in facts])
@@ -738,3 +614,9 @@ def say(text: str) -> None:
             raise
         # Raise BrokenPipeError here, too: Windows reports EINVAL for a pipe that nobody reads.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
+
+
+def complain(error: str) -> None:
+    """Print an error on standard error."""
+    with contextlib.suppress(OSError):  # standard error itself may have failed
+        print(f"error: {report.printable(error)}", file=sys.stderr, flush=True)

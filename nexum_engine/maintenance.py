@@ -16,18 +16,19 @@ from functools import partial
 from pathlib import Path
 
 from nexum_engine.client import NexumClient
-from nexum_engine.commands import on_server_or_database, when_released
+from nexum_engine.commands import Commands, say
 from nexum_engine.errors import Conflict, NotANexumServer, ServerUnavailable
 from nexum_engine.location import absolute, database_path, default_database_url, read_address
 from nexum_engine.options import duration, not_empty
 from nexum_engine.records import Pruned
 from nexum_engine.report import WIDTH, printable, size
+from nexum_engine.server_or_database import on_server_or_database, when_released
 from nexum_engine.store import Checked, Store, check_database, retention
 
 PROGRESS_INTERVAL = 2.0  # seconds between two progress lines of a long command
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+def add_commands(commands: Commands) -> list[argparse.ArgumentParser]:
     """Add the commands to the parser of the command line. Return the commands that ask a server."""
     prune = commands.add_parser(
         "prune",
@@ -76,7 +77,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="the database or backup (default: $DATABASE_URL, else this folder's database)",
     )
-    for command in (prune, backup, check):
+    for command, run in ((prune, _prune), (backup, _backup), (check, _check)):
+        command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print JSON")
     return [prune, backup]
 
@@ -84,10 +86,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 # ---- prune -----------------------------------------------------------------------------------------------------------
 
 
-async def prune(args: argparse.Namespace) -> str:
-    """Run `prune`; return what to print."""
-    found = await on_server_or_database(args, partial(_prune_on_server, args), partial(_prune_in_store, args))
-    return _pruned(args, found)
+def _prune(args: argparse.Namespace) -> int:
+    found = asyncio.run(on_server_or_database(args, partial(_prune_on_server, args), partial(_prune_in_store, args)))
+    say(_pruned(args, found))
+    return 0
 
 
 async def _prune_on_server(args: argparse.Namespace, client: NexumClient) -> Pruned:
@@ -162,17 +164,17 @@ def _count(number: int, what: str) -> str:
 # ---- backup ----------------------------------------------------------------------------------------------------------
 
 
-async def backup(args: argparse.Namespace) -> str:
-    """Run `backup`; return what to print."""
+def _backup(args: argparse.Namespace) -> int:
     file, progress = absolute(args.file), _Progress()
-    total = await on_server_or_database(
-        args,
-        lambda client: _copy_from_server(client, file, overwrite=args.overwrite),
-        lambda store: store.backup(file, overwrite=args.overwrite, progress=progress.say_copied),
+    total = asyncio.run(
+        on_server_or_database(
+            args,
+            lambda client: _copy_from_server(client, file, overwrite=args.overwrite),
+            lambda store: store.backup(file, overwrite=args.overwrite, progress=progress.say_copied),
+        )
     )
-    if args.json:
-        return json.dumps({"file": str(file), "bytes": total}, indent=2)
-    return f"{args.file}: {size(total)}"
+    say(json.dumps({"file": str(file), "bytes": total}, indent=2) if args.json else f"{args.file}: {size(total)}")
+    return 0
 
 
 async def _copy_from_server(client: NexumClient, file: Path, *, overwrite: bool) -> int:
@@ -187,21 +189,17 @@ async def _copy_from_server(client: NexumClient, file: Path, *, overwrite: bool)
 # ---- check -----------------------------------------------------------------------------------------------------------
 
 
-async def check(args: argparse.Namespace) -> tuple[str, bool]:
-    """Run `check`; return what to print, and whether the database is sound."""
-    file = _checked_file(args)
-    checked = await when_released(lambda: _checked(file))
+def _check(args: argparse.Namespace) -> int:
+    file = database_path(default_database_url()) if args.file is None else absolute(args.file)
+    checked = asyncio.run(when_released(lambda: _checked(file)))
     if args.json:
         found = {"file": str(file), "executions": checked.executions, "findings": checked.findings}
-        return json.dumps(found, indent=2), not checked.findings
-    if checked.findings:
-        return "\n".join(map(printable, checked.findings)), False
-    return f"{file} is sound: {_count(checked.executions, 'execution')}", True
-
-
-def _checked_file(args: argparse.Namespace) -> Path:
-    file: Path | None = args.file
-    return database_path(default_database_url()) if file is None else absolute(file)
+        say(json.dumps(found, indent=2))
+    elif checked.findings:
+        say("\n".join(map(printable, checked.findings)))
+    else:
+        say(f"{file} is sound: {_count(checked.executions, 'execution')}")
+    return 1 if checked.findings else 0
 
 
 async def _checked(file: Path) -> Checked:

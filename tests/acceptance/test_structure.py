@@ -133,9 +133,19 @@ ENGINE = {
     "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
     "host": ("server", "event_loop", "forks", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "event_loop", "client", "connection", "errors"),
-    "commands": (
+    "server_or_database": (
         "client",
         "connection",
+        "store",
+        "location",
+        "records",
+        "jsontext",
+        "clock",
+        "errors",
+    ),
+    "commands": (
+        "server_or_database",
+        "client",
         "store",
         "report",
         "screen",
@@ -146,7 +156,17 @@ ENGINE = {
         "clock",
         "errors",
     ),
-    "maintenance": ("commands", "client", "store", "report", "options", "location", "records", "errors"),
+    "maintenance": (
+        "commands",
+        "server_or_database",
+        "client",
+        "store",
+        "report",
+        "options",
+        "location",
+        "records",
+        "errors",
+    ),
     "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 

@@ -21,7 +21,7 @@ from nexum_wire import DEADLINE, complete, connected, poll, register
 from processes import Command, InProcess, command_line, run_script
 from server_thread import ServerThread, server_thread
 
-from nexum_engine import commands
+from nexum_engine import server_or_database
 from nexum_engine.__main__ import main
 from nexum_engine.commands import look
 from nexum_engine.errors import StoreLocked
@@ -174,7 +174,7 @@ def test_command_asks_the_server_of_a_run_that_is_just_opening_the_database(
                 write_address(path, server.address)
                 raise
 
-        monkeypatch.setattr(commands, "open_store", opened)
+        monkeypatch.setattr(server_or_database, "open_store", opened)
         code, output = in_process(main, *command.split(), execution)
     assert len(refusals) == 1
     assert code == 0

@@ -220,7 +220,7 @@ def test_programs_in_the_folder_of_a_server_with_tokens_say_to_name_it(
 ) -> None:
     monkeypatch.delenv("NEXUM_ADDRESS", raising=False)
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'nexum.db'}")
-    monkeypatch.setattr("nexum_engine.commands.LOOK_PATIENCE", 0.1)
+    monkeypatch.setattr("nexum_engine.server_or_database.LOOK_PATIENCE", 0.1)
     lines: list[str] = []
 
     async def work() -> None:
