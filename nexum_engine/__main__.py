@@ -53,14 +53,7 @@ from nexum_engine import (
 from nexum_engine import commands as about_executions
 from nexum_engine.commands import complain, say
 from nexum_engine.connection import DEFAULT_ADDRESS
-from nexum_engine.errors import (
-    AccessDenied,
-    InvalidRequest,
-    NexumError,
-    NotANexumServer,
-    NotFound,
-    ServerUnavailable,
-)
+from nexum_engine.errors import AccessDenied, InvalidRequest, NexumError, NotANexumServer, NotFound, ServerUnavailable
 from nexum_engine.location import DEFAULT_DATABASE_URL, database_path, default_database_url
 from nexum_engine.options import count, duration, refuse_bytes, seconds
 from nexum_engine.store import restore_database

@@ -501,13 +501,7 @@ class NexumClient:
             ) from error
 
     async def send_event(
-        self,
-        execution_id: str,
-        name: str,
-        payload: object = None,
-        *,
-        idempotency_key: str = "",
-        patience: float = 0.0,
+        self, execution_id: str, name: str, payload: object = None, *, idempotency_key: str = "", patience: float = 0.0
     ) -> None:
         """Send an event to an execution. The event completes an EVENT node that waits for it, or that will wait later.
 

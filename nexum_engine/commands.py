@@ -320,9 +320,7 @@ async def look(args: argparse.Namespace) -> str:
         args.key = uuid.uuid4().hex
     try:
         return await on_server_or_database(
-            args,
-            lambda client: args.answer(args, OnServer(client)),
-            lambda store: args.answer(args, InDatabase(store)),
+            args, lambda client: args.answer(args, OnServer(client)), lambda store: args.answer(args, InDatabase(store))
         )
     except ServerUnavailable as error:
         if has_new_key:

@@ -252,12 +252,7 @@ class Connection:
         return None
 
     async def call(
-        self,
-        method: Method[Request, Answer],
-        request: Request,
-        *,
-        wait: float = 0.0,
-        patience: float = 0.0,
+        self, method: Method[Request, Answer], request: Request, *, wait: float = 0.0, patience: float = 0.0
     ) -> Answer:
         """Make one call. While no server answers, retry for `patience` seconds. Raises the engine's errors.
 

@@ -21,12 +21,7 @@ from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
 from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.forks import in_forked_process, never_free
-from nexum_engine.location import (
-    database_url,
-    default_database_url,
-    own_database,
-    read_address,
-)
+from nexum_engine.location import database_url, default_database_url, own_database, read_address
 
 _log = logging.getLogger(__name__)
 

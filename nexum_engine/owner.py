@@ -22,14 +22,7 @@ from pydantic import BaseModel
 from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.connection import MAX_SERVER_WAIT, OUTAGE_PATIENCE
-from nexum_engine.errors import (
-    Conflict,
-    NexumError,
-    NoOwnedExecutions,
-    ServerError,
-    ServerNotReady,
-    ServerUnavailable,
-)
+from nexum_engine.errors import Conflict, NexumError, NoOwnedExecutions, ServerError, ServerNotReady, ServerUnavailable
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import DeclaredTool, Task
 from nexum_engine.workflow import Workflow
@@ -54,12 +47,7 @@ class Owner:
     lost, and every 10 s until the owner has reconnected.
     """
 
-    def __init__(
-        self,
-        client: NexumClient,
-        *,
-        on_lost: Callable[[NexumError], None] | None = None,
-    ) -> None:
+    def __init__(self, client: NexumClient, *, on_lost: Callable[[NexumError], None] | None = None) -> None:
         self.owner_id = new_worker_id()
         self._client = client
         self._lost: NexumError | None = None

@@ -12,9 +12,7 @@ DONE = frozenset({NodeStatus.COMPLETED, NodeStatus.SKIPPED})
 
 
 def settle(
-    definitions: Mapping[str, NodeDefinition],
-    statuses: Mapping[str, NodeStatus],
-    chosen: Mapping[str, str],
+    definitions: Mapping[str, NodeDefinition], statuses: Mapping[str, NodeStatus], chosen: Mapping[str, str]
 ) -> dict[str, NodeStatus]:
     """Return the new status of each PENDING node that no longer has to wait for other nodes.
 

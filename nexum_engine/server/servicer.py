@@ -437,11 +437,7 @@ class NexumServicer(NexumServiceServicer):
 
     async def SendEvent(self, request: pb.SendEventRequest, context: Context) -> pb.AckResponse:
         await self.liveness.carry_out(
-            waits.send_event,
-            request.execution_id,
-            request.name,
-            request.payload_json,
-            request.idempotency_key,
+            waits.send_event, request.execution_id, request.name, request.payload_json, request.idempotency_key
         )
         return pb.AckResponse(ok=True)
 

@@ -27,12 +27,7 @@ MAX_ERROR_CHARACTERS = 4000
 
 @brief
 def claim(
-    db: Db,
-    worker_id: str,
-    version_hashes: tuple[str, ...],
-    max_bytes: int,
-    lease_ms: int,
-    streamed: bool,
+    db: Db, worker_id: str, version_hashes: tuple[str, ...], max_bytes: int, lease_ms: int, streamed: bool
 ) -> Claim:
     """Hand a worker the task that has been due the longest, as a new attempt with a lease.
 

@@ -10,13 +10,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from nexum_engine import jsontext
-from nexum_engine.errors import (
-    Conflict,
-    IdempotencyConflict,
-    InvalidRequest,
-    NotFound,
-    TooLarge,
-)
+from nexum_engine.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound, TooLarge
 from nexum_engine.records import ExecutionStatus, NodeStatus, NodeType, Outcome, PendingApproval, UnknownNode
 from nexum_engine.store import flow
 from nexum_engine.store.db import Db, Row, row_of
