@@ -504,7 +504,8 @@ class Worker:
         try:
             handler, node = self._work_of(task)
             work.once = node.once
-            output = await self._output(handler, context, node, work, name)
+            result = await self._result(handler, context, node, work, name)
+            output = _output(result, node, task)
         except Exception as error:  # noqa: BLE001 - reported to the server
             unknown = isinstance(error, UnknownEffect)
             final = unknown or isinstance(error, (FinalError, InvalidRequest))
@@ -534,11 +535,10 @@ class Worker:
         jsontext.check_size(text, "the progress", max_bytes=MAX_PROGRESS_BYTES)
         self._heartbeat.send_progress(work.task.task_id, text)
 
-    async def _output(
+    async def _result(
         self, handler: Handler, context: TaskContext, node: NodeDefinition, work: _Work, name: str
-    ) -> str:
-        """Run `handler`. Check its result against the node's output model, and return what to report, as JSON text."""
-        task = work.task
+    ) -> Any:
+        """Run `handler` within the node's time limit, and return its result."""
 
         async def contained() -> Any:
             try:
@@ -557,7 +557,7 @@ class Worker:
                 if not running.done():
                     error_type = UnknownEffect if node.once else TimeoutError
                     raise error_type(f"the attempt took longer than its time limit of {node.timeout_seconds:g} s")
-            result = await running
+            return await running
         except asyncio.CancelledError as error:
             if self._closing:
                 raise
@@ -566,24 +566,6 @@ class Worker:
             running.cancel()
             work.handler = None
             del self._handlers[running]
-        if node.node_type is NodeType.ROUTER and isinstance(result, str):
-            result = {"routed_to": result}
-        # Don't check the result of a task that starts executions: the node's output comes from these executions.
-        is_output = node.node_type is not NodeType.SUBWORKFLOW and (
-            node.node_type is not NodeType.MAP or _index_of(task) is not None
-        )
-        if is_output and node.output is not None and not isinstance(result, node.output):
-            try:
-                result = node.output.model_validate(result)
-            except ValidationError as error:
-                raise FinalError(
-                    f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
-                ) from error
-        if node.node_type is NodeType.SUBWORKFLOW:
-            result = {"subWorkflowId": node.sub_workflow_id, "childInput": result}
-        text = jsontext.dump(result, "the result")
-        jsontext.check_size(text, "the result")
-        return text
 
     async def _success(self, task: Task, output: str) -> None:
         try:
@@ -665,6 +647,26 @@ class Worker:
                 # Retry: without the report, nobody could tell whether the effect has happened.
                 logger.warning("the report of %s is not stored, retrying: %s", what, error)
                 await asyncio.sleep(FAULT_DELAY)
+
+
+def _output(result: Any, node: NodeDefinition, task: Task) -> str:
+    """Check a handler's result against the node's output model. Return what to report, as JSON text."""
+    if node.node_type is NodeType.ROUTER and isinstance(result, str):
+        result = {"routed_to": result}
+    # Don't check the result of a task that starts executions: the node's output comes from these executions.
+    is_output = not node.node_type.starts_executions or _index_of(task) is not None
+    if is_output and node.output is not None and not isinstance(result, node.output):
+        try:
+            result = node.output.model_validate(result)
+        except ValidationError as error:
+            raise FinalError(
+                f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
+            ) from error
+    if node.node_type is NodeType.SUBWORKFLOW:
+        result = {"subWorkflowId": node.sub_workflow_id, "childInput": result}
+    text = jsontext.dump(result, "the result")
+    jsontext.check_size(text, "the result")
+    return text
 
 
 def _reason(error: Exception) -> str:
