@@ -33,7 +33,7 @@ NODE = "approval"
 
 
 noted_by: ContextVar[Callable[[str], AbstractContextManager[None]] | None] = ContextVar("noted_by", default=None)
-"""The function of the surrounding program that is told about waits for a person, or None.
+"""The function of the surrounding program that announces waits for a person, or None.
 
 `waiting_for_a_person` calls it with a line about the wait. The function returns a context manager, which is open for as
 long as the wait takes.

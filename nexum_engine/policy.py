@@ -69,7 +69,7 @@ class Policy(BaseModel):
     timeout: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may take."""
     heartbeat: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
-    """Seconds that one attempt may go on without a heartbeat: a call of `heartbeat()` in the tool, an item that the
+    """Seconds that one attempt may continue without a heartbeat: a call of `heartbeat()` in the tool, an item that the
     tool streams, or a part of a streamed model reply. The limit doesn't apply to other model replies."""
     rate: _RateOrText | None = None
     """How often the tool may be called, retries included: for instance "10/min". The server counts the calls of all

@@ -21,7 +21,7 @@ from nexum_engine.store.submitted import Submitted
 POLL_COUNTS_FOR_MS = 2000
 """How long a version counts as polled after its last poll has ended."""
 HELD_MS = 500
-"""The pause before an owner asks again, if its node must wait until another attempt ends. Nobody knows when it ends."""
+"""The pause before an owner retries its start, if its node waits for the end of another attempt, at an unknown time."""
 MAX_REMEMBERED_VERSIONS = 1000
 """Above this number of versions, the server forgets the versions without a recent poll.
 
@@ -95,7 +95,7 @@ class Polls:
         self._polls_of_worker: dict[str, dict[_WaitingPoll, None]] = defaultdict(dict)
         self._last_poll_ms: dict[str, int] = {}
         self._largest_task: dict[str, int] = {}
-        """By version: the size of the largest task that a worker can receive, as this server has told the store."""
+        """By version: the size of the largest task that a worker can receive, as this server has stored it."""
         self._forget_above = MAX_REMEMBERED_VERSIONS
         self._due: dict[str, int] = {}
         """By version: an upper bound of the number of due tasks. If a version is missing here, its number is unknown.
@@ -260,8 +260,8 @@ class Polls:
     ) -> tuple[StoredStart, int]:
         """Start the execution of an owner. If limits hold the node back, start again when they may let the node pass.
 
-        After `wait` seconds at the latest, return the result of the last start, and in how many milliseconds the owner
-        should ask again: 0 if no limit holds the node back.
+        After `wait` seconds at the latest, return the result of the last start, and after how many milliseconds the
+        owner should retry: 0 if no limit holds the node back.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + wait

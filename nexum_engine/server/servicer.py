@@ -115,10 +115,10 @@ class NexumServicer(NexumServiceServicer):
         if (why := refusal(metadata, database, self._place, embedded=self._embedded)) is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, cut(why))
 
-    def _who(self, context: Context, said: str) -> str:
-        """Return who makes the call: the holder of its token or, if the server has no tokens, what the client says."""
+    def _who(self, context: Context, named: str) -> str:
+        """Return who makes the call: the holder of its token or, if the server has none, the name in the request."""
         if self._tokens is None:
-            return said
+            return named
         return self._tokens.holder(context.invocation_metadata() or ()).name
 
     async def GetServerInfo(self, request: pb.EmptyRequest, context: Context) -> pb.ServerInfo:

@@ -242,8 +242,8 @@ class SqliteStore(Store):
                 reason = failure
         if reason is not None:
             names_database = isinstance(error.cause, FilesLost)
-            told = str(reason) if names_database else f"database {self._path} can't be trusted any more: {reason}"
-            self._refuse_waiting(told)
+            lost = "" if names_database else f"database {self._path} can't be trusted any more: "
+            self._refuse_waiting(f"{lost}{reason}")
         self._look_again()
 
 
