@@ -26,7 +26,7 @@ INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, statu
 SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash, 'RUNNING', :input_json, :now,
        :parent_node
 FROM (SELECT nextval('execution_numbers') AS number) AS new
-RETURNING sequence, execution_id;
+RETURNING sequence;
 
 -- name: add_items
 INSERT INTO executions (sequence, execution_id, workflow_id, version_hash, status, input_json, created_ms, parent_node,

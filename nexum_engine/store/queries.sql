@@ -82,7 +82,7 @@ SELECT number, 'exec-' || number || '-' || :random, :workflow_id, :version_hash,
        :parent_node
 FROM (SELECT max((SELECT coalesce(max(sequence), 0) FROM executions),
                  (SELECT highest FROM pruned WHERE one = 1)) + 1 AS number)
-RETURNING sequence, execution_id;
+RETURNING sequence;
 
 -- name: add_items
 -- Store an execution for each item of a MAP node. An item is given as the random part of the id, and its JSON.
@@ -367,19 +367,19 @@ ORDER BY due_ms, node LIMIT 1;
 -- The node of an owned execution, with its newest attempt.
 SELECT node, execution, execution_id, node_id, node_type, dependencies, attempts, nodes.version_hash, nodes.status,
        owned, workflow_id, idempotency_key, input_json, task_bytes, progress_json, timeout_ms, task_id, worker_id,
-       outcome, effect, limits
+       effect, limits
 FROM nodes JOIN executions ON sequence = execution
 WHERE node = 1000 * :execution;
 
 -- name: task_payload
 -- The parts of a task's input. The parts are the same for every attempt at the node.
-SELECT node, node_type, execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution
+SELECT node_type, execution, dependencies, input_json FROM nodes JOIN executions ON sequence = execution
 WHERE node = :node;
 
 -- name: map_of_item
 -- The MAP node that started the execution :item, with the node's execution, the number of items, and the item's index.
-SELECT nodes.node, execution, executions.execution_id, node_id, dependencies, workflow_id, nodes.version_hash,
-       idempotency_key, input_json,
+SELECT execution, executions.execution_id, node_id, dependencies, workflow_id, nodes.version_hash, idempotency_key,
+       input_json,
        (SELECT child_index + 1 FROM executions AS items WHERE items.parent_node = nodes.node
         ORDER BY items.sequence DESC LIMIT 1) AS total,
        (SELECT child_index FROM executions AS item WHERE item.sequence = :item) AS child_index
@@ -522,8 +522,8 @@ FROM nodes JOIN executions ON sequence = execution WHERE node = :node;
 
 -- name: node_by_name
 -- A node with its execution, by the node's name. `is_again` says whether an earlier attempt had an unknown effect.
-SELECT node, node_id, node_type, nodes.status, outcome, owned, task_bytes, execution, execution_id, workflow_id,
-       nodes.version_hash, attempts AS attempt,
+SELECT node, node_id, node_type, nodes.status, outcome, owned, task_bytes, execution, workflow_id, nodes.version_hash,
+       attempts AS attempt,
        EXISTS (SELECT 1 FROM attempts AS earlier WHERE earlier.node = nodes.node AND earlier.outcome = 'UNKNOWN')
        AS is_again
 FROM nodes JOIN executions ON sequence = execution
@@ -543,7 +543,7 @@ WHERE nodes.status = 'WAITING' AND node_type = 'HUMAN_APPROVAL' ORDER BY started
 
 -- name: due_waits
 -- The nodes that have waited as long as they may, the earliest first.
-SELECT node, node_id, node_type, nodes.status, execution, execution_id, workflow_id, nodes.version_hash, due_ms
+SELECT node, node_id, execution, workflow_id, nodes.version_hash, due_ms
 FROM nodes JOIN executions ON sequence = execution
 WHERE nodes.status = 'WAITING' AND node_type IN ('TIMER', 'EVENT', 'HUMAN_APPROVAL') AND due_ms <= :now
 ORDER BY due_ms, node LIMIT :limit;
@@ -820,7 +820,7 @@ SELECT min(due_ms) AS due FROM nodes WHERE status = 'READY' AND attempts > 0 AND
 -- name: oldest_executions
 -- The executions that clients started, with numbers above :after, the oldest first. An execution that a node started is
 -- pruned together with the node's execution.
-SELECT sequence, execution_id, status, idempotency_key, created_ms, ended_ms,
+SELECT sequence, status, idempotency_key, created_ms, ended_ms,
        EXISTS (SELECT 1 FROM executions AS children
                WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
        AS has_children
@@ -863,7 +863,7 @@ WITH RECURSIVE ids (id) AS (
     UNION ALL
     SELECT (SELECT min(workflow_id) FROM workflow_versions WHERE workflow_id > id) FROM ids WHERE id IS NOT NULL
 )
-SELECT sequence, execution_id, status, ended_ms,
+SELECT sequence, status, ended_ms,
        EXISTS (SELECT 1 FROM executions AS children
                WHERE children.parent_node BETWEEN 1000 * executions.sequence AND 1000 * executions.sequence + 999)
        AS has_children
