@@ -173,8 +173,5 @@ def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes, *, 
         last = f"{losses} attempts were lost, the last because {reason}"
         fail_node(db, row, f"{last}; the task itself may kill its workers", end, changes)
     # If another loss in this transaction has ended the execution, `retry_node` returns False.
-    elif retry_node(db, row, db.now_ms, end, changes):
-        if runs_once and may_have_begun:
-            db.run("must_reconcile", node=row["node"])
-        if not row["owned"]:
-            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
+    elif retry_node(db, row, 0, end, changes) and runs_once and may_have_begun:
+        db.run("must_reconcile", node=row["node"])

@@ -423,9 +423,8 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
         if row["effect"] != Effect.RECONCILE or row["owned"]:
             wait_for_person(db, row, error, changes, lost=lost)
         else:
-            retry_node(db, row, db.now_ms, AttemptEnd(Outcome.FAILED, error, lost=lost), changes)
+            retry_node(db, row, 0, AttemptEnd(Outcome.FAILED, error, lost=lost), changes)
             db.run("must_reconcile", node=row["node"])
-            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
         return changes
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     retry_or_fail(db, row, end, final, changes)
@@ -439,11 +438,8 @@ def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Chang
     if delay_ms is None:
         reason = end.error if final else f"{end.error} (attempt {failed_attempts} of {retry.max_attempts})"
         fail_node(db, row, reason, end, changes)
-    elif retry_node(db, row, db.now_ms + delay_ms, end, changes) and not row["owned"]:
-        if delay_ms:
-            changes.due_at(db.now_ms + delay_ms)
-        else:
-            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
+    else:
+        retry_node(db, row, delay_ms, end, changes)
 
 
 @dataclass(frozen=True)
@@ -469,11 +465,16 @@ def _ended(db: Db, row: Row, end: AttemptEnd) -> dict[str, object]:
     }
 
 
-def retry_node(db: Db, row: Row, due_ms: int, end: AttemptEnd, changes: Changes) -> bool:
+def retry_node(db: Db, row: Row, delay_ms: int, end: AttemptEnd, changes: Changes) -> bool:
     """End the attempt in `row`, and make its node a task again. Return False if the node has already ended."""
-    retried = db.changes("retry_node", due_ms=due_ms, **_ended(db, row, end))
+    retried = db.changes("retry_node", due_ms=db.now_ms + delay_ms, **_ended(db, row, end)) > 0
     slot_freed(db, row, changes)
-    return bool(retried)
+    if retried and not row["owned"]:  # an owned node waits for its owner
+        if delay_ms:
+            changes.due_at(db.now_ms + delay_ms)
+        else:
+            changes.ready.append(ReadyTask(row["version_hash"], row["task_bytes"]))
+    return retried
 
 
 def fail_node(db: Db, row: Row, reason: str, end: AttemptEnd, changes: Changes) -> None:
@@ -515,6 +516,6 @@ def release(db: Db, task_id: str, reason: str) -> Changes:
     row = find_attempt(db, task_id)
     if row is None or row["outcome"] != Outcome.RUNNING:
         return Changes()
-    changes = Changes([ReadyTask(row["version_hash"])])
-    retry_node(db, row, db.now_ms, AttemptEnd(Outcome.INTERRUPTED, reason), changes)
+    changes = Changes()
+    retry_node(db, row, 0, AttemptEnd(Outcome.INTERRUPTED, reason), changes)
     return changes
