@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -52,7 +52,7 @@ class Owner:
         self._client = client
         self._lost: NexumError | None = None
         self._on_lost = on_lost
-        self._heartbeat = Heartbeat(client.connection, self.owner_id, on_lost=self._say_lost)
+        self._heartbeat = Heartbeat(client.connection, self.owner_id, on_lost=self._note_lost)
         self._beating: asyncio.Task[None] | None = None
         self._held_until = 0.0
 
@@ -81,7 +81,7 @@ class Owner:
             self._beating.cancel()
             await asyncio.gather(self._beating, return_exceptions=True)
 
-    def _say_lost(self, error: NexumError) -> None:
+    def _note_lost(self, error: NexumError) -> None:
         self._lost = error
         if self._on_lost is not None and self._heartbeat.connected_once:
             self._on_lost(error)
@@ -172,7 +172,8 @@ class Owner:
         if started.task is not None:
             # Record the result in a second call. An older version of this project's server ignores `output_json`, and
             # has only started the execution.
-            await self._complete(started.task, text)
+            with self._ending(started.task):
+                await self._client.complete_task(started.task.task_id, text, patience=OUTAGE_PATIENCE)
 
     async def _start(
         self,
@@ -220,13 +221,9 @@ class Owner:
 
     async def complete(self, task: Task, output: BaseModel | Mapping[str, Any]) -> None:
         """Record the result of `task`. Raises StaleTask if another owner has taken over the execution."""
-        await self._complete(task, jsontext.dump(output, "the result"))
-
-    async def _complete(self, task: Task, text: str) -> None:
-        try:
+        text = jsontext.dump(output, "the result")
+        with self._ending(task):
             await self._client.complete_task(task.task_id, text, patience=OUTAGE_PATIENCE)
-        finally:
-            self._heartbeat.release(task.task_id)
 
     async def fail(self, task: Task, error: str, *, unknown: bool = False, patience: float = OUTAGE_PATIENCE) -> None:
         """Record that `task` failed. The next start with its idempotency key starts a new execution.
@@ -234,14 +231,18 @@ class Owner:
         With `unknown`, the effect of the task may have happened. The execution then waits for a person, and the next
         start finds this execution.
         """
-        try:
+        with self._ending(task):
             await self._client.fail_task(task.task_id, error, final=True, unknown=unknown, patience=patience)
-        finally:
-            self._heartbeat.release(task.task_id)
 
     async def give_back(self, task: Task, reason: str, *, patience: float = OUTAGE_PATIENCE) -> None:
         """Record that the work of `task` has not begun. The next start with its idempotency key begins the work."""
-        try:
+        with self._ending(task):
             await self._client.fail_task(task.task_id, reason, patience=patience)
+
+    @contextlib.contextmanager
+    def _ending(self, task: Task) -> Iterator[None]:
+        """Report the end of an attempt inside a `with` block. After it, the heartbeats no longer name the task."""
+        try:
+            yield
         finally:
             self._heartbeat.release(task.task_id)

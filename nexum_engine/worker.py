@@ -213,10 +213,10 @@ class Worker:
             client.connection,
             self.worker_id,
             prepare=self._register,
-            on_connected=self._say_connected,
-            on_lost=self._say_lost,
+            on_connected=self._log_connected,
+            on_lost=self._log_lost,
             on_tasks_lost=self._tasks_lost,
-            on_blocked=self._say_blocked,
+            on_blocked=self._log_blocked,
         )
         self._heartbeat.declare(tools)
         self._is_refusal_logged = False
@@ -302,7 +302,7 @@ class Worker:
         for binding in self._bindings.values():
             await self._client.register_workflow(binding.workflow)
 
-    def _say_connected(self) -> None:
+    def _log_connected(self) -> None:
         again = "reconnected to" if self._heartbeat.connected_once else "connected to"
         self._is_refusal_logged = False
         logger.info("%s %s as worker %s", again, self._place(), self.worker_id)
@@ -312,7 +312,7 @@ class Worker:
         address = self._client.address
         return f"the server of {address}" if "/" in address or "\\" in address else address
 
-    def _say_lost(self, error: NexumError) -> None:
+    def _log_lost(self, error: NexumError) -> None:
         if isinstance(error, ServerUnavailable) and not isinstance(error, ServerNotReady):
             gone = "lost the Nexum server" if self._heartbeat.connected_once else "no Nexum server"
             logger.warning(
@@ -339,7 +339,7 @@ class Worker:
             if execution.status.ended and work.handler is not None:
                 work.handler.cancel(f"the execution is {execution.status.value}")
 
-    def _say_blocked(self, seconds: float) -> None:
+    def _log_blocked(self, seconds: float) -> None:
         # The heartbeat's thread calls this while the event loop is blocked.
         assert self._loop is not None
         loop, thread = self._loop
