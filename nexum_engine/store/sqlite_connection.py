@@ -80,13 +80,22 @@ def check_file(path: Path) -> None:
     # https://www.sqlite.org/fileformat.html#the_database_header
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
         raise StoreRefused(f"{path} is another program's database: it was left untouched; {_OTHER_FILE}")
-    check_version(path, int.from_bytes(header[60:64], "big"))
+    check_version(path, _version_in(header))
+
+
+def version_of(path: Path) -> int:
+    """Return the schema version in the header of the file. The write-ahead log may have a newer one."""
+    with path.open("rb") as file:
+        return _version_in(file.read(100))
 
 
 def is_current(path: Path) -> bool:
     """Return whether the file has the newest schema version that this version knows. Only the header is read."""
-    with path.open("rb") as file:
-        return int.from_bytes(file.read(100)[60:64], "big") == len(_migrations())
+    return version_of(path) == len(_migrations())
+
+
+def _version_in(header: bytes) -> int:
+    return int.from_bytes(header[60:64], "big")
 
 
 def check_version(path: Path, version: int) -> None:

@@ -37,6 +37,7 @@ from nexum_engine.store.sqlite_connection import (
     in_use,
     leave,
     migrate,
+    version_of,
 )
 from nexum_engine.store.sqlite_stamp import STAMP_BYTES, Stamp, belongs, blob_in, layout_of, read_stamp, write_stamp
 
@@ -385,8 +386,7 @@ def _has_own_log(path: Path, timeout: float) -> bool:
 
     The files are not changed. But if the log holds no transaction, SQLite may delete the log.
     """
-    with path.open("rb") as file:
-        version = int.from_bytes(file.read(100)[60:64], "big")
+    version = version_of(path)
     try:
         # Read the file together with the log. A server that is killed during a checkpoint leaves a file with some pages
         # from before the checkpoint and others from after it. SQLite can't read such a file without its log.
