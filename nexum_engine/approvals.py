@@ -211,14 +211,14 @@ def decision_of(execution: Execution) -> Decision:
     )
 
 
-def how_to_decide(execution_id: str, nexum: str | None = None) -> str:
+def how_to_decide(execution_id: str, nexum: str | None) -> str:
     """Return the commands that decide a question, for a line about the wait. `nexum` is the server's address."""
     server = server_option(nexum)
     approve = f"python -m nexum_engine approve {execution_id}{server}"
     return f"{approve}, or: python -m nexum_engine reject {execution_id}{server} --reason TEXT"
 
 
-def how_to_resolve(execution_id: str, attempt: int, nexum: str | None = None) -> str:
+def how_to_resolve(execution_id: str, attempt: int, nexum: str | None) -> str:
     """Return what a person does about an attempt with an unknown effect, with the command.
 
     `nexum` is the server's address.

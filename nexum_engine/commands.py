@@ -489,10 +489,11 @@ class _Decision:
     async def _only_node(self, execution_id: str) -> str:
         """Return the name of the execution's only node that waits. Raises Conflict, InvalidRequest."""
         execution = await self.source.get(execution_id)
-        waits = _is_undecided if self.node_type is NodeType.HUMAN_APPROVAL else report.waits_for_person
-        names = [node.node_id for node in execution.nodes if waits(node)]
+        is_approval = self.node_type is NodeType.HUMAN_APPROVAL
+        is_waiting = _waits_for_approval if is_approval else report.waits_for_person
+        names = [node.node_id for node in execution.nodes if is_waiting(node)]
         if not names:
-            what = "approval" if self.node_type is NodeType.HUMAN_APPROVAL else "a decision about its effect"
+            what = "approval" if is_approval else "a decision about its effect"
             raise Conflict(f"no node of execution {execution_id} waits for {what}: it is {execution.status.value}")
         if len(names) > 1:
             raise InvalidRequest(f"several nodes of execution {execution_id} wait: name one of {', '.join(names)}")
@@ -517,7 +518,7 @@ def _is_same(one: object, other: object) -> bool:
     return jsontext.same(jsontext.dump(one, "the value"), jsontext.dump(other, "the value"))
 
 
-def _is_undecided(node: Node) -> bool:
+def _waits_for_approval(node: Node) -> bool:
     return node.status is NodeStatus.WAITING and node.node_type == NodeType.HUMAN_APPROVAL
 
 

@@ -38,7 +38,6 @@ END_TIMEOUT = 5.0  # seconds before a child that doesn't end is killed
 async def start_child(command: list[str], *, env: Mapping[str, str] | None = None, quiet: bool = True) -> Child:
     """Start `python COMMAND` as a child that ends with this process. Its output is piped, or dropped if `quiet`."""
     python_path = os.pathsep.join(filter(None, (str(_IMPORTED_FROM), os.environ.get("PYTHONPATH"))))
-    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *command,
@@ -48,7 +47,7 @@ async def start_child(command: list[str], *, env: Mapping[str, str] | None = Non
         env={**os.environ, "PYTHONPATH": python_path, **(env or {})},
         # Don't let Ctrl+C reach the child: this process ends its children.
         start_new_session=sys.platform != "win32",
-        creationflags=flags,
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
     return Child(process)
 

@@ -166,12 +166,12 @@ def write_address(database: Path, address: str) -> None:
     path = address_file(database)
     new = path.with_name(f"{path.name}.new")
     new.write_text(f"{address}\n{process_name()}\n", encoding="utf-8")
-    for is_last in (False,) * _REPLACE_TRIES + (True,):
+    for tries in range(1, _REPLACE_TRIES + 1):
         try:
             new.replace(path)
             return
         except PermissionError:  # Windows raises this while a client reads the old file
-            if is_last:
+            if tries == _REPLACE_TRIES:
                 raise
             time.sleep(_REPLACE_INTERVAL)
 

@@ -39,16 +39,16 @@ from nexum_engine.workflow import check_id
 
 MAX_WAIT_MS = 30_000
 """The longest time that a call may wait for a task or for the end of an execution."""
-DEFAULT_CLIENT_BYTES = 4 * 1024 * 1024 - 4096
-"""The largest payload that a gRPC client with default settings can receive: 4 MiB minus the message's other fields."""
 ANSWER_BYTES = 4 * 1024 * 1024
 """The largest answer that a gRPC client with default settings can receive."""
+DEFAULT_CLIENT_BYTES = ANSWER_BYTES - 4096
+"""The largest payload that such a client can receive. The rest is for the message's other fields."""
 DEFAULT_LIST_LIMIT = 20
 MAX_LIST_LIMIT = 1000
 MAX_POLLED_VERSIONS = 100
 """The largest number of versions that one poll may name."""
-SUMMARY_BYTES, VERSION_BYTES = 8000, 500
-"""Estimates of the size of a long item in a list of executions, and in a list of versions."""
+SUMMARY_BYTES, ITEM_BYTES = 8000, 500
+"""Estimates of the size of a long item: in a list of executions, and in any other list, without its texts."""
 MAX_ITEMS_AT_ONCE = 1000
 """The number of nodes and attempts above which an answer is built in a thread, not on the event loop."""
 PROGRESS_INTERVAL = 0.5  # seconds between two messages about a backup
@@ -368,7 +368,7 @@ class NexumServicer(NexumServiceServicer):
         return pb.AckResponse(ok=True, message="the execution continues at its failed node")
 
     async def ListWorkflowVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
-        await self._answers.reserve(context, executions.MAX_VERSIONS * VERSION_BYTES)
+        await self._answers.reserve(context, executions.MAX_VERSIONS * ITEM_BYTES)
         versions = await self._store.run(executions.workflow_versions, request.workflow_id)
         return pb.ListVersionsResponse(
             versions=[
@@ -396,7 +396,7 @@ class NexumServicer(NexumServiceServicer):
         return pb.AckResponse(ok=True, message="Rejected")
 
     async def GetPendingApprovals(self, request: pb.EmptyRequest, context: Context) -> pb.PendingApprovalsResponse:
-        await self._answers.reserve(context, waits.MAX_WAITING * VERSION_BYTES + waits.MAX_SHOWN_INPUTS)
+        await self._answers.reserve(context, waits.MAX_WAITING * ITEM_BYTES + waits.MAX_SHOWN_INPUTS)
         return pb.PendingApprovalsResponse(
             items=[
                 pb.PendingApprovalItem(
@@ -411,7 +411,7 @@ class NexumServicer(NexumServiceServicer):
         )
 
     async def GetUnknown(self, request: pb.EmptyRequest, context: Context) -> pb.UnknownResponse:
-        size = waits.MAX_WAITING * (VERSION_BYTES + tasks.MAX_ERROR_CHARACTERS) + waits.MAX_SHOWN_INPUTS
+        size = waits.MAX_WAITING * (ITEM_BYTES + tasks.MAX_ERROR_CHARACTERS) + waits.MAX_SHOWN_INPUTS
         await self._answers.reserve(context, size)
         found = await self._store.run(waits.unknown_nodes)
         return pb.UnknownResponse(items=[pb.UnknownItem(**asdict(one)) for one in found])

@@ -172,6 +172,11 @@ class Store(ABC):
     async def close(self) -> None:
         """Finish the submitted transitions and release the database."""
 
+    def _check_open(self) -> None:
+        """Raise StoreUnavailable while the server stops."""
+        if self._closed or self.failed.done():
+            raise _stopping()
+
     # ---- The queue ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -190,7 +195,7 @@ class Store(ABC):
     ) -> Submitted[T]:
         submitted: Submitted[T] = Submitted(self._loop)
         if self._closed or self.failed.done():
-            submitted.settle(stopping())
+            submitted.settle(_stopping())
             return submitted
         self._waiting.append(Submission(transition, submitted, kind, is_brief, is_reading))
         self.submitted += 1
@@ -278,8 +283,7 @@ class Store(ABC):
         self._waiting = []
 
 
-def stopping() -> StoreUnavailable:
-    """Return the error of a call that comes while the server stops."""
+def _stopping() -> StoreUnavailable:
     return StoreUnavailable("the server is stopping: retry when it is running again")
 
 

@@ -28,7 +28,7 @@ from psycopg.pq import TransactionStatus
 
 from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest, NexumError, StoreRefused, StoreUnavailable
-from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition, stopping
+from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Transition
 from nexum_engine.store.db import Row, row_of
 from nexum_engine.store.postgresql_connection import (
     Connection,
@@ -119,8 +119,7 @@ class PostgresStore(Store):
 
         PostgreSQL's autovacuum also does this from time to time.
         """
-        if self._closed:
-            raise stopping()
+        self._check_open()
         if always:
             try:
                 await asyncio.to_thread(vacuum, self._url)

@@ -18,7 +18,7 @@ from filelock import FileLock
 from nexum_engine.clock import Clock
 from nexum_engine.errors import Conflict, NexumError, StoreRefused, StoreUnavailable
 from nexum_engine.location import database_path
-from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Submission, Transition, stopping
+from nexum_engine.store.base import CommitFailed, Kind, Space, Store, Submission, Transition
 from nexum_engine.store.db import Row, load_queries
 from nexum_engine.store.sqlite_connection import check_file
 from nexum_engine.store.sqlite_file import DatabaseFile, FilesLost, lock, new_backup
@@ -71,8 +71,7 @@ class SqliteStore(Store):
         return cls(path, clock, held, database)
 
     async def compact(self, *, max_bytes: int | None, always: bool) -> Space:
-        if self._closed or self.failed.done():
-            raise stopping()
+        self._check_open()
         return await self._loop.run_in_executor(self._writer, self._compact, max_bytes, always)
 
     def _compact(self, max_bytes: int | None, always: bool) -> Space:
@@ -95,8 +94,7 @@ class SqliteStore(Store):
             return replace(left, released_bytes=space.total_bytes - left.total_bytes)
 
     async def backup(self, file: Path, *, overwrite: bool, progress: Callable[[int, int], None]) -> int:
-        if self._closed or self.failed.done():
-            raise stopping()
+        self._check_open()
         if self._backup is not None:
             raise Conflict("another backup of this database is being made: wait until it is complete")
         self._backup = backup = _Backup(self._turn, self._database, progress)
