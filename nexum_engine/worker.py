@@ -120,6 +120,24 @@ class Binding:
     handlers: Mapping[str, Handler | MapHandler]
 
 
+def _check_handlers(binding: Binding) -> None:
+    """Raise InvalidRequest unless each node that has a task has a handler of the right kind."""
+    workflow, handlers = binding.workflow, binding.handlers
+    names = {node.node_id for node in workflow.nodes if node.node_type.has_task}
+    if names != set(handlers):
+        raise InvalidRequest(
+            f"workflow {workflow.workflow_id!r} has the nodes {sorted(names)}, but handlers for {sorted(handlers)}: "
+            "give one handler for each node"
+        )
+    for node in workflow.nodes:
+        is_map = isinstance(handlers.get(node.node_id), MapHandler)
+        if is_map != (node.node_type is NodeType.MAP):
+            raise InvalidRequest(
+                f"the handler of node {node.node_id!r} of workflow {workflow.workflow_id!r} must be a "
+                f"{'function' if is_map else 'MapHandler'}: the node's type is {node.node_type.value}"
+            )
+
+
 class _Work:
     """A node's work in this process, from the receipt of the task until the server acknowledges the report."""
 
@@ -184,19 +202,7 @@ class Worker:
         if concurrency < 1:
             raise InvalidRequest(f"concurrency is {concurrency}: give 1 or more")
         for binding in bindings:
-            names = {node.node_id for node in binding.workflow.nodes if node.node_type.has_task}
-            if names != set(binding.handlers):
-                raise InvalidRequest(
-                    f"workflow {binding.workflow.workflow_id!r} has the nodes {sorted(names)}, but handlers for "
-                    f"{sorted(binding.handlers)}: give one handler for each node"
-                )
-            for node in binding.workflow.nodes:
-                is_map = isinstance(binding.handlers.get(node.node_id), MapHandler)
-                if is_map != (node.node_type is NodeType.MAP):
-                    raise InvalidRequest(
-                        f"the handler of node {node.node_id!r} of workflow {binding.workflow.workflow_id!r} must be a "
-                        f"{'MapHandler' if not is_map else 'function'}: the node's type is {node.node_type.value}"
-                    )
+            _check_handlers(binding)
         self.worker_id = worker_id or new_worker_id()
         self._client = client
         self._bindings = {binding.workflow.version_hash: binding for binding in bindings}
