@@ -30,6 +30,7 @@ MIN_TOKEN_CHARACTERS = 32
 MAX_NAME_CHARACTERS = 100
 LOOK_INTERVAL = 1.0  # seconds between two looks at the file
 LOG_INTERVAL = 10.0  # seconds between two log lines about refused calls
+_UNKNOWN = f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one that it knows"
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,6 @@ class Holder:
 
     name: str
     role: str
-
-
-_UNKNOWN = f"the server doesn't know its token: set {TOKEN_FILE} or {TOKEN} to one that it knows"
 
 
 class Tokens:

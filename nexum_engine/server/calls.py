@@ -17,7 +17,7 @@ from nexum_engine.wire.status import ANSWERED, RETRY_AFTER
 
 PART_BYTES = 64 * 1024
 """The largest part of an answer. Small answers can be sent between the parts of a large one."""
-RETRY_AFTER_MS = 1000
+RETRY_AFTER_MS = 1000  # when to retry a call that was refused because of the stream's limits
 UNSENT_BYTES = 128 * 1024
 """How many bytes of answers a stream holds for its client. Further answers wait until the client has read some."""
 ACK_DELAY = 0.01
@@ -26,9 +26,9 @@ ACK_DELAY = 0.01
 Two answers in one message cost less than two messages. Only the answer to a report that came in one message with a poll
 may wait: then nobody waits for it, because the worker has polled already.
 """
-_REPORTS = {"CompleteTask", "FailTask"}
 FRAME_BYTES = 256
 """The memory that a frame takes in addition to its content."""
+_REPORTS = {"CompleteTask", "FailTask"}
 
 
 class CallContext:

@@ -27,7 +27,7 @@ RECONNECT_GRACE_MS = 1000
 RESTART_GRACE_MS = 1500
 """How long workers have to reconnect after the server has started. A running worker tries to reconnect several times a
 second. So the grace delays only the tasks of workers that died with the server."""
-SWEEP_RETRY_MS = 1000
+SWEEP_RETRY_MS = 1000  # the pause after a sweep that failed
 STALL_MS = 1000
 """A sweep that has waited this long for the store ends nothing: the heartbeats have waited for the store, too."""
 LATE = 0.05

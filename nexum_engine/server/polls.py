@@ -9,7 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from nexum_engine.clock import Clock, wait_until_set
 from nexum_engine.errors import NexumError
@@ -27,6 +27,7 @@ MAX_REMEMBERED_VERSIONS = 1000
 
 There is a limit, because clients can invent versions.
 """
+T = TypeVar("T")
 
 
 class _WaitingPoll:
@@ -71,10 +72,10 @@ class _WaitingPoll:
             self.hear()
 
 
-def _discard(polls: dict[str, dict[_WaitingPoll, None]], name: str, poll: _WaitingPoll) -> None:
-    del polls[name][poll]
-    if not polls[name]:
-        del polls[name]
+def _discard(waiting: dict[str, dict[T, None]], name: str, one: T) -> None:
+    del waiting[name][one]
+    if not waiting[name]:
+        del waiting[name]
 
 
 class Polls:
@@ -282,9 +283,7 @@ class Polls:
                     return started, left_ms
                 await wait_until_set(woken, left if opens_ms is None else min(left, left_ms / 1000))
         finally:
-            del self._owners[version_hash][woken]
-            if not self._owners[version_hash]:
-                del self._owners[version_hash]
+            _discard(self._owners, version_hash, woken)
 
     def _offer(self, task: ReadyTask) -> None:
         for poll in self._polls.get(task.version_hash, ()):

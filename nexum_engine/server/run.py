@@ -35,7 +35,7 @@ from nexum_engine.server.tls import ServerTls
 from nexum_engine.store import open_store
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
-_BIND_RETRY = 0.1  # seconds
+_BIND_RETRY = 0.1  # seconds between two attempts to listen on the port
 
 _OPTIONS = (
     # Don't share the port: a second server on the same port would get half of the calls.

@@ -23,8 +23,13 @@ TOO_MANY_RPCS = "Concurrent RPC limit exceeded!"
 The error has no trailing metadata.
 """
 
+CUT_OFF = "Internal error from Core"
+"""The details of grpcio's error if a stream ends while a request is being sent. The real status is lost."""
+
 OVERLOADED_RETRY_AFTER = 1.0
 """After how many seconds to retry if an overloaded server doesn't say when."""
+
+MAX_RETRY_AFTER_MS = 60_000  # a client waits no longer, whatever a server says
 
 STATUS_OF_ERROR: dict[type[errors.NexumError], grpc.StatusCode] = {
     # List a subclass before its base class: the first class that matches counts.
@@ -54,10 +59,6 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.NexumError]] = {
     grpc.StatusCode.UNAUTHENTICATED: errors.TokenRefused,
     grpc.StatusCode.PERMISSION_DENIED: errors.RoleRefused,
 }
-
-MAX_RETRY_AFTER_MS = 60_000
-CUT_OFF = "Internal error from Core"
-"""The details of grpcio's error if a stream ends while a request is being sent. The real status is lost."""
 
 CODE_OF_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
