@@ -149,20 +149,7 @@ def resolve(
         jsontext.parse(output_json, "output_json")
     elif not not_done and not failed:
         raise InvalidRequest("failed needs a reason: say why the node fails")
-    node, _ = _node_of(db, execution_id, node_id, by, failed)
-    if node["status"] != NodeStatus.WAITING or node["outcome"] != Outcome.UNKNOWN:
-        raise Conflict(
-            f"node {node_id!r} of execution {execution_id} can't be resolved: it is {node['status']}, and waits for no "
-            "decision about an unknown effect"
-        )
-    if attempt != node["attempt"] and (attempt or node["is_again"]):
-        # Nobody may have looked at the attempt that is in doubt now.
-        about = f"attempt {attempt} is over" if attempt else "a person has decided about an earlier attempt"
-        raise Conflict(
-            f"node {node_id!r} of execution {execution_id} is not resolved: {about}, and now attempt "
-            f"{node['attempt']} is in doubt. Find out whether that attempt had its effect, then name it: "
-            f"--attempt {node['attempt']}"
-        )
+    node = _in_doubt(db, execution_id, node_id, by, failed, attempt)
     changes, number = Changes(), node["node"]
     if output_json is not None:
         flow.check_outputs_fit(db, execution_id, output_json)
@@ -188,6 +175,25 @@ def resolve(
     else:
         flow.fail_waiting(db, node, reason, changes)
     return changes
+
+
+def _in_doubt(db: Db, execution_id: str, node_id: str, by: str, comment: str, attempt: int) -> Row:
+    """Return the node, if its effect is unknown and `attempt` is the one in doubt. See `resolve` for an `attempt` of 0."""
+    node, _ = _node_of(db, execution_id, node_id, by, comment)
+    if node["status"] != NodeStatus.WAITING or node["outcome"] != Outcome.UNKNOWN:
+        raise Conflict(
+            f"node {node_id!r} of execution {execution_id} can't be resolved: it is {node['status']}, and waits for no "
+            "decision about an unknown effect"
+        )
+    if attempt != node["attempt"] and (attempt or node["is_again"]):
+        # Nobody may have looked at the attempt that is in doubt now.
+        about = f"attempt {attempt} is over" if attempt else "a person has decided about an earlier attempt"
+        raise Conflict(
+            f"node {node_id!r} of execution {execution_id} is not resolved: {about}, and now attempt "
+            f"{node['attempt']} is in doubt. Find out whether that attempt had its effect, then name it: "
+            f"--attempt {node['attempt']}"
+        )
+    return node
 
 
 def send_event(db: Db, execution_id: str, name: str, payload_json: str, idempotency_key: str) -> Changes:
