@@ -76,6 +76,29 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
     )
     parser.set_defaults(run=lambda args: event_loop.run(_serve(args)))
     parser.add_argument("--version", action="version", version=f"Nexum engine {VERSION}")
+    _add_server_options(parser)
+    _add_database(parser, None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command in (*about_executions.add_commands(commands), *maintenance.add_commands(commands)):
+        command.add_argument(
+            "--nexum",
+            metavar="HOST:PORT",
+            help="the server to ask (default: $NEXUM_ADDRESS, else the server that has this folder's database open, "
+            f"else {DEFAULT_ADDRESS}; if none answers, this command opens the database itself)",
+        )
+        _add_database(command, argparse.SUPPRESS)
+    restore = commands.add_parser(
+        "restore",
+        help="replace the database by a backup; stop its server first",
+        description="Replace the database by a backup, and keep the former database beside it. Stop its server first.",
+    )
+    restore.set_defaults(run=_restore)
+    restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
+    _add_database(restore, argparse.SUPPRESS)
+    return parser, commands.choices
+
+
+def _add_server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen",
         default=DEFAULT_LISTEN,
@@ -133,25 +156,6 @@ def _parser_and_commands() -> tuple[argparse.ArgumentParser, Collection[str]]:
             metavar="FILE",
             help=f"{what} (default: ${variable}, else none)",
         )
-    _add_database(parser, None)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for command in (*about_executions.add_commands(commands), *maintenance.add_commands(commands)):
-        command.add_argument(
-            "--nexum",
-            metavar="HOST:PORT",
-            help="the server to ask (default: $NEXUM_ADDRESS, else the server that has this folder's database open, "
-            f"else {DEFAULT_ADDRESS}; if none answers, this command opens the database itself)",
-        )
-        _add_database(command, argparse.SUPPRESS)
-    restore = commands.add_parser(
-        "restore",
-        help="replace the database by a backup; stop its server first",
-        description="Replace the database by a backup, and keep the former database beside it. Stop its server first.",
-    )
-    restore.set_defaults(run=_restore)
-    restore.add_argument("backup", type=Path, metavar="FILE", help="the backup: a copy of a database")
-    _add_database(restore, argparse.SUPPRESS)
-    return parser, commands.choices
 
 
 def _program() -> str:
