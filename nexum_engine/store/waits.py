@@ -178,7 +178,7 @@ def resolve(
 
 
 def _in_doubt(db: Db, execution_id: str, node_id: str, by: str, comment: str, attempt: int) -> Row:
-    """Return the node, if its effect is unknown and `attempt` is the one in doubt. See `resolve` for an `attempt` of 0."""
+    """Return the node, if its effect is unknown and `attempt` is the one in doubt (or 0, as `resolve` allows)."""
     node, _ = _node_of(db, execution_id, node_id, by, comment)
     if node["status"] != NodeStatus.WAITING or node["outcome"] != Outcome.UNKNOWN:
         raise Conflict(
