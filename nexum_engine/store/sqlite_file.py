@@ -44,6 +44,8 @@ FOLDER_TICK = 0.1
 """If a folder changes twice within this many seconds, its times may be the same after both changes."""
 COARSE_FOLDER_TICK = 2.0
 """The same for file systems that count whole seconds."""
+LOG_BYTES = 1024 * (24 + 4096)
+"""SQLite copies the log into the file after the commit with which the log has 1,000 pages or more."""
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class DatabaseFile:
                 _check_contents(path, connection)
             if not was_open and not stamp.closed:
                 _explain_missing_log(path)
-            _begin_log(connection, stamp)
+            _begin_log(path, connection, stamp)
             return cls(path, connection)
         except BaseException as error:
             if connection is not None:
@@ -197,7 +199,7 @@ class DatabaseFile:
                 sync_folder(self._path)
             finally:
                 connection = connect(self._path, 0.0)
-                _begin_log(connection, read_stamp(connection))
+                _begin_log(self._path, connection, read_stamp(connection))
                 self._attach(connection)
         finally:
             _discard(new)
@@ -511,7 +513,7 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-def _begin_log(connection: sqlite3.Connection, stamp: Stamp) -> None:
+def _begin_log(path: Path, connection: sqlite3.Connection, stamp: Stamp) -> None:
     """Change the stamp in the file at a server's start.
 
     Otherwise this server's log would also belong to a backup of the file that was made before the server started.
@@ -523,6 +525,18 @@ def _begin_log(connection: sqlite3.Connection, stamp: Stamp) -> None:
     # From this write on, the log of a running server is never empty. So if a killed server's log is empty or missing,
     # something is lost.
     write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), in_file.own, closed=False))
+    _grow_log(log_of(path))
+
+
+def _grow_log(log: Path) -> None:
+    """Fill the log with zeros up to the size at which SQLite copies it into the file, and starts it again.
+
+    A commit that makes the log longer takes 1.6 times as long: the file system must also store the new size. SQLite
+    reads a log up to the first frame without this log's salts, so it never reads the zeros.
+    """
+    with contextlib.suppress(OSError), log.open("r+b") as file:  # a full disk may have room for the commits themselves
+        file.write(bytes(LOG_BYTES - file.seek(0, os.SEEK_END)))
+        os.fsync(file.fileno())
 
 
 # ---- Backups ---------------------------------------------------------------------------------------------------------
