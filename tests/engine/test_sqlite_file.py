@@ -306,6 +306,19 @@ async def test_own_checkpoints_and_large_log_are_not_reported_as_foreign_changes
     assert len(await stored(tmp_path / "nexum.db")) == 40
 
 
+async def test_commits_do_not_make_the_log_longer(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    log = log_of(tmp_path / "nexum.db")
+    size, beginnings = log.stat().st_size, {log.read_bytes()[:32]}
+    for n in range(300):  # more than 1,000 pages: SQLite copies the log into the file, and starts the log again
+        await start(store, n)
+        beginnings.add(log.read_bytes()[:32])
+    assert len(beginnings) == 2
+    assert log.stat().st_size == size
+    await store.close()
+    assert len(await stored(tmp_path / "nexum.db")) == 300
+
+
 # ---- One server for every name of a file -----------------------------------------------------------------------------
 
 
