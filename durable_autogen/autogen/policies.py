@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from durable_autogen.autogen.values import adapted, value_again
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.place import Place
-from nexum_engine.errors import InvalidRequest, first_problem
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.policy import Policy
 
 P = ParamSpec("P")
@@ -92,10 +92,7 @@ def durable_tool(tool: AnyTool, **policy: Any) -> BaseTool[Any, Any]:
 
     Raises InvalidRequest for a wrong policy, and for an agent or team as a tool.
     """
-    try:
-        checked = Policy(**policy)
-    except ValidationError as error:
-        raise InvalidRequest(f"durable_tool: {first_problem(error)}") from error
+    checked = Policy(**policy)
     if not isinstance(tool, BaseTool):
         tool = FunctionTool(tool, description=inspect.getdoc(tool) or "")
     if isinstance(tool, (AgentTool, TeamTool)):

@@ -64,6 +64,8 @@ class Session:
         if not isinstance(policies, Mapping | None):
             raise InvalidRequest(f"policies must be a dictionary of tools' names and Policy objects, not {policies!r}")
         for name, policy in (policies or {}).items():
+            if not isinstance(name, str):
+                raise InvalidRequest(f"policies must have names of tools as keys, not {name!r}")
             if not isinstance(policy, Policy):
                 raise InvalidRequest(f"the policy of {name} must be a Policy, not {policy!r}")
         if not isinstance(budget, Budget | None):
