@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix, check_prices
-from durable_autogen.record.cleanup import Cleanup
+from durable_autogen.record.cleanup import Cleanup, watched_tasks
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.effects import cancel_effects_to_be_made
 from durable_autogen.record.events import check_session_id
@@ -91,6 +91,8 @@ class Session:
         self._waits: Waits
         self.guard: Guard
         """The policies of the run."""
+        self.cleanup: Cleanup
+        """The clean-up of the run after Ctrl+C."""
         self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
 
@@ -184,10 +186,11 @@ class Session:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
         check_asyncio()
-        cleanup = Cleanup()
+        self.cleanup = Cleanup()
         async with AsyncExitStack() as stack:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
             stack.enter_context(watched_threads())
+            stack.enter_context(watched_tasks())
             stack.enter_context(recorded_console())
             stack.enter_context(unrecorded.watched_without_events())
             stack.enter_context(self.entry_points())
@@ -203,7 +206,7 @@ class Session:
             budget = None if self._budget is None else BudgetCheck(self._budget, journal)
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
-            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget, cleanup=cleanup)
+            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget)
             stack.push_async_callback(self._close)
             self.guard = Guard(self._recorder, self._policies, ask=ask)
             self._waits = Waits(self._recorder)
