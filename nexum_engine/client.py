@@ -38,6 +38,7 @@ from nexum_engine.errors import (
     StaleTask,
     TaskNotFound,
     WorkflowNotFound,
+    first_problem,
 )
 from nexum_engine.event_loop import to_its_end
 from nexum_engine.records import (
@@ -221,7 +222,8 @@ class NexumClient:
             try:
                 input = workflow.input.model_validate(input)
             except ValidationError as error:
-                raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {error}") from error
+                why = first_problem(error)
+                raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {why}") from error
         input_json = jsontext.dump(input, "input")
         jsontext.check_size(output_json, "the result")
         request = request_of(

@@ -43,7 +43,7 @@ Number = Annotated[int, Strict()] | Annotated[float, Strict()]
 _KNOWN_TYPES = tuple(one.value for one in NodeType if one is not NodeType.MAP_SUBTASK)
 
 
-class Route(BaseModel):
+class Route(Settings):
     """A target that a ROUTER node can choose. The server doesn't read `condition`: the worker's handler decides."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)

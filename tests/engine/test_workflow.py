@@ -121,6 +121,9 @@ def test_builder_names_the_node_and_the_wrong_argument() -> None:
         with pytest.raises(InvalidRequest) as caught:
             workflow("w").compute("check").effect("pay", **arguments)
         assert str(caught.value) == problem
+    conditions: dict[str, Any] = {"pay": 3}
+    with pytest.raises(InvalidRequest, match=r"^Route: condition: Input should be a valid string \(given: 3\)$"):
+        workflow("w").router("check", conditions)
 
 
 def test_workflow_without_nodes_is_refused() -> None:
