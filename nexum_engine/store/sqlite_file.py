@@ -607,10 +607,9 @@ def restore(path: Path, backup: Path) -> Path | None:
             DatabaseFile.open(new).close()
             former = _set_aside(path)
             new.replace(os.path.realpath(path))
-            if former is not None and _size(log_of(path)):
-                # If the process is killed before the next line, the former database's log is beside the new file. The
-                # log doesn't belong to the new file, so no server uses it.
-                log_of(path).replace(log_of(former))
+            # If the process is killed before the next line, the former database's log is beside the new file. The log
+            # doesn't belong to the new file, so no server uses it.
+            log_of(path).unlink(missing_ok=True)
             sync_folder(path)
         except (sqlite3.Error, OSError) as error:
             raise cannot_open(path, error) from error
@@ -645,17 +644,19 @@ def _copy_backup(backup: Path, new: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Give the database file a second name. Return that name, or None if there is no database.
+    """Give the database file and its log second names. Return the file's second name, or None if there is no database.
 
-    `restore` then moves the log to the same name.
+    `restore` then replaces the file, and removes the log. If the process is killed in between, the second names still
+    name a file and its own log.
     """
     real = Path(os.path.realpath(path))
     if not real.exists() and not _size(log_of(real)):
         return None
     former = real.with_name(f"{real.name}.{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
-    if real.exists():
-        try:
-            os.link(real, former)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(real, former)
+    for file, second in ((real, former), (log_of(real), log_of(former))):
+        if file.exists():
+            try:
+                os.link(file, second)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(file, second)
     return former
