@@ -476,6 +476,15 @@ class Calls:
             skip_answer(said)
         return said
 
+    def name_of(self, called: object) -> str:
+        """Return a name for a workbench or a memory: its class, and a number if the agent uses several of this class.
+
+        With the name in their fingerprints, a replay tells the calls of two workbenches apart, even if an agent makes
+        them at the same time.
+        """
+        prefix = f"{self._agent}/"
+        return self._session_state.names.of(called, f"{prefix}{type(called).__name__}").removeprefix(prefix)
+
     async def other(
         self,
         kind: Kind,
