@@ -30,6 +30,7 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
+from durable_autogen.record.storable import representable
 from durable_autogen.recorded_sessions import has_begun, unknown_session, while_pruning
 from nexum_engine import jsontext
 from nexum_engine.approvals import how_to_resolve
@@ -75,6 +76,7 @@ async def fork_session(
         raise InvalidRequest(f"effects is {effects!r}: give one of {', '.join(get_args(OnEffects))}")
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
+    message = str(representable(message))
     kept, reused = await while_pruning(lambda: _forked(client, source, count, effects))
     async with Journal(client, session, log_for(tell)) as journal:
         is_new = await _copy(journal, source, kept, message)

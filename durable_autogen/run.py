@@ -22,7 +22,7 @@ from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun
 from durable_autogen.record.recorder import OnDrift, Recorder
-from durable_autogen.record.session import OnUnrecorded
+from durable_autogen.record.session import OnUnrecorded, check_asyncio
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import cancel_and_wait, closing, items_of
 from durable_autogen.session import DurableSession
@@ -59,6 +59,7 @@ async def run_durable_stream(
     approve: bool = False,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result."""
+    check_asyncio()
     session = DurableSession(
         session_id,
         nexum=nexum,

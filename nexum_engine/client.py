@@ -38,6 +38,7 @@ from nexum_engine.errors import (
     StaleTask,
     TaskNotFound,
     WorkflowNotFound,
+    first_problem,
 )
 from nexum_engine.event_loop import to_its_end
 from nexum_engine.records import (
@@ -55,6 +56,7 @@ from nexum_engine.records import (
     UnknownNode,
 )
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.request import request_of
 from nexum_engine.wire.status import CUT_OFF
 from nexum_engine.workflow import Workflow
 
@@ -175,8 +177,11 @@ class NexumClient:
 
     async def register_workflow(self, workflow: Workflow, *, patience: float = 0.0) -> Compatibility:
         """Register the workflow's version. Raises Conflict if its hash is registered with another definition."""
-        request = pb.WorkflowIR(
-            workflow_id=workflow.workflow_id, version_hash=workflow.version_hash, ir_json=workflow.ir_json
+        request = request_of(
+            pb.WorkflowIR,
+            workflow_id=workflow.workflow_id,
+            version_hash=workflow.version_hash,
+            ir_json=workflow.ir_json,
         )
         answer = await self._call(lambda stub: stub.RegisterWorkflow, request, patience=patience)
         return Compatibility(answer.compatibility)
@@ -217,10 +222,12 @@ class NexumClient:
             try:
                 input = workflow.input.model_validate(input)
             except ValidationError as error:
-                raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {error}") from error
+                why = first_problem(error)
+                raise InvalidRequest(f"the input does not match {workflow.input.__name__}: {why}") from error
         input_json = jsontext.dump(input, "input")
         jsontext.check_size(output_json, "the result")
-        request = pb.StartRequest(
+        request = request_of(
+            pb.StartRequest,
             workflow_id=workflow.workflow_id,
             version_hash=workflow.version_hash,
             input_json=input_json,
@@ -266,8 +273,11 @@ class NexumClient:
         wait = min(wait, MAX_SERVER_WAIT)
         try:
             if self._has_get_execution:
-                request = pb.GetExecutionRequest(
-                    execution_id=execution_id, wait_ms=_milliseconds(wait), with_attempts=with_attempts
+                request = request_of(
+                    pb.GetExecutionRequest,
+                    execution_id=execution_id,
+                    wait_ms=_milliseconds(wait),
+                    with_attempts=with_attempts,
                 )
                 try:
                     answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
@@ -298,7 +308,7 @@ class NexumClient:
         """Read a node's output in parts. If `node_id` is empty, read the execution's input instead."""
         data = bytearray()
         while len(data) < size:
-            request = pb.GetOutputRequest(execution_id=execution_id, node_id=node_id, offset=len(data))
+            request = request_of(pb.GetOutputRequest, execution_id=execution_id, node_id=node_id, offset=len(data))
             part = (await self._call(lambda stub: stub.GetOutput, request, patience=patience)).data
             if not part:
                 raise ServerError(f"the server on {self.address} sent {len(data):,} of {size:,} bytes of an output")
@@ -318,7 +328,7 @@ class NexumClient:
         """Poll with GetStatus until the execution ends or `wait` seconds are over. Poll less often after 2 s."""
         loop = asyncio.get_running_loop()
         start = loop.time()
-        request = pb.StatusRequest(execution_id=execution_id)
+        request = request_of(pb.StatusRequest, execution_id=execution_id)
         while True:
             answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
             waited = loop.time() - start
@@ -328,7 +338,7 @@ class NexumClient:
 
     async def get_status(self, execution_id: str, *, patience: float = 0.0) -> ExecutionStatus:
         """Return the status of an execution, without its outputs. Raises ExecutionNotFound."""
-        request = pb.StatusRequest(execution_id=execution_id)
+        request = request_of(pb.StatusRequest, execution_id=execution_id)
         try:
             answer = await self._call(lambda stub: stub.GetStatus, request, patience=patience)
         except NotFound as error:
@@ -361,7 +371,8 @@ class NexumClient:
         Raises ExecutionNotFound for an unknown `before`. Raises ServerError if the server is a published one and the
         call selects by time or attributes: published servers can't do so.
         """
-        request = pb.ListRequest(
+        request = request_of(
+            pb.ListRequest,
             workflow_id=workflow_id,
             status=status,
             limit=limit,
@@ -407,7 +418,7 @@ class NexumClient:
         if status in (ExecutionStatus.COMPLETED, ExecutionStatus.FAILED):
             raise Conflict(f"execution {execution_id} is {status.value} and can't be cancelled any more")
         try:
-            request = pb.CancelRequest(execution_id=execution_id, cancelled_by=by)
+            request = request_of(pb.CancelRequest, execution_id=execution_id, cancelled_by=by)
             await self._call(lambda stub: stub.CancelExecution, request)
         except NotFound as error:
             raise ExecutionNotFound(execution_id) from error
@@ -418,7 +429,7 @@ class NexumClient:
         Raises ExecutionNotFound, and Conflict if the execution can't be retried: it has not failed, its key has a newer
         execution, or it is owned.
         """
-        request = pb.RetryRequest(execution_id=execution_id)
+        request = request_of(pb.RetryRequest, execution_id=execution_id)
         try:
             await self._of_this_project("retry executions", lambda stub: stub.RetryExecution, request)
         except NotFound as error:
@@ -454,7 +465,8 @@ class NexumClient:
 
         If `answer` is not None, this JSON value becomes the field `answer` of the node's output.
         """
-        request = pb.ApproveRequest(
+        request = request_of(
+            pb.ApproveRequest,
             execution_id=execution_id,
             node_id=node_id,
             approver=approver,
@@ -467,7 +479,9 @@ class NexumClient:
         self, execution_id: str, node_id: str, *, approver: str = "", reason: str = "", patience: float = 0.0
     ) -> None:
         """Fail a HUMAN_APPROVAL node and its execution. Raises NotFound, or Conflict like `approve`."""
-        request = pb.RejectRequest(execution_id=execution_id, node_id=node_id, approver=approver, reason=reason)
+        request = request_of(
+            pb.RejectRequest, execution_id=execution_id, node_id=node_id, approver=approver, reason=reason
+        )
         await self._call(lambda stub: stub.RejectTask, request, patience=patience)
 
     async def unknown(self, *, patience: float = 0.0) -> list[UnknownNode]:
@@ -504,15 +518,15 @@ class NexumClient:
         Raises NotFound, Conflict if the node does not wait for such a decision or if another attempt is in doubt, and
         InvalidRequest for an empty reason.
         """
-        request = pb.ResolveRequest(
-            execution_id=execution_id, node_id=node_id, resolved_by=resolved_by, attempt=attempt
+        request = request_of(
+            pb.ResolveRequest, execution_id=execution_id, node_id=node_id, resolved_by=resolved_by, attempt=attempt
         )
         if [output is not None, not_done, failed is not None].count(True) > 1:
             raise InvalidRequest("a node is resolved in one way: give only one of output, not_done and failed")
         if not_done:
             request.not_done = True
         elif failed is not None:
-            request.failed = failed
+            request.MergeFrom(request_of(pb.ResolveRequest, failed=failed))
         else:
             request.output_json = jsontext.dump(output, "the result")
         await self._of_this_project("resolve unknown effects", lambda stub: stub.ResolveNode, request, patience)
@@ -543,7 +557,8 @@ class NexumClient:
         With `idempotency_key`, a second event with this key changes nothing. Without it, the call is never retried.
         Raises NotFound for an unknown execution or event, IdempotencyConflict, and Conflict if the execution has ended.
         """
-        request = pb.SendEventRequest(
+        request = request_of(
+            pb.SendEventRequest,
             execution_id=execution_id,
             name=name,
             payload_json=jsontext.dump(payload, "the payload"),
@@ -562,8 +577,13 @@ class NexumClient:
         session's executions are deleted: all or none. With `compact`, the last part releases all free space of the file
         to the disk. Raises NotFound for an unknown session, and InvalidRequest.
         """
-        request = pb.PruneRequest(
-            older_than_ms=round(older_than * 1000), session=session, dry_run=dry_run, after=after, compact=compact
+        request = request_of(
+            pb.PruneRequest,
+            older_than_ms=round(older_than * 1000),
+            session=session,
+            dry_run=dry_run,
+            after=after,
+            compact=compact,
         )
         answer = await self._call(lambda stub: stub.Prune, request, wait=MAX_SERVER_WAIT if compact else 0.0)
         return Pruned(
@@ -588,7 +608,9 @@ class NexumClient:
         route = self.connection.route()
         channel = Channel(*route, purpose="backup")
         try:
-            stream, step = await self._begin_backup(channel, pb.BackupRequest(file=str(file), overwrite=overwrite))
+            stream, step = await self._begin_backup(
+                channel, request_of(pb.BackupRequest, file=str(file), overwrite=overwrite)
+            )
             try:
                 while isinstance(step, pb.BackupProgress):
                     yield step.copied_bytes, step.total_bytes
@@ -622,7 +644,8 @@ class NexumClient:
 
     async def poll_task(self, worker_id: str, version_hashes: Sequence[str], *, wait: float) -> Task | None:
         """Take a task of one of the versions. Return None if no task is ready within `wait` seconds."""
-        request = pb.PollRequest(
+        request = request_of(
+            pb.PollRequest,
             worker_id=worker_id,
             version_hash=version_hashes[0],
             more_version_hashes=version_hashes[1:],
@@ -635,7 +658,7 @@ class NexumClient:
     async def complete_task(self, task_id: str, output_json: str, *, patience: float = 0.0) -> None:
         """Report a task's result. Raises StaleTask, TaskNotFound, TooLarge, InvalidRequest."""
         jsontext.check_size(output_json, "the result")
-        request = pb.CompleteRequest(task_id=task_id, output_json=output_json)
+        request = request_of(pb.CompleteRequest, task_id=task_id, output_json=output_json)
         await self._report(task_id, lambda stub: stub.CompleteTask, request, patience)
 
     async def fail_task(
@@ -650,7 +673,9 @@ class NexumClient:
         # An error may name a file whose name isn't UTF-8: Python keeps such bytes as lone surrogates.
         message = error.encode("utf-8", "replace").decode()
         # Set `final` as well, for older servers: they ignore `unknown`, and would hand the task out again.
-        request = pb.FailRequest(task_id=task_id, error_message=message, final=final or unknown, unknown=unknown)
+        request = request_of(
+            pb.FailRequest, task_id=task_id, error_message=message, final=final or unknown, unknown=unknown
+        )
         await self._report(task_id, lambda stub: stub.FailTask, request, patience)
 
     async def _report(

@@ -80,7 +80,6 @@ class Connection:
 
     def __init__(self, address: str | None) -> None:
         self._channels: list[Channel] = []
-        self._metadata: Metadata = ()
         self._security: Security | None = None
         self._is_lost = False
         self._database: Path | None = None
@@ -125,7 +124,6 @@ class Connection:
         return self._channels[-1]
 
     def _connect(self, target: str, metadata: Metadata) -> None:
-        self._metadata = metadata
         # Put the channel to the present server at the end of the list. Keep the other channels open: closing a channel
         # would cancel its calls.
         wanted = target, metadata
@@ -146,8 +144,11 @@ class Connection:
         With this route, another thread can open its own channel. Call `reach` once before `route`. Raises
         ServerUnavailable.
         """
-        target = read_address(self._database) if self._database is not None else None
-        return Route(target or self._latest().target, self._metadata, self._security)
+        if self._database is not None and (target := read_address(self._database)) is not None:
+            # Don't take the metadata of the latest channel: the server may have started after the last `reach`.
+            return Route(target, metadata_for(self._database), self._security)
+        channel = self._latest()
+        return Route(channel.target, channel.metadata, self._security)
 
     async def reach(self) -> None:
         """If the server's address may change, look it up again.

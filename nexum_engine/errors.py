@@ -35,6 +35,7 @@ contains no internals, because the server sends the message to clients.
 
 from __future__ import annotations
 
+import reprlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -199,12 +200,18 @@ def perhaps_sent(error: ServerUnavailable, key: str) -> ServerUnavailable:
 
 
 def first_problem(error: ValidationError, *place: str) -> str:
-    """Return the first problem that pydantic has found in a value, with the value's place, such as `charge.retry: ...`.
+    """Return the first problem that pydantic has found in a value, with its place and what was given.
 
-    `place` is the path of the whole value, such as `charge`; the path of the problem begins with it.
+    For example: `charge.timeout: Input should be greater than 0 (given: -1)`. `place` is the path of the whole value,
+    such as `charge`; the path of the problem begins with it.
     """
     first = error.errors(include_url=False)[0]
     names = [*place, *(str(part) for part in first["loc"] if str(part).isidentifier())]
-    is_unknown = first["type"] == "extra_forbidden"
-    message = "there is no such field" if is_unknown else first["msg"].removeprefix("Value error, ")
+    match first["type"]:
+        case "extra_forbidden":
+            message = "there is no such field"
+        case "missing" | "value_error":
+            message = first["msg"].removeprefix("Value error, ")
+        case _:
+            message = f"{first['msg']} (given: {reprlib.repr(first['input'])})"
     return f"{'.'.join(names)}: {message}" if names else message

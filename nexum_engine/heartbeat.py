@@ -33,6 +33,7 @@ from nexum_engine.forks import in_forked_process
 from nexum_engine.location import process_name
 from nexum_engine.records import DeclaredTool
 from nexum_engine.wire import nexum_pb2 as pb
+from nexum_engine.wire.request import request_of
 from nexum_engine.wire.status import CUT_OFF
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Heartbeat:
         self._progress: dict[str, str] = {}
         """By task id, the progress that the server has not acknowledged yet, as JSON text."""
         self._questions: list[tuple[str, asyncio.Future[bool]]] = []
-        self._tools: list[DeclaredTool] = []
+        self._tools: list[pb.DeclaredTool] = []
         """Every tool that was declared. New tools come last, so the number of sent tools says which is the next."""
         self._wake = asyncio.Event()
         """Set in the heartbeat loop when the next heartbeat is due, or when the stream is over."""
@@ -156,8 +157,11 @@ class Heartbeat:
         _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
     def declare(self, tools: Iterable[DeclaredTool]) -> None:
-        """Tell the server about tools, now and on each new stream."""
-        self._tools += tools
+        """Tell the server about tools, now and on each new stream.
+
+        Raises InvalidRequest if a text of a tool has a lone surrogate.
+        """
+        self._tools += [request_of(pb.DeclaredTool, **asdict(one)) for one in tools]
         if self.connected_once:
             _heartbeat_loop().call_soon_threadsafe(self._wake.set)
 
@@ -309,7 +313,7 @@ class Heartbeat:
                     task_ids=held,
                     draining=self.draining,
                     progress=[pb.TaskProgress(task_id=one, progress_json=text) for one, text in progress.items()],
-                    tools=[pb.DeclaredTool(**asdict(one)) for one in tools],
+                    tools=tools,
                 )
                 ack = await self._exchange(call, beat, timeout)
                 if ack is None:

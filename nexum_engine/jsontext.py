@@ -25,7 +25,7 @@ def parse(text: str, what: str, *, max_bytes: int = MAX_PAYLOAD_BYTES) -> Any:
     check_size(text, what, max_bytes=max_bytes)
     _check_count(text, what)
     try:
-        return from_json(text, allow_inf_nan=False)
+        return from_json(text.encode(), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from error
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nexum_engine import jsontext
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
+from nexum_engine.settings import Settings
 from nexum_engine.workflow import MAX_SECONDS, Concurrency, Rate, RetryPolicy
 
 
@@ -42,7 +43,7 @@ else:
     _RateOrText = Rate  # pydantic converts the text
 
 
-class Policy(BaseModel):
+class Policy(Settings):
     """What has to happen before a tool runs, and when it may run again. Policies can also limit calls to a model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)

@@ -37,6 +37,7 @@ from nexum_engine.errors import (
     StaleTask,
     TaskNotFound,
     UnknownEffect,
+    first_problem,
 )
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import DeclaredTool, NodeType, Task
@@ -577,7 +578,7 @@ class Worker:
                 result = node.output.model_validate(result)
             except ValidationError as error:
                 raise FinalError(
-                    f"the result of node {node.node_id!r} does not match {node.output.__name__}: {error}"
+                    f"the result of node {node.node_id!r} does not match {node.output.__name__}: {first_problem(error)}"
                 ) from error
         if node.node_type is NodeType.SUBWORKFLOW:
             result = {"subWorkflowId": node.sub_workflow_id, "childInput": result}

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, mode
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Compatibility, NodeType
+from nexum_engine.settings import Settings
 
 MAX_IR_BYTES = 1024 * 1024
 MAX_NODES = 1000
@@ -42,7 +43,7 @@ Number = Annotated[int, Strict()] | Annotated[float, Strict()]
 _KNOWN_TYPES = tuple(one.value for one in NodeType if one is not NodeType.MAP_SUBTASK)
 
 
-class Route(BaseModel):
+class Route(Settings):
     """A target that a ROUTER node can choose. The server doesn't read `condition`: the worker's handler decides."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -51,7 +52,7 @@ class Route(BaseModel):
     target: str
 
 
-class RetryPolicy(BaseModel):
+class RetryPolicy(Settings):
     """When a node is retried after a reported failure. A published server has the same defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -84,7 +85,7 @@ ONE_ATTEMPT = RetryPolicy(max_attempts=1)
 _UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-class Rate(BaseModel):
+class Rate(Settings):
     """How often something may happen: a token bucket of `calls` tokens. An empty bucket is full after `seconds`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -259,7 +260,7 @@ class WorkflowBuilder:
             depends_on,
             output,
             timeout_seconds=timeout_seconds,
-            retry=retry or default_retry(once),
+            retry=default_retry(once) if retry is None else retry,
             once=once,
             reconcile=reconcile,
             rate=_rate(rate),
@@ -392,6 +393,12 @@ class WorkflowBuilder:
         output: type[BaseModel] | None = None,
         **fields: Any,
     ) -> WorkflowBuilder:
+        if isinstance(depends_on, str):
+            raise InvalidRequest(f"node {node_id!r}: depends_on must be a list: [{depends_on!r}]")
+        for name, kind in (("retry", RetryPolicy), ("rate", Rate)):
+            value = fields.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise InvalidRequest(f"node {node_id!r}: {name} must be a {kind.__name__}, not {value!r}")
         dependencies = tuple(node.node_id for node in self._nodes) if depends_on is None else tuple(depends_on)
         self._nodes.append(NodeDefinition(node_id, node_type, dependencies, output, **fields))
         return self

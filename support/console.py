@@ -41,9 +41,14 @@ def argument_text(argument: str) -> str:
     return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def say(text: str, *, end: str = "\n") -> None:
+def say(text: str) -> None:
     """Print one line and flush it. Raises BrokenPipeError, on every system, if standard output was closed."""
-    _print(text + end, sys.stdout)
+    _print(f"{text}\n", sys.stdout)
+
+
+def say_piece(text: str) -> None:
+    """Print a piece of a line and flush it. The next piece continues the line. All other output begins a new line."""
+    _print(text, sys.stdout, continues=True)
 
 
 def say_or_stop(text: str) -> None:
@@ -91,7 +96,14 @@ class _Log:
         _print_or_stop(text, self._stream)
 
 
-def _print(text: str, stream: TextIO) -> None:
+_line_is_open = False
+"""Whether the last line on standard output has no end yet, because only pieces of it were printed."""
+
+
+def _print(text: str, stream: TextIO, *, continues: bool = False) -> None:
+    global _line_is_open
+    if _line_is_open and not continues:
+        text = f"\n{text}"  # also on standard error: both may go to one terminal
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         # One call of print, so that lines of several threads don't mix.
@@ -101,6 +113,8 @@ def _print(text: str, stream: TextIO) -> None:
             raise
         # Raise BrokenPipeError on Windows too: there, a closed pipe is reported as EINVAL.
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output") from error
+    if stream is sys.stdout and text:
+        _line_is_open = not text.endswith("\n")
 
 
 _nobody_reads = False
@@ -193,7 +207,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     gc.enable()
     try:
         code = _exit_code(main)
-        say("", end="")  # flush the buffer
+        say_piece("")  # flush the buffer
     except OSError as error:
         if not isinstance(error, BrokenPipeError):
             complain(f"error: {in_words(error)}")  # for example, the disk is full

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from support.console import say
+from support.console import say, say_piece
 
 
 class Conversation:
@@ -29,11 +29,9 @@ class Conversation:
         try:
             async for item in items:
                 if isinstance(item, ModelClientStreamingChunkEvent):
-                    say(item.content if self._is_streaming else f"\n{item.content}", end="")
+                    say_piece(item.content if self._is_streaming else f"\n{item.content}")
                     self._is_streaming = True
                     continue
-                if self._is_streaming:
-                    say("")
                 self._show(item)
                 self._is_streaming = False
         finally:

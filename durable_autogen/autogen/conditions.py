@@ -75,8 +75,15 @@ async def check(
     assert isinstance(answer.content, Returned)
     if message is None:
         session_state.stopped[id(condition)] = condition
+        set_terminated(condition, True)
     stop: Any = value_again(answer.content.value)
     return stop if isinstance(stop, StopMessage) else message
+
+
+def set_terminated(condition: Any, terminated: bool) -> None:
+    """Set `terminated` of a custom condition that has a plain attribute for it. A property is wrapped instead."""
+    if not isinstance(getattr(type(condition), "terminated", None), property):
+        condition.terminated = terminated
 
 
 def _slots(condition: TerminationCondition) -> dict[str, Any]:

@@ -251,8 +251,8 @@ def _terminated(self: Any, original: _Original) -> Any:
 
 async def _reset_condition(self: Any, original: _Original) -> Any:
     place = current.get()
-    if place is not None:
-        place.session.state.stopped.pop(id(self), None)
+    if place is not None and place.session.state.stopped.pop(id(self), None) is not None:
+        conditions.set_terminated(self, False)
     return await original()
 
 

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from durable_autogen.autogen.values import adapted, value_again
 from durable_autogen.errors import NotDurable
 from durable_autogen.record.place import Place
-from nexum_engine.errors import InvalidRequest, first_problem
+from nexum_engine import jsontext
+from nexum_engine.errors import InvalidRequest
 from nexum_engine.policy import Policy
 
 P = ParamSpec("P")
@@ -92,10 +93,7 @@ def durable_tool(tool: AnyTool, **policy: Any) -> BaseTool[Any, Any]:
 
     Raises InvalidRequest for a wrong policy, and for an agent or team as a tool.
     """
-    try:
-        checked = Policy(**policy)
-    except ValidationError as error:
-        raise InvalidRequest(f"durable_tool: {first_problem(error)}") from error
+    checked = Policy(**policy)
     if not isinstance(tool, BaseTool):
         tool = FunctionTool(tool, description=inspect.getdoc(tool) or "")
     if isinstance(tool, (AgentTool, TeamTool)):
@@ -145,8 +143,15 @@ class ToolCall:
 
         Raises ValidationError for wrong arguments of a tool or of a StaticWorkbench. Other workbenches, such as an MCP
         server's, check the arguments only when a tool is called. If `will_run` is true, the tool will get the returned
-        arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr.
+        arguments, and NotDurable is raised if JSON can't hold one of them, such as a SecretStr. Then InvalidRequest is
+        raised if an argument can't be written as JSON, such as NaN or a lone surrogate.
         """
+        found = await self._complete(arguments, will_run=will_run)
+        if will_run:
+            jsontext.dump(found, f"the arguments of {self.name}")
+        return found
+
+    async def _complete(self, arguments: Mapping[str, Any], *, will_run: bool) -> dict[str, Any]:
         if self.tool is not None:
             kind = self.tool.args_type()
             validated = kind.model_validate(arguments)

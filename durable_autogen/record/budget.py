@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from importlib.util import find_spec
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from durable_autogen.errors import BudgetExceeded
 from durable_autogen.record.events import (
@@ -38,13 +38,14 @@ from nexum_engine.connection import OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, InvalidRequest, first_problem
 from nexum_engine.jsontext import escaped
 from nexum_engine.records import Execution
+from nexum_engine.settings import Settings
 from nexum_engine.workflow import workflow
 
 NEARLY = 0.8
 """The fraction of a limit at which the session logs a warning."""
 
 
-class Budget(BaseModel):
+class Budget(Settings):
     """Limits of a session, counted over all of its runs. A limit that is None doesn't apply.
 
     Budget(usd=2.0, model_calls=50, tool_calls={"charge": 1})

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from durable_autogen.record.place import current
 from durable_autogen.record.tasks import is_cancellation, times_cancelled
 
 _cleaning_up: ContextVar[set[str] | None] = ContextVar("durable_cleaning_up", default=None)
@@ -35,10 +38,7 @@ class Cleanup:
         return times_cancelled(self._task) > self._cancelled_before
 
     def notice(self) -> None:
-        """Find out whether the current task cleans up: whether it handles a CancelledError. Tasks inherit the answer.
-
-        So a task that makes calls has to call `notice` before it starts a task for the call.
-        """
+        """Find out whether the current task cleans up: if it handles a CancelledError. Tasks inherit the answer."""
         is_handling = isinstance(_handled_error(), asyncio.CancelledError)
         if not self._is_due or (asyncio.current_task() is self._task and not is_handling):
             # The program has handled the cancellation, as asyncio.timeout does. Its task may still count as cancelled:
@@ -46,6 +46,10 @@ class Cleanup:
             self.calls = set()
         elif is_handling:
             _cleaning_up.set(self.calls)
+
+    def is_here(self) -> bool:
+        """Return whether the current task cleans up now: whether it handles the CancelledError of a cancelled run."""
+        return self._is_due and isinstance(_handled_error(), asyncio.CancelledError)
 
     def of_this_task(self) -> set[str] | None:
         """Return `calls` if the current task cleans up, or was started by a task that did; else None.
@@ -64,6 +68,49 @@ class Cleanup:
         while one is not None and self._is_due and not is_cancellation(one):
             one = one.__context__
         return one is not None and is_cancellation(one)
+
+
+class _TaskFactory:
+    """The task factory of an event loop in which sessions are open. It starts each task as the loop did `before`.
+
+    A task can't find out later whether the task that started it was cleaning up: only the starting task knows that it
+    handles a CancelledError.
+    """
+
+    def __init__(self, before: Any) -> None:
+        self.before = before
+        self.sessions = 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> Any:
+        start = self.before or _start
+        place = current.get()
+        if place is None or not place.session.cleanup.is_here():
+            return start(loop, work, **options)
+        token = _cleaning_up.set(place.session.cleanup.calls)
+        try:
+            return start(loop, work, **options)
+        finally:
+            _cleaning_up.reset(token)
+
+
+def _start(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+    return asyncio.Task(work, loop=loop, **options)
+
+
+@contextmanager
+def watched_tasks() -> Iterator[None]:
+    """For the length of a `with`, let each task that a clean-up starts in this event loop belong to the clean-up."""
+    loop = asyncio.get_running_loop()
+    present: Any = loop.get_task_factory()
+    factory = present if isinstance(present, _TaskFactory) else _TaskFactory(present)
+    loop.set_task_factory(factory)
+    factory.sessions += 1
+    try:
+        yield
+    finally:
+        factory.sessions -= 1
+        if factory.sessions == 0 and loop.get_task_factory() is factory:
+            loop.set_task_factory(factory.before)
 
 
 def _handled_error() -> BaseException | None:

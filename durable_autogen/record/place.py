@@ -80,6 +80,10 @@ class OpenSession(Protocol):
         """The run's Guard. The type is Any, because guard.py imports this module."""
 
     @property
+    def cleanup(self) -> Any:
+        """The run's Cleanup. The type is Any, because cleanup.py imports this module."""
+
+    @property
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
 

@@ -170,7 +170,6 @@ class Recorder:
         on_drift: OnDrift,
         budget: BudgetCheck | None,
         park: bool,
-        cleanup: Cleanup,
     ) -> None:
         self.journal = journal
         journal.watch(self.stop)
@@ -189,7 +188,7 @@ class Recorder:
         self.replayed_counts: Counter[str] = Counter()
         """The same of the replayed calls."""
         self._session = session
-        self.cleanup = cleanup
+        self.cleanup: Cleanup = session.cleanup
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made, and how often each termination condition was checked."""

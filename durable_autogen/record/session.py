@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
 from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix, check_prices
-from durable_autogen.record.cleanup import Cleanup
+from durable_autogen.record.cleanup import Cleanup, watched_tasks
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.effects import cancel_effects_to_be_made
 from durable_autogen.record.events import check_session_id
@@ -64,6 +64,8 @@ class Session:
         if not isinstance(policies, Mapping | None):
             raise InvalidRequest(f"policies must be a dictionary of tools' names and Policy objects, not {policies!r}")
         for name, policy in (policies or {}).items():
+            if not isinstance(name, str):
+                raise InvalidRequest(f"policies must have names of tools as keys, not {name!r}")
             if not isinstance(policy, Policy):
                 raise InvalidRequest(f"the policy of {name} must be a Policy, not {policy!r}")
         if not isinstance(budget, Budget | None):
@@ -89,6 +91,8 @@ class Session:
         self._waits: Waits
         self.guard: Guard
         """The policies of the run."""
+        self.cleanup: Cleanup
+        """The clean-up of the run after Ctrl+C."""
         self._left: Counter[str] = Counter()
         """How often each connection or process was started outside a recorded call."""
 
@@ -181,10 +185,12 @@ class Session:
     async def __aenter__(self: S) -> S:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
-        cleanup = Cleanup()
+        check_asyncio()
+        self.cleanup = Cleanup()
         async with AsyncExitStack() as stack:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
             stack.enter_context(watched_threads())
+            stack.enter_context(watched_tasks())
             stack.enter_context(recorded_console())
             stack.enter_context(unrecorded.watched_without_events())
             stack.enter_context(self.entry_points())
@@ -200,7 +206,7 @@ class Session:
             budget = None if self._budget is None else BudgetCheck(self._budget, journal)
             ask = Terminal().ask if self._approve and Terminal.is_there() else None
             park = self._park and ask is None  # don't park a run that asks at the terminal: it waits there
-            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget, cleanup=cleanup)
+            self._recorder = Recorder(journal, self, on_drift=self._on_drift, park=park, budget=budget)
             stack.push_async_callback(self._close)
             self.guard = Guard(self._recorder, self._policies, ask=ask)
             self._waits = Waits(self._recorder)
@@ -282,6 +288,17 @@ class Session:
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
             self.log.warning("session %s: outside the record: %s", self.session_id, times)
+
+
+def check_asyncio() -> None:
+    """Raise NotDurable if no event loop of asyncio runs, but for instance one of trio."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        raise NotDurable(
+            "a session needs asyncio, as AutoGen does: start the program with asyncio.run, not with another library's "
+            "event loop, such as trio's"
+        ) from None
 
 
 def _is_successful_exit(error: BaseException) -> bool:

@@ -44,6 +44,8 @@ FOLDER_TICK = 0.1
 """If a folder changes twice within this many seconds, its times may be the same after both changes."""
 COARSE_FOLDER_TICK = 2.0
 """The same for file systems that count whole seconds."""
+LOG_BYTES = 1024 * (24 + 4096)
+"""SQLite copies the log into the file after the commit with which the log has 1,000 pages or more."""
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ class DatabaseFile:
                 _check_contents(path, connection)
             if not was_open and not stamp.closed:
                 _explain_missing_log(path)
-            _begin_log(connection, stamp)
+            _begin_log(path, connection, stamp)
             return cls(path, connection)
         except BaseException as error:
             if connection is not None:
@@ -197,7 +199,7 @@ class DatabaseFile:
                 sync_folder(self._path)
             finally:
                 connection = connect(self._path, 0.0)
-                _begin_log(connection, read_stamp(connection))
+                _begin_log(self._path, connection, read_stamp(connection))
                 self._attach(connection)
         finally:
             _discard(new)
@@ -511,7 +513,7 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-def _begin_log(connection: sqlite3.Connection, stamp: Stamp) -> None:
+def _begin_log(path: Path, connection: sqlite3.Connection, stamp: Stamp) -> None:
     """Change the stamp in the file at a server's start.
 
     Otherwise this server's log would also belong to a backup of the file that was made before the server started.
@@ -523,6 +525,18 @@ def _begin_log(connection: sqlite3.Connection, stamp: Stamp) -> None:
     # From this write on, the log of a running server is never empty. So if a killed server's log is empty or missing,
     # something is lost.
     write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), in_file.own, closed=False))
+    _grow_log(log_of(path))
+
+
+def _grow_log(log: Path) -> None:
+    """Fill the log with zeros up to the size at which SQLite copies it into the file, and starts it again.
+
+    A commit that makes the log longer takes 1.6 times as long: the file system must also store the new size. SQLite
+    reads a log up to the first frame without this log's salts, so it never reads the zeros.
+    """
+    with contextlib.suppress(OSError), log.open("r+b") as file:  # a full disk may have room for the commits themselves
+        file.write(bytes(LOG_BYTES - file.seek(0, os.SEEK_END)))
+        os.fsync(file.fileno())
 
 
 # ---- Backups ---------------------------------------------------------------------------------------------------------
@@ -593,10 +607,9 @@ def restore(path: Path, backup: Path) -> Path | None:
             DatabaseFile.open(new).close()
             former = _set_aside(path)
             new.replace(os.path.realpath(path))
-            if former is not None and _size(log_of(path)):
-                # If the process is killed before the next line, the former database's log is beside the new file. The
-                # log doesn't belong to the new file, so no server uses it.
-                log_of(path).replace(log_of(former))
+            # If the process is killed before the next line, the former database's log is beside the new file. The log
+            # doesn't belong to the new file, so no server uses it.
+            log_of(path).unlink(missing_ok=True)
             sync_folder(path)
         except (sqlite3.Error, OSError) as error:
             raise cannot_open(path, error) from error
@@ -631,17 +644,19 @@ def _copy_backup(backup: Path, new: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """Give the database file a second name. Return that name, or None if there is no database.
+    """Give the database file and its log second names. Return the file's second name, or None if there is no database.
 
-    `restore` then moves the log to the same name.
+    `restore` then replaces the file, and removes the log. If the process is killed in between, the second names still
+    name a file and its own log.
     """
     real = Path(os.path.realpath(path))
     if not real.exists() and not _size(log_of(real)):
         return None
     former = real.with_name(f"{real.name}.{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}")
-    if real.exists():
-        try:
-            os.link(real, former)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(real, former)
+    for file, second in ((real, former), (log_of(real), log_of(former))):
+        if file.exists():
+            try:
+                os.link(file, second)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(file, second)
     return former

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from nexum_engine.deadline import Deadline
-from nexum_engine.errors import FinalError, UnknownEffect
+from nexum_engine.errors import FinalError, InvalidRequest, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy, Reconcile
 from nexum_engine.records import DeclaredTool
 from nexum_engine.workflow import Rate, RetryPolicy
@@ -225,8 +225,8 @@ def tool(
                 rate=rate,
                 concurrency=concurrency,
             )
-        except ValidationError as invalid:
-            raise ValueError(f"tool {function.__name__}: {invalid.errors()[0]['msg']}") from None
+        except InvalidRequest as invalid:
+            raise ValueError(f"tool {function.__name__}: {invalid}") from None
         declared = Tool.from_function(function, time_limit=time_limit, policy=policy)
         if declared.name in REGISTRY:
             raise ValueError(f"two tools are named {declared.name}: rename one of them")

@@ -172,6 +172,16 @@ async def test_half_surrogate_pair_in_task_is_replaced(shared_server: Server, is
     assert happened == ["model"]
 
 
+async def test_half_surrogate_pair_in_message_of_fork_is_replaced(shared_server: Server) -> None:
+    source, fork = new_session(), new_session()
+    await run(shared_server, lambda: AssistantAgent("a", Scripted([])), "Q", source)
+    async with NexumClient(shared_server.address) as nexum:
+        for _ in range(2):
+            await fork_session(nexum, source, 1, fork, "half \ud83d of it")
+    found = await run(shared_server, lambda: AssistantAgent("a", Scripted([])), None, fork)
+    assert "half \ufffd of it" in texts(found)
+
+
 async def test_broken_reply_at_end_of_fork_is_dropped(shared_server: Server) -> None:
     """The source's numbers are larger than the fork's: the source had revoked a failure before its last reply."""
     happened: list[str] = []

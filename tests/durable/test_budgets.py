@@ -17,7 +17,6 @@ from autogen_core.tools import FunctionTool
 from durable_agents import Scripted, asked, inside, new_session, reply
 from harness import Server
 from processes import run_script
-from pydantic import ValidationError
 from server_thread import ServerThread
 
 from durable_autogen import Budget, BudgetExceeded, DurableSession, Parked, current_session, fork_session, list_sessions
@@ -447,10 +446,22 @@ async def test_beginning_of_a_model_call_is_recorded_only_with_a_budget(
     assert len(found) == begun
 
 
-@pytest.mark.parametrize("wrong", [{"usd": -1}, {"usd": float("nan")}, {"dollars": 1}, {"tool_calls": {"charge": -1}}])
-def test_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"usd": -1}, "usd: Input should be greater than or equal to 0 (given: -1)"),
+        ({"usd": float("nan")}, "usd: Input should be a finite number (given: nan)"),
+        ({"dollars": 1}, "dollars: there is no such field"),
+        (
+            {"tool_calls": {"charge": -1}},
+            "tool_calls.charge: Input should be greater than or equal to 0 (given: -1)",
+        ),
+    ],
+)
+def test_wrong_budget_is_refused_with_one_line(wrong: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
         Budget(**wrong)
+    assert str(caught.value) == f"Budget: {problem}"
 
 
 @pytest.mark.parametrize(

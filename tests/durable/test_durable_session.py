@@ -16,12 +16,20 @@ from autogen_agentchat.teams import RoundRobinGroupChat
 from autogen_agentchat.tools import TeamTool
 from autogen_core.models import CreateResult, UserMessage
 from autogen_core.tools import FunctionTool
-from durable_agents import answer, bench, client, named
+from durable_agents import Scripted, answer, bench, client, named
 from harness import ROOT
 from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
-from durable_autogen import DriftError, DurableSession, SessionBusy, list_sessions, run_durable, run_durable_stream
+from durable_autogen import (
+    DriftError,
+    DurableSession,
+    NotDurable,
+    SessionBusy,
+    list_sessions,
+    run_durable,
+    run_durable_stream,
+)
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from support.models.vendors import ModelFailed
@@ -284,6 +292,16 @@ async def test_input_requests_have_same_transcript_in_replay(server: ServerThrea
     assert await program() == first
     requests = [message["request_id"] for message in first["messages"] if "request_id" in message]
     assert len({*requests}) == 2
+
+
+def test_session_under_another_event_loop_says_that_it_needs_asyncio() -> None:
+    async def entered() -> None:
+        async with DurableSession("s"):
+            pass
+
+    for program in (entered(), run_durable(lambda: AssistantAgent("a", Scripted([])), task="x", session_id="s")):
+        with pytest.raises(NotDurable, match="needs asyncio"):
+            program.send(None)  # as trio does, without an event loop of asyncio
 
 
 def test_program_may_have_module_named_tools() -> None:

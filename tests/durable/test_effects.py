@@ -16,7 +16,8 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import pytest
-from autogen_core import CancellationToken
+from autogen_agentchat.agents import AssistantAgent
+from autogen_core import CancellationToken, FunctionCall
 from autogen_core.tools import BaseTool, FunctionTool, StaticWorkbench, ToolOverride, ToolResult
 from durable_agents import QUESTION, TIMEOUT, Scripted, bench
 from harness import Process, Server, free_port, logged, nexum_server, running
@@ -949,6 +950,29 @@ async def test_arguments_that_json_does_not_hold_are_refused(server: ServerThrea
     async with DurableSession("t", nexum=server.address, policies={"log_in": Policy(retry=RetryPolicy())}):
         assert await LogIn().run_json({"password": "1234"}, CancellationToken()) == "in"
     assert seen == ["1234"]
+
+
+@pytest.mark.parametrize("policy", [Policy(effect="once"), Policy(approval="always")], ids=["once", "approval"])
+async def test_model_call_with_a_lone_surrogate_fails(server: ServerThread, policy: Policy) -> None:
+    """If the run ended with an error instead, each further run would replay the reply, and end with this error."""
+    happened: list[str] = []
+
+    def note(text: str) -> str:
+        happened.append("note")
+        return "noted"
+
+    for _ in range(2):
+        asks = [FunctionCall(id="1", name="note", arguments=json.dumps({"text": "\ud800"}))]
+        async with DurableSession("s", nexum=server.address, policies={"note": policy}):
+            result = await AssistantAgent("a", Scripted(happened, asks), tools=[note]).run(task="Q")
+        assert "the arguments of note can't be written as JSON" in result.messages[-1].to_text()
+    assert happened == ["model"]
+
+
+async def test_policy_of_a_name_that_is_not_text_is_refused(server: ServerThread) -> None:
+    with pytest.raises(InvalidRequest, match="is not text in UTF-8"):
+        async with DurableSession("s", nexum=server.address, policies={"\ud800": Policy()}):
+            pass
 
 
 async def test_other_call_in_the_place_of_an_unknown_one_is_drift(server: ServerThread) -> None:

@@ -533,6 +533,20 @@ class Slotted(TerminationCondition):
         self.stop = None
 
 
+class Plain(TerminationCondition):
+    """A termination condition that decides by chance, and whose `terminated` is a plain attribute."""
+
+    terminated = False
+
+    async def __call__(self, messages: Sequence[Any]) -> StopMessage | None:
+        assert not self.terminated
+        self.terminated = random.random() < 0.3
+        return StopMessage(content=word(), source="lots") if self.terminated else None
+
+    async def reset(self) -> None:
+        self.terminated = False
+
+
 def pressed() -> TerminationCondition:
     """An external termination that a callback sets after a while."""
     button = ExternalTermination()
@@ -546,6 +560,7 @@ CONDITIONS: dict[str, Callable[[list[str]], TerminationCondition]] = {
     "pressed": lambda _: pressed(),
     "both of two": lambda _: Drawn() & Drawn(),
     "in slots": lambda _: Slotted() & Slotted(),
+    "in plain attributes": lambda _: Plain() & Plain(),
     "nested, with a model": lambda happened: (
         MaxMessageTermination(500) | Drawn(Scripted(happened, *random.choices(["go", "stop"], k=90), name="judge"))
     ),

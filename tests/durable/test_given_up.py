@@ -7,6 +7,7 @@ import contextlib
 import sys
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -453,7 +454,13 @@ async def test_program_that_once_caught_a_cancellation_keeps_its_later_calls(
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 can't tell which tasks are being cancelled")
 @pytest.mark.parametrize("is_killed", [False, True])
-@pytest.mark.parametrize("how", ["in the program", "in an agent", "in two tasks", "by a team", "by streams", "in vain"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("in the program", "in an agent", "in two tasks", "by a team", "by streams", "in vain"),
+        *("by tasks of its own", "by tasks of two tasks"),
+    ],
+)
 async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run(
     shared_server: Server, happened: list[str], how: str, is_killed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -476,6 +483,10 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
             try:
                 return await asked(Scripted(happened, answers, name="work"))
             except asyncio.CancelledError:
+                if how.startswith("by tasks"):
+                    await asyncio.shield(asked(Scripted(happened, name="undo")))
+                    await asyncio.gather(asyncio.wait_for(asked(Scripted(happened, name="undo")), TIMEOUT))
+                    raise
                 if how == "by streams":
                     question = UserMessage(content="Q", source="user")
                     assert [piece async for piece in Scripted(happened, name="undo").create_stream([question])]
@@ -498,14 +509,14 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
                         await asked(Scripted(happened, hangs, name="late"))
                     finally:
                         await asked(Scripted(happened, name="note"))
-        if how in ("in the program", "by a team", "by streams", "in vain"):
+        if how in ("in the program", "by a team", "by streams", "in vain", "by tasks of its own"):
             return first + await work("")
         if how == "in an agent":
             agent = Own("one", lambda _: work("one"))
             return first + str((await agent.run(task="Q")).messages[-1])
         return first + "".join(await asyncio.gather(work("one"), work("two")))
 
-    at_once = 2 if how == "in two tasks" else 1
+    at_once = 2 if "two tasks" in how else 1
     for number in range(2):
         running = asyncio.create_task(inside(shared_server, act, session))
         for _ in range(at_once):
@@ -521,6 +532,34 @@ async def test_cancelled_program_that_cleans_up_with_calls_continues_in_next_run
     assert happened == ["work"] * at_once
     assert await inside(shared_server, act, session) == whole
     assert happened == ["work"] * at_once
+
+
+async def test_sessions_use_the_programs_task_factory_and_leave_it_in_place(shared_server: Server) -> None:
+    """Sessions wrap the event loop's task factory, so that the tasks of a clean-up know that they belong to it."""
+    started: list[str] = []
+
+    def start(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        started.append(work.__qualname__)
+        return asyncio.Task(work, loop=loop, **options)
+
+    async def program(seconds: float) -> str:
+        task = asyncio.create_task(asyncio.sleep(seconds, "slept"), name="named")
+        assert task.get_name() == "named"
+        return await task
+
+    loop = asyncio.get_running_loop()
+    before = loop.get_task_factory()
+    for factory in (None, start):
+        loop.set_task_factory(factory)
+        try:
+            # The sessions overlap, and the first one ends first.
+            programs = [partial(program, seconds) for seconds in (0.1, 0.3)]
+            said = await asyncio.gather(*(inside(shared_server, one, new_session()) for one in programs))
+            assert loop.get_task_factory() is factory
+        finally:
+            loop.set_task_factory(before)
+        assert said == ["slept"] * 2
+    assert started.count("sleep") == 2
 
 
 async def test_tool_answers_call_with_already_cancelled_token(shared_server: Server, happened: list[str]) -> None:

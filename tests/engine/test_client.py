@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from engine_server import EngineServer, engine_server, is_full
 from harness import nexum_server
 
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import ServerNotReady, TooLarge
+from nexum_engine.errors import InvalidRequest, ServerNotReady, TooLarge
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store import executions
 from nexum_engine.workflow import workflow
@@ -45,6 +45,28 @@ async def test_client_caps_the_wait_that_it_requests(server: EngineServer, monke
         started = await client.start_execution(ONE, {})
         observed = await asyncio.wait_for(client.get_execution(started.execution_id, wait=2 * SOON), SOON)
     assert observed.execution.status is ExecutionStatus.RUNNING
+
+
+async def test_text_with_a_lone_surrogate_is_refused_before_the_call(server: EngineServer) -> None:
+    lone = "a\ud800"
+    async with NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        calls: list[Awaitable[object]] = [
+            client.start_execution(ONE, {}, idempotency_key=lone),
+            client.start_execution(ONE, {}, attributes={"city": lone}),
+            client.get_execution(lone),
+            client.list_executions(key_prefix=lone),
+            client.cancel_execution(lone),
+            client.approve("exec-1", "a", comment=lone),
+            client.resolve("exec-1", "a", failed=lone),
+            client.send_event("exec-1", lone),
+            client.prune(1, session=lone),
+        ]
+        for call in calls:
+            with pytest.raises(InvalidRequest, match=r"the text 'a\\ud800' can't be sent: it is not text in UTF-8"):
+                await call
+    with pytest.raises(InvalidRequest, match="surrogates not allowed"):
+        workflow("w").effect(lone).build()
 
 
 async def test_client_reads_large_payloads_in_parts(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
         '{"a":1,}',
         '{"a" 1}',
         '"\\ud800"',
+        pytest.param('"\ud800"', id="a lone surrogate"),
         "\x00",
         "1 2",
         "﻿1",

@@ -15,6 +15,7 @@ import pytest
 from harness import free_port, logged, needs_links, nexum_server
 
 from nexum_engine.client import NexumClient
+from nexum_engine.connection import Connection
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NotANexumServer, ServerError, ServerUnavailable
 from nexum_engine.heartbeat import new_worker_id
@@ -30,6 +31,7 @@ from nexum_engine.location import (
 )
 from nexum_engine.owner import Owner
 from nexum_engine.server import run_server
+from nexum_engine.wire.addressee import metadata_for
 from nexum_engine.workflow import workflow
 
 NOWHERE = "127.0.0.1:1"
@@ -154,6 +156,15 @@ async def test_client_of_a_database_follows_its_server_to_another_port(tmp_path:
         with nexum_server(tmp_path) as second:
             assert second.address != first.address
             await client.ping(patience=10)
+
+
+async def test_route_names_the_database_of_a_server_that_has_just_started(tmp_path: Path) -> None:
+    """Without the database's name, another server that gets the same port would accept the heartbeats."""
+    database = tmp_path / "local.db"
+    connection = Connection(str(database))
+    await connection.reach()
+    write_address(database, NOWHERE)
+    assert connection.route() == (NOWHERE, metadata_for(database), None)
 
 
 async def test_server_refuses_calls_for_another_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from nexum_engine.errors import FinalError, InvalidRequest
 from nexum_engine.policy import NOT_DONE, Policy, call_digest, read_policies
-from nexum_engine.workflow import RetryPolicy
+from nexum_engine.workflow import Rate, RetryPolicy
 
 
 def large(cents: int, **_: Any) -> bool:
@@ -53,18 +52,34 @@ def test_failure_of_an_approval_function_names_the_tool() -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"reconcile": find}, 'reconcile needs effect="once"'),
+        ({"reconcile": find}, 'reconcile needs effect="once": an idempotent tool just runs again'),
         ({"approval_timeout": 5}, "approval_timeout needs approval"),
-        ({"approval": asked}, "not an async one"),
-        ({"effect": "twice"}, "effect"),
-        ({"timeout": 0}, "timeout"),
-        ({"final": (KeyboardInterrupt,)}, "final"),
-        ({"aproval": "always"}, "aproval"),
+        ({"approval": asked}, "approval must be a plain function of the arguments, not an async one"),
+        ({"approval": True}, "approval: Input should be 'always' (given: True)"),
+        ({"effect": "twice"}, "effect: Input should be 'idempotent' or 'once' (given: 'twice')"),
+        ({"timeout": 0}, "timeout: Input should be greater than 0 (given: 0)"),
+        ({"final": PermissionError}, "final: Input should be a valid tuple (given: <class 'PermissionError'>)"),
+        ({"aproval": "always"}, "aproval: there is no such field"),
+        (
+            {"retry": {"max_attempts": 0}},
+            "retry.max_attempts: Input should be greater than or equal to 1 (given: 0)",
+        ),
+        ({"rate": "10 per s"}, "rate: '10 per s' is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s"),
     ],
 )
-def test_wrong_policy_is_refused(fields: dict[str, Any], problem: str) -> None:
-    with pytest.raises(ValidationError, match=problem):
+def test_wrong_policy_is_refused_with_one_line(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
         Policy(**fields)
+    assert str(caught.value) == f"Policy: {problem}"
+
+
+def test_wrong_retry_policy_or_rate_is_refused_with_one_line() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        RetryPolicy(max_attempts=0)
+    assert str(caught.value) == "RetryPolicy: max_attempts: Input should be greater than or equal to 1 (given: 0)"
+    with pytest.raises(InvalidRequest) as caught:
+        Rate(calls=1, seconds=0)
+    assert str(caught.value) == "Rate: seconds: Input should be greater than 0 (given: 0)"
 
 
 def test_policy_is_described_as_data() -> None:

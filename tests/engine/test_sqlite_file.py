@@ -306,6 +306,19 @@ async def test_own_checkpoints_and_large_log_are_not_reported_as_foreign_changes
     assert len(await stored(tmp_path / "nexum.db")) == 40
 
 
+async def test_commits_do_not_make_the_log_longer(tmp_path: Path) -> None:
+    store = await opened(tmp_path / "nexum.db")
+    log = log_of(tmp_path / "nexum.db")
+    size, beginnings = log.stat().st_size, {log.read_bytes()[:32]}
+    for n in range(300):  # more than 1,000 pages: SQLite copies the log into the file, and starts the log again
+        await start(store, n)
+        beginnings.add(log.read_bytes()[:32])
+    assert len(beginnings) == 2
+    assert log.stat().st_size == size
+    await store.close()
+    assert len(await stored(tmp_path / "nexum.db")) == 300
+
+
 # ---- One server for every name of a file -----------------------------------------------------------------------------
 
 
@@ -456,6 +469,66 @@ async def test_backup_with_its_log_is_restored_whole(tmp_path: Path) -> None:
     assert restore_database(f"sqlite:///{tmp_path / 'nexum.db'}", tmp_path / "backup.db") is None
     assert contents(tmp_path).items() > before.items()
     assert await stored(tmp_path / "nexum.db") == acknowledged
+
+
+KILLED_RESTORE = """
+import os, signal, sys
+from pathlib import Path
+
+from nexum_engine.store import restore_database
+
+STEPS = ("os.rename", "os.link", "os.remove", "os.chmod", "shutil.copyfile", "sqlite3.connect")
+database, backup, left = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+
+def kill(event, _):
+    global left
+    if event in STEPS:
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+restore_database(database, backup)
+"""
+"""A program that restores a backup, and kills itself before one of its steps that change files."""
+
+
+@posix
+async def test_killed_restore_leaves_the_former_database_with_its_log(tmp_path: Path) -> None:
+    """In each case, the path has the former database or the backup, or the server refuses and says what to do."""
+    store = await opened(tmp_path / "backup.db")
+    saved = await start(store, 1)
+    await store.close()
+    acknowledged = kill_after(tmp_path / "nexum.db", 1, 2, 3)
+    found: list[str] = []
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        database = folder / "nexum.db"
+        for name in ("backup.db", "nexum.db", "nexum.db-wal"):
+            shutil.copyfile(tmp_path / name, folder / name)
+        before = database.stat().st_ino
+        arguments = [f"sqlite:///{database}", str(folder / "backup.db"), str(len(found))]
+        code = run_to_end(["-c", KILLED_RESTORE, *arguments], cwd=folder).returncode
+        refusal = ""
+        try:
+            now = await stored(database)
+        except StoreRefused as error:
+            refusal = str(error)
+            restore_database(f"sqlite:///{database}", folder / "backup.db")
+            now = await stored(database)
+            assert now == saved
+        assert "To use a backup, run `nexum restore FILE`" in refusal or not refusal
+        assert now in (acknowledged, saved)
+        found.append("refused" if refusal else "former" if now == acknowledged else "backup")
+        if found[-1] != "former":
+            kept = [one for one in folder.glob("nexum.db.2*") if not one.name.endswith("-wal")]
+            # After a refusal, the next restore has kept the pair that the server refused, too.
+            whole = [one for one in kept if not refusal or one.stat().st_ino == before]
+            assert [await stored(one) for one in whole] == [acknowledged]
+    assert code == 0
+    assert set(found) == {"former", "refused", "backup"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from harness import ROOT, environment
@@ -108,6 +109,21 @@ def test_bad_ids_are_refused(name: str) -> None:
 def test_duplicate_node_name_is_refused() -> None:
     with pytest.raises(InvalidRequest, match=r"two nodes with the same name: \['a', 'a'\]"):
         workflow("w").effect("a").effect("a").build()
+
+
+def test_builder_names_the_node_and_the_wrong_argument() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"depends_on": "check"}, "node 'pay': depends_on must be a list: ['check']"),
+        ({"retry": {"max_attempts": 2}}, "node 'pay': retry must be a RetryPolicy, not {'max_attempts': 2}"),
+        ({"rate": 3}, "node 'pay': rate must be a Rate, not 3"),
+    ]
+    for arguments, problem in wrong:
+        with pytest.raises(InvalidRequest) as caught:
+            workflow("w").compute("check").effect("pay", **arguments)
+        assert str(caught.value) == problem
+    conditions: dict[str, Any] = {"pay": 3}
+    with pytest.raises(InvalidRequest, match=r"^Route: condition: Input should be a valid string \(given: 3\)$"):
+        workflow("w").router("check", conditions)
 
 
 def test_workflow_without_nodes_is_refused() -> None:

@@ -78,6 +78,51 @@ def test_log_records_and_warnings_cannot_control_the_terminal(tmp_path: Path) ->
     assert CONTROLS.findall(output.replace("\n", "")) == []
 
 
+# ---- Lines -----------------------------------------------------------------------------------------------------------
+
+
+def test_log_line_and_error_begin_a_new_line_within_a_streamed_answer(tmp_path: Path) -> None:
+    program = """
+import asyncio, logging, sys
+from autogen_agentchat.messages import ModelClientStreamingChunkEvent as Piece, TextMessage
+from support.console import complain, log_to, say, say_what_is_logged
+from support.conversation import Conversation
+
+log_to(sys.stderr, logging.WARNING)
+say_what_is_logged("x")
+
+async def items():
+    yield Piece(content="Tokyo ", source="agent")
+    logging.warning("a warning")
+    yield Piece(content="", source="agent")
+    yield Piece(content="has ", source="agent")
+    yield Piece(content="14", source="agent")
+    yield Piece(content=" million.", source="agent")
+    logging.getLogger("x").info("a note")
+    yield TextMessage(content="Tokyo has 14 million.", source="agent")
+    yield Piece(content="New ", source="agent")
+    complain("error: broken")
+
+asyncio.run(Conversation("agent", short_names={}).show(items()))
+say("end")
+"""
+    code, output = run_script(["-c", program], tmp_path)
+    assert code == 0
+    assert output.split("\n") == [
+        "",
+        "Tokyo ",
+        "a warning",
+        "has 14 million.",
+        "[Nexum] a note",
+        "",
+        "",
+        "New ",
+        "error: broken",
+        "",
+        "end",
+    ]
+
+
 # ---- Ctrl+C ----------------------------------------------------------------------------------------------------------
 
 INTERRUPTER = """
