@@ -61,6 +61,8 @@ class _Stream:
     """The items that a call yields before its result."""
 
     def __init__(self) -> None:
+        self.call = ""
+        """The address of the tool call that yields the items."""
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.passed_on: list[Any] = []
         self.produced: list[Any] = []
@@ -272,8 +274,9 @@ class Calls:
                 may_be_result = tool_call.workbench is None or isinstance(item, ToolResult)
                 piece = result if may_be_result else item
                 if piece is not _NOTHING:
-                    # Set a message's lasting id and time before the message is recorded or passed on.
-                    self._session_state.transcript.settle(self._agent, piece)
+                    # Set a message's lasting id and time before the message is recorded or passed on. Count the
+                    # messages of each call separately: a replay may mix the messages of parallel calls otherwise.
+                    self._session_state.transcript.settle(stream.call, piece)
                     stream.produced.append(piece)
                     stream.items.put_nowait(piece)
                 if may_be_result:
@@ -290,6 +293,7 @@ class Calls:
         policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
         request = describe_call(name, tool_call.arguments)
         call = Call(Kind.TOOL, self._agent, position, request, has_policy=policy is not None)
+        stream.call = call.address
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
@@ -328,7 +332,7 @@ class Calls:
             if isinstance(content, (Returned, Raised, GivenUp)):
                 for one in content.streamed:
                     item = value_again(one)
-                    self._session_state.transcript.settle(self._agent, item, made_before=True)
+                    self._session_state.transcript.settle(stream.call, item, made_before=True)
                     stream.items.put_nowait(item)
 
         def written(whole: bool) -> list[Any]:
@@ -471,6 +475,15 @@ class Calls:
         if answer.replayed:
             skip_answer(said)
         return said
+
+    def name_of(self, called: object) -> str:
+        """Return a name for a workbench or a memory: its class, and a number if the agent uses several of this class.
+
+        With the name in their fingerprints, a replay tells the calls of two workbenches apart, even if an agent makes
+        them at the same time.
+        """
+        prefix = f"{self._agent}/"
+        return self._session_state.names.of(called, f"{prefix}{type(called).__name__}").removeprefix(prefix)
 
     async def other(
         self,

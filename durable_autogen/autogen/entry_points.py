@@ -168,7 +168,7 @@ def _tool_list(calls: Calls, workbench: Any, original: _Original) -> Any:
     # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original()
-    return calls.other(Kind.TOOLS, {"workbench": type(workbench).__name__}, original, None)
+    return calls.other(Kind.TOOLS, {"workbench": calls.name_of(workbench)}, original, None)
 
 
 def _read(method: str) -> Recording:
@@ -177,7 +177,7 @@ def _read(method: str) -> Recording:
         if not inspect.iscoroutinefunction(original.method):
             return original()
         arguments = plain([list(original.args), original.kwargs])
-        request = {"workbench": type(workbench).__name__, "method": method, "arguments": arguments}
+        request = {"workbench": calls.name_of(workbench), "method": method, "arguments": arguments}
         return calls.other(Kind.TOOLS, request, original, None)
 
     return recording
@@ -200,10 +200,8 @@ def _memory(calls: Calls, memory: Any, original: _Original) -> Any:
     # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
         return original()
-    query = plain(original.given(0, "query"))
-    return calls.other(
-        Kind.MEMORY, {"query": query}, original, MemoryQueryResult, original.given(1, "cancellation_token")
-    )
+    request = {"memory": calls.name_of(memory), "query": plain(original.given(0, "query"))}
+    return calls.other(Kind.MEMORY, request, original, MemoryQueryResult, original.given(1, "cancellation_token"))
 
 
 _recorded_tool, _recorded_tool_stream = _recorded(_tool(stream=False)), _recorded(_tool(stream=True))

@@ -2,7 +2,8 @@
 
 AutoGen gives each message a random id and the current time. A session replaces both when an agent passes the message
 on, before any other code sees the message. The lasting id is made from the session, the agent and a count of the
-agent's messages. The lasting time is the time of the last event delivered before the message.
+agent's messages. (The messages that a tool streams are counted for each call.) The lasting time is the time of the last
+event delivered before the message.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Transcript:
         self._count: Counter[tuple[str, str]] = Counter()
 
     def settle(
-        self, agent: str, item: Any, given: Sequence[BaseChatMessage] = (), *, made_before: bool = False
+        self, maker: str, item: Any, given: Sequence[BaseChatMessage] = (), *, made_before: bool = False
     ) -> None:
-        """Set the lasting ids and times of the messages that an agent passes on.
+        """Set the lasting ids and times of the messages that `maker` passes on: an agent, or a tool call that streams.
 
         `given` holds the messages of the caller's task: an id or time that the caller has set is kept. With
         `made_before`, the messages come from the record and keep their times.
@@ -55,15 +56,15 @@ class Transcript:
         for message in _messages_in(item):
             if isinstance(message, ModelClientStreamingChunkEvent):
                 if message.full_message_id and message.full_message_id not in self._done:
-                    _set(message, full_message_id=self._id(agent, message.full_message_id, "streamed"))
+                    _set(message, full_message_id=self._id(maker, message.full_message_id, "streamed"))
                 continue
             if isinstance(message, UserInputRequestedEvent):
-                self._id(agent, message.request_id, "request")  # `result` sets it
+                self._id(maker, message.request_id, "request")  # `result` sets it
             if message.id in self._done:
                 continue
             kept = message.model_fields_set if any(message is one for one in given) else set()
             if "id" not in kept:
-                _set(message, id=self._id(agent, message.id, f"message/{message.source}"))
+                _set(message, id=self._id(maker, message.id, f"message/{message.source}"))
             self._done.add(message.id)
             if "created_at" not in kept and not made_before:
                 recorded_ms = self._recorder.replay.last_recorded_ms
@@ -84,14 +85,14 @@ class Transcript:
         ]
         return result.model_copy(update={"messages": messages})
 
-    def _id(self, agent: str, given: str, kind: str) -> str:
+    def _id(self, maker: str, given: str, kind: str) -> str:
         if given not in self._lasting:
             # Count each kind separately. A streamed message gets its number at its first piece. Any other message gets
             # its number when it is passed on. With one counter, the numbers would depend on which of these two moments
             # comes first.
-            self._count[agent, kind] += 1
-            number = self._count[agent, kind]
-            place = f"{self._recorder.journal.session}/{self._recorder.programs}/{agent}/{kind}/{number}"
+            self._count[maker, kind] += 1
+            number = self._count[maker, kind]
+            place = f"{self._recorder.journal.session}/{self._recorder.programs}/{maker}/{kind}/{number}"
             self._lasting[given] = str(uuid.uuid5(_NAMESPACE, place))
             self._done.add(self._lasting[given])
         return self._lasting[given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -14,14 +15,17 @@ from autogen_agentchat.messages import (
 )
 from autogen_core import CancellationToken
 from autogen_core.models import CreateResult
+from autogen_core.tools import BaseStreamTool
 from durable_agents import (
     Own,
     agent,
     answer,
+    bench,
     is_after_a_tool,
     run,
 )
 from openai_server import OpenAIServer, Reply
+from pydantic import BaseModel
 from server_thread import ServerThread
 
 from durable_autogen import run_durable_stream
@@ -85,3 +89,49 @@ async def test_messages_keep_ids_if_streamed_pieces_are_not_in_reply(server: Ser
         live = await run(server, build)
         assert (await run(server, build)).model_dump() == live.model_dump()
         assert len(model.requests) == 2
+
+
+class Name(BaseModel):
+    name: str
+
+
+class Steps(BaseStreamTool[Name, TextMessage, Name]):
+    """A tool that streams two messages. Parallel calls stream their first messages before their second ones."""
+
+    component_type = "tool"
+
+    def __init__(self) -> None:
+        super().__init__(Name, Name, "steps", "Steps.")
+        self.streamed = 0
+        self.both_streamed = {1: asyncio.Event(), 2: asyncio.Event()}
+
+    async def run(self, args: Name, cancellation_token: CancellationToken) -> Name:
+        raise AssertionError("it is streamed")
+
+    async def run_stream(
+        self, args: Name, cancellation_token: CancellationToken, call_id: str | None = None
+    ) -> AsyncGenerator[TextMessage | Name, None]:
+        for number in (1, 2):
+            yield TextMessage(content=f"step {number} of {args.name}", source="steps")
+            self.streamed += 1
+            if self.streamed == 2 * number:
+                self.both_streamed[number].set()
+            await self.both_streamed[number].wait()
+        yield args
+
+
+async def test_messages_that_parallel_tools_stream_keep_their_ids(server: ServerThread) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        return answer("end") if is_after_a_tool(body) else Reply(calls=[("steps", {"name": name}) for name in "xy"])
+
+    def build() -> AssistantAgent:
+        return agent(model, "one", workbench=bench([Steps()]))
+
+    with OpenAIServer(reply) as model:
+        results = [await run(server, build), await run(server, build)]
+    streamed = [[one for one in result.messages if one.source == "steps"] for result in results]
+    ids = [{one.to_text(): one.id for one in messages} for messages in streamed]
+    # The calls ran in parallel.
+    assert {one.to_text() for one in streamed[0][:2]} == {"step 1 of x", "step 1 of y"}
+    assert len(set(ids[0].values())) == 4
+    assert ids[1] == ids[0]

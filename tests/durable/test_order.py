@@ -24,7 +24,9 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
+from autogen_core.memory import ListMemory, MemoryContent, MemoryMimeType, MemoryQueryResult
 from autogen_core.models import UserMessage
+from autogen_core.tools import StaticWorkbench, ToolSchema
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import ROOT, Server
 
@@ -412,6 +414,65 @@ async def test_equal_calls_may_begin_in_another_order(shared_server: Server) -> 
         await inside(shared_server, lambda: ask("YYZ"), session)
     continued = await inside(shared_server, lambda: ask("YYZ"), session, on_drift="continue")
     assert await inside(shared_server, lambda: ask("ZYY"), session) == continued
+
+
+class Bench(StaticWorkbench):
+    """A workbench with one tool, which it lists after `listen`."""
+
+    def __init__(self, tool: str, listen: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__([])
+        self.tool, self.listen = tool, listen
+
+    async def list_tools(self) -> list[ToolSchema]:
+        await self.listen()
+        return [ToolSchema(name=self.tool)]
+
+    async def ask(self) -> list[str]:
+        return [tool["name"] for tool in await self.list_tools()]
+
+
+class Remembers(ListMemory):
+    """A memory with one text, which it remembers after `listen`."""
+
+    def __init__(self, text: str, listen: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__()
+        self.text, self.listen = text, listen
+
+    async def query(self, *_: Any, **__: Any) -> MemoryQueryResult:
+        await self.listen()
+        return MemoryQueryResult(results=[MemoryContent(content=self.text, mime_type=MemoryMimeType.TEXT)])
+
+    async def ask(self) -> list[str]:
+        return [str(one.content) for one in (await self.query("q")).results]
+
+
+@pytest.mark.parametrize("kind", [Bench, Remembers])
+async def test_call_cut_off_beside_an_equal_one_of_another_object_gets_its_own_result(
+    shared_server: Server, kind: type[Bench] | type[Remembers]
+) -> None:
+    session = new_session()
+
+    async def program(*, is_up: bool) -> list[list[str]]:
+        second_is_done = asyncio.Event()
+
+        async def listen() -> None:
+            if not is_up:
+                await second_is_done.wait()
+                raise ConnectionError("it is down")
+
+        async def at_once() -> None: ...
+
+        async def ask_second() -> list[str]:
+            answer = await kind("b", at_once).ask()
+            second_is_done.set()
+            return answer
+
+        return list(await asyncio.gather(kind("a", listen).ask(), ask_second()))
+
+    with pytest.raises(ConnectionError):
+        await inside(shared_server, lambda: program(is_up=False), session)
+    assert await inside(shared_server, lambda: program(is_up=True), session) == [["a"], ["b"]]
+    assert await inside(shared_server, lambda: program(is_up=False), session) == [["a"], ["b"]]
 
 
 async def test_drift_of_agents_with_one_name_that_start_in_another_order_says_what_to_do(shared_server: Server) -> None:
