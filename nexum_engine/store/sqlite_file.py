@@ -46,7 +46,7 @@ FOLDER_TICK = 0.1
 COARSE_FOLDER_TICK = 2.0
 """The same for file systems that count whole seconds."""
 LOG_BYTES = 1024 * (24 + 4096)
-"""SQLite copies the log into the file after the commit with which the log has 1,000 pages or more."""
+"""The length of a log with 1,024 pages. SQLite copies the log into the file when the log has 1,000 pages or more."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +71,16 @@ class DatabaseFile:
     def _attach(self, connection: sqlite3.Connection) -> None:
         self.connection = connection
         self._layout = layout_of(connection)
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        binary = getattr(os, "O_BINARY", 0)
         # Close this descriptor only after the connection: on POSIX, closing it releases SQLite's locks on the file.
-        self._file = os.open(self._path, flags)
-        self._log = os.open(self._log_name, flags)
+        self._file = os.open(self._path, os.O_RDONLY | binary)
+        self._log = os.open(self._log_name, os.O_RDWR | binary)
         self._file_id, self._log_id = _file_id(self._file, self._name), _file_id(self._log, self._log_name)
         self._named_in: tuple[int, ...] | None = None
         """The folder and its times when the paths named the open files. None if the folder may change unnoticed."""
         self._file_bytes = self._log_bytes = 0
+        self._log_filled = 0
+        """The length of the log up to which commits don't make it longer: see `_lengthen_log`."""
         self.mark: bytes = connection.execute("SELECT mark FROM file_mark").fetchone()[0]
         """Random bytes that never change. A copy of the database has the same."""
         self._stamp = read_stamp(connection)
@@ -114,7 +116,7 @@ class DatabaseFile:
                 _check_contents(path, connection)
             if not was_open and not stamp.closed:
                 _explain_missing_log(path)
-            _begin_log(path, connection, stamp)
+            _begin_log(connection, stamp)
             return cls(path, connection)
         except BaseException as error:
             if connection is not None:
@@ -200,7 +202,7 @@ class DatabaseFile:
                 sync_folder(self._path)
             finally:
                 connection = connect(self._path, 0.0)
-                _begin_log(self._path, connection, read_stamp(connection))
+                _begin_log(connection, read_stamp(connection))
                 self._attach(connection)
         finally:
             _discard(new)
@@ -228,7 +230,21 @@ class DatabaseFile:
         self._stamp = stamp
         if has_changes:  # what was only read was in the file that `begin` has checked
             self.check()
+            if self._log_filled < self._log_bytes < LOG_BYTES:
+                self._lengthen_log()
         return has_changes
+
+    def _lengthen_log(self) -> None:
+        """Write zeros behind the log, so that the log is twice as long, and the next commits don't make it longer.
+
+        A commit that makes the log longer takes 1.6 times as long, because the file system must also store the new
+        length. SQLite reads a log up to the first frame without the log's salts, so it never reads the zeros.
+        """
+        end = os.lseek(self._log, 0, os.SEEK_END)
+        try:
+            self._log_filled = end + os.write(self._log, bytes(min(end, LOG_BYTES - end)))
+        except OSError:  # a full disk may have room for the commits themselves
+            self._log_filled = LOG_BYTES
 
     # ---- Watching ----------------------------------------------------------------------------------------------------
 
@@ -513,7 +529,7 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-def _begin_log(path: Path, connection: sqlite3.Connection, stamp: Stamp) -> None:
+def _begin_log(connection: sqlite3.Connection, stamp: Stamp) -> None:
     """Change the stamp in the file at a server's start.
 
     Otherwise this server's log would also belong to a backup of the file that was made before the server started.
@@ -525,18 +541,6 @@ def _begin_log(path: Path, connection: sqlite3.Connection, stamp: Stamp) -> None
     # From this write on, the log of a running server is never empty. So if a killed server's log is empty or missing,
     # something is lost.
     write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), in_file.own, closed=False))
-    _grow_log(log_of(path))
-
-
-def _grow_log(log: Path) -> None:
-    """Fill the log with zeros up to the size at which SQLite copies it into the file, and starts it again.
-
-    A commit that makes the log longer takes 1.6 times as long: the file system must also store the new size. SQLite
-    reads a log up to the first frame without this log's salts, so it never reads the zeros.
-    """
-    with contextlib.suppress(OSError), log.open("r+b") as file:  # a full disk may have room for the commits themselves
-        file.write(bytes(LOG_BYTES - file.seek(0, os.SEEK_END)))
-        os.fsync(file.fileno())
 
 
 # ---- Backups ---------------------------------------------------------------------------------------------------------

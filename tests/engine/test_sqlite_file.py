@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -306,17 +307,35 @@ async def test_own_checkpoints_and_large_log_are_not_reported_as_foreign_changes
     assert len(await stored(tmp_path / "nexum.db")) == 40
 
 
-async def test_commits_do_not_make_the_log_longer(tmp_path: Path) -> None:
+async def test_few_commits_make_the_log_longer(tmp_path: Path) -> None:
     store = await opened(tmp_path / "nexum.db")
     log = log_of(tmp_path / "nexum.db")
-    size, beginnings = log.stat().st_size, {log.read_bytes()[:32]}
+    sizes, beginnings = [log.stat().st_size], {log.read_bytes()[:32]}
     for n in range(300):  # more than 1,000 pages: SQLite copies the log into the file, and starts the log again
         await start(store, n)
+        sizes.append(log.stat().st_size)
         beginnings.add(log.read_bytes()[:32])
     assert len(beginnings) == 2
-    assert log.stat().st_size == size
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == sqlite_file.LOG_BYTES
+    assert len(set(sizes)) < 12  # its length is doubled each time
     await store.close()
     assert len(await stored(tmp_path / "nexum.db")) == 300
+
+
+async def test_log_is_not_lengthened_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def write(_: int, data: bytes) -> int:
+        tried.append(len(data))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = await opened(tmp_path / "nexum.db")
+    monkeypatch.setattr(os, "write", write)
+    started = await start(store, *range(20))
+    await store.close()
+    assert len(tried) == 1
+    assert await stored(tmp_path / "nexum.db") == started
 
 
 # ---- One server for every name of a file -----------------------------------------------------------------------------
