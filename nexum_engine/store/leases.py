@@ -10,7 +10,15 @@ from nexum_engine.store.db import Db, Row, row_of
 from nexum_engine.store.definitions import TIMEOUT_GRACE_MS, retry_of
 from nexum_engine.store.ids import number_of
 from nexum_engine.store.results import Changes, ReadyTask, Renewed, Swept
-from nexum_engine.store.tasks import AttemptEnd, fail_node, find_attempt, retry_node, retry_or_fail, wait_for_person
+from nexum_engine.store.tasks import (
+    AttemptEnd,
+    counted_as_lost,
+    fail_node,
+    find_attempt,
+    retry_node,
+    retry_or_fail,
+    wait_for_person,
+)
 from nexum_engine.store.waits import end_waits
 
 MAX_LOST_ATTEMPTS = 10
@@ -63,9 +71,8 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
         or row["execution_status"] != ExecutionStatus.RUNNING
     ):
         return False
-    lost = _counted_losses(Outcome(row["outcome"]), row)
-    attempt = {"node": row["node"], "attempt": row["attempt"]}
-    resumed = db.changes("resume_node", **attempt, lease_expires_ms=until_ms, lost=lost, now=db.now_ms)
+    attempt = {"node": row["node"], "attempt": row["attempt"], "lost": counted_as_lost(row)}
+    resumed = db.changes("resume_node", **attempt, lease_expires_ms=until_ms, now=db.now_ms)
     return resumed > 0  # a claim of another server may have been first
 
 

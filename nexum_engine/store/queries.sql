@@ -414,7 +414,7 @@ SELECT nodes.node, execution, node_id, node_type, coalesce(earlier.attempt, atte
        coalesce(earlier.worker_id, nodes.worker_id) AS worker_id, coalesce(earlier.outcome, nodes.outcome) AS outcome,
        coalesce(earlier.error, attempt_error) AS error,
        attempts AS newest_attempt, nodes.outcome AS newest_outcome, attempt_error AS newest_error,
-       streamed AS newest_streamed, nodes.worker_id AS newest_worker, failed_attempts, owned,
+       streamed AS newest_streamed, nodes.worker_id AS newest_worker, failed_attempts, lost_attempts, owned,
        execution_id, executions.status AS execution_status, workflow_id, nodes.version_hash, task_bytes, timeout_ms,
        retry, effect, limits, due_ms,
        (SELECT count(*) FROM nodes AS others WHERE others.node BETWEEN 1000 * sequence AND 1000 * sequence + 999

@@ -417,8 +417,7 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
         return Changes()
     _check_may_report(row)
     changes = Changes()
-    # If the worker of a lost attempt still reports, no longer count the attempt as lost. (See `_counted_losses`.)
-    lost = -1 if row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) and not row["owned"] else 0
+    lost = -counted_as_lost(row)  # the worker of the attempt still reports
     if unknown:
         if row["effect"] != Effect.RECONCILE or row["owned"]:
             wait_for_person(db, row, error, changes, lost=lost)
@@ -429,6 +428,12 @@ def fail_task(db: Db, task_id: str, error: str, final: bool, unknown: bool = Fal
     end = AttemptEnd(Outcome.FAILED, error, failed=1, lost=lost)
     retry_or_fail(db, row, end, final, changes)
     return changes
+
+
+def counted_as_lost(row: Row) -> int:
+    """Return 1 if the attempt in `row`, the newest one, is among the node's lost attempts; else 0."""
+    # After `retry_execution`, the node has fresh counts, but its newest attempt may still be one that was lost before.
+    return int(row["outcome"] in (Outcome.LOST, Outcome.EXPIRED) and not row["owned"] and row["lost_attempts"] > 0)
 
 
 def retry_or_fail(db: Db, row: Row, end: AttemptEnd, final: bool, changes: Changes) -> None:

@@ -17,7 +17,7 @@ from server_thread import ServerThread
 from nexum_engine.clock import ManualClock
 from nexum_engine.errors import Conflict, ExecutionNotFound
 from nexum_engine.records import NodeStatus, Outcome, Task
-from nexum_engine.store import Store, executions, reading, tasks
+from nexum_engine.store import Store, executions, leases, reading, tasks, waits
 from nexum_engine.store.retry import retry_execution
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.wire.nexum_pb2_grpc import NexumServiceStub
@@ -92,6 +92,38 @@ async def test_retry_gives_fresh_retries(store: Store, clock: ManualClock) -> No
         assert execution.error == f"a: broken {4 * round_ + 4} (attempt 4 of 4)"
         assert len(execution.nodes[0].attempts) == 4 * round_ + 4
         await store.run(retry_execution, execution_id)
+
+
+@pytest.mark.parametrize("late", ["it reports a failure", "it is at work again"])
+async def test_worker_lost_before_the_retry_does_not_change_the_fresh_counts(
+    store: Store, clock: ManualClock, late: str
+) -> None:
+    ir = {"nodes": {"a": {"type": "EFFECT"}, "person": {"type": "HUMAN_APPROVAL"}}}
+    await store.run(executions.register_workflow, "w", "v1", json.dumps(ir))
+    execution_id = (await store.run(executions.start_execution, "w", "v1", "null", "")).execution_id
+
+    async def lose() -> None:
+        await store.run(leases.disconnect, "worker", 1000)
+        clock.advance(1)
+        await store.run(leases.sweep, 0)
+
+    lost = await take(store, "a")
+    await lose()
+    await store.run(waits.reject, execution_id, "person", "someone", "no")
+    await store.run(retry_execution, execution_id)
+    if late == "it reports a failure":
+        await store.run(tasks.fail_task, lost.task_id, "broken", False)
+        clock.advance(5)
+        losses = 0
+    else:
+        await store.run(leases.renew, "worker", (lost.task_id,), 30_000)
+        await lose()
+        losses = 1
+    while (await store.run(reading.get_execution, execution_id)).status.value == "RUNNING":
+        await take(store, "a")
+        await lose()
+        losses += 1
+    assert losses == leases.MAX_LOST_ATTEMPTS
 
 
 async def test_cancelled_nodes_wait_for_what_they_depend_on(store: Store) -> None:
