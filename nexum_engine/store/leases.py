@@ -76,13 +76,6 @@ def _resume(db: Db, worker_id: str, task_id: str, until_ms: int) -> bool:
     return resumed > 0  # a claim of another server may have been first
 
 
-def _counted_losses(outcome: Outcome, row: Row) -> int:
-    # Count losses, because a task that kills one worker after another must fail in the end. Don't count an INTERRUPTED
-    # attempt: the server's restart ended it, not its task. Don't count an UNKNOWN attempt: a person decides about its
-    # node. Don't count the losses of an owned node: it is never handed to workers.
-    return 0 if outcome in (Outcome.INTERRUPTED, Outcome.UNKNOWN) or row["owned"] else 1
-
-
 def lose(db: Db, worker_id: str, task_ids: frozenset[str]) -> Changes:
     """End the attempts at tasks that never reached the worker."""
     changes = Changes()
@@ -171,7 +164,11 @@ def _expire(db: Db, row: Row, changes: Changes) -> None:
 def _lose(db: Db, row: Row, outcome: Outcome, reason: str, changes: Changes, *, may_have_begun: bool = True) -> None:
     """End an attempt without a report. `may_have_begun` is False if the task never reached the worker."""
     runs_once = row["effect"] is not None
-    end = AttemptEnd(outcome, reason, lost=_counted_losses(outcome, row))
+    # Count losses, because a task that kills one worker after another must fail in the end. Don't count an INTERRUPTED
+    # attempt: the server's restart ended it, not its task. Don't count the losses of an owned node: it is never handed
+    # to workers.
+    counts = outcome is not Outcome.INTERRUPTED and not row["owned"]
+    end = AttemptEnd(outcome, reason, lost=int(counts))
     losses = row["lost_attempts"] + end.lost
     is_last = losses >= MAX_LOST_ATTEMPTS
     if (row["effect"] == Effect.ONCE and may_have_begun) or (runs_once and is_last):
