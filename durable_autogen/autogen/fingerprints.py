@@ -32,8 +32,14 @@ class Conversation:
 
     def __init__(self) -> None:
         self._position = ""
-        self._seen: list[_Seen] = []
+        self._messages: list[LLMMessage] = []
         """The messages of the last request, without the leading system messages."""
+        self._contents: list[Any] = []
+        """The content that each of these messages had then. A list may have grown since."""
+        self._lengths: list[int] = []
+        """The length that each content had then."""
+        self._seen: list[_Seen] = []
+        """What is known of each of these messages."""
         self._whole: dict[str, Any] = {}
         self._written = ""
         """`_whole` as JSON."""
@@ -86,39 +92,43 @@ class Conversation:
 
     def _update(self, messages: Sequence[LLMMessage]) -> int:
         """Store `messages`. Return how many messages at the beginning are unchanged since the previous request."""
-        same = 0
-        for one, message in zip(self._seen, messages, strict=False):
-            if not one.is_still(message):
-                break
-            same += 1
-        known = {id(one.message): one for one in self._seen[same:]}
-        self._seen = self._seen[:same]  # a new list: an earlier request may still need the old one
-        for message in messages[same:]:
-            moved = known.get(id(message))
-            fingerprint = moved.fingerprint if moved is not None and moved.is_still(message) else _message(message)
-            chain = _hash(f"{self._seen[-1].chain if self._seen else ''}{fingerprint['hash']}")
-            self._seen.append(_Seen(message, message.content, len(message.content), fingerprint, chain))
+        contents = [message.content for message in messages]
+        lengths = [len(content) for content in contents]
+        same = self._unchanged(messages, contents, lengths)
+        moved = {id(message): number for number, message in enumerate(self._messages[same:], same)}
+        seen = self._seen[:same]  # a new list: an earlier request may still need the old one
+        for message, content, length in zip(messages[same:], contents[same:], lengths[same:], strict=True):
+            number = moved.get(id(message))
+            if number is not None and (content, length) == (self._contents[number], self._lengths[number]):
+                fingerprint = self._seen[number].fingerprint
+            else:
+                fingerprint = _message(message)
+            seen.append(_Seen(fingerprint, _hash(f"{seen[-1].chain if seen else ''}{fingerprint['hash']}")))
+        self._messages, self._contents, self._lengths, self._seen = list(messages), contents, lengths, seen
         return same
+
+    def _unchanged(self, messages: Sequence[LLMMessage], contents: list[Any], lengths: list[int]) -> int:
+        """Return how many messages at the beginning are unchanged since the previous request."""
+        known = len(self._messages)
+        former = (self._messages, self._contents, self._lengths)
+        # Compare whole lists first. Usually all known messages are unchanged, and comparing them one by one takes three
+        # times as long: at the end of a conversation of 1,000 replies, half a millisecond for each request.
+        if (list(messages[:known]), contents[:known], lengths[:known]) == former:
+            return known
+        each = zip(zip(*former, strict=True), zip(messages, contents, lengths, strict=True), strict=False)
+        for number, (before, now) in enumerate(each):
+            if before != now:
+                return number
+        return min(known, len(messages))
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """A fingerprinted message."""
 
-    message: LLMMessage
-    content: Any
-    """The message's content when it was fingerprinted. A list may have grown since."""
-    length: int
-    """The content's length when it was fingerprinted."""
     fingerprint: dict[str, str]
     chain: str
     """The hash of all messages up to and including this one."""
-
-    def is_still(self, message: LLMMessage) -> bool:
-        """Return whether `message` equals the fingerprinted message, which has not changed since."""
-        content = self.message.content
-        is_changed = content != self.content or len(content) != self.length
-        return not is_changed and (message is self.message or message == self.message)
 
 
 def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
