@@ -19,7 +19,7 @@ def differences(recorded: Event, now: Call, find: Callable[[str], Event | None])
     """
     if recorded.kind is not now.kind:
         return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
-    if recorded.request.get("hash") == now.request.get("hash"):
+    if recorded.hash == now.hash:
         return []
     current = now.request if now.whole_request is None else now.whole_request()
     return compare(_whole(recorded, find), current)

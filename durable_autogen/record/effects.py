@@ -33,9 +33,9 @@ class EffectInput(Frozen):
     arguments: dict[str, Any]
     """The arguments that the tool runs with, with the defaults filled in."""
     call: str
-    """The part of the call's id that names the call in its session."""
+    """The call's scope (see events.py)."""
     digest: str
-    """The hash of the tool and the arguments that the model gave, without defaults and before a person's edit."""
+    """The call's digest: of the arguments that the model gave, without defaults and before a person's edit."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"

@@ -2,8 +2,23 @@
 
 An event is either the outcome of a call (a model's reply, a tool's result, a person's input, ...), or a mark that notes
 a fact (an agent's turn is over, the run was stopped). Each event is an execution with one node. The recording process
-owns the execution. The execution's key names session, agent and position. Each run of the session is an execution, too:
-only the process that owns the run's execution may record events.
+owns the execution. Each run of the session is an execution, too: only the process that owns the run's execution may
+record events.
+
+These are the names of a call, here of the second tool call that the third reply of `writer` requests, in session `s1`:
+
+position  reply/3/tool/2                    the place among the agent's calls
+address   writer/reply/3/tool/2             agent and position. At most one event of an address counts: a later one
+                                            revokes it
+scope     writer/reply/3/tool/2             the address. If a changed program's call has taken the place of n earlier
+                                            calls, /again/n follows the address
+digest    9f86d081...                       the hash of tool and arguments
+call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest. It stays the same if the call is made again, so
+                                            that a service recognizes the call
+key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address, digest. If n
+                                            events of the address are revoked, /again/n follows the address
+
+An event has a number in addition (`seq`): every run delivers the events in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -231,7 +246,7 @@ class Addressed:
 
     @property
     def address(self) -> str:
-        """The agent and the position. The address is unique in a session."""
+        """The agent and the position."""
         return f"{self.agent}/{self.position}"
 
     def __str__(self) -> str:
@@ -245,14 +260,20 @@ class Requested(Addressed):
         request: Any
 
     @property
+    def hash(self) -> str | None:
+        """The hash in the fingerprint; None if it has none, as that of a mark."""
+        found: str | None = self.request.get("hash")
+        return found
+
+    @property
     def tool(self) -> str:
         """The tool's name; empty for other calls."""
         return str(self.request.get("tool", ""))
 
     @property
     def digest(self) -> str:
-        """The hash of the tool's name and arguments; empty for other calls."""
-        return str(self.request.get("hash", "")) if self.tool else ""
+        """The hash of a tool's call, of the tool's name and arguments; empty for other calls."""
+        return (self.hash or "") if self.tool else ""
 
     @property
     def title(self) -> str:
@@ -270,9 +291,14 @@ class EventInput(Addressed, Frozen):
     tool: str = ""
     """The tool's name; empty for other calls."""
     digest: str = ""
-    """The hash of the tool's name and arguments; empty for other calls."""
+    """The hash of a tool's call; empty for other calls."""
     accepted: ClassVar[bool] = False
     """Only an event, which has a result, is copied into a fork."""
+
+    @property
+    def hash(self) -> str:
+        """The hash in the fingerprint of a tool's call; empty for other calls."""
+        return self.digest
 
 
 class Summary(Frozen):
@@ -353,8 +379,8 @@ class Event(Requested, Frozen):
     """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 
     @property
-    def is_setback(self) -> bool:
-        """Whether the event is a failure or a broken reply.
+    def is_failure(self) -> bool:
+        """Whether the call raised an error or got a broken reply.
 
         If such an event ends a run, the next run makes the event's call again.
         """
@@ -476,10 +502,10 @@ class Record:
         return summary if summary.last == self.last_seq else None
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the place of the call at `address`.
+        """Return the scope of the call at `address`.
 
-        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
-        call has taken the place of the recorded call, the different call gets a new name.
+        If the call is made again after a crash, a failure or a cancellation, its scope stays the same. If a different
+        call has taken the place of the recorded call, the different call gets a new scope.
         """
         times_replaced = self.times_replaced[address]
         return f"{address}/again/{times_replaced}" if times_replaced else address

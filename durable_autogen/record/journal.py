@@ -199,7 +199,7 @@ class Journal:
 
     async def _revoke_failures_at_end(self) -> None:
         """Revoke the failures and broken replies at the end of an unfinished session. No later call depends on them."""
-        trailing = list(takewhile(lambda event: event.is_setback, reversed(self.recorded.at_end)))
+        trailing = list(takewhile(lambda event: event.is_failure, reversed(self.recorded.at_end)))
         if trailing and not any(event.accepted for event in trailing):
             await self.revoke(trailing, "the run ended with it")
 
@@ -347,8 +347,8 @@ class Journal:
         """
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
-        is_setback = bool(self.events) and self.events[-1].is_setback
-        if not must_be_known and not is_setback and self.owner.is_holding:
+        follows_failure = bool(self.events) and self.events[-1].is_failure
+        if not must_be_known and not follows_failure and self.owner.is_holding:
             return
         key = self._key(self._input(call))
         if call.kind is Kind.REPLY and key in self._open:

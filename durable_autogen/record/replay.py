@@ -117,20 +117,18 @@ class Replay:
         which recorded call it is, with or without a recorded result. If no recorded call has this fingerprint, return
         `call`. But if another call has taken that position, return the call with a free position of the agent.
         """
-        wanted, is_taken = call.request.get("hash"), call.address in self._taken
-        if wanted is None:
+        if call.hash is None:
             return call
+        is_taken = call.address in self._taken
         free = self._free[call.kind, call.agent]
         if not is_taken:
             free.append(call.position)
         expected = None if is_taken else self.event_for(call.address) or self._unfinished.get(call.address)
-        if expected is None or not (expected.accepted or _hash_of(expected) == wanted):
+        if expected is None or not (expected.accepted or expected.hash == call.hash):
             every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
             same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
-            left = {
-                one.position: _hash_of(one) for one in same_agent if one.address not in self._taken and not one.accepted
-            }
-            found = [position for position, recorded in left.items() if recorded == wanted]
+            left = {one.position: one.hash for one in same_agent if one.address not in self._taken and not one.accepted}
+            found = [position for position, recorded in left.items() if recorded == call.hash]
             if not found and is_taken:
                 # Leave the positions of recorded calls to those calls, if there is another one.
                 found = [position for position in free if position not in left] or free
@@ -294,10 +292,6 @@ class Replay:
     def _another_call_waits(self) -> bool:
         """Whether the program waits for another call than the next recorded one."""
         return bool(self._asked or self._waiting_live)
-
-
-def _hash_of(one: Event | EventInput) -> object:
-    return one.digest if isinstance(one, EventInput) else one.request.get("hash")
 
 
 def _is_apart(event: Event) -> bool:
