@@ -137,7 +137,7 @@ def call_id() -> str:
     return recorded_call.get()
 
 
-def has_ended(session: OpenSession) -> NotDurable:
+def late_call(session: OpenSession) -> NotDurable:
     """Return the error of a call that is made when its session has ended, or while its end is being recorded."""
     return NotDurable(
         f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
@@ -156,7 +156,7 @@ def recording_place() -> Place | None:
         return None
     session = place.session
     if session.is_over:
-        raise has_ended(session)
+        raise late_call(session)
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
             f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "

@@ -36,7 +36,7 @@ from durable_autogen.record.failures import Failure
 from durable_autogen.record.handled_failures import Caller, Setback, Setbacks
 from durable_autogen.record.idle import call_of_a_thread, idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
-from durable_autogen.record.place import OpenSession, at, current, has_ended
+from durable_autogen.record.place import OpenSession, at, current, late_call
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import ordinary
@@ -192,7 +192,7 @@ class Recorder:
         self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made, and how often each termination condition was checked."""
-        self._unrecorded: list[tuple[_PendingCall, Returned | GivenUp]] = []
+        self._postponed: list[tuple[_PendingCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
         They are recorded before the next event. A replay delivers them outside the order of events.
@@ -205,6 +205,7 @@ class Recorder:
         self._another_waits = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
         self._calls: dict[asyncio.Task[None], _PendingCall] = {}
+        """The live calls, by the tasks that make them or take them back."""
         self.replay = Replay(journal, session)
         self._handled_seq = 0
         """The number of the last event that the program has surely handled: the session was idle after it."""
@@ -219,7 +220,7 @@ class Recorder:
 
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
-        self.stop(has_ended(self._session))
+        self.stop(late_call(self._session))
         for one in self._in_background:
             one.cancel()
         await asyncio.gather(*self._in_background, *self._calls, return_exceptions=True)
@@ -252,7 +253,7 @@ class Recorder:
                 await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
 
     @property
-    def programs(self) -> int:
+    def program_number(self) -> int:
         """How often a changed program continued the session live, up to the last delivered event."""
         return sum(start < self.replay.last_seq for start in self.journal.recorded.programs)
 
@@ -304,7 +305,7 @@ class Recorder:
 
         Raises DriftError if the program did not make every recorded call.
         """
-        while (event := await self.replay.rest()) is not None:
+        while (event := await self.replay.next_without_call()) is not None:
             self._check_not_failed()
             if not await self._give_up_recorded(event):
                 await self.drift(event.seq - 1, f"the run ended without asking for {event}")
@@ -319,7 +320,7 @@ class Recorder:
                     self._give_up(pending, running)
             await asyncio.wait(self._calls)  # gather would not let an ended task leave `_calls` (Python 3.12 and newer)
         async with self._record_lock:
-            await self._record_unrecorded()
+            await self._record_postponed()
             broken = [event for event in self.journal.events if self._is_broken_end(event)]
             if broken:
                 await self.journal.revoke(broken, "the run ended with a broken reply")
@@ -343,10 +344,10 @@ class Recorder:
         is_cancelled = self.cleanup.is_end(error)
         async with self._record_lock:
             # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
-            self._unrecorded = [
-                (pending, content) for pending, content in self._unrecorded if isinstance(content, Returned)
+            self._postponed = [
+                (pending, content) for pending, content in self._postponed if isinstance(content, Returned)
             ]
-            await self._record_unrecorded()
+            await self._record_postponed()
             ended_it = self.setbacks.ended_by(error, self.journal.events)
             if is_cancelled:
                 # A later run that isn't cancelled makes no such calls.
@@ -444,7 +445,7 @@ class Recorder:
     async def _replayed(self, pending: _PendingCall) -> Answer | Exception | None:
         """Return the call's recorded outcome in its turn; None if the call has to be made live."""
         call = pending.call
-        if (event := self.replay.take_apart(call.address)) is not None:
+        if (event := self.replay.pop_unordered(call.address)) is not None:
             await self._wait_to_be_given_up(event, pending)
             return None
         if call.address not in self.replay.ahead:
@@ -484,7 +485,7 @@ class Recorder:
     async def _made_live(self, pending: _PendingCall) -> Answer | Exception:
         """Let a task of its own make the call; return the outcome. If the caller is cancelled, give the call up."""
         if self._session.is_over:
-            raise has_ended(self._session)
+            raise late_call(self._session)
         pending.asked_after = self.replay.last_seq
         pending.answer = asyncio.get_running_loop().create_future()
         running = self._start(pending, self._make_and_record(pending))
@@ -509,7 +510,7 @@ class Recorder:
         if self.failed.done():
             pending.answer.set_result(self.failed.result())
         elif self._session.is_over:
-            pending.answer.set_result(has_ended(self._session))
+            pending.answer.set_result(late_call(self._session))
         else:
             pending.answer.set_result(RuntimeError(f"{pending.call} was cancelled"))
 
@@ -537,7 +538,7 @@ class Recorder:
                 pending.was_made = False
         # If an earlier run began the call and was killed, the call counts, too: this event ends its execution.
         was_made = pending.was_made or self.journal.has_begun(pending.call)
-        self._unrecorded.append((pending, GivenUp(streamed=pending.streamed(False), was_made=was_made)))
+        self._postponed.append((pending, GivenUp(streamed=pending.streamed(False), was_made=was_made)))
 
     async def _wait_to_be_given_up(self, event: Event, pending: _PendingCall) -> None:
         """Wait until the call is cancelled, as in the recorded run: then raise CancelledError.
@@ -547,7 +548,7 @@ class Recorder:
         """
         differing = self.replay.differences(event, pending.call)
         if differing:
-            await self._revoke_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
+            await self._drift_of_one(event, f"{event} is not what this run asks for: {'; '.join(differing)}")
             return
         self._found(pending, event.content)
         loop = asyncio.get_running_loop()
@@ -576,7 +577,10 @@ class Recorder:
             await self._revoke_cleanup(event)
             return
         what = f"the recorded run gave up {event} after {waited_ms / 1000:g} s, but this run still waits for it"
-        await self._revoke_one(event, what, follows_failure=follows_failure)
+        if follows_failure:
+            await self._revoke_after_failure(event, what)
+        else:
+            await self._drift_of_one(event, what)
 
     async def _make_and_record(self, pending: _PendingCall) -> None:
         """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
@@ -593,10 +597,10 @@ class Recorder:
             giving_up = [running for running, one in self._calls.items() if one.setback is not None]
             if giving_up:
                 await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
-            if self._unrecorded:
+            if self._postponed:
                 async with self._record_lock:
                     with pending.sending():
-                        await self._record_unrecorded()
+                        await self._record_postponed()
             pending.asked_ms = self.active_now_ms
             done = Performed(None, Returned())
             if pending.perform is not None:
@@ -612,7 +616,7 @@ class Recorder:
                     await self._idle()
                 self._check_not_failed()
                 with pending.sending():
-                    await self._record_unrecorded()
+                    await self._record_postponed()
                     event = await self._record(pending, done.content)
                 await self._idle()
                 self.replay.delivered(event)
@@ -712,10 +716,10 @@ class Recorder:
                 another = asyncio.ensure_future(self._another_waits.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
-            elif self._unrecorded:  # the next run must not make the calls again that the program gave up
+            elif self._postponed:  # the next run must not make the calls again that the program gave up
                 with self.servers_errors():
                     async with self._record_lock:
-                        await self._record_unrecorded()
+                        await self._record_postponed()
             elif self._questions_to_people:
                 with self.servers_errors():
                     # If the last event is a failure, show that it did not end the run: the program has handled it.
@@ -729,7 +733,7 @@ class Recorder:
 
         Raises DriftError if the prompt differs.
         """
-        event = self.replay.take_apart(call.address)
+        event = self.replay.pop_unordered(call.address)
         if event is None or not isinstance(event.content, Returned):
             return None
         was, now = event.request.get("prompt"), call.request["prompt"]
@@ -744,11 +748,11 @@ class Recorder:
         """Keep a typed console line until the line can be recorded."""
         self._count(call.kind, content, is_replayed=False)
         typed = _PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
-        self._unrecorded.append((typed, content))
+        self._postponed.append((typed, content))
 
-    async def _record_unrecorded(self) -> None:
-        while self._unrecorded:
-            pending, content = self._unrecorded[0]
+    async def _record_postponed(self) -> None:
+        while self._postponed:
+            pending, content = self._postponed[0]
             before = [event for event in self.journal.events if event.address == pending.call.address]
             if before:
                 await self.journal.revoke(before, "the program asked something else")
@@ -759,7 +763,7 @@ class Recorder:
             finally:
                 # Check the record even after an error: the event may be recorded although this task was cancelled.
                 if any(event.content is content for event in self.journal.events):
-                    self._unrecorded.pop(0)
+                    self._postponed.pop(0)
 
     async def _record(self, pending: _PendingCall, content: Content) -> Event:
         event = await self.journal.record(
@@ -787,7 +791,7 @@ class Recorder:
             while (mismatch := await self.replay.run()) is not None:
                 event = mismatch.event
                 if mismatch.follows_failure:
-                    await self._revoke_one(event, mismatch.what, follows_failure=True)
+                    await self._revoke_after_failure(event, mismatch.what)
                 elif not await self._give_up_recorded(event):
                     await self.drift(event.seq - 1, mismatch.what)
         except Exception as error:  # noqa: BLE001 - every waiting call raises the error
@@ -806,29 +810,33 @@ class Recorder:
             if event in self.journal.events:  # the end of the run and the replay may both revoke it
                 await self._revoke([event], "the program gave the call up")
                 cancelled.setback = self.setbacks.add(cancelled.call.agent, cancelled.caller)
-                self._unrecorded.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
+                self._postponed.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
         return True
 
-    async def _revoke_one(self, event: Event, why: str, *, follows_failure: bool = False) -> None:
-        """Revoke one event, so that its call is made live. Keep later events: the program may have got them already.
+    async def _drift_of_one(self, event: Event, what: str) -> None:
+        """Handle drift of one call: raise DriftError, or revoke the call's event, so that the call is made live.
 
-        If the event came after a failure that ended an earlier run (`follows_failure`), the call keeps its id.
-        Otherwise its change is drift, and may raise DriftError.
+        Keep later events: the program may have got them already.
         """
-        if not follows_failure:
-            self.differs(why)
+        self.differs(what)
         async with self._record_lock:
-            if event not in self.journal.events:
-                return  # another drift has revoked it meanwhile
-            if follows_failure:
+            if event in self.journal.events:  # else another drift has revoked it meanwhile
+                self.journal.log.warning("session %s makes this call live", self.journal.session)
+                await warn_of_effects(self.journal, [event])
+                await self._revoke([event], what, is_another_program=True)
+
+    async def _revoke_after_failure(self, event: Event, why: str) -> None:
+        """Revoke an event that came after a failure which ended an earlier run, so that its call is made live.
+
+        This is no drift, so the call keeps its id. Keep later events: the program may have got them already.
+        """
+        async with self._record_lock:
+            if event in self.journal.events:  # else a drift has revoked it meanwhile
                 self.journal.log.warning(
                     "session %s: %s came after a failed or cancelled call that is made again, so it is made again, too",
                     *(self.journal.session, event),
                 )
-            else:
-                self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await warn_of_effects(self.journal, [event])
-            await self._revoke([event], why, is_another_program=not follows_failure)
+                await self._revoke([event], why)
 
     async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
         """Revoke events that the replay has not delivered yet."""
@@ -878,4 +886,4 @@ class Recorder:
             later = [event for event in self._since(after + 1) if event.kind is not Kind.MESSAGE]
             await warn_of_effects(self.journal, later)
             await self.journal.revoke(later, what, is_another_program=True)
-            self.replay.leave()
+            self.replay.drop_rest()
