@@ -15,7 +15,7 @@ from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
-from durable_autogen.autogen.fingerprints import describe_turn
+from durable_autogen.autogen.fingerprints import turn_fingerprint
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.transcript import messages_of
 from durable_autogen.record.place import Place, at, steps_at
@@ -104,7 +104,7 @@ class AtWork:
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(place):
                     position = self._recorder.next_position(place.agent, "turn")
-                    await self._recorder.mark(place.agent, position, describe_turn(_words(item)))
+                    await self._recorder.mark(place.agent, position, turn_fingerprint(_words(item)))
         if isinstance(item, TaskResult) and not self._outer.is_inside:
             return self._session_state.transcript.result(item)
         return item

@@ -17,7 +17,7 @@ from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import Tool, ToolResult, ToolSchema
 from pydantic import PydanticUserError, ValidationError
 
-from durable_autogen.autogen.fingerprints import describe_call, hashed
+from durable_autogen.autogen.fingerprints import call_fingerprint, fingerprint_of
 from durable_autogen.autogen.policies import (
     CallUnderPolicy,
     ToolCall,
@@ -291,7 +291,7 @@ class Calls:
         name, token = tool_call.name, tool_call.token
         position = self._agent_state.position_of_call(tool_call.call_id, name)
         policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
-        request = describe_call(name, tool_call.arguments)
+        request = call_fingerprint(name, tool_call.arguments)
         call = Call(Kind.TOOL, self._agent, position, request, has_policy=policy is not None)
         stream.call = call.address
 
@@ -358,8 +358,8 @@ class Calls:
         form = ToolForm(tool_call, lambda value: self._returned(tool_call, value, []).value)
         guarded = GuardedCall(call, policy, arguments, form, tool_call.fits, reason)
         if policy.is_once:
-            is_kept, value = await guard.kept_result(guarded)
-            if is_kept:
+            is_reused, value = await guard.reused_result(guarded)
+            if is_reused:
                 return value
         shown, note = None, ""
         try:
@@ -454,7 +454,7 @@ class Calls:
     async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._recorder.next_position(self._agent, "input")
-        call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
+        call = Call(Kind.INPUT, self._agent, position, fingerprint_of({"prompt": prompt}))
         # Start the callback that asks the person at once, because the recorder may have to send requests first. If the
         # callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
         asking = None
@@ -503,7 +503,7 @@ class Calls:
             return Performed(value, Returned(value=representable(written_value(value))))
 
         position = self._recorder.next_position(self._agent, kind.value)
-        call = Call(kind, self._agent, position, hashed(request))
+        call = Call(kind, self._agent, position, fingerprint_of(request))
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         return self._value(answer, declared)
 

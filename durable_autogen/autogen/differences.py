@@ -22,7 +22,7 @@ def differences(recorded: Event, now: Call, find: Callable[[str], Event | None])
     if recorded.hash == now.hash:
         return []
     current = now.request if now.whole_request is None else now.whole_request()
-    return compare(_whole(recorded, find), current)
+    return fingerprint_differences(_whole(recorded, find), current)
 
 
 def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
@@ -40,7 +40,7 @@ def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
     return whole
 
 
-def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
+def fingerprint_differences(recorded: Fingerprint, now: Fingerprint) -> list[str]:
     """Return a line for each difference between two whole fingerprints."""
     if recorded.get("hash") == now.get("hash"):
         return []

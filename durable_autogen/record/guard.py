@@ -22,9 +22,9 @@ from durable_autogen.record.effects import (
     TOOL_EFFECT_RECONCILED,
     EffectInput,
     Effects,
-    kept_for,
-    of_session,
+    effects_prefix,
     read_effects,
+    reuse_prefix,
 )
 from durable_autogen.record.events import Call
 from durable_autogen.record.place import call_id
@@ -132,7 +132,7 @@ class Guard:
 
         If such an effect is unknown, a person has to resolve it: the run's own attempt may still be at work.
         """
-        self._kept: list[tuple[EffectInput, Execution]] | None = None
+        self._reusable: list[tuple[EffectInput, Execution]] | None = None
         """The results that the session may reuse, if it is a fork. None until the first call asks for them."""
         self._taking = asyncio.Lock()
         self._declared: set[str] = set()
@@ -320,7 +320,7 @@ class Guard:
         try:
             may_begin = await self._journal.owner.may_begin(task)
         except asyncio.CancelledError:
-            self._effects.give_back(task)
+            self._effects.release(task)
             raise
         if not may_begin:
             return _UNKNOWN
@@ -422,7 +422,7 @@ class Guard:
 
     # ---- Forks -------------------------------------------------------------------------------------------------------
 
-    async def kept_result(self, guarded: GuardedCall) -> tuple[bool, Any]:
+    async def reused_result(self, guarded: GuardedCall) -> tuple[bool, Any]:
         """Return whether this session, as a fork, may reuse the result of an equal call; and that result.
 
         Each result is reused for one call only. Equal calls get the results in the order of the original calls.
@@ -430,20 +430,20 @@ class Guard:
         client, session = self._client, self._journal.session
         with self._recorder.servers_errors():
             async with self._taking:
-                if self._kept is None:
-                    self._kept = await read_effects(client, kept_for(session))
+                if self._reusable is None:
+                    self._reusable = await read_effects(client, reuse_prefix(session))
                 own = self._input(guarded)
-                kept = [(input, execution) for input, execution in self._kept if input.digest == own.digest]
-                if not kept:
+                equal = [(input, execution) for input, execution in self._reusable if input.digest == own.digest]
+                if not equal:
                     return False, None
-                before = await read_effects(client, of_session(session))
+                before = await read_effects(client, effects_prefix(session))
                 for input, execution in before:
                     if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
                         return True, _result(execution, guarded)
                 taken = len({input.call for input, _ in before if input.digest == own.digest})
-                if taken >= len(kept):
+                if taken >= len(equal):
                     return False, None
-                input, execution = kept[taken]
+                input, execution = equal[taken]
                 output = jsontext.parse(execution.outputs()[EFFECT], "the result")
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
                 await self._effects.record(input, output, input.key)

@@ -73,7 +73,7 @@ class Journal:
         """The summary of the session's last run, if the session is finished, else None. Drift sets it to None."""
         self.may_leave_open = False
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
-        event, or given back an effect."""
+        event, or released an effect."""
         self.client = client
         self.owner = Owner(
             client,
