@@ -88,7 +88,7 @@ class Calls:
         self._agent_state: AgentState = self._session_state.agent(place.agent)
         self._task = asyncio.current_task()
         self._recorder.cleanup.notice()
-        self._must_not_raise = isinstance(place.owner, AssistantAgent)
+        self._must_not_raise = isinstance(place.at_work, AssistantAgent)
         """Whether the agent would wait for ever if a tool raised an error."""
 
     # ---- Models ------------------------------------------------------------------------------------------------------

@@ -233,12 +233,12 @@ async def _stream_inside_a_call(tool: Any, place: Place, stream: AsyncIterator[A
 
 async def _check(self: Any, original: _Original) -> Any:
     place = recording_place()
-    if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
+    if place is None or type(self) in conditions.MESSAGES_ALONE or place.at_work is self:
         return await original()
 
     async def ask() -> Any:
-        # Set the condition as `owner`, so that its call of the base class's method doesn't count as a second check.
-        with at(replace(place, owner=self)):
+        # Set the condition as `at_work`, so that its call of the base class's method doesn't count as a second check.
+        with at(replace(place, at_work=self)):
             return await original()
 
     return await conditions.check(self, place, ask)
@@ -281,7 +281,7 @@ def _at_work(method: Callable[[AtWork, Any, Any], Any], *, is_team: bool = False
 
     def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
-        if place is None or place.owner is self:  # outside a session, or the object calls its own method
+        if place is None or place.at_work is self:  # outside a session, or the object calls its own method
             return original()
         return method(AtWork(place, self, is_team=is_team), original, _task_or_token(original))
 
@@ -300,7 +300,7 @@ async def _on_message(self: Any, original: _Original) -> Any:
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = place.session.state.names.of(self, self.id.type)
-        place = Place(place.session, agent=name, path=name, owner=self, around=place.around)
+        place = Place(place.session, agent=name, path=name, at_work=self, around=place.around)
     with at(place):
         return await original()
 

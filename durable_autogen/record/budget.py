@@ -132,14 +132,14 @@ class Spent:
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
         """Count what a session has spent, from its record."""
         spent, counted = cls(is_in_usd), Record()
-        for one in record.made:
+        for one in record.history:
             content = one.content if isinstance(one, Event) else None
             if not isinstance(content, GivenUp) or content.was_made:
                 spent.count_call(one, counted.scope_of(one.address))
             if isinstance(one, Event):
                 counted.add(one)
                 spent.count_usage(one)
-        spent.active_ms = _active_ms(one for one in record.made if isinstance(one, Event))
+        spent.active_ms = _active_ms(one for one in record.history if isinstance(one, Event))
         return spent
 
     def count_call(self, call: Call | Event | EventInput, scope: str) -> None:

@@ -233,7 +233,7 @@ class RunSummary(Frozen):
     last: int = 0
     """The number of the session's last event at the run's end. A later event makes the session unfinished again."""
     looks: dict[str, int] = {}
-    """How often each recorded termination condition was checked."""
+    """How often the run checked each recorded termination condition."""
 
 
 class Addressed:
@@ -433,7 +433,7 @@ class Record:
 
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
-    made: list[Event | EventInput] = field(default_factory=list)
+    history: list[Event | EventInput] = field(default_factory=list)
     """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
     unfinished: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
@@ -539,7 +539,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
     Raises ExecutionNotFound if the session is pruned at the same time.
     """
     found = await _read(client, session)
-    numbers = {one.seq for one in found.made if isinstance(one, Event)}
+    numbers = {one.seq for one in found.history if isinstance(one, Event)}
     if len(numbers) < max(numbers, default=0):
         # The list was read in several pages. A long call that ended meanwhile is on a later page, but the events
         # between the first page and this call's end are on no page.
@@ -562,16 +562,16 @@ async def _read(client: NexumClient, session: str, *, last: float = math.inf) ->
             event = Event.model_validate_json(execution.outputs()["event"])
             if event.seq > last:
                 continue
-            found.made.append(event)
+            found.history.append(event)
             ended_ms[event.seq] = execution.ended_ms or 0
             continue
         last_begun_ms = max(last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
-        found.made.append(input)
+        found.history.append(input)
         if execution.status is ExecutionStatus.RUNNING:
             found.unfinished.append(input)
-    found.made.reverse()  # the server lists the newest first
-    for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
+    found.history.reverse()  # the server lists the newest first
+    for event in sorted((one for one in found.history if isinstance(one, Event)), key=lambda one: one.seq):
         found.add(event)
     found.at_end = [event for event in found.events if ended_ms[event.seq] > last_begun_ms]
     return found

@@ -107,7 +107,7 @@ class Journal:
         try:
             self._run, latest = await self._take_session(latest)
             await self._read_and_take_over()
-            if latest is not None or self.recorded.made:  # else the session is new
+            if latest is not None or self.recorded.history:  # else the session is new
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await latest_run(self.client, self.session, status=ExecutionStatus.COMPLETED.value)
                 self.finished_run = self.recorded.end_of(latest)
@@ -447,7 +447,7 @@ class Journal:
         self,
         stop_reason: str = "",
         *,
-        looks: Mapping[str, int] | None = None,
+        checks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
         """Record the end and the summary of the run.
@@ -460,7 +460,7 @@ class Journal:
         )
         if self._run is not None:
             last = self.recorded.last_seq if is_finished else -1
-            summary = RunSummary(stop_reason=stop_reason, last=last, looks=dict(looks or {}))
+            summary = RunSummary(stop_reason=stop_reason, last=last, looks=dict(checks or {}))
             try:
                 with self.held("it"):
                     try:

@@ -108,7 +108,7 @@ class Place:
     """Whether the agent, or a team that contains it, works in parallel with others."""
     hands_on_late: bool = False
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
-    owner: Any = None
+    at_work: Any = None
     """The agent, team or termination condition at work; None for the program itself."""
     around: Place | None = None
     """The place at which the session was opened, if that was inside another session."""
@@ -116,7 +116,7 @@ class Place:
     @property
     def is_inside(self) -> bool:
         """Whether an agent or a team is at work, and not the program itself."""
-        return self.owner is not None
+        return self.at_work is not None
 
     def inside(self, name: str) -> str:
         """Return the name under which an agent inside this agent or team is recorded."""

@@ -329,7 +329,7 @@ class Recorder:
                 "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
                 event,
             )
-        await self.journal.end(stop_reason, looks=self._checks, is_finished=not broken)
+        await self.journal.end(stop_reason, checks=self._checks, is_finished=not broken)
 
     def _is_broken_end(self, event: Event) -> bool:
         return (
