@@ -213,10 +213,7 @@ class Recorder:
         if park:
             self._in_background.append(asyncio.create_task(self._park_when_all_wait(), name="parking"))
 
-    async def _idle(self) -> None:
-        delivered = self.replay.last_seq
-        await idle(self._session)
-        self._handled_seq = delivered
+    # ---- The run -----------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """Cancel the replay and all live calls. Nothing is recorded after this."""
@@ -233,6 +230,10 @@ class Recorder:
         for running, pending in self._calls.items():
             pending.cancel(running, is_ending=True)
 
+    def _check_not_failed(self) -> None:
+        if self.failed.done():
+            raise self.failed.result()
+
     @contextmanager
     def servers_errors(self) -> Iterator[None]:
         """If a request to the server fails, end the run: the model must not receive the error as a tool result."""
@@ -241,16 +242,6 @@ class Recorder:
         except NexumError as error:
             self.stop(error)
             raise
-
-    async def before_attempt(self, call: Call) -> None:
-        """Record the beginning of a call before an attempt at it, if another process may own the session now.
-
-        Since the call was made, the run may have waited for a person or for a retry. If another process owns the
-        session, the run ends with SessionBusy.
-        """
-        if not self.journal.owner.is_holding:
-            with self.servers_errors():
-                await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
 
     @property
     def program_number(self) -> int:
@@ -282,6 +273,8 @@ class Recorder:
         waited = self._questions_seconds + (now - self._questions_since if self._questions_to_people else 0)
         return round((now - since - waited) * 1000)
 
+    # ---- Calls -------------------------------------------------------------------------------------------------------
+
     async def begin_session(self, content: Begun | None = None, request: Mapping[str, Any] | None = None) -> None:
         """Record that a new session begins, or that a changed program continues the session."""
         if request is None and self.journal.events:
@@ -297,75 +290,6 @@ class Recorder:
                 self.replay.delivered(
                     await self.journal.record(Call(Kind.BEGIN, "", position, request or {}), content or Begun())
                 )
-
-    # ---- The end -----------------------------------------------------------------------------------------------------
-
-    async def replay_rest(self) -> None:
-        """Let background tasks get the recorded events for which they ask.
-
-        Raises DriftError if the program did not make every recorded call.
-        """
-        while (event := await self.replay.next_without_call()) is not None:
-            self._check_not_failed()
-            if not await self._give_up_recorded(event):
-                await self.drift(event.seq - 1, f"the run ended without asking for {event}")
-
-    async def end(self, stop_reason: str) -> None:
-        """Record the run's end."""
-        while self._calls:
-            # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
-            # them either.
-            for running, pending in list(self._calls.items()):
-                if not pending.answer.done():
-                    self._give_up(pending, running)
-            await asyncio.wait(self._calls)  # gather would not let an ended task leave `_calls` (Python 3.12 and newer)
-        async with self._record_lock:
-            await self._record_postponed()
-            broken = [event for event in self.journal.events if self._is_broken_end(event)]
-            if broken:
-                await self.journal.revoke(broken, "the run ended with a broken reply")
-        for event in broken:
-            self.journal.log.warning(
-                "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
-                event,
-            )
-        await self.journal.end(stop_reason, checks=self._checks, is_finished=not broken)
-
-    def _is_broken_end(self, event: Event) -> bool:
-        return (
-            isinstance(event.content, Returned)
-            and event.content.is_broken
-            and not event.accepted
-            and not any(later.asked_after >= event.seq for later in self.journal.events)
-        )
-
-    async def end_with(self, error: BaseException) -> None:
-        """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
-        is_cancelled = self.cleanup.is_end(error)
-        async with self._record_lock:
-            # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
-            self._postponed = [
-                (pending, content) for pending, content in self._postponed if isinstance(content, Returned)
-            ]
-            await self._record_postponed()
-            ended_it = self.setbacks.ended_by(error, self.journal.events)
-            if is_cancelled:
-                # A later run that isn't cancelled makes no such calls.
-                ended_it += [
-                    one
-                    for one in self.journal.events
-                    if one.address in self.cleanup.calls and not one.accepted and one not in ended_it
-                ]
-            if ended_it:
-                await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
-        self.setbacks.restore_origin(error)
-        if is_cancelled:
-            # As asyncio.run does later, cancel the calls of tasks that the program has left behind. Otherwise these
-            # calls would raise NotDurable, and Python would print a traceback for each.
-            for pending in self._calls.values():
-                pending.answer.cancel()
-
-    # ---- Asking ------------------------------------------------------------------------------------------------------
 
     def next_position(self, agent: str, what: str) -> str:
         """Return the position of the agent's next call of the kind `what`, such as `reply/3` or `sleep/1`."""
@@ -482,6 +406,8 @@ class Recorder:
         finally:
             reached.cancel()
 
+    # ---- Live calls --------------------------------------------------------------------------------------------------
+
     async def _made_live(self, pending: _PendingCall) -> Answer | Exception:
         """Let a task of its own make the call; return the outcome. If the caller is cancelled, give the call up."""
         if self._session.is_over:
@@ -513,6 +439,149 @@ class Recorder:
             pending.answer.set_result(late_call(self._session))
         else:
             pending.answer.set_result(RuntimeError(f"{pending.call} was cancelled"))
+
+    async def _make_and_record(self, pending: _PendingCall) -> None:
+        """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
+        call = pending.call
+        try:
+            # Make no live call before the whole record is replayed: until then, drift may be detected.
+            await self._in_time(pending, self.replay.wait_until_over(call))
+            if self.holds_one_task and self.journal.finished_run is not None:
+                why = self.journal.finished_run.stop_reason or "it had its answer"
+                last = self.journal.events[-1].seq
+                await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
+            # Wait until the session is idle, because the program may still be closing streams that it left.
+            await self._idle()
+            giving_up = [running for running, one in self._calls.items() if one.setback is not None]
+            if giving_up:
+                await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
+            if self._postponed:
+                async with self._record_lock:
+                    with pending.sending():
+                        await self._record_postponed()
+            pending.asked_ms = self.active_now_ms
+            done = Performed(None, Returned())
+            if pending.perform is not None:
+                if self._budget is not None:
+                    await self._wait_for_budget(self._budget, call)
+                pending.was_made = True
+                with pending.sending():
+                    await self.journal.begin_if_needed(call, must_be_known=self._must_be_known(pending))
+                done = await self._performed(pending, pending.perform)
+            async with self._record_lock:
+                # Let the program handle the last event first: it may give this call up.
+                while self._handled_seq < self.replay.last_seq:
+                    await self._idle()
+                self._check_not_failed()
+                with pending.sending():
+                    await self._record_postponed()
+                    event = await self._record(pending, done.content)
+                await self._idle()
+                self.replay.delivered(event)
+                if done.error is not None:
+                    self.setbacks.add(call.agent, pending.caller, done.error, event)
+                if not pending.answer.done():
+                    pending.answer.set_result(
+                        done.error or Answer(event.content, replayed=False, position=event.position, value=done.value)
+                    )
+        except Exception as error:  # noqa: BLE001 - the caller raises it
+            if isinstance(error, NexumError):
+                self.stop(error)
+            if not pending.answer.done():
+                pending.answer.set_result(error)
+        except asyncio.CancelledError:
+            if pending.cleanup is not None and not self.replay.over.is_set():
+                pending.answer.cancel()  # the clean-up was not reached
+            raise
+
+    async def _idle(self) -> None:
+        delivered = self.replay.last_seq
+        await idle(self._session)
+        self._handled_seq = delivered
+
+    def _must_be_known(self, pending: _PendingCall) -> bool:
+        """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
+        call = pending.call
+        if call.kind is not Kind.TOOL:
+            return call.kind is Kind.REPLY and self._budget is not None
+        # The next run may make calls in another order: simultaneous calls of an agent, and calls of parallel branches
+        # without an agent. Their recorded beginnings show which one is which, so that each call keeps its id.
+        is_in_order = call.agent and not any(
+            one is not pending and (one.call.kind, one.call.agent) == (call.kind, call.agent)
+            for one in self._calls.values()
+        )
+        return not is_in_order or call.has_policy or self._budget is not None
+
+    async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
+        """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
+        while exceeded := budget.exceeded(call, self._live_ms):
+            await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
+        budget.count_call(call)
+
+    async def before_attempt(self, call: Call) -> None:
+        """Record the beginning of a call before an attempt at it, if another process may own the session now.
+
+        Since the call was made, the run may have waited for a person or for a retry. If another process owns the
+        session, the run ends with SessionBusy.
+        """
+        if not self.journal.owner.is_holding:
+            with self.servers_errors():
+                await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
+
+    async def _performed(self, pending: _PendingCall, perform: Perform) -> Performed:
+        place = current.get()
+        assert place is not None
+        name = pending.call.name
+        try:
+            try:
+                with at(dataclasses.replace(place, in_call=True)):
+                    done = await ordinary(perform(pending.call), name)
+            except asyncio.CancelledError as cancelled:
+                if pending.token is not None and pending.token.is_cancelled():
+                    pending.answer.cancel()  # the caller then gives the call up
+                if pending.is_cancelled or pending.answer.cancelled():
+                    raise
+                raise RuntimeError(f"{name} ended with CancelledError") from cancelled
+        except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
+            pending.check_not_cancelled()
+            failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
+            return Performed(None, Raised(failure=failure, streamed=pending.streamed(True)), error)
+        pending.check_not_cancelled()
+        return done
+
+    # ---- Recording ---------------------------------------------------------------------------------------------------
+
+    async def _record_postponed(self) -> None:
+        while self._postponed:
+            pending, content = self._postponed[0]
+            before = [event for event in self.journal.events if event.address == pending.call.address]
+            if before:
+                await self.journal.revoke(before, "the program asked something else")
+            try:
+                event = await self._record(pending, content)
+                if pending.setback is not None:
+                    pending.setback.event = event
+            finally:
+                # Check the record even after an error: the event may be recorded although this task was cancelled.
+                if any(event.content is content for event in self.journal.events):
+                    self._postponed.pop(0)
+
+    async def _record(self, pending: _PendingCall, content: Content) -> Event:
+        event = await self.journal.record(
+            pending.call,
+            content,
+            asked_after=pending.asked_after,
+            asked_ms=pending.asked_ms,
+            active_ms=self.active_now_ms,
+            is_cleanup=pending.cleanup is not None,
+        )
+        if pending.cleanup is not None:
+            pending.cleanup.add(event.address)
+        if self._budget is not None:
+            self._budget.count_usage(event)
+        return event
+
+    # ---- Given-up calls ----------------------------------------------------------------------------------------------
 
     def _give_up(self, pending: _PendingCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
@@ -582,99 +651,29 @@ class Recorder:
         else:
             await self._drift_of_one(event, what)
 
-    async def _make_and_record(self, pending: _PendingCall) -> None:
-        """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
-        call = pending.call
-        try:
-            # Make no live call before the whole record is replayed: until then, drift may be detected.
-            await self._in_time(pending, self.replay.wait_until_over(call))
-            if self.holds_one_task and self.journal.finished_run is not None:
-                why = self.journal.finished_run.stop_reason or "it had its answer"
-                last = self.journal.events[-1].seq
-                await self.drift(last, f"the recorded run was over ({why}), and this one asks for {call}")
-            # Wait until the session is idle, because the program may still be closing streams that it left.
-            await self._idle()
-            giving_up = [running for running, one in self._calls.items() if one.setback is not None]
-            if giving_up:
-                await asyncio.wait(giving_up, timeout=GIVE_UP_PATIENCE)
-            if self._postponed:
-                async with self._record_lock:
-                    with pending.sending():
-                        await self._record_postponed()
-            pending.asked_ms = self.active_now_ms
-            done = Performed(None, Returned())
-            if pending.perform is not None:
-                if self._budget is not None:
-                    await self._wait_for_budget(self._budget, call)
-                pending.was_made = True
-                with pending.sending():
-                    await self.journal.begin_if_needed(call, must_be_known=self._must_be_known(pending))
-                done = await self._performed(pending, pending.perform)
-            async with self._record_lock:
-                # Let the program handle the last event first: it may give this call up.
-                while self._handled_seq < self.replay.last_seq:
-                    await self._idle()
-                self._check_not_failed()
-                with pending.sending():
-                    await self._record_postponed()
-                    event = await self._record(pending, done.content)
-                await self._idle()
-                self.replay.delivered(event)
-                if done.error is not None:
-                    self.setbacks.add(call.agent, pending.caller, done.error, event)
-                if not pending.answer.done():
-                    pending.answer.set_result(
-                        done.error or Answer(event.content, replayed=False, position=event.position, value=done.value)
-                    )
-        except Exception as error:  # noqa: BLE001 - the caller raises it
-            if isinstance(error, NexumError):
-                self.stop(error)
-            if not pending.answer.done():
-                pending.answer.set_result(error)
-        except asyncio.CancelledError:
-            if pending.cleanup is not None and not self.replay.over.is_set():
-                pending.answer.cancel()  # the clean-up was not reached
-            raise
+    # ---- The console -------------------------------------------------------------------------------------------------
 
-    def _must_be_known(self, pending: _PendingCall) -> bool:
-        """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
-        call = pending.call
-        if call.kind is not Kind.TOOL:
-            return call.kind is Kind.REPLY and self._budget is not None
-        # The next run may make calls in another order: simultaneous calls of an agent, and calls of parallel branches
-        # without an agent. Their recorded beginnings show which one is which, so that each call keeps its id.
-        is_in_order = call.agent and not any(
-            one is not pending and (one.call.kind, one.call.agent) == (call.kind, call.agent)
-            for one in self._calls.values()
-        )
-        return not is_in_order or call.has_policy or self._budget is not None
+    def typed_before(self, call: Call) -> str | None:
+        """Return the recorded answer to a question at the console; None if there is none.
 
-    async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
-        """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
-        while exceeded := budget.exceeded(call, self._live_ms):
-            await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
-        budget.count_call(call)
+        Raises DriftError if the prompt differs.
+        """
+        event = self.replay.pop_unordered(call.address)
+        if event is None or not isinstance(event.content, Returned):
+            return None
+        was, now = event.request.get("prompt"), call.request["prompt"]
+        if was != now and not event.accepted:
+            self.differs(f"{event} asked {was!r}, now it asks {now!r}")
+            return None
+        self._found(_PendingCall(call), event.content)
+        self._count(call.kind, event.content, is_replayed=True)
+        return str(event.content.value)
 
-    async def _performed(self, pending: _PendingCall, perform: Perform) -> Performed:
-        place = current.get()
-        assert place is not None
-        name = pending.call.name
-        try:
-            try:
-                with at(dataclasses.replace(place, in_call=True)):
-                    done = await ordinary(perform(pending.call), name)
-            except asyncio.CancelledError as cancelled:
-                if pending.token is not None and pending.token.is_cancelled():
-                    pending.answer.cancel()  # the caller then gives the call up
-                if pending.is_cancelled or pending.answer.cancelled():
-                    raise
-                raise RuntimeError(f"{name} ended with CancelledError") from cancelled
-        except Exception as error:  # noqa: BLE001 - any error is recorded, and the caller raises it
-            pending.check_not_cancelled()
-            failure = Failure.model_validate(representable(Failure.of(error).model_dump()))
-            return Performed(None, Raised(failure=failure, streamed=pending.streamed(True)), error)
-        pending.check_not_cancelled()
-        return done
+    def typed(self, call: Call, content: Returned) -> None:
+        """Keep a typed console line until the line can be recorded."""
+        self._count(call.kind, content, is_replayed=False)
+        typed = _PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
+        self._postponed.append((typed, content))
 
     # ---- People ------------------------------------------------------------------------------------------------------
 
@@ -728,63 +727,7 @@ class Recorder:
                 self.stop(Parked(self.journal.session, waits))
                 return
 
-    def typed_before(self, call: Call) -> str | None:
-        """Return the recorded answer to a question at the console; None if there is none.
-
-        Raises DriftError if the prompt differs.
-        """
-        event = self.replay.pop_unordered(call.address)
-        if event is None or not isinstance(event.content, Returned):
-            return None
-        was, now = event.request.get("prompt"), call.request["prompt"]
-        if was != now and not event.accepted:
-            self.differs(f"{event} asked {was!r}, now it asks {now!r}")
-            return None
-        self._found(_PendingCall(call), event.content)
-        self._count(call.kind, event.content, is_replayed=True)
-        return str(event.content.value)
-
-    def typed(self, call: Call, content: Returned) -> None:
-        """Keep a typed console line until the line can be recorded."""
-        self._count(call.kind, content, is_replayed=False)
-        typed = _PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
-        self._postponed.append((typed, content))
-
-    async def _record_postponed(self) -> None:
-        while self._postponed:
-            pending, content = self._postponed[0]
-            before = [event for event in self.journal.events if event.address == pending.call.address]
-            if before:
-                await self.journal.revoke(before, "the program asked something else")
-            try:
-                event = await self._record(pending, content)
-                if pending.setback is not None:
-                    pending.setback.event = event
-            finally:
-                # Check the record even after an error: the event may be recorded although this task was cancelled.
-                if any(event.content is content for event in self.journal.events):
-                    self._postponed.pop(0)
-
-    async def _record(self, pending: _PendingCall, content: Content) -> Event:
-        event = await self.journal.record(
-            pending.call,
-            content,
-            asked_after=pending.asked_after,
-            asked_ms=pending.asked_ms,
-            active_ms=self.active_now_ms,
-            is_cleanup=pending.cleanup is not None,
-        )
-        if pending.cleanup is not None:
-            pending.cleanup.add(event.address)
-        if self._budget is not None:
-            self._budget.count_usage(event)
-        return event
-
-    def _check_not_failed(self) -> None:
-        if self.failed.done():
-            raise self.failed.result()
-
-    # ---- Replaying ---------------------------------------------------------------------------------------------------
+    # ---- The replay, and drift ---------------------------------------------------------------------------------------
 
     async def _run_replay(self) -> None:
         try:
@@ -813,53 +756,6 @@ class Recorder:
                 self._postponed.append((cancelled, GivenUp(streamed=cancelled.streamed(False), was_made=False)))
         return True
 
-    async def _drift_of_one(self, event: Event, what: str) -> None:
-        """Handle drift of one call: raise DriftError, or revoke the call's event, so that the call is made live.
-
-        Keep later events: the program may have got them already.
-        """
-        self.differs(what)
-        async with self._record_lock:
-            if event in self.journal.events:  # else another drift has revoked it meanwhile
-                self.journal.log.warning("session %s makes this call live", self.journal.session)
-                await warn_of_effects(self.journal, [event])
-                await self._revoke([event], what, is_another_program=True)
-
-    async def _revoke_after_failure(self, event: Event, why: str) -> None:
-        """Revoke an event that came after a failure which ended an earlier run, so that its call is made live.
-
-        This is no drift, so the call keeps its id. Keep later events: the program may have got them already.
-        """
-        async with self._record_lock:
-            if event in self.journal.events:  # else a drift has revoked it meanwhile
-                self.journal.log.warning(
-                    "session %s: %s came after a failed or cancelled call that is made again, so it is made again, too",
-                    *(self.journal.session, event),
-                )
-                await self._revoke([event], why)
-
-    async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
-        """Revoke events that the replay has not delivered yet."""
-        await self.journal.revoke(events, why, is_another_program=is_another_program)
-        for event in events:
-            self.replay.ahead.pop(event.address, None)
-
-    def _since(self, seq: int) -> list[Event]:
-        return [event for event in self.journal.events if event.seq >= seq and event.kind is not Kind.REVOKE]
-
-    async def _revoke_cleanup(self, first: Event) -> None:
-        """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
-        async with self._record_lock:
-            # Leave out what this run has recorded: another branch may have revoked later calls before.
-            events = [event for event in self._since(first.seq) if event.is_cleanup]
-            if first not in events:
-                return  # another call that Ctrl+C cut off has revoked it
-            self.journal.log.warning(
-                "session %s: the last run was being cancelled when it died, so %s is made again",
-                *(self.journal.session, first),
-            )
-            await self._revoke(events, "the run died while it was being cancelled")
-
     def differs(self, what: str) -> None:
         """Raise DriftError: the program differs from the recorded one. With on_drift="continue", only log a warning."""
         if self.on_drift == "stop":
@@ -887,3 +783,117 @@ class Recorder:
             await warn_of_effects(self.journal, later)
             await self.journal.revoke(later, what, is_another_program=True)
             self.replay.drop_rest()
+
+    async def _drift_of_one(self, event: Event, what: str) -> None:
+        """Handle drift of one call: raise DriftError, or revoke the call's event, so that the call is made live.
+
+        Keep later events: the program may have got them already.
+        """
+        self.differs(what)
+        async with self._record_lock:
+            if event in self.journal.events:  # else another drift has revoked it meanwhile
+                self.journal.log.warning("session %s makes this call live", self.journal.session)
+                await warn_of_effects(self.journal, [event])
+                await self._revoke([event], what, is_another_program=True)
+
+    async def _revoke_after_failure(self, event: Event, why: str) -> None:
+        """Revoke an event that came after a failure which ended an earlier run, so that its call is made live.
+
+        This is no drift, so the call keeps its id. Keep later events: the program may have got them already.
+        """
+        async with self._record_lock:
+            if event in self.journal.events:  # else a drift has revoked it meanwhile
+                self.journal.log.warning(
+                    "session %s: %s came after a failed or cancelled call that is made again, so it is made again, too",
+                    *(self.journal.session, event),
+                )
+                await self._revoke([event], why)
+
+    async def _revoke_cleanup(self, first: Event) -> None:
+        """Revoke a call that Ctrl+C cut off, and the later calls, during which the process was killed."""
+        async with self._record_lock:
+            # Leave out what this run has recorded: another branch may have revoked later calls before.
+            events = [event for event in self._since(first.seq) if event.is_cleanup]
+            if first not in events:
+                return  # another call that Ctrl+C cut off has revoked it
+            self.journal.log.warning(
+                "session %s: the last run was being cancelled when it died, so %s is made again",
+                *(self.journal.session, first),
+            )
+            await self._revoke(events, "the run died while it was being cancelled")
+
+    async def _revoke(self, events: Sequence[Event], why: str, *, is_another_program: bool = False) -> None:
+        """Revoke events that the replay has not delivered yet."""
+        await self.journal.revoke(events, why, is_another_program=is_another_program)
+        for event in events:
+            self.replay.ahead.pop(event.address, None)
+
+    def _since(self, seq: int) -> list[Event]:
+        return [event for event in self.journal.events if event.seq >= seq and event.kind is not Kind.REVOKE]
+
+    # ---- The end -----------------------------------------------------------------------------------------------------
+
+    async def replay_rest(self) -> None:
+        """Let background tasks get the recorded events for which they ask.
+
+        Raises DriftError if the program did not make every recorded call.
+        """
+        while (event := await self.replay.next_without_call()) is not None:
+            self._check_not_failed()
+            if not await self._give_up_recorded(event):
+                await self.drift(event.seq - 1, f"the run ended without asking for {event}")
+
+    async def end(self, stop_reason: str) -> None:
+        """Record the run's end."""
+        while self._calls:
+            # The program ended without waiting for these calls. Record them as given up: a replay must not wait for
+            # them either.
+            for running, pending in list(self._calls.items()):
+                if not pending.answer.done():
+                    self._give_up(pending, running)
+            await asyncio.wait(self._calls)  # gather would not let an ended task leave `_calls` (Python 3.12 and newer)
+        async with self._record_lock:
+            await self._record_postponed()
+            broken = [event for event in self.journal.events if self._is_broken_end(event)]
+            if broken:
+                await self.journal.revoke(broken, "the run ended with a broken reply")
+        for event in broken:
+            self.journal.log.warning(
+                "%s is empty or cut off, and no call came after it: it was dropped. Run the session again to retry",
+                event,
+            )
+        await self.journal.end(stop_reason, checks=self._checks, is_finished=not broken)
+
+    def _is_broken_end(self, event: Event) -> bool:
+        return (
+            isinstance(event.content, Returned)
+            and event.content.is_broken
+            and not event.accepted
+            and not any(later.asked_after >= event.seq for later in self.journal.events)
+        )
+
+    async def end_with(self, error: BaseException) -> None:
+        """Revoke the failures that led to the run's error, so that the next run makes the failed calls again."""
+        is_cancelled = self.cleanup.is_end(error)
+        async with self._record_lock:
+            # Leave out the given-up calls: the run's end cancelled them, so the next run makes them again.
+            self._postponed = [
+                (pending, content) for pending, content in self._postponed if isinstance(content, Returned)
+            ]
+            await self._record_postponed()
+            ended_it = self.setbacks.ended_by(error, self.journal.events)
+            if is_cancelled:
+                # A later run that isn't cancelled makes no such calls.
+                ended_it += [
+                    one
+                    for one in self.journal.events
+                    if one.address in self.cleanup.calls and not one.accepted and one not in ended_it
+                ]
+            if ended_it:
+                await self.journal.revoke(ended_it, f"the run ended: {type(error).__name__}")
+        self.setbacks.restore_origin(error)
+        if is_cancelled:
+            # As asyncio.run does later, cancel the calls of tasks that the program has left behind. Otherwise these
+            # calls would raise NotDurable, and Python would print a traceback for each.
+            for pending in self._calls.values():
+                pending.answer.cancel()
