@@ -43,7 +43,7 @@ from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, at, recorded_call
+from durable_autogen.record.place import Place, at, current_call_id
 from durable_autogen.record.recorder import Answer, Performed, Recorder
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import cancel_and_wait, closing, items_of, ordinary
@@ -311,7 +311,7 @@ class Calls:
 
         async def perform(call: Call) -> Performed:
             journal = self._recorder.journal
-            recorded_call.set(journal.recorded.call_id_of(journal.session, call))
+            current_call_id.set(journal.recorded.call_id_of(journal.session, call))
             # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
             noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
             try:

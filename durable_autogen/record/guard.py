@@ -54,7 +54,7 @@ SIMILAR = 0.8
 MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
 RESOLVE_INTERVAL = 1.0  # seconds between looks: `resolve --not-done` doesn't end the execution, so it ends no wait
 
-TOOLS_OWN = "recorded_result"
+RECORDED_RESULT = "recorded_result"
 """The only name in the output of an effect whose tool returned. A person's result has another form."""
 
 _UNKNOWN: Any = object()
@@ -461,7 +461,7 @@ def _output(guarded: GuardedCall, value: Any) -> dict[str, Any]:
     The effect has happened then, and a person has to give a result that can be recorded.
     """
     try:
-        return {TOOLS_OWN: guarded.form.write(value)}
+        return {RECORDED_RESULT: guarded.form.write(value)}
     except Exception as error:
         raise UnknownEffect(str(error) or type(error).__name__) from error
 
@@ -474,6 +474,6 @@ def _result(ended: Execution, guarded: GuardedCall) -> Any:
         )
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
-    if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
-        return guarded.form.read(output[TOOLS_OWN])
+    if isinstance(output, dict) and output.keys() == {RECORDED_RESULT}:
+        return guarded.form.read(output[RECORDED_RESULT])
     return guarded.form.of_answer(output)

@@ -25,7 +25,7 @@ from durable_autogen.record.place import OpenSession, ThreadWork, at, current
 from durable_autogen.record.while_open import replaced, while_open
 from nexum_engine.event_loop import call_in
 
-ROUNDS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
+TURNS_WITHOUT_A_LOOK = 100  # turns of the event loop to wait if its queue can't be read (uvloop)
 BUSY_PATIENCE = 5.0  # seconds to wait for a session to be idle
 BUSY_TURNS = 1000
 """How many turns of the event loop this wait lasts at least. If each turn takes long (for instance, because hundreds of
@@ -99,7 +99,7 @@ def _is_idle(waiting: _Waiting, busy: set[int] | None) -> bool:
     activity = waiting.session.activity
     if not activity.is_in_thread:
         if busy is None:
-            if waiting.turns >= ROUNDS_WITHOUT_A_LOOK:
+            if waiting.turns >= TURNS_WITHOUT_A_LOOK:
                 return True
         elif id(waiting.session) not in busy:
             return True

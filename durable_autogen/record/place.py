@@ -124,7 +124,7 @@ class Place:
 
 
 current: ContextVar[Place | None] = ContextVar("durable_place", default=None)
-recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
+current_call_id: ContextVar[str] = ContextVar("durable_call", default="")
 
 
 def call_id() -> str:
@@ -134,7 +134,7 @@ def call_id() -> str:
     the same if a later run makes the call again, after a crash or a failure, so use it as an idempotency key. After
     drift, the changed program's call gets a new id.
     """
-    return recorded_call.get()
+    return current_call_id.get()
 
 
 def late_call(session: OpenSession) -> NotDurable:

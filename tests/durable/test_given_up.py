@@ -26,9 +26,9 @@ from durable_autogen import DriftError, RunCancelled, current_session
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import recorder
 from durable_autogen.record.events import Event
-from durable_autogen.record.handled_failures import Setbacks
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.setbacks import Setbacks
 from nexum_engine.errors import NexumError
 from nexum_engine.owner import Owner
 
