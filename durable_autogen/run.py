@@ -170,9 +170,9 @@ class _Run:
             try:
                 return await running
             except RuntimeError as error:
-                cause = recorder.setbacks.cause_of(error)
-                if cause is not None:
-                    raise cause from error
+                failure = recorder.setbacks.failure_quoted_by(error)
+                if failure is not None:
+                    raise failure from error
                 raise
         finally:
             if not running.done():

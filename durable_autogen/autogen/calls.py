@@ -72,7 +72,7 @@ class _Stream:
 _NOTHING = object()
 
 
-Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
+RunTool = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
 """A function that calls the original method. Its parameter is the edited arguments; None means the original ones."""
 
 
@@ -189,7 +189,7 @@ class Calls:
                 call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
             )
         )
-        has_to_mark = self._place.hands_on_late
+        has_to_mark = self._place.passes_on_late
         async with closing(items_of(running, stream.items)) as pieces:
             async for piece in pieces:
                 stream.passed_on.append(piece)
@@ -236,11 +236,11 @@ class Calls:
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
 
-    async def tool(self, run: Run, tool_call: ToolCall, stream: _Stream | None = None) -> Any:
+    async def tool(self, run_tool: RunTool, tool_call: ToolCall, stream: _Stream | None = None) -> Any:
         """Return the recorded result of a tool, or call the tool and record its result."""
         must_not_raise = self._must_not_raise and tool_call.workbench is not None
         try:
-            answer = await self._tool(run, tool_call, stream or _Stream())
+            answer = await self._tool(run_tool, tool_call, stream or _Stream())
         except asyncio.CancelledError:
             if tool_call.token is None or not tool_call.token.is_cancelled() or not must_not_raise:
                 raise
@@ -255,11 +255,11 @@ class Calls:
             # Write again: the canvas is only in this process's memory, and later prompts contain its text. If this
             # fails, the next prompt differs from the recorded one, and the replay says so.
             with at(dataclasses.replace(self._place, in_call=True)), contextlib.suppress(Exception):
-                await run(None)
+                await run_tool(None)
         return value
 
     def tool_stream(
-        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], tool_call: ToolCall
+        self, run_tool: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], tool_call: ToolCall
     ) -> AsyncGenerator[Any, None]:
         """Yield the items of a streaming tool, then the tool's result. Record the items and the result.
 
@@ -269,7 +269,7 @@ class Calls:
 
         async def last(edited: Mapping[str, Any] | None) -> Any:
             result: Any = _NOTHING
-            async for item in run(edited):
+            async for item in run_tool(edited):
                 heartbeat()
                 may_be_result = tool_call.workbench is None or isinstance(item, ToolResult)
                 piece = result if may_be_result else item
@@ -287,7 +287,7 @@ class Calls:
 
         return _passed_on(stream, self.tool(last, tool_call, stream))
 
-    async def _tool(self, run: Run, tool_call: ToolCall, stream: _Stream) -> Answer:
+    async def _tool(self, run_tool: RunTool, tool_call: ToolCall, stream: _Stream) -> Answer:
         name, token = tool_call.name, tool_call.token
         position = self._agent_state.position_of_call(tool_call.call_id, name)
         policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
@@ -298,7 +298,7 @@ class Calls:
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
             # caller were cancelled.
-            running = asyncio.ensure_future(ordinary(run(edited), name))
+            running = asyncio.ensure_future(ordinary(run_tool(edited), name))
             try:
                 await asyncio.wait({running})
             finally:
@@ -447,11 +447,11 @@ class Calls:
         The calls that the agent or team makes are recorded under its own name.
         """
         self._agent_state.position_of_call(tool_call.call_id, tool_call.name)
-        return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
+        return dataclasses.replace(self._place, passes_on_late=self._place.is_beside_others)
 
     # ---- People, code, memory ----------------------------------------------------------------------------------------
 
-    async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
+    async def input(self, original: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._recorder.next_position(self._agent, "input")
         call = Call(Kind.INPUT, self._agent, position, fingerprint_of({"prompt": prompt}))
@@ -460,10 +460,10 @@ class Calls:
         asking = None
         if self._recorder.replay.event_for(call.address) is None:
             with at(dataclasses.replace(self._place, in_call=True)):
-                asking = asyncio.ensure_future(run())
+                asking = asyncio.ensure_future(original())
 
         async def perform(_: Call) -> Performed:
-            said = representable(str(await (asking or run())))
+            said = representable(str(await (asking or original())))
             return Performed(said, Returned(value=said))
 
         try:
@@ -489,7 +489,7 @@ class Calls:
         self,
         kind: Kind,
         request: Mapping[str, Any],
-        run: Callable[[], Awaitable[Any]],
+        original: Callable[[], Awaitable[Any]],
         declared: Any,
         token: CancellationToken | None = None,
     ) -> Any:
@@ -499,7 +499,7 @@ class Calls:
         """
 
         async def perform(_: Call) -> Performed:
-            value = await run()
+            value = await original()
             return Performed(value, Returned(value=representable(written_value(value))))
 
         position = self._recorder.next_position(self._agent, kind.value)

@@ -37,7 +37,7 @@ MESSAGES_ALONE = {
 
 
 async def check(
-    condition: TerminationCondition, place: Place, ask: Callable[[], Awaitable[StopMessage | None]]
+    condition: TerminationCondition, place: Place, original: Callable[[], Awaitable[StopMessage | None]]
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.
 
@@ -52,7 +52,7 @@ async def check(
         _count_the_sessions_time(condition, session_state, recorder.active_now_ms)
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before, slots_before = dict(state), _slots(condition)
-    message = await ask()
+    message = await original()
     is_recorded = f"{name}/{position}" in recorder.replay.ahead
     is_decided = bool(recorder.replay.ahead) or recorder.was_checked(name)
     if not is_recorded and message is not None and is_decided:

@@ -62,7 +62,10 @@ Its last parameter is a function that returns the recorded event of an address."
 
 
 class OpenSession(Protocol):
-    """The part of `Session` (session.py) that a place uses."""
+    """The part of `Session` (session.py) that a place uses.
+
+    The Recorder, the Guard and the Cleanup of the run have the type Any, because their modules import this one.
+    """
 
     session_id: str
     is_over: bool
@@ -72,16 +75,13 @@ class OpenSession(Protocol):
     def loop(self) -> asyncio.AbstractEventLoop: ...
 
     @property
-    def recorder(self) -> Any:
-        """The run's Recorder. The type is Any, because recorder.py imports this module."""
+    def recorder(self) -> Any: ...
 
     @property
-    def guard(self) -> Any:
-        """The run's Guard. The type is Any, because guard.py imports this module."""
+    def guard(self) -> Any: ...
 
     @property
-    def cleanup(self) -> Any:
-        """The run's Cleanup. The type is Any, because cleanup.py imports this module."""
+    def cleanup(self) -> Any: ...
 
     @property
     def state(self) -> Any:
@@ -106,7 +106,7 @@ class Place:
     """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
-    hands_on_late: bool = False
+    passes_on_late: bool = False
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
     at_work: Any = None
     """The agent, team or termination condition at work; None for the program itself."""

@@ -280,7 +280,7 @@ class Session:
     def _log_counts(self) -> None:
         recorder = self.recorder
         if recorder.live_counts or recorder.replayed_counts:
-            live, replayed = _counts(recorder.live_counts), _counts(recorder.replayed_counts)
+            live, replayed = _counts_in_words(recorder.live_counts), _counts_in_words(recorder.replayed_counts)
             # A program's handler can read the counts from the record instead of its text.
             counts = {"live": dict(recorder.live_counts), "replayed": dict(recorder.replayed_counts)}
             line = "session %s, live: %s; replayed from the record: %s"
@@ -306,7 +306,7 @@ def _is_successful_exit(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and not error.code and error.__context__ is None
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def _counts_in_words(counts: Mapping[str, int]) -> str:
     return (
         f"{counts.get('model calls', 0)} model call(s) ({counts.get('tokens', 0):,} tokens), "
         f"{counts.get('tool calls', 0)} tool call(s)"
