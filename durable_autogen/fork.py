@@ -11,7 +11,7 @@ from durable_autogen.errors import DriftError
 from durable_autogen.record.effects import (
     EFFECT,
     TOOL_EFFECT,
-    EffectInput,
+    Effect,
     Effects,
     effects_prefix,
     has_not_happened,
@@ -40,7 +40,6 @@ from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
 
 OnEffects = Literal["refuse", "reuse", "again"]
-Effect = tuple[EffectInput, Execution]
 SHOWN_INPUT = 200  # characters of the input of a worker's call in a message
 
 

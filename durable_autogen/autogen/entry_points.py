@@ -276,21 +276,29 @@ async def _preparation(self: Any, original: _Original) -> Any:
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
 
 
-def _at_work(method: Callable[[AtWork, Any, Any], Any], *, is_team: bool = False) -> Wrapper:
-    """Return a wrapper for a turn or a run of an agent or team. In a session, it calls the AtWork method `method`."""
+def _at_work(
+    method: Callable[[AtWork, Any, Any], Any], also: Callable[[_Original], Any], *, is_team: bool = False
+) -> Wrapper:
+    """Return a wrapper for a turn or a run of an agent or team. In a session, it calls the AtWork method `method`.
+
+    The method gets the original and what `also` returns: the token of a turn, or the task of a run.
+    """
 
     def wrapper(self: Any, original: _Original) -> Any:
         place = recording_place()
         if place is None or place.at_work is self:  # outside a session, or the object calls its own method
             return original()
-        return method(AtWork(place, self, is_team=is_team), original, _task_or_token(original))
+        return method(AtWork(place, self, is_team=is_team), original, also(original))
 
     return wrapper
 
 
-def _task_or_token(original: _Original) -> Any:
-    """Return a run's task, or a turn's cancellation token. The task of a run is always passed by name."""
-    return original.kwargs["task"] if "task" in original.kwargs else original.given(1, "cancellation_token")
+def _token(original: _Original) -> Any:
+    return original.given(1, "cancellation_token")
+
+
+def _task(original: _Original) -> Any:
+    return original.kwargs.get("task")  # the task of a run is always passed by name
 
 
 async def _on_message(self: Any, original: _Original) -> Any:
@@ -373,13 +381,13 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
         ChatAgent,
         {
-            "on_messages": _at_work(AtWork.whole_turn),
-            "on_messages_stream": _at_work(AtWork.turn),
-            "run": _at_work(AtWork.whole_run),
-            "run_stream": _at_work(AtWork.run),
+            "on_messages": _at_work(AtWork.whole_turn, _token),
+            "on_messages_stream": _at_work(AtWork.turn, _token),
+            "run": _at_work(AtWork.whole_run, _task),
+            "run_stream": _at_work(AtWork.run, _task),
         },
     ),
-    (Team, {"run_stream": _at_work(AtWork.team_run, is_team=True)}),
+    (Team, {"run_stream": _at_work(AtWork.team_run, _task, is_team=True)}),
     (BaseAgent, {"on_message_impl": _on_message}),
     (AgentRuntime, dict.fromkeys(("send_message", "publish_message"), _send)),
 )

@@ -56,6 +56,10 @@ TOOL_EFFECT_RECONCILED = (
 )
 
 
+Effect = tuple[EffectInput, Execution]
+"""An effect's input and execution."""
+
+
 def effects_prefix(session: str) -> str:
     """Return the key prefix of a session's effects."""
     return f"{session}:{EFFECT}/"
@@ -66,7 +70,7 @@ def reuse_prefix(session: str, digest: str = "") -> str:
     return f"{session}:reuse/{digest}"
 
 
-async def read_effects(client: NexumClient, key_prefix: str, status: str = "") -> list[tuple[EffectInput, Execution]]:
+async def read_effects(client: NexumClient, key_prefix: str, status: str = "") -> list[Effect]:
     """Return the effects whose keys begin with `key_prefix`, oldest first; with `status`, only those of this status."""
     found = [
         (EffectInput.model_validate_json(one.input_json), one)

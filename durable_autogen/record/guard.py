@@ -20,6 +20,7 @@ from durable_autogen.record.effects import (
     EFFECT,
     TOOL_EFFECT,
     TOOL_EFFECT_RECONCILED,
+    Effect,
     EffectInput,
     Effects,
     effects_prefix,
@@ -132,7 +133,7 @@ class Guard:
 
         If such an effect is unknown, a person has to resolve it: the run's own attempt may still be at work.
         """
-        self._reusable: list[tuple[EffectInput, Execution]] | None = None
+        self._reusable: list[Effect] | None = None
         """The results that the session may reuse, if it is a fork. None until the first call asks for them."""
         self._taking = asyncio.Lock()
         self._declared: set[str] = set()

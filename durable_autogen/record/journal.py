@@ -292,12 +292,12 @@ class Journal:
         if self._in_background:
             await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
 
-    def _key(self, input: EventInput) -> str:
-        name = input.address
-        if again := self.recorded.times_revoked[input.address]:
+    def _key(self, one: Call | Event | EventInput) -> str:
+        name = one.address
+        if again := self.recorded.times_revoked[one.address]:
             name += f"/again/{again}"  # the old key still names the revoked event
-        if input.digest:  # an earlier run may have begun a different call at this position, and left no result
-            name += f"/{input.digest[:DIGITS]}"
+        if one.digest:  # an earlier run may have begun a different call at this position, and left no result
+            name += f"/{one.digest[:DIGITS]}"
         return key_within(f"{self.session}/", name)
 
     async def _move_if_replaced(self, run: Task | None) -> bool:
@@ -331,8 +331,7 @@ class Journal:
                 "Use another session"
             )
         for event in self.events:
-            input = self._input(event)
-            await self.owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
+            await self.owner.record(AGENT_EVENT, self._input(event), event, idempotency_key=self._key(event))
         # Set it last. Until then, the server refuses the other requests of this process. They wait for this method.
         self._run = run
         self._begin_watch()
@@ -350,24 +349,23 @@ class Journal:
         follows_failure = bool(self.events) and self.events[-1].is_failure
         if not must_be_known and not follows_failure and self.owner.is_holding:
             return
-        key = self._key(self._input(call))
+        key = self._key(call)
         if call.kind is Kind.REPLY and key in self._open:
             await self._close(key, "the run that made this call died, and the call was made again", OUTAGE_PATIENCE)
         await self.begin(call)
 
     def has_begun(self, call: Call) -> bool:
         """Return whether the beginning of a call is recorded, by this run or an earlier one, and its outcome isn't."""
-        return self._key(self._input(call)) in self._open
+        return self._key(call) in self._open
 
     async def begin(self, call: Call) -> None:
         """Record the beginning of a call. Raises SessionBusy if another process owns the session.
 
         If the beginning is recorded already, continue the call's execution.
         """
-        input = self._input(call)
-        if self._key(input) in self._open and self.owner.is_holding:
+        if self._key(call) in self._open and self.owner.is_holding:
             return
-        if not await self._start(input):
+        if not await self._start(self._input(call)):
             raise self._busy(f"another process has recorded {call}")
 
     async def record(
@@ -402,8 +400,7 @@ class Journal:
     async def _write(self, event: Event) -> Event:
         self.next_seq = event.seq + 1
         event = event.model_copy(update={"summary": self.recorded.summary_with(event)})
-        input = self._input(event)
-        key, run = self._key(input), self._run
+        key, run = self._key(event), self._run
         task = self._open.get(key)
         try:
             if task is not None:
@@ -414,7 +411,7 @@ class Journal:
             await self._move_if_replaced(run)
             task = None
         if task is None:
-            await self.under_this_run(self.owner.record, AGENT_EVENT, input, event, idempotency_key=key)
+            await self.under_this_run(self.owner.record, AGENT_EVENT, self._input(event), event, idempotency_key=key)
         self.recorded.add(event)
         return event
 
