@@ -172,43 +172,44 @@ class Recorder:
         park: bool,
     ) -> None:
         self.journal = journal
-        journal.watch(self.stop)
         self.on_drift = on_drift
-        self._budget = budget
-        self._questions_since = 0.0
-        """When the first of the present waits for a person's decision began, by time.monotonic()."""
-        self._questions_seconds = 0.0
-        """The total length of the earlier waits for a person's decision."""
-        self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
-        """A future that gets the error that ends the run. Every later call raises that error."""
         self.holds_one_task = False
         """Whether the session holds one task, as with `run_durable`. If it is finished, each further call is drift."""
+        self._session = session
+        self._budget = budget
+        self.failed: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        """A future that gets the error that ends the run. Every later call raises that error."""
+        self.replay = Replay(journal, session)
+        self.setbacks = Setbacks()
+        self.cleanup: Cleanup = session.cleanup
         self.live_counts: Counter[str] = Counter()
         """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
         self.replayed_counts: Counter[str] = Counter()
         """The same of the replayed calls."""
-        self._session = session
-        self.cleanup: Cleanup = session.cleanup
-        self.setbacks = Setbacks()
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made, and how often each termination condition was checked."""
+        self._handled_seq = 0
+        """The number of the last event that the program has surely handled: the session was idle after it."""
+        self._record_lock = asyncio.Lock()
+        """Held while an event is recorded: only one task may do so at a time."""
+        self._calls: dict[asyncio.Task[None], _PendingCall] = {}
+        """The live calls, by the tasks that make them or take them back."""
+        self._cancelled: dict[str, _PendingCall] = {}
+        """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
         self._postponed: list[tuple[_PendingCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
         They are recorded before the next event. A replay delivers them outside the order of events.
         """
-        self._cancelled: dict[str, _PendingCall] = {}
-        """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
-        self._record_lock = asyncio.Lock()
-        self._questions_to_people: list[tuple[str, str]] = []
+        self._questions: list[tuple[str, str]] = []
         """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
-        self._another_waits = asyncio.Event()
+        self._questions_since = 0.0
+        """When the first of these waits began, by time.monotonic()."""
+        self._questions_seconds = 0.0
+        """The total length of the earlier waits for a person's decision."""
+        self._another_question = asyncio.Event()
         """Set when another call begins to wait for a person's decision."""
-        self._calls: dict[asyncio.Task[None], _PendingCall] = {}
-        """The live calls, by the tasks that make them or take them back."""
-        self.replay = Replay(journal, session)
-        self._handled_seq = 0
-        """The number of the last event that the program has surely handled: the session was idle after it."""
+        journal.watch(self.stop)
         self._in_background = [asyncio.create_task(self._run_replay(), name="replay")]
         if park:
             self._in_background.append(asyncio.create_task(self._park_when_all_wait(), name="parking"))
@@ -270,7 +271,7 @@ class Recorder:
         if since is None:
             return 0
         now = time.monotonic()
-        waited = self._questions_seconds + (now - self._questions_since if self._questions_to_people else 0)
+        waited = self._questions_seconds + (now - self._questions_since if self._questions else 0)
         return round((now - since - waited) * 1000)
 
     # ---- Calls -------------------------------------------------------------------------------------------------------
@@ -685,45 +686,45 @@ class Recorder:
         other call of the run is in progress. The wait doesn't count as active time of the session.
         """
         self.journal.may_leave_open = True  # a tool may have asked, about a call of a worker
-        if all(what != other for _, other in self._questions_to_people):  # several calls may wait for one decision
+        if all(what != other for _, other in self._questions):  # several calls may wait for one decision
             self.journal.log.warning("%s", what)
-        if not self._questions_to_people:
+        if not self._questions:
             self._questions_since = time.monotonic()
-        self._questions_to_people.append((address, what))
-        self._another_waits.set()
+        self._questions.append((address, what))
+        self._another_question.set()
         try:
             yield
         finally:
-            self._questions_to_people.remove((address, what))
-            if not self._questions_to_people:
+            self._questions.remove((address, what))
+            if not self._questions:
                 self._questions_seconds += time.monotonic() - self._questions_since
 
     async def _park_when_all_wait(self) -> None:
         while True:
-            if not self._questions_to_people:
-                await self._another_waits.wait()
-            self._another_waits.clear()
+            if not self._questions:
+                await self._another_question.wait()
+            self._another_question.clear()
             # Let the other branches continue: they may be running a tool, and their replies are paid for.
             await self._idle()
-            waiting = {address for address, _ in self._questions_to_people}
+            waiting = {address for address, _ in self._questions}
             at_work = {
                 running
                 for running, pending in self._calls.items()
                 if pending.call.address not in waiting and pending.call.kind not in (Kind.SLEEP, Kind.SENT_EVENT)
             }
             if at_work:
-                another = asyncio.ensure_future(self._another_waits.wait())
+                another = asyncio.ensure_future(self._another_question.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
             elif self._postponed:  # the next run must not make the calls again that the program gave up
                 with self.servers_errors():
                     async with self._record_lock:
                         await self._record_postponed()
-            elif self._questions_to_people:
+            elif self._questions:
                 with self.servers_errors():
                     # If the last event is a failure, show that it did not end the run: the program has handled it.
                     await self.journal.begin_if_needed(Call(Kind.TURN, "", f"parked/{self.journal.next_seq}"))
-                waits = "; ".join(dict.fromkeys(what for _, what in self._questions_to_people))
+                waits = "; ".join(dict.fromkeys(what for _, what in self._questions))
                 self.stop(Parked(self.journal.session, waits))
                 return
 
