@@ -82,7 +82,9 @@ class Journal:
         self._on_cancelled: Callable[[RunCancelled], None] = lambda _: None
         self._watching: asyncio.Task[None] | None = None
         self._run: Task | None = None
+        """The task of this process's run; None when the end of the run is recorded."""
         self._moving = asyncio.Lock()
+        """Held while the events are recorded again, in a new database."""
         self.next_seq = 1
         """The number of the next event."""
         self._in_background: set[asyncio.Task[None]] = set()

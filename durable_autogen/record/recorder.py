@@ -185,7 +185,7 @@ class Recorder:
         self.live_counts: Counter[str] = Counter()
         """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
         self.replayed_counts: Counter[str] = Counter()
-        """The same of the replayed calls."""
+        """How many calls of each name in COUNTED_AS were replayed, and the number of their tokens."""
         self._counts: Counter[tuple[str, str]] = Counter()
         """How many calls of each kind each agent has made, and how often each termination condition was checked."""
         self._handled_seq = 0

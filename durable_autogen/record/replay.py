@@ -69,7 +69,9 @@ class Replay:
         self._by_address = {event.address: event for event in journal.events}
         self._agents = {event.agent for event in journal.events}
         self._unordered = {event.address: event for event in journal.events if _is_unordered(event)}
+        """The undelivered events that are delivered outside the order, by their addresses."""
         self._asked: dict[str, _Asked] = {}
+        """The calls that wait for their recorded events, by their addresses."""
         self._unfinished = {
             one.address: one
             for one in journal.recorded.unfinished
@@ -91,6 +93,7 @@ class Replay:
         them don't add up: nothing happens between these waits that could make the program ask for a call.
         """
         self._changed = asyncio.Event()
+        """Set when a call begins to wait, or when the events are dropped."""
         self.over = asyncio.Event()
         """Set when the replay is over."""
         for event in journal.events:
