@@ -223,12 +223,12 @@ async def _effects_of_workers(
         )
         if any(node.once for node in one.nodes)
         and one.workflow_id != TOOL_EFFECT.workflow_id
-        and not any(_names(one.idempotency_key, call) for call in calls)
+        and not any(_contains_id(one.idempotency_key, call) for call in calls)
     ]
     return sorted(found, key=lambda one: one.created_ms)
 
 
-def _names(key: str, call: str) -> bool:
+def _contains_id(key: str, call: str) -> bool:
     """Return whether the key of a worker's execution contains this call id."""
     return f":{call}:" in f":{key}:" or f"/{call}/" in key
 
