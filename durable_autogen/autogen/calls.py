@@ -26,14 +26,13 @@ from durable_autogen.autogen.policies import (
     with_note,
 )
 from durable_autogen.autogen.session_state import AgentState, SessionState
+from durable_autogen.autogen.streams import AskStreamed, ReplyStream, Stream
 from durable_autogen.autogen.values import (
     failed_result,
     is_broken,
-    pieces_again,
     reply_again,
     unrecorded_value,
     value_again,
-    written_piece,
     written_pieces,
     written_reply,
     written_value,
@@ -53,20 +52,7 @@ from nexum_engine.errors import FinalError, InvalidRequest, first_problem
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump, escaped
 from nexum_engine.policy import Policy
 
-HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
-
-
-class _Stream:
-    """The items that a call yields before its result."""
-
-    def __init__(self) -> None:
-        self.call = ""
-        """The address of the tool call that yields the items."""
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.passed_on: list[Any] = []
-        self.produced: list[Any] = []
-        """All items that a live call has produced, whether or not they were passed on."""
 
 
 _NOTHING = object()
@@ -118,7 +104,7 @@ class Calls:
     async def streamed_reply(
         self,
         client: ChatCompletionClient,
-        ask: Callable[[Sequence[LLMMessage]], AsyncIterator[str | CreateResult]],
+        ask: AskStreamed,
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
@@ -126,67 +112,26 @@ class Calls:
         messages, call = self._reply_call(client, messages, options)
         model = self._agent_state.conversation.model
         policy = self._guard.of_model(model)
-        stream = _Stream()
-        held: list[Any] = []
-        loop = asyncio.get_running_loop()
-
-        def release() -> None:
-            while held:
-                stream.items.put_nowait(held.pop())
-
-        async def attempt() -> CreateResult:
-            result: CreateResult | None = None
-            releasing: asyncio.TimerHandle | None = None
-            try:
-                async for piece in ask(messages):
-                    heartbeat()
-                    if releasing is not None:
-                        releasing.cancel()
-                    if isinstance(piece, CreateResult):
-                        result = piece
-                        continue
-                    release()
-                    held.append(piece)
-                    stream.produced.append(piece)
-                    # Hold back the newest piece: it may be the last one, which must wait until the reply is recorded.
-                    # If no other piece comes within HOLD_FOR, release it.
-                    releasing = loop.call_later(HOLD_FOR, release)
-            except BaseException:
-                release()  # the stream broke: give the agent every piece that came
-                raise
-            finally:
-                if releasing is not None:
-                    releasing.cancel()
-            if result is None:
-                raise RuntimeError("the model's stream ended without a result")
-            return result
+        stream = ReplyStream()
 
         async def perform(call: Call) -> Performed:
             attempts = Attempts(self._recorder, call, model, policy)
             # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-            result = await attempts.make(attempt, lambda: not stream.produced)
+            result = await attempts.make(lambda: stream.read(ask, messages), lambda: not stream.produced)
             written, result = written_reply(result)
             pieces = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
 
-        def streamed(whole: bool) -> list[Any]:
-            return [written_piece(piece) for piece in (stream.produced if whole else stream.passed_on)]
-
-        def replayed(content: Content) -> None:
-            pieces: list[Any] = []
-            if isinstance(content, Returned):
-                pieces = pieces_again(content.streamed, reply_again(content.value))
-                held.extend(pieces[-1:])
-                del pieces[-1:]
-            elif isinstance(content, (Raised, GivenUp)):
-                pieces = [value_again(piece) for piece in content.streamed]
-            for piece in pieces:
-                stream.items.put_nowait(piece)
-
         token = options.get("cancellation_token")
         running = asyncio.ensure_future(
             self._recorder.call(
-                call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
+                call,
+                perform,
+                caller=self._task,
+                token=token,
+                streamed=stream.written,
+                on_replay=stream.replay,
+                early=True,
             )
         )
         has_to_mark = self._place.passes_on_late
@@ -200,7 +145,7 @@ class Calls:
                     await self._recorder.mark(self._agent, f"{call.position}/begun", {})
                 yield piece
         result = self._received(client, await running)
-        for text in filter(None, held):
+        for text in filter(None, stream.held):
             yield text
         yield result
 
@@ -236,11 +181,11 @@ class Calls:
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
 
-    async def tool(self, run_tool: RunTool, tool_call: ToolCall, stream: _Stream | None = None) -> Any:
+    async def tool(self, run_tool: RunTool, tool_call: ToolCall, stream: Stream | None = None) -> Any:
         """Return the recorded result of a tool, or call the tool and record its result."""
         must_not_raise = self._must_not_raise and tool_call.workbench is not None
         try:
-            answer = await self._tool(run_tool, tool_call, stream or _Stream())
+            answer = await self._tool(run_tool, tool_call, stream or Stream())
         except asyncio.CancelledError:
             if tool_call.token is None or not tool_call.token.is_cancelled() or not must_not_raise:
                 raise
@@ -265,7 +210,7 @@ class Calls:
 
         In a workbench's stream, the result is the ToolResult. In a tool's own stream, the result is the last item.
         """
-        stream = _Stream()
+        stream = Stream()
 
         async def last(edited: Mapping[str, Any] | None) -> Any:
             result: Any = _NOTHING
@@ -287,7 +232,7 @@ class Calls:
 
         return _passed_on(stream, self.tool(last, tool_call, stream))
 
-    async def _tool(self, run_tool: RunTool, tool_call: ToolCall, stream: _Stream) -> Answer:
+    async def _tool(self, run_tool: RunTool, tool_call: ToolCall, stream: Stream) -> Answer:
         name, token = tool_call.name, tool_call.token
         position = self._agent_state.position_of_call(tool_call.call_id, name)
         policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
@@ -335,11 +280,8 @@ class Calls:
                     self._session_state.transcript.settle(stream.call, item, made_before=True)
                     stream.items.put_nowait(item)
 
-        def written(whole: bool) -> list[Any]:
-            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)]
-
         return await self._recorder.call(
-            call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
+            call, perform, caller=self._task, token=token, streamed=stream.written, on_replay=replayed
         )
 
     async def _under_policy(
@@ -531,7 +473,7 @@ def _writes_to_canvas(tool: object) -> bool:
     return any(kind.__module__ == "autogen_ext.memory.canvas._canvas_writer" for kind in type(tool).__mro__)
 
 
-async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
+async def _passed_on(stream: Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
     """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
     async with closing(items_of(running, stream.items)) as items:
