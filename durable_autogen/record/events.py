@@ -8,17 +8,16 @@ record events.
 These are the names of a call, here of the second tool call that the third reply of `writer` requests, in session `s1`:
 
 position  reply/3/tool/2                    the place among the agent's calls
-address   writer/reply/3/tool/2             agent and position. At most one event of an address counts: a later one
-                                            revokes it
-scope     writer/reply/3/tool/2             the address. If a changed program's call has taken the place of n earlier
-                                            calls, /again/n follows the address
-digest    9f86d081...                       the hash of tool and arguments
-call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest. It stays the same if the call is made again, so
-                                            that a service recognizes the call
-key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address, digest. If n
-                                            events of the address are revoked, /again/n follows the address
+address   writer/reply/3/tool/2             agent and position: unique among the events that are not revoked
+scope     writer/reply/3/tool/2             the address; if a changed program's call replaces n earlier ones, with
+                                            /again/n
+digest    9f86...                           the hash of tool and arguments; only a tool's call has one
+call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest: the same when the call is made again, so that a
+                                            service recognizes it
+key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and digest;
+                                            if n events of the address are revoked, with /again/n after the address
 
-An event has a number in addition (`seq`): every run delivers the events in the order of their numbers.
+An event also has a number (`seq`). Every run delivers the events in the order of their numbers.
 """
 
 from __future__ import annotations
