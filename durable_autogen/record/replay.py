@@ -131,14 +131,11 @@ class Replay:
             free.append(call.position)
         expected = None if is_taken else self.event_for(call.address) or self._unfinished.get(call.address)
         if expected is None or not (expected.accepted or expected.hash == call.hash):
-            every: list[Event | EventInput] = [
-                *self.ahead.values(),
-                *self._unordered.values(),
-                *self._unfinished.values(),
-            ]
-            same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
+            recorded: tuple[Event | EventInput, ...]
+            recorded = *self.ahead.values(), *self._unordered.values(), *self._unfinished.values()
+            same_agent = [one for one in recorded if (one.kind, one.agent) == (call.kind, call.agent)]
             left = {one.position: one.hash for one in same_agent if one.address not in self._taken and not one.accepted}
-            found = [position for position, recorded in left.items() if recorded == call.hash]
+            found = [position for position, hash in left.items() if hash == call.hash]
             if not found and is_taken:
                 # Leave the positions of recorded calls to those calls, if there is another one.
                 found = [position for position in free if position not in left] or free
