@@ -21,7 +21,6 @@ from durable_autogen.autogen.fingerprints import call_fingerprint, fingerprint_o
 from durable_autogen.autogen.policies import (
     CallUnderPolicy,
     ToolCall,
-    ToolForm,
     call_under_policy,
     with_note,
 )
@@ -297,8 +296,9 @@ class Calls:
         will_run = policy.approval is not None or policy.is_once
         arguments = await tool_call.checked(tool_call.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        form = ToolForm(tool_call, lambda value: self._returned(tool_call, value, []).value)
-        guarded = GuardedCall(call, policy, arguments, form, tool_call.fits, reason)
+        guarded = GuardedCall(
+            call, policy, arguments, tool_call, lambda value: self._returned(tool_call, value, []).value, reason
+        )
         if policy.is_once:
             is_reused, value = await guard.reused_result(guarded)
             if is_reused:

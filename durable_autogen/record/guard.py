@@ -69,6 +69,19 @@ Attempt = Callable[[Mapping[str, Any]], Awaitable[Any]]
 """A function that makes one attempt at a call. Its parameter is the arguments."""
 
 
+class CalledTool(Protocol):
+    """A call of a tool, as far as a guard has to know the tool's arguments and results."""
+
+    def fits(self, complete: Mapping[str, Any]) -> bool:
+        """Return whether `complete` are the call's arguments with defaults. The defaults may be others than now."""
+
+    def read(self, written: Any) -> Any:
+        """Return the result from the JSON in which it is recorded."""
+
+    def of_answer(self, answer: Any) -> Any:
+        """Turn an answer of `reconcile` or of a person into a tool result."""
+
+
 @dataclass(frozen=True)
 class GuardedCall:
     """A call of a tool under a policy."""
@@ -77,10 +90,9 @@ class GuardedCall:
     policy: Policy
     arguments: Mapping[str, Any]
     """The validated arguments, as JSON, with the defaults filled in."""
-    form: ResultForm
-    """The recorded form of the tool's results."""
-    fits: Callable[[Mapping[str, Any]], bool]
-    """A function that returns whether other arguments equal `arguments`, apart from defaults that were filled in."""
+    tool: CalledTool
+    write: Callable[[Any], Any]
+    """A function that returns a result as JSON. It raises ValueError if the result can't be recorded."""
     reason: str = ""
     """Why the model calls the tool, if it said so."""
 
@@ -94,19 +106,6 @@ class GuardedCall:
         """Return the call with all of its arguments. Characters that could deceive the reader are escaped."""
         arguments = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
         return jsontext.escaped(f"{self.call.tool}({arguments}) of {self.call.agent or 'the program'}")
-
-
-class ResultForm(Protocol):
-    """The recorded form of a tool's results."""
-
-    def write(self, value: Any) -> Any:
-        """Return a result as JSON. Raises ValueError if it can't be recorded."""
-
-    def read(self, written: Any) -> Any:
-        """Return the result from the JSON that `write` returned."""
-
-    def of_answer(self, answer: Any) -> Any:
-        """Turn an answer of `reconcile` or of a person into a tool result."""
 
 
 class Guard:
@@ -224,7 +223,7 @@ class Guard:
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
             arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
-            if guarded.fits(arguments):
+            if guarded.tool.fits(arguments):
                 guarded = replace(guarded, arguments=arguments)
         question = Approval.of(self._journal.session, call.agent, call.tool, guarded.arguments, guarded.reason)
         with self._recorder.servers_errors():
@@ -373,7 +372,7 @@ class Guard:
             raise UnknownEffect(f"reconcile can't tell: {type(error).__name__}: {error}") from error
         done = "it has not happened" if answer is NOT_DONE else "it has happened"
         self._log.warning("%s may have happened in an earlier attempt; reconcile says: %s", guarded, done)
-        return NOT_DONE if answer is NOT_DONE else guarded.form.of_answer(answer)
+        return NOT_DONE if answer is NOT_DONE else guarded.tool.of_answer(answer)
 
     async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
         """Wait until somebody has said what happened; return the ended execution. If nothing happened, return None.
@@ -462,7 +461,7 @@ def _output(guarded: GuardedCall, value: Any) -> dict[str, Any]:
     The effect has happened then, and a person has to give a result that can be recorded.
     """
     try:
-        return {RECORDED_RESULT: guarded.form.write(value)}
+        return {RECORDED_RESULT: guarded.write(value)}
     except Exception as error:
         raise UnknownEffect(str(error) or type(error).__name__) from error
 
@@ -476,5 +475,5 @@ def _result(ended: Execution, guarded: GuardedCall) -> Any:
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
     if isinstance(output, dict) and output.keys() == {RECORDED_RESULT}:
-        return guarded.form.read(output[RECORDED_RESULT])
-    return guarded.form.of_answer(output)
+        return guarded.tool.read(output[RECORDED_RESULT])
+    return guarded.tool.of_answer(output)
