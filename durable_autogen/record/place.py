@@ -55,12 +55,6 @@ class Activity:
         return any(not work.calls and (work.has_begun or not some_wait) for work in self.in_threads)
 
 
-Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
-"""A function that returns a line for each difference between a recorded event and a call.
-
-Its last parameter is a function that returns the recorded event of an address."""
-
-
 class OpenSession(Protocol):
     """The part of `Session` (session.py) that a place uses.
 
@@ -87,8 +81,7 @@ class OpenSession(Protocol):
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
 
-    @property
-    def differences(self) -> Compare: ...
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]: ...
 
     def left_the_record(self, agent: str, what: str) -> None: ...
 

@@ -17,12 +17,12 @@ from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, 
 from durable_autogen.record.cleanup import Cleanup, watched_tasks
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.effects import cancel_effects_to_be_made
-from durable_autogen.record.events import check_session_id
+from durable_autogen.record.events import Call, Event, check_session_id
 from durable_autogen.record.guard import Guard
 from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
-from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
+from durable_autogen.record.place import Activity, Place, at, current, recording_place
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.storable import representable
@@ -107,8 +107,12 @@ class Session:
         """Record calls of the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
-    differences: Compare
-    """The comparison of a recorded event with a call."""
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+        """Return a line for each difference between a recorded event and the call `now`.
+
+        `find` returns the recorded event of an address.
+        """
+        raise NotImplementedError
 
     @cached_property
     def state(self) -> Any:
