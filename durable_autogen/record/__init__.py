@@ -17,5 +17,6 @@ Read these four files first. The others are:
   with attempts.py (retries, limits), effects.py (`effect="once"`) and terminal.py (approvals); budget.py;
 - what can happen to a call: setbacks.py (it fails or is given up), failures.py (exceptions as JSON), cleanup.py
   (Ctrl+C), unrecorded.py (connections and processes outside the record);
-- helpers: idle.py finds out when a session is idle, storable.py writes values as JSON, tasks.py, while_open.py.
+- helpers: idle.py finds out when a session is idle, with threads.py and activity.py; storable.py writes values as JSON;
+  tasks.py, while_open.py.
 """

@@ -33,13 +33,14 @@ from durable_autogen.record.events import (
     usage_of,
 )
 from durable_autogen.record.failures import Failure
-from durable_autogen.record.idle import call_of_a_thread, idle
+from durable_autogen.record.idle import idle
 from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
 from durable_autogen.record.place import OpenSession, at, current, late_call
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
 from durable_autogen.record.setbacks import Caller, Setback, Setbacks
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import ordinary
+from durable_autogen.record.threads import call_of_a_thread
 from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import call_in, to_its_end
 

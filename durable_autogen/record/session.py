@@ -13,20 +13,21 @@ from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
+from durable_autogen.record.activity import Activity
 from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix, check_prices
 from durable_autogen.record.cleanup import Cleanup, watched_tasks
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.effects import cancel_effects_to_be_made
 from durable_autogen.record.events import Call, Event, check_session_id
 from durable_autogen.record.guard import Guard
-from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
-from durable_autogen.record.place import Activity, Place, at, current, recording_place
+from durable_autogen.record.place import Place, at, current, recording_place
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.storable import representable
 from durable_autogen.record.terminal import Terminal
+from durable_autogen.record.threads import watched_threads
 from durable_autogen.record.waits import Waits
 from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.client import NexumClient
