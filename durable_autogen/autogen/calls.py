@@ -41,8 +41,9 @@ from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
 from durable_autogen.record.guard import Guard, GuardedCall
+from durable_autogen.record.pending_call import Answer, Performed
 from durable_autogen.record.place import Place, at, current_call_id
-from durable_autogen.record.recorder import Answer, Performed, Recorder
+from durable_autogen.record.recorder import Recorder
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import cancel_and_wait, closing, items_of, ordinary
 from nexum_engine.approvals import noted_by
@@ -257,7 +258,7 @@ class Calls:
             journal = self._recorder.journal
             current_call_id.set(journal.recorded.call_id_of(journal.session, call))
             # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
-            noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
+            noted_by.set(partial(self._recorder.questions.waiting, call.address))
             try:
                 if policy is None:
                     value = await attempt()

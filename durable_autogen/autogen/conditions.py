@@ -18,8 +18,9 @@ from autogen_agentchat.messages import StopMessage
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.values import value_again, written_value
 from durable_autogen.record.events import Call, Kind, Returned
+from durable_autogen.record.pending_call import Performed
 from durable_autogen.record.place import Place
-from durable_autogen.record.recorder import Performed, Recorder
+from durable_autogen.record.recorder import Recorder
 
 MESSAGES_ALONE = {
     AndTerminationCondition,

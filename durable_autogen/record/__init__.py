@@ -12,9 +12,11 @@ Two kinds of recorded calls have no turn, and are compared where they are asked 
 
 Read these four files first. The others are:
 
-- the frame of a run: session.py opens and ends it, place.py knows which session and agent make a call, log.py;
+- the frame of a run: session.py opens and ends it, place.py knows which session and agent make a call, pending_call.py
+  holds a call in progress, log.py;
 - kinds of calls: waits.py and sent_events.py; console.py for `input()`; guard.py for tools and models with a policy,
-  with attempts.py (retries, limits), effects.py (`effect="once"`) and terminal.py (approvals); budget.py;
+  with attempts.py (retries, limits), effects.py (`effect="once"`) and terminal.py (approvals); budget.py; questions.py
+  for calls that wait for a person;
 - what can happen to a call: setbacks.py (it fails or is given up), failures.py (exceptions as JSON), cleanup.py
   (Ctrl+C), unrecorded.py (connections and processes outside the record);
 - helpers: idle.py finds out when a session is idle, with threads.py and activity.py; storable.py writes values as JSON;

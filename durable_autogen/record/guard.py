@@ -210,7 +210,7 @@ class Guard:
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
             line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._client.servers)}"
-            with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
+            with self._recorder.questions.waiting(call.address, line), ExitStack() as stack:
                 if self._ask is not None:
                     asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                     stack.callback(asking.cancel)
@@ -393,7 +393,7 @@ class Guard:
                     f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
                     f"{how_to_resolve(execution_id, attempts[-1].attempt, self._client.servers)}"
                 )
-                with self._recorder.waiting_for_a_person(guarded.call.address, line):
+                with self._recorder.questions.waiting(guarded.call.address, line):
                     while _is_unresolved(execution):
                         execution = (await look(wait=RESOLVE_INTERVAL)).execution
         return execution if execution.status.ended else None

@@ -11,11 +11,10 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from durable_autogen.errors import DriftError, Parked
 from durable_autogen.record.budget import BudgetCheck
@@ -34,10 +33,12 @@ from durable_autogen.record.events import (
 )
 from durable_autogen.record.failures import Failure
 from durable_autogen.record.idle import idle
-from durable_autogen.record.journal import TAKE_OVER_PATIENCE, Journal
+from durable_autogen.record.journal import Journal
+from durable_autogen.record.pending_call import Answer, PendingCall, Perform, Performed, Streamed, Token
 from durable_autogen.record.place import OpenSession, at, current, late_call
+from durable_autogen.record.questions import Questions
 from durable_autogen.record.replay import DRIFT_PATIENCE, Replay
-from durable_autogen.record.setbacks import Caller, Setback, Setbacks
+from durable_autogen.record.setbacks import Caller, Setbacks
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import ordinary
 from durable_autogen.record.threads import call_of_a_thread
@@ -63,103 +64,6 @@ COUNTED_AS = {
 """The name under which a run counts its calls, by their kind. It counts no other calls."""
 
 
-@dataclass(frozen=True)
-class Performed:
-    """The outcome of a live call: the value or the error for the caller, and the content to record."""
-
-    value: Any
-    content: Content
-    error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The outcome of a call, live or replayed."""
-
-    content: Content
-    replayed: bool
-    position: str
-    """The position at which the call is recorded."""
-    value: Any = None
-    """The live call's value. For a replayed call, the caller builds the value from `content`."""
-
-
-Perform = Callable[[Call], Awaitable[Performed]]
-"""A function that makes a live call. Its parameter is the call, with the position at which the call is recorded."""
-
-Streamed = Callable[[bool], list[Any]]
-"""A function that returns the items of a stream as JSON: all items, or (with False) those that the program has got.
-
-For a call that isn't a stream, it returns no items."""
-
-
-class Token(Protocol):
-    """A token with which a program cancels calls, such as AutoGen's CancellationToken."""
-
-    def is_cancelled(self) -> bool:
-        """Return whether the program has cancelled the calls."""
-
-    def add_callback(self, callback: Callable[[], Any]) -> None:
-        """Call `callback` when the program cancels the calls. Any thread may cancel them."""
-
-
-@dataclass(eq=False)
-class _PendingCall:
-    """A call that waits for its recorded answer, or that is made live. The first fields are from `Recorder.call`."""
-
-    call: Call
-    perform: Perform | None = None
-    streamed: Streamed = field(default=lambda _: [])
-    on_replay: Callable[[Content], None] = field(default=lambda _: None)
-    caller: Caller = None
-    token: Token | None = None
-    asked_after: int = 0
-    """The number of the last event that was delivered before the call was made live, or cancelled in a replay."""
-    asked_ms: int = 0
-    """The session's active time when the call was made."""
-    was_found: bool = False
-    """Whether the recorded content was found and passed to `on_replay`."""
-    was_made: bool = False
-    """Whether the call was made. Set back to False if the call's event was recorded and then revoked."""
-    setback: Setback | None = None
-    """Set when the program gives the call up."""
-    cleanup: set[str] | None = None
-    """The calls of the clean-up that the call is part of, or before which the program gave it up."""
-    is_cancelled: bool = False
-    _is_sending: bool = False
-    answer: asyncio.Future[Answer | Exception] = field(init=False)
-    """The call's answer or error. Set an error with `set_result`: asyncio warns of exceptions that nobody retrieves."""
-
-    def cancel(self, running: asyncio.Task[None], *, is_ending: bool = False) -> None:
-        """Cancel `running`, the task that makes the call. If it is sending, it is cancelled later (see `sending`).
-
-        If the run is ending, it is cancelled after TAKE_OVER_PATIENCE at the latest.
-        """
-        self.is_cancelled = True
-        if not self._is_sending:
-            running.cancel()
-        elif is_ending:
-            running.get_loop().call_later(TAKE_OVER_PATIENCE, running.cancel)
-
-    @contextmanager
-    def sending(self) -> Iterator[None]:
-        """Delay a cancellation to the end of a `with` that sends requests.
-
-        The journal needs the answer: if the server has recorded the event, the journal must have it, too. Otherwise the
-        server would refuse the run's next event.
-        """
-        self._is_sending = True
-        try:
-            yield
-        finally:
-            self._is_sending = False
-        self.check_not_cancelled()
-
-    def check_not_cancelled(self) -> None:
-        if self.is_cancelled:
-            raise asyncio.CancelledError
-
-
 class Recorder:
     """The recorder of one run: it replays events and records new ones."""
 
@@ -183,6 +87,7 @@ class Recorder:
         self.replay = Replay(journal, session)
         self.setbacks = Setbacks()
         self.cleanup: Cleanup = session.cleanup
+        self.questions = Questions(journal)
         self.live_counts: Counter[str] = Counter()
         """How many calls of each name in COUNTED_AS the run has made, and the number of their tokens."""
         self.replayed_counts: Counter[str] = Counter()
@@ -193,23 +98,15 @@ class Recorder:
         """The number of the last event that the program has surely handled: the session was idle after it."""
         self._record_lock = asyncio.Lock()
         """Held while an event is recorded: only one task may do so at a time."""
-        self._calls: dict[asyncio.Task[None], _PendingCall] = {}
+        self._calls: dict[asyncio.Task[None], PendingCall] = {}
         """The live calls, by the tasks that make them or take them back."""
-        self._cancelled: dict[str, _PendingCall] = {}
+        self._cancelled: dict[str, PendingCall] = {}
         """The calls that the program cancelled while they waited for their recorded results, by their addresses."""
-        self._postponed: list[tuple[_PendingCall, Returned | GivenUp]] = []
+        self._postponed: list[tuple[PendingCall, Returned | GivenUp]] = []
         """The typed console lines and given-up calls that are not recorded yet.
 
         They are recorded before the next event. A replay delivers them outside the order of events.
         """
-        self._questions: list[tuple[str, str]] = []
-        """The waits for a person's decision: the address of the call that waits, and a line about what it waits for."""
-        self._questions_since = 0.0
-        """When the first of these waits began, by time.monotonic()."""
-        self._questions_seconds = 0.0
-        """The total length of the earlier waits for a person's decision."""
-        self._another_question = asyncio.Event()
-        """Set when another call begins to wait for a person's decision."""
         journal.watch(self.stop)
         self._in_background = [asyncio.create_task(self._run_replay(), name="replay")]
         if park:
@@ -271,9 +168,7 @@ class Recorder:
         since = self.replay.over_since
         if since is None:
             return 0
-        now = time.monotonic()
-        waited = self._questions_seconds + (now - self._questions_since if self._questions else 0)
-        return round((now - since - waited) * 1000)
+        return round((time.monotonic() - since - self.questions.seconds) * 1000)
 
     # ---- Calls -------------------------------------------------------------------------------------------------------
 
@@ -324,7 +219,7 @@ class Recorder:
         """
         self._check_not_failed()
         caller = caller or asyncio.current_task()
-        pending = _PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
+        pending = PendingCall(self.replay.matching(call), perform, streamed, on_replay, caller, token)
         if caller is asyncio.current_task():
             self.cleanup.notice()
         pending.cleanup = self.cleanup.of_this_task()
@@ -349,7 +244,7 @@ class Recorder:
         if self.cleanup.of_this_task() is None:
             self.setbacks.starts_an_agent(asyncio.current_task())
 
-    def _found(self, pending: _PendingCall, content: Content) -> None:
+    def _found(self, pending: PendingCall, content: Content) -> None:
         """Log that a call is replayed, unless it failed or was given up. Then call `on_replay`, which may print.
 
         Do nothing if the call's content was found early.
@@ -368,7 +263,7 @@ class Recorder:
         if kind is Kind.REPLY:
             counts["tokens"] += sum(usage_of(content))
 
-    async def _replayed(self, pending: _PendingCall) -> Answer | Exception | None:
+    async def _replayed(self, pending: PendingCall) -> Answer | Exception | None:
         """Return the call's recorded outcome in its turn; None if the call has to be made live."""
         call = pending.call
         if (event := self.replay.pop_unordered(call.address)) is not None:
@@ -391,7 +286,7 @@ class Recorder:
         self.setbacks.add(call.agent, pending.caller, error, event)
         return error
 
-    async def _in_time(self, pending: _PendingCall, waiting: Coroutine[Any, Any, T]) -> T:
+    async def _in_time(self, pending: PendingCall, waiting: Coroutine[Any, Any, T]) -> T:
         """Wait for the replay to reach a call.
 
         If Ctrl+C ends the replay, the program no longer makes the recorded calls that come before its clean-up. So the
@@ -410,7 +305,7 @@ class Recorder:
 
     # ---- Live calls --------------------------------------------------------------------------------------------------
 
-    async def _made_live(self, pending: _PendingCall) -> Answer | Exception:
+    async def _made_live(self, pending: PendingCall) -> Answer | Exception:
         """Let a task of its own make the call; return the outcome. If the caller is cancelled, give the call up."""
         if self._session.is_over:
             raise late_call(self._session)
@@ -423,7 +318,7 @@ class Recorder:
             self._give_up(pending, running)
             raise
 
-    def _start(self, pending: _PendingCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _start(self, pending: PendingCall, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task that makes the call, or that takes it back. The end of the run waits for the task."""
         running = asyncio.create_task(work)
         self._calls[running] = pending
@@ -442,7 +337,7 @@ class Recorder:
         else:
             pending.answer.set_result(RuntimeError(f"{pending.call} was cancelled"))
 
-    async def _make_and_record(self, pending: _PendingCall) -> None:
+    async def _make_and_record(self, pending: PendingCall) -> None:
         """Make a call, record its outcome, and set the answer. This is where every live call is recorded."""
         call = pending.call
         try:
@@ -501,7 +396,7 @@ class Recorder:
         await idle(self._session)
         self._handled_seq = delivered
 
-    def _must_be_known(self, pending: _PendingCall) -> bool:
+    def _must_be_known(self, pending: PendingCall) -> bool:
         """Return whether the next run must know of a call to a model or a tool, even if the call leaves no result."""
         call = pending.call
         if call.kind is not Kind.TOOL:
@@ -517,7 +412,7 @@ class Recorder:
     async def _wait_for_budget(self, budget: BudgetCheck, call: Call) -> None:
         """Wait until the budget allows a call, and count it. Raises BudgetExceeded if a person stops the session."""
         while exceeded := budget.exceeded(call, self._live_ms):
-            await budget.ask(exceeded, partial(self.waiting_for_a_person, call.address))
+            await budget.ask(exceeded, partial(self.questions.waiting, call.address))
         budget.count_call(call)
 
     async def before_attempt(self, call: Call) -> None:
@@ -530,7 +425,7 @@ class Recorder:
             with self.servers_errors():
                 await to_its_end(self.journal.begin(call))  # the journal needs the answer, as in `begin`
 
-    async def _performed(self, pending: _PendingCall, perform: Perform) -> Performed:
+    async def _performed(self, pending: PendingCall, perform: Perform) -> Performed:
         place = current.get()
         assert place is not None
         name = pending.call.name
@@ -568,7 +463,7 @@ class Recorder:
                 if any(event.content is content for event in self.journal.events):
                     self._postponed.pop(0)
 
-    async def _record(self, pending: _PendingCall, content: Content) -> Event:
+    async def _record(self, pending: PendingCall, content: Content) -> Event:
         event = await self.journal.record(
             pending.call,
             content,
@@ -585,7 +480,7 @@ class Recorder:
 
     # ---- Given-up calls ----------------------------------------------------------------------------------------------
 
-    def _give_up(self, pending: _PendingCall, running: asyncio.Task[None]) -> None:
+    def _give_up(self, pending: PendingCall, running: asyncio.Task[None]) -> None:
         """Cancel a call that the program has cancelled, or has not waited for."""
         if pending.setback is None:
             pending.setback = self.setbacks.add(pending.call.agent, pending.caller)
@@ -593,7 +488,7 @@ class Recorder:
             pending.cancel(running)
             self._start(pending, self._take_back(pending, running))
 
-    async def _take_back(self, pending: _PendingCall, running: asyncio.Task[None]) -> None:
+    async def _take_back(self, pending: PendingCall, running: asyncio.Task[None]) -> None:
         """Remember that the program gave a call up. If the call's event was recorded already, revoke the event."""
         await asyncio.wait({running})
         if self.failed.done():
@@ -611,7 +506,7 @@ class Recorder:
         was_made = pending.was_made or self.journal.has_begun(pending.call)
         self._postponed.append((pending, GivenUp(streamed=pending.streamed(False), was_made=was_made)))
 
-    async def _wait_to_be_given_up(self, event: Event, pending: _PendingCall) -> None:
+    async def _wait_to_be_given_up(self, event: Event, pending: PendingCall) -> None:
         """Wait until the call is cancelled, as in the recorded run: then raise CancelledError.
 
         If that takes too long, the program has changed, or the reason for the cancellation is gone: a failure that
@@ -667,66 +562,44 @@ class Recorder:
         if was != now and not event.accepted:
             self.differs(f"{event} asked {was!r}, now it asks {now!r}")
             return None
-        self._found(_PendingCall(call), event.content)
+        self._found(PendingCall(call), event.content)
         self._count(call.kind, event.content, is_replayed=True)
         return str(event.content.value)
 
     def typed(self, call: Call, content: Returned) -> None:
         """Keep a typed console line until the line can be recorded."""
         self._count(call.kind, content, is_replayed=False)
-        typed = _PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
+        typed = PendingCall(call, asked_after=self.replay.last_seq, asked_ms=self.active_now_ms)
         self._postponed.append((typed, content))
 
-    # ---- People ------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def waiting_for_a_person(self, address: str, what: str) -> Iterator[None]:
-        """For the length of a `with`, note that the call at `address` waits for a person's decision; log `what`.
-
-        `what` says what the call waits for and how to decide. If the run may park, it ends with Parked as soon as no
-        other call of the run is in progress. The wait doesn't count as active time of the session.
-        """
-        self.journal.may_leave_open = True  # a tool may have asked, about a call of a worker
-        if all(what != other for _, other in self._questions):  # several calls may wait for one decision
-            self.journal.log.warning("%s", what)
-        if not self._questions:
-            self._questions_since = time.monotonic()
-        self._questions.append((address, what))
-        self._another_question.set()
-        try:
-            yield
-        finally:
-            self._questions.remove((address, what))
-            if not self._questions:
-                self._questions_seconds += time.monotonic() - self._questions_since
+    # ---- Parking ----------------------------------------------------------------------------------------------------
 
     async def _park_when_all_wait(self) -> None:
         while True:
-            if not self._questions:
-                await self._another_question.wait()
-            self._another_question.clear()
+            if not self.questions.addresses:
+                await self.questions.another.wait()
+            self.questions.another.clear()
             # Let the other branches continue: they may be running a tool, and their replies are paid for.
             await self._idle()
-            waiting = {address for address, _ in self._questions}
+            waiting = self.questions.addresses
             at_work = {
                 running
                 for running, pending in self._calls.items()
                 if pending.call.address not in waiting and pending.call.kind not in (Kind.SLEEP, Kind.SENT_EVENT)
             }
             if at_work:
-                another = asyncio.ensure_future(self._another_question.wait())
+                another = asyncio.ensure_future(self.questions.another.wait())
                 await asyncio.wait({*at_work, another}, return_when=asyncio.FIRST_COMPLETED)
                 another.cancel()
             elif self._postponed:  # the next run must not make the calls again that the program gave up
                 with self.servers_errors():
                     async with self._record_lock:
                         await self._record_postponed()
-            elif self._questions:
+            elif self.questions.addresses:
                 with self.servers_errors():
                     # If the last event is a failure, show that it did not end the run: the program has handled it.
                     await self.journal.begin_if_needed(Call(Kind.TURN, "", f"parked/{self.journal.next_seq}"))
-                waits = "; ".join(dict.fromkeys(what for _, what in self._questions))
-                self.stop(Parked(self.journal.session, waits))
+                self.stop(Parked(self.journal.session, self.questions.lines))
                 return
 
     # ---- The replay, and drift ---------------------------------------------------------------------------------------

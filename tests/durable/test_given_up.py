@@ -608,7 +608,7 @@ def test_token_of_replayed_given_up_call_can_be_cancelled_after_end_of_its_event
 async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.recorder.TAKE_OVER_PATIENCE", 0.1)
+    monkeypatch.setattr("durable_autogen.record.pending_call.TAKE_OVER_PATIENCE", 0.1)
     record = Owner.record
     is_recorded, answers = asyncio.Event(), asyncio.Event()
 
