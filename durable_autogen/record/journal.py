@@ -294,14 +294,6 @@ class Journal:
         if self._in_background:
             await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
 
-    def _key(self, one: Call | Event | EventInput) -> str:
-        name = one.address
-        if again := self.recorded.times_revoked[one.address]:
-            name += f"/again/{again}"  # the old key still names the revoked event
-        if one.digest:  # an earlier run may have begun a different call at this position, and left no result
-            name += f"/{one.digest[:DIGITS]}"
-        return key_within(f"{self.session}/", name)
-
     async def _move_if_replaced(self, run: Task | None) -> bool:
         """Record all events again if the server's database was replaced; return whether the database was replaced.
 
@@ -416,6 +408,14 @@ class Journal:
             await self.under_this_run(self.owner.record, AGENT_EVENT, self._input(event), event, idempotency_key=key)
         self.recorded.add(event)
         return event
+
+    def _key(self, one: Call | Event | EventInput) -> str:
+        name = one.address
+        if again := self.recorded.times_revoked[one.address]:
+            name += f"/again/{again}"  # the old key still names the revoked event
+        if one.digest:  # an earlier run may have begun a different call at this position, and left no result
+            name += f"/{one.digest[:DIGITS]}"
+        return key_within(f"{self.session}/", name)
 
     def _input(self, call: Call | Event) -> EventInput:
         return EventInput(
