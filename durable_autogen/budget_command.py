@@ -82,7 +82,7 @@ async def _report(client: NexumClient, session: str) -> str:
     """Return a text about what a session has spent, and about the budget decision that it waits for, if any."""
     record = await while_pruning(lambda: read_record(client, session))
     questions = await questions_of(client, session)
-    if not record.made and not questions:
+    if not record.history and not questions:
         raise unknown_session(session)
     spent = Spent.of(record, is_in_usd=has_prices())
     used = Budget(

@@ -11,12 +11,12 @@ from durable_autogen.errors import DriftError
 from durable_autogen.record.effects import (
     EFFECT,
     TOOL_EFFECT,
-    EffectInput,
+    Effect,
     Effects,
+    effects_prefix,
     has_not_happened,
-    kept_for,
-    of_session,
     read_effects,
+    reuse_prefix,
     with_attempts,
 )
 from durable_autogen.record.events import (
@@ -40,7 +40,6 @@ from nexum_engine.errors import InvalidRequest
 from nexum_engine.records import Execution, ExecutionStatus, NodeStatus
 
 OnEffects = Literal["refuse", "reuse", "again"]
-Effect = tuple[EffectInput, Execution]
 SHOWN_INPUT = 200  # characters of the input of a worker's call in a message
 
 
@@ -77,28 +76,28 @@ async def fork_session(
     if session == source:
         raise InvalidRequest(f"session {source!r} can't be forked into itself: give the new session another id")
     message = str(representable(message))
-    kept, reused = await while_pruning(lambda: _forked(client, source, count, effects))
+    copied, reused = await while_pruning(lambda: _forked(client, source, count, effects))
     async with Journal(client, session, log_for(tell)) as journal:
-        is_new = await _copy(journal, source, kept, message)
+        is_new = await _copy(journal, source, copied, message)
         if reused and is_new:
-            await _keep_results(journal, reused)
-    return kept
+            await _record_reusable(journal, reused)
+    return copied
 
 
 async def _forked(client: NexumClient, source: str, count: int, effects: OnEffects) -> tuple[list[Event], list[Effect]]:
     """Return the events that a fork copies, and the effects that it may reuse. Raises InvalidRequest."""
     record = await read_record(client, source)
-    kept = _first_events(record, source, count)
+    copied = _first_events(record, source, count)
     if effects == "again":
-        return kept, []
-    later = await _later_effects(client, source, record, kept)
-    of_workers = await _effects_of_workers(client, source, record, kept)
+        return copied, []
+    later = await _later_effects(client, source, record, copied)
+    of_workers = await _effects_of_workers(client, source, record, copied)
     if not await has_begun(client, source):  # the session was pruned before its effects were read
         raise unknown_session(source)
     if effects == "refuse":
         _refuse(source, count, later, of_workers)
-        return kept, []
-    return kept, _reusable(source, later, of_workers, client.servers)
+        return copied, []
+    return copied, _reusable(source, later, of_workers, client.servers)
 
 
 def _first_events(record: Record, source: str, count: int) -> list[Event]:
@@ -115,7 +114,7 @@ def _first_events(record: Record, source: str, count: int) -> list[Event]:
     return copied if record.beginning is None else [record.beginning, *copied]
 
 
-async def _copy(journal: Journal, source: str, kept: Sequence[Event], message: str) -> bool:
+async def _copy(journal: Journal, source: str, events: Sequence[Event], message: str) -> bool:
     """Record the copies and the message of a fork, as far as an earlier fork with equal arguments has not done so.
 
     Return False if the new session has already continued. Raises DriftError if it was not forked with these arguments.
@@ -126,13 +125,13 @@ async def _copy(journal: Journal, source: str, kept: Sequence[Event], message: s
     continued = len(journal.events) > len(copied) + len(added)
     if any(isinstance(event.content, Revoked) for event in journal.events):
         # Don't expect all copied events: an earlier run of the new session may have revoked some of them.
-        is_same = _is_within(copied, kept) and bool(copied or added)
+        is_same = _is_within(copied, events) and bool(copied or added)
     else:
-        is_same = _identities(copied) == _identities(kept if continued or added else kept[: len(copied)])
+        is_same = _identities(copied) == _identities(events if continued or added else events[: len(copied)])
     if not is_same:
         raise DriftError(f"session {session} has recorded other events than {source}: give the new session another id")
     if not continued and not added:
-        for event in kept[len(copied) :]:
+        for event in events[len(copied) :]:
             await journal.add_copy(event)
     if message and not any(isinstance(event.content, Said) and event.content.text == message for event in added):
         if continued or added:
@@ -195,17 +194,17 @@ async def _unused(client: NexumClient, source: str, before: Set[str]) -> list[Ef
     If the session is itself a fork that may reuse results, include these results, except those that the calls in
     `before` have reused. If a later call has reused a result, include the result only once.
     """
-    kept: defaultdict[str, list[Effect]] = defaultdict(list)
-    for input, execution in await read_effects(client, kept_for(source)):
-        kept[input.digest].append((input, execution))
+    reusable: defaultdict[str, list[Effect]] = defaultdict(list)
+    for input, execution in await read_effects(client, reuse_prefix(source)):
+        reusable[input.digest].append((input, execution))
     later = []
-    own = await read_effects(client, of_session(source))
+    own = await read_effects(client, effects_prefix(source))
     for input, execution in sorted(own, key=lambda one: one[0].call not in before):  # the calls in `before` come first
-        left = kept[input.digest]
+        left = reusable[input.digest]
         result = left.pop(0) if left else (input, execution)
         if input.call not in before:
             later.append(result)
-    return [*later, *(one for left in kept.values() for one in left)]
+    return [*later, *(one for left in reusable.values() for one in left)]
 
 
 async def _effects_of_workers(
@@ -224,12 +223,12 @@ async def _effects_of_workers(
         )
         if any(node.once for node in one.nodes)
         and one.workflow_id != TOOL_EFFECT.workflow_id
-        and not any(_names(one.idempotency_key, call) for call in calls)
+        and not any(_contains_id(one.idempotency_key, call) for call in calls)
     ]
     return sorted(found, key=lambda one: one.created_ms)
 
 
-def _names(key: str, call: str) -> bool:
+def _contains_id(key: str, call: str) -> bool:
     """Return whether the key of a worker's execution contains this call id."""
     return f":{call}:" in f":{key}:" or f"/{call}/" in key
 
@@ -238,14 +237,14 @@ def _in_words(execution: Execution) -> str:
     return f"{execution.workflow_id} {textwrap.shorten(execution.input_json, SHOWN_INPUT)} ({execution.execution_id})"
 
 
-async def _keep_results(journal: Journal, later: Sequence[Effect]) -> None:
+async def _record_reusable(journal: Journal, later: Sequence[Effect]) -> None:
     """Record the results of another session's effects, so that the journal's session may reuse them."""
-    recorded = await read_effects(journal.client, kept_for(journal.session))
+    recorded = await read_effects(journal.client, reuse_prefix(journal.session))
     taken = {execution.idempotency_key for _, execution in recorded}
     numbers: Counter[str] = Counter()
     for input, execution in later:
         numbers[input.digest] += 1
-        key = f"{kept_for(journal.session, input.digest)}/{numbers[input.digest]}"
+        key = f"{reuse_prefix(journal.session, input.digest)}/{numbers[input.digest]}"
         if key not in taken:
             output = jsontext.parse(execution.outputs()[EFFECT], "the result")
             await Effects(journal).record(input, output, key)

@@ -14,8 +14,8 @@ from autogen_agentchat.base import ChatAgent, TaskResult, Team
 from autogen_agentchat.messages import BaseChatMessage, MessageFactory
 from autogen_core import CancellationToken
 
-from durable_autogen.autogen.differences import compare
-from durable_autogen.autogen.fingerprints import hashed
+from durable_autogen.autogen.differences import fingerprint_differences
+from durable_autogen.autogen.fingerprints import fingerprint_of
 from durable_autogen.autogen.session_state import text_of
 from durable_autogen.autogen.transcript import Item, Message, Task, marked, messages_of
 from durable_autogen.errors import RunCancelled
@@ -170,9 +170,9 @@ class _Run:
             try:
                 return await running
             except RuntimeError as error:
-                cause = recorder.setbacks.cause_of(error)
-                if cause is not None:
-                    raise cause from error
+                failure = recorder.setbacks.failure_quoted_by(error)
+                if failure is not None:
+                    raise failure from error
                 raise
         finally:
             if not running.done():
@@ -224,11 +224,10 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
         if not begun.content.task:
             raise InvalidRequest(f"session {journal.session} has recorded no task: give it one")
         return _task_again(begun.content)
+    recorded, now = begun.request, _fingerprint(runnable, task)
     if begun.accepted:  # compare only the task: a fork may have another team
-        differing = compare(hashed({"task": begun.content.task}), hashed({"task": _texts(task)}))
-    else:
-        differing = compare(begun.request, _description(runnable, task))
-    if differing:
+        recorded, now = fingerprint_of({"task": begun.content.task}), fingerprint_of({"task": _texts(task)})
+    if differing := fingerprint_differences(recorded, now):
         await recorder.drift(begun.seq - 1, f"the session began differently: {'; '.join(differing)}")
         await _record_beginning(recorder, runnable, task)
     return task
@@ -236,7 +235,7 @@ async def _begin(recorder: Recorder, runnable: Runnable, task: Task) -> Task:
 
 async def _record_beginning(recorder: Recorder, runnable: Runnable, task: Task) -> None:
     content = Begun(task=_texts(task), messages=[representable(_dumped(message)) for message in messages_of(task)])
-    await recorder.begin_session(content, _description(runnable, task))
+    await recorder.begin_session(content, _fingerprint(runnable, task))
 
 
 def _dumped(message: BaseChatMessage) -> dict[str, Any]:
@@ -256,10 +255,10 @@ def _task_again(begun: Begun) -> Task:
     return [message for message in messages if isinstance(message, BaseChatMessage)]
 
 
-def _description(runnable: Runnable, task: Task) -> dict[str, Any]:
+def _fingerprint(runnable: Runnable, task: Task) -> dict[str, Any]:
     members = getattr(runnable, "_participants", None) or [runnable]
     team = f"{type(runnable).__name__}: {', '.join(member.name for member in members)}"
-    return hashed({"task": _texts(task), "team": team})
+    return fingerprint_of({"task": _texts(task), "team": team})
 
 
 def _texts(task: Task) -> list[str]:

@@ -30,9 +30,10 @@ from typing import Any, TextIO, TypeVar
 
 from durable_autogen.budget_command import budget_of
 from durable_autogen.errors import Parked
+from durable_autogen.record.activity import ThreadWork
 from durable_autogen.record.events import check_session_id
-from durable_autogen.record.idle import has_interpreters
-from durable_autogen.record.place import ThreadWork, current
+from durable_autogen.record.place import current
+from durable_autogen.record.threads import has_interpreters
 from durable_autogen.record.while_open import replaced
 from nexum_engine.ctrl_c import INTERRUPTED, end_on_ctrl_c_again
 from nexum_engine.errors import NexumError

@@ -27,7 +27,7 @@ from durable_autogen.record.storable import decoded
 from durable_autogen.recorded_sessions import SessionInfo, ShownSession
 from nexum_engine.report import age, printable
 
-EXCERPT = 100  # characters; the content of an event is cut if it is longer
+CONTENT_WIDTH = 100  # characters; the content of an event is cut if it is longer
 NAME_WIDTHS = (32, 48)  # the smallest and the largest width of the column of names; a longer name is not cut
 
 
@@ -145,4 +145,4 @@ def _content(content: Any) -> str:
 
 
 def _excerpt(text: str) -> str:
-    return printable(excerpt(text, EXCERPT))
+    return printable(excerpt(text, CONTENT_WIDTH))

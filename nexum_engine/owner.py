@@ -234,7 +234,7 @@ class Owner:
         with self._ending(task):
             await self._client.fail_task(task.task_id, error, final=True, unknown=unknown, patience=patience)
 
-    async def give_back(self, task: Task, reason: str, *, patience: float = OUTAGE_PATIENCE) -> None:
+    async def release(self, task: Task, reason: str, *, patience: float = OUTAGE_PATIENCE) -> None:
         """Record that the work of `task` has not begun. The next start with its idempotency key begins the work."""
         with self._ending(task):
             await self._client.fail_task(task.task_id, reason, patience=patience)

@@ -15,7 +15,7 @@ from autogen_agentchat.base import Response, TaskResult
 from autogen_agentchat.teams import GraphFlow
 from autogen_core import CancellationToken
 
-from durable_autogen.autogen.fingerprints import describe_turn
+from durable_autogen.autogen.fingerprints import turn_fingerprint
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.transcript import messages_of
 from durable_autogen.record.place import Place, at, steps_at
@@ -24,7 +24,10 @@ from durable_autogen.record.tasks import closing, made_ordinary, times_cancelled
 
 
 class AtWork:
-    """An agent or a team at work, with the `Place` of its calls."""
+    """An agent or a team at work, with the `Place` of its calls.
+
+    Its methods pass on a turn or a run. `original` is AutoGen's own method, bound to the caller's arguments.
+    """
 
     def __init__(self, outer: Place, runnable: Any, *, is_team: bool) -> None:
         self._outer = outer
@@ -45,14 +48,14 @@ class AtWork:
             agent=agent,
             path=path,
             is_beside_others=outer.is_beside_others or isinstance(runnable, GraphFlow),
-            owner=runnable,
+            at_work=runnable,
         )
 
     async def turn(
-        self, turn: Callable[[], AsyncIterator[Any]], token: CancellationToken | None
+        self, original: Callable[[], AsyncIterator[Any]], token: CancellationToken | None
     ) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's streamed turn."""
-        async with closing(steps_at(self.place, turn())) as steps:
+        async with closing(steps_at(self.place, original())) as steps:
             try:
                 async for item in steps:
                     yield await self._settled(item)
@@ -61,30 +64,30 @@ class AtWork:
             except BaseException as error:  # noqa: BLE001 - `_raise` raises it
                 self._raise(error, token)
 
-    async def whole_turn(self, turn: Callable[[], Awaitable[Any]], token: CancellationToken | None) -> Any:
+    async def whole_turn(self, original: Callable[[], Awaitable[Any]], token: CancellationToken | None) -> Any:
         """Return the response of an agent's turn that isn't streamed."""
         try:
             with at(self.place):
-                item = await turn()
+                item = await original()
         except BaseException as error:  # noqa: BLE001 - `_raise` raises it
             self._raise(error, token)
         return await self._settled(item)
 
-    def team_run(self, run: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
+    def team_run(self, original: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
         """Return the items of a team's run. The team's own code runs at the team's place."""
-        return self.run(lambda: steps_at(self.place, run()), task)
+        return self.run(lambda: steps_at(self.place, original()), task)
 
-    async def run(self, run: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
+    async def run(self, original: Callable[[], AsyncIterator[Any]], task: Any) -> AsyncGenerator[Any, None]:
         """Yield the items of an agent's or a team's run."""
         await self._begin()
-        async with closing(run()) as items:
+        async with closing(original()) as items:
             async for item in items:
                 yield await self._settled(item, task)
 
-    async def whole_run(self, run: Callable[[], Awaitable[TaskResult]], task: Any) -> TaskResult:
+    async def whole_run(self, original: Callable[[], Awaitable[TaskResult]], task: Any) -> TaskResult:
         """Return the result of an agent's run that isn't streamed."""
         await self._begin()
-        result: TaskResult = await self._settled(await run(), task)
+        result: TaskResult = await self._settled(await original(), task)
         return result
 
     async def _begin(self) -> None:
@@ -100,11 +103,11 @@ class AtWork:
             # A team that the program runs itself has the path of the program, whose other agents it doesn't contain.
             is_own_path = place.path != self._outer.path
             self._recorder.setbacks.turn_is_over(place.path if is_own_path else place.agent)
-            if isinstance(self._outer.owner, GraphFlow):
+            if isinstance(self._outer.at_work, GraphFlow):
                 # Record the end of the turn: in a replay, parallel members end their turns in the recorded order.
                 with at(place):
                     position = self._recorder.next_position(place.agent, "turn")
-                    await self._recorder.mark(place.agent, position, describe_turn(_words(item)))
+                    await self._recorder.mark(place.agent, position, turn_fingerprint(_words(item)))
         if isinstance(item, TaskResult) and not self._outer.is_inside:
             return self._session_state.transcript.result(item)
         return item

@@ -17,23 +17,21 @@ from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import Tool, ToolResult, ToolSchema
 from pydantic import PydanticUserError, ValidationError
 
-from durable_autogen.autogen.fingerprints import describe_call, hashed
+from durable_autogen.autogen.fingerprints import call_fingerprint, fingerprint_of
 from durable_autogen.autogen.policies import (
     CallUnderPolicy,
     ToolCall,
-    ToolForm,
     call_under_policy,
     with_note,
 )
 from durable_autogen.autogen.session_state import AgentState, SessionState
+from durable_autogen.autogen.streams import AskStreamed, ReplyStream, Stream
 from durable_autogen.autogen.values import (
     failed_result,
     is_broken,
-    pieces_again,
     reply_again,
     unrecorded_value,
     value_again,
-    written_piece,
     written_pieces,
     written_reply,
     written_value,
@@ -43,8 +41,9 @@ from durable_autogen.record.attempts import Attempts, ToolError
 from durable_autogen.record.console import skip_answer
 from durable_autogen.record.events import Call, Content, GivenUp, Kind, Raised, Returned
 from durable_autogen.record.guard import Guard, GuardedCall
-from durable_autogen.record.place import Place, at, recorded_call
-from durable_autogen.record.recorder import Answer, Performed, Recorder
+from durable_autogen.record.pending_call import Answer, Performed
+from durable_autogen.record.place import Place, at, current_call_id
+from durable_autogen.record.recorder import Recorder
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import cancel_and_wait, closing, items_of, ordinary
 from nexum_engine.approvals import noted_by
@@ -53,26 +52,13 @@ from nexum_engine.errors import FinalError, InvalidRequest, first_problem
 from nexum_engine.jsontext import MAX_PAYLOAD_BYTES, check_size, dump, escaped
 from nexum_engine.policy import Policy
 
-HOLD_FOR = 0.5  # seconds to hold back a stream's newest piece, in case it is the last one
 MAX_RESULT_BYTES = MAX_PAYLOAD_BYTES // 2  # for one call's result; the other half is for the call's fingerprint
-
-
-class _Stream:
-    """The items that a call yields before its result."""
-
-    def __init__(self) -> None:
-        self.call = ""
-        """The address of the tool call that yields the items."""
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.passed_on: list[Any] = []
-        self.produced: list[Any] = []
-        """All items that a live call has produced, whether or not they were passed on."""
 
 
 _NOTHING = object()
 
 
-Run = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
+RunTool = Callable[[Mapping[str, Any] | None], Awaitable[Any]]
 """A function that calls the original method. Its parameter is the edited arguments; None means the original ones."""
 
 
@@ -88,7 +74,7 @@ class Calls:
         self._agent_state: AgentState = self._session_state.agent(place.agent)
         self._task = asyncio.current_task()
         self._recorder.cleanup.notice()
-        self._must_not_raise = isinstance(place.owner, AssistantAgent)
+        self._must_not_raise = isinstance(place.at_work, AssistantAgent)
         """Whether the agent would wait for ever if a tool raised an error."""
 
     # ---- Models ------------------------------------------------------------------------------------------------------
@@ -118,7 +104,7 @@ class Calls:
     async def streamed_reply(
         self,
         client: ChatCompletionClient,
-        ask: Callable[[Sequence[LLMMessage]], AsyncIterator[str | CreateResult]],
+        ask: AskStreamed,
         messages: Sequence[LLMMessage],
         options: Mapping[str, Any],
     ) -> AsyncGenerator[str | CreateResult, None]:
@@ -126,70 +112,29 @@ class Calls:
         messages, call = self._reply_call(client, messages, options)
         model = self._agent_state.conversation.model
         policy = self._guard.of_model(model)
-        stream = _Stream()
-        held: list[Any] = []
-        loop = asyncio.get_running_loop()
-
-        def release() -> None:
-            while held:
-                stream.items.put_nowait(held.pop())
-
-        async def attempt() -> CreateResult:
-            result: CreateResult | None = None
-            releasing: asyncio.TimerHandle | None = None
-            try:
-                async for piece in ask(messages):
-                    heartbeat()
-                    if releasing is not None:
-                        releasing.cancel()
-                    if isinstance(piece, CreateResult):
-                        result = piece
-                        continue
-                    release()
-                    held.append(piece)
-                    stream.produced.append(piece)
-                    # Hold back the newest piece: it may be the last one, which must wait until the reply is recorded.
-                    # If no other piece comes within HOLD_FOR, release it.
-                    releasing = loop.call_later(HOLD_FOR, release)
-            except BaseException:
-                release()  # the stream broke: give the agent every piece that came
-                raise
-            finally:
-                if releasing is not None:
-                    releasing.cancel()
-            if result is None:
-                raise RuntimeError("the model's stream ended without a result")
-            return result
+        stream = ReplyStream()
 
         async def perform(call: Call) -> Performed:
             attempts = Attempts(self._recorder, call, model, policy)
             # If the agent has received a piece, don't retry: the agent would receive the beginning twice.
-            result = await attempts.make(attempt, lambda: not stream.produced)
+            result = await attempts.make(lambda: stream.read(ask, messages), lambda: not stream.produced)
             written, result = written_reply(result)
             pieces = written_pieces(stream.produced, result)
             return Performed(result, Returned(value=written, streamed=pieces, is_broken=is_broken(result)))
 
-        def streamed(whole: bool) -> list[Any]:
-            return [written_piece(piece) for piece in (stream.produced if whole else stream.passed_on)]
-
-        def replayed(content: Content) -> None:
-            pieces: list[Any] = []
-            if isinstance(content, Returned):
-                pieces = pieces_again(content.streamed, reply_again(content.value))
-                held.extend(pieces[-1:])
-                del pieces[-1:]
-            elif isinstance(content, (Raised, GivenUp)):
-                pieces = [value_again(piece) for piece in content.streamed]
-            for piece in pieces:
-                stream.items.put_nowait(piece)
-
         token = options.get("cancellation_token")
         running = asyncio.ensure_future(
             self._recorder.call(
-                call, perform, caller=self._task, token=token, streamed=streamed, on_replay=replayed, early=True
+                call,
+                perform,
+                caller=self._task,
+                token=token,
+                streamed=stream.written,
+                on_replay=stream.replay,
+                early=True,
             )
         )
-        has_to_mark = self._place.hands_on_late
+        has_to_mark = self._place.passes_on_late
         async with closing(items_of(running, stream.items)) as pieces:
             async for piece in pieces:
                 stream.passed_on.append(piece)
@@ -200,7 +145,7 @@ class Calls:
                     await self._recorder.mark(self._agent, f"{call.position}/begun", {})
                 yield piece
         result = self._received(client, await running)
-        for text in filter(None, held):
+        for text in filter(None, stream.held):
             yield text
         yield result
 
@@ -236,11 +181,11 @@ class Calls:
 
     # ---- Tools -------------------------------------------------------------------------------------------------------
 
-    async def tool(self, run: Run, tool_call: ToolCall, stream: _Stream | None = None) -> Any:
+    async def tool(self, run_tool: RunTool, tool_call: ToolCall, stream: Stream | None = None) -> Any:
         """Return the recorded result of a tool, or call the tool and record its result."""
         must_not_raise = self._must_not_raise and tool_call.workbench is not None
         try:
-            answer = await self._tool(run, tool_call, stream or _Stream())
+            answer = await self._tool(run_tool, tool_call, stream or Stream())
         except asyncio.CancelledError:
             if tool_call.token is None or not tool_call.token.is_cancelled() or not must_not_raise:
                 raise
@@ -255,21 +200,21 @@ class Calls:
             # Write again: the canvas is only in this process's memory, and later prompts contain its text. If this
             # fails, the next prompt differs from the recorded one, and the replay says so.
             with at(dataclasses.replace(self._place, in_call=True)), contextlib.suppress(Exception):
-                await run(None)
+                await run_tool(None)
         return value
 
     def tool_stream(
-        self, run: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], tool_call: ToolCall
+        self, run_tool: Callable[[Mapping[str, Any] | None], AsyncIterator[Any]], tool_call: ToolCall
     ) -> AsyncGenerator[Any, None]:
         """Yield the items of a streaming tool, then the tool's result. Record the items and the result.
 
         In a workbench's stream, the result is the ToolResult. In a tool's own stream, the result is the last item.
         """
-        stream = _Stream()
+        stream = Stream()
 
         async def last(edited: Mapping[str, Any] | None) -> Any:
             result: Any = _NOTHING
-            async for item in run(edited):
+            async for item in run_tool(edited):
                 heartbeat()
                 may_be_result = tool_call.workbench is None or isinstance(item, ToolResult)
                 piece = result if may_be_result else item
@@ -287,18 +232,18 @@ class Calls:
 
         return _passed_on(stream, self.tool(last, tool_call, stream))
 
-    async def _tool(self, run: Run, tool_call: ToolCall, stream: _Stream) -> Answer:
+    async def _tool(self, run_tool: RunTool, tool_call: ToolCall, stream: Stream) -> Answer:
         name, token = tool_call.name, tool_call.token
         position = self._agent_state.position_of_call(tool_call.call_id, name)
         policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
-        request = describe_call(name, tool_call.arguments)
+        request = call_fingerprint(name, tool_call.arguments)
         call = Call(Kind.TOOL, self._agent, position, request, has_policy=policy is not None)
         stream.call = call.address
 
         async def attempt(edited: Mapping[str, Any] | None = None) -> Any:
             # Run the tool in a separate task. Otherwise a CancelledError that the tool raises would look as if the
             # caller were cancelled.
-            running = asyncio.ensure_future(ordinary(run(edited), name))
+            running = asyncio.ensure_future(ordinary(run_tool(edited), name))
             try:
                 await asyncio.wait({running})
             finally:
@@ -311,9 +256,9 @@ class Calls:
 
         async def perform(call: Call) -> Performed:
             journal = self._recorder.journal
-            recorded_call.set(journal.recorded.call_id_of(journal.session, call))
+            current_call_id.set(journal.recorded.call_id_of(journal.session, call))
             # The tool may submit a call to a worker, and that call may wait for a person. Then this run waits, too.
-            noted_by.set(partial(self._recorder.waiting_for_a_person, call.address))
+            noted_by.set(partial(self._recorder.questions.waiting, call.address))
             try:
                 if policy is None:
                     value = await attempt()
@@ -335,11 +280,8 @@ class Calls:
                     self._session_state.transcript.settle(stream.call, item, made_before=True)
                     stream.items.put_nowait(item)
 
-        def written(whole: bool) -> list[Any]:
-            return [written_value(item) for item in (stream.produced if whole else stream.passed_on)]
-
         return await self._recorder.call(
-            call, perform, caller=self._task, token=token, streamed=written, on_replay=replayed
+            call, perform, caller=self._task, token=token, streamed=stream.written, on_replay=replayed
         )
 
     async def _under_policy(
@@ -355,11 +297,12 @@ class Calls:
         will_run = policy.approval is not None or policy.is_once
         arguments = await tool_call.checked(tool_call.arguments, will_run=will_run)
         reason = self._agent_state.reason_for(call.position)
-        form = ToolForm(tool_call, lambda value: self._returned(tool_call, value, []).value)
-        guarded = GuardedCall(call, policy, arguments, form, tool_call.fits, reason)
+        guarded = GuardedCall(
+            call, policy, arguments, tool_call, lambda value: self._returned(tool_call, value, []).value, reason
+        )
         if policy.is_once:
-            is_kept, value = await guard.kept_result(guarded)
-            if is_kept:
+            is_reused, value = await guard.reused_result(guarded)
+            if is_reused:
                 return value
         shown, note = None, ""
         try:
@@ -447,23 +390,23 @@ class Calls:
         The calls that the agent or team makes are recorded under its own name.
         """
         self._agent_state.position_of_call(tool_call.call_id, tool_call.name)
-        return dataclasses.replace(self._place, hands_on_late=self._place.is_beside_others)
+        return dataclasses.replace(self._place, passes_on_late=self._place.is_beside_others)
 
     # ---- People, code, memory ----------------------------------------------------------------------------------------
 
-    async def input(self, run: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
+    async def input(self, original: Callable[[], Awaitable[str]], prompt: str, token: CancellationToken | None) -> str:
         """Return a person's recorded input, or ask the person and record the input."""
         position = self._recorder.next_position(self._agent, "input")
-        call = Call(Kind.INPUT, self._agent, position, hashed({"prompt": prompt}))
+        call = Call(Kind.INPUT, self._agent, position, fingerprint_of({"prompt": prompt}))
         # Start the callback that asks the person at once, because the recorder may have to send requests first. If the
         # callback started later than AutoGen's announcement of the request, UserInputManager would wait for ever.
         asking = None
         if self._recorder.replay.event_for(call.address) is None:
             with at(dataclasses.replace(self._place, in_call=True)):
-                asking = asyncio.ensure_future(run())
+                asking = asyncio.ensure_future(original())
 
         async def perform(_: Call) -> Performed:
-            said = representable(str(await (asking or run())))
+            said = representable(str(await (asking or original())))
             return Performed(said, Returned(value=said))
 
         try:
@@ -489,7 +432,7 @@ class Calls:
         self,
         kind: Kind,
         request: Mapping[str, Any],
-        run: Callable[[], Awaitable[Any]],
+        original: Callable[[], Awaitable[Any]],
         declared: Any,
         token: CancellationToken | None = None,
     ) -> Any:
@@ -499,11 +442,11 @@ class Calls:
         """
 
         async def perform(_: Call) -> Performed:
-            value = await run()
+            value = await original()
             return Performed(value, Returned(value=representable(written_value(value))))
 
         position = self._recorder.next_position(self._agent, kind.value)
-        call = Call(kind, self._agent, position, hashed(request))
+        call = Call(kind, self._agent, position, fingerprint_of(request))
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         return self._value(answer, declared)
 
@@ -531,7 +474,7 @@ def _writes_to_canvas(tool: object) -> bool:
     return any(kind.__module__ == "autogen_ext.memory.canvas._canvas_writer" for kind in type(tool).__mro__)
 
 
-async def _passed_on(stream: _Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
+async def _passed_on(stream: Stream, call: Coroutine[Any, Any, Any]) -> AsyncGenerator[Any, None]:
     """Yield the streamed items of `call`, then the result of `call`."""
     running = asyncio.ensure_future(call)
     async with closing(items_of(running, stream.items)) as items:

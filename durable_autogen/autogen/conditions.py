@@ -18,8 +18,9 @@ from autogen_agentchat.messages import StopMessage
 from durable_autogen.autogen.session_state import SessionState
 from durable_autogen.autogen.values import value_again, written_value
 from durable_autogen.record.events import Call, Kind, Returned
+from durable_autogen.record.pending_call import Performed
 from durable_autogen.record.place import Place
-from durable_autogen.record.recorder import Performed, Recorder
+from durable_autogen.record.recorder import Recorder
 
 MESSAGES_ALONE = {
     AndTerminationCondition,
@@ -37,7 +38,7 @@ MESSAGES_ALONE = {
 
 
 async def check(
-    condition: TerminationCondition, place: Place, ask: Callable[[], Awaitable[StopMessage | None]]
+    condition: TerminationCondition, place: Place, original: Callable[[], Awaitable[StopMessage | None]]
 ) -> StopMessage | None:
     """Check a condition. If it stops the run, record the stop with the number of the check.
 
@@ -52,7 +53,7 @@ async def check(
         _count_the_sessions_time(condition, session_state, recorder.active_now_ms)
     state: dict[str, Any] = getattr(condition, "__dict__", {})
     before, slots_before = dict(state), _slots(condition)
-    message = await ask()
+    message = await original()
     is_recorded = f"{name}/{position}" in recorder.replay.ahead
     is_decided = bool(recorder.replay.ahead) or recorder.was_checked(name)
     if not is_recorded and message is not None and is_decided:

@@ -19,10 +19,10 @@ def differences(recorded: Event, now: Call, find: Callable[[str], Event | None])
     """
     if recorded.kind is not now.kind:
         return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
-    if recorded.request.get("hash") == now.request.get("hash"):
+    if recorded.hash == now.hash:
         return []
     current = now.request if now.whole_request is None else now.whole_request()
-    return compare(_whole(recorded, find), current)
+    return fingerprint_differences(_whole(recorded, find), current)
 
 
 def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
@@ -40,7 +40,7 @@ def _whole(event: Event, find: Callable[[str], Event | None]) -> Fingerprint:
     return whole
 
 
-def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
+def fingerprint_differences(recorded: Fingerprint, now: Fingerprint) -> list[str]:
     """Return a line for each difference between two whole fingerprints."""
     if recorded.get("hash") == now.get("hash"):
         return []
@@ -53,7 +53,7 @@ def compare(recorded: Fingerprint, now: Fingerprint) -> list[str]:
         *_texts("the question", recorded.get("task"), now.get("task")),
         *_values("the text", recorded.get("said"), now.get("said")),
     ]
-    for name in ("tool", "arguments", "team", "prompt", "query", "code", "event"):
+    for name in ("tool", "workbench", "memory", "method", "arguments", "team", "prompt", "query", "code", "event"):
         found += _values(f"the {name}", recorded.get(name), now.get(name))
     return found or ["a part differs that is recorded only as a hash"]
 

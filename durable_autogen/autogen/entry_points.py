@@ -1,15 +1,13 @@
-"""Wrapping of AutoGen's recorded methods while a session is open.
+"""AutoGen's methods that are wrapped while a session is open, and their wrappers.
 
-A method is wrapped in each class that defines it. So no object of the program has to be found or replaced. Outside a
-session and inside a recorded call, a wrapped method calls the original, so only the outermost call is recorded.
+Outside a session and inside a recorded call, a wrapped method calls the original, so only the outermost call is
+recorded. `ENTRY_POINTS` names each method with its wrapper.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
-import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,8 +30,8 @@ from durable_autogen.autogen.calls import Calls
 from durable_autogen.autogen.fingerprints import plain
 from durable_autogen.autogen.policies import ToolCall, inside_a_call, static_tool
 from durable_autogen.autogen.session_state import total
+from durable_autogen.autogen.wrapping import Methods, Original, Wrapper, wrapped
 from durable_autogen.record.events import Kind
-from durable_autogen.record.failures import with_subclasses
 from durable_autogen.record.log import LOG
 from durable_autogen.record.place import Place, at, current, recording_place, steps_at
 from durable_autogen.record.session import Session
@@ -43,40 +41,15 @@ from durable_autogen.record.while_open import while_open
 # ---- Calls that are recorded -----------------------------------------------------------------------------------------
 
 
-class _Original:
-    """The original of a wrapped method, bound to its object and to the arguments of one call."""
-
-    def __init__(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.method, self.args, self.kwargs = method, args, kwargs
-
-    def __call__(self) -> Any:
-        return self.method(*self.args, **self.kwargs)
-
-    def given(self, number: int, name: str) -> Any:
-        """Return the argument at position `number` or with the name `name`, however the caller passed it."""
-        return self.args[number] if number < len(self.args) else self.kwargs.get(name)
-
-    def with_argument(self, number: int, name: str, value: Any) -> _Original:
-        """Return a copy in which `value` is the argument at position `number` or with the name `name`."""
-        if number < len(self.args):
-            return _Original(self.method, (*self.args[:number], value, *self.args[number + 1 :]), self.kwargs)
-        return _Original(self.method, self.args, {**self.kwargs, name: value})
-
-
-Wrapper = Callable[[Any, _Original], Any]
-"""A function that replaces a method. Its parameters are the object whose method is called, and the `_Original`.
-
-It returns what the method returns: an awaitable, a stream or a value."""
-
-Recording = Callable[[Calls, Any, _Original], Any]
+Recording = Callable[[Calls, Any, Original], Any]
 """A function that records a call. Its parameters are the `Calls`, the object whose method is called, and the
-`_Original`. It returns an awaitable or a stream."""
+`Original`. It returns an awaitable or a stream."""
 
 
 def _recorded(recording: Recording) -> Wrapper:
     """Return a method's wrapper. It calls `recording` if a session records the call, else the original method."""
 
-    def wrapper(self: Any, original: _Original) -> Any:
+    def wrapper(self: Any, original: Original) -> Any:
         place = recording_place()
         if place is None:
             if current.get() is None:
@@ -108,7 +81,7 @@ def _warn_once(called: Any) -> None:
 
 
 def _reply(stream: bool) -> Recording:
-    def recording(calls: Calls, client: Any, original: _Original) -> Any:
+    def recording(calls: Calls, client: Any, original: Original) -> Any:
         messages = original.given(0, "messages")
 
         def ask(whole: Any) -> Any:
@@ -120,7 +93,7 @@ def _reply(stream: bool) -> Recording:
 
 
 def _workbench_tool(stream: bool) -> Recording:
-    def recording(calls: Calls, workbench: Any, original: _Original) -> Any:
+    def recording(calls: Calls, workbench: Any, original: Original) -> Any:
         name = original.given(0, "name")
         call = ToolCall(
             name,
@@ -143,7 +116,7 @@ def _workbench_tool(stream: bool) -> Recording:
 
 
 def _tool(stream: bool) -> Recording:
-    def recording(calls: Calls, tool: Any, original: _Original) -> Any:
+    def recording(calls: Calls, tool: Any, original: Original) -> Any:
         if calls.is_recorded_inside(tool, tool.name):
             return original()
         # `run_json` gets the tool's arguments as a mapping, and `run` gets them as a pydantic model.
@@ -164,7 +137,7 @@ def _tool(stream: bool) -> Recording:
     return recording
 
 
-def _tool_list(calls: Calls, workbench: Any, original: _Original) -> Any:
+def _tool_list(calls: Calls, workbench: Any, original: Original) -> Any:
     # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original()
@@ -172,7 +145,7 @@ def _tool_list(calls: Calls, workbench: Any, original: _Original) -> Any:
 
 
 def _read(method: str) -> Recording:
-    def recording(calls: Calls, workbench: Any, original: _Original) -> Any:
+    def recording(calls: Calls, workbench: Any, original: Original) -> Any:
         # Workbench doesn't define these methods. A custom workbench may use their names for ordinary functions.
         if not inspect.iscoroutinefunction(original.method):
             return original()
@@ -187,16 +160,16 @@ _MCP_READS = ("list_prompts", "get_prompt", "list_resources", "list_resource_tem
 """The methods of AutoGen's McpWorkbench that read something else than a tool from the MCP server."""
 
 
-def _input(calls: Calls, _: Any, original: _Original) -> Any:
+def _input(calls: Calls, _: Any, original: Original) -> Any:
     return calls.input(original, original.given(0, "prompt"), original.given(1, "cancellation_token"))
 
 
-def _code(calls: Calls, _: Any, original: _Original) -> Any:
+def _code(calls: Calls, _: Any, original: Original) -> Any:
     code = "\n".join(block.code for block in original.given(0, "code_blocks"))
     return calls.other(Kind.CODE, {"code": code}, original, CodeResult, original.given(1, "cancellation_token"))
 
 
-def _memory(calls: Calls, memory: Any, original: _Original) -> Any:
+def _memory(calls: Calls, memory: Any, original: Original) -> Any:
     # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
         return original()
@@ -207,7 +180,7 @@ def _memory(calls: Calls, memory: Any, original: _Original) -> Any:
 _recorded_tool, _recorded_tool_stream = _recorded(_tool(stream=False)), _recorded(_tool(stream=True))
 
 
-async def _tool_itself(self: Any, original: _Original) -> Any:
+async def _tool_itself(self: Any, original: Original) -> Any:
     place = current.get()
     if place is not None and place.in_call:
         with inside_a_call(self, place):
@@ -217,7 +190,7 @@ async def _tool_itself(self: Any, original: _Original) -> Any:
     return await _recorded_tool(self, original)
 
 
-def _tool_stream_itself(self: Any, original: _Original) -> Any:
+def _tool_stream_itself(self: Any, original: Original) -> Any:
     place = current.get()
     if place is not None and place.in_call:
         return _stream_inside_a_call(self, place, original())
@@ -231,32 +204,32 @@ async def _stream_inside_a_call(tool: Any, place: Place, stream: AsyncIterator[A
                 yield item
 
 
-async def _check(self: Any, original: _Original) -> Any:
+async def _check(self: Any, original: Original) -> Any:
     place = recording_place()
-    if place is None or type(self) in conditions.MESSAGES_ALONE or place.owner is self:
+    if place is None or type(self) in conditions.MESSAGES_ALONE or place.at_work is self:
         return await original()
 
     async def ask() -> Any:
-        # Set the condition as `owner`, so that its call of the base class's method doesn't count as a second check.
-        with at(replace(place, owner=self)):
+        # Set the condition as `at_work`, so that its call of the base class's method doesn't count as a second check.
+        with at(replace(place, at_work=self)):
             return await original()
 
     return await conditions.check(self, place, ask)
 
 
-def _terminated(self: Any, original: _Original) -> Any:
+def _terminated(self: Any, original: Original) -> Any:
     place = current.get()
     return original() or (place is not None and place.session.state.stopped.get(id(self)) is self)
 
 
-async def _reset_condition(self: Any, original: _Original) -> Any:
+async def _reset_condition(self: Any, original: Original) -> Any:
     place = current.get()
     if place is not None and place.session.state.stopped.pop(id(self), None) is not None:
         conditions.set_terminated(self, False)
     return await original()
 
 
-def _usage(self: Any, original: _Original) -> Any:
+def _usage(self: Any, original: Original) -> Any:
     place = current.get()
     if place is None or place.in_call or place.session.is_over:
         return original()
@@ -266,7 +239,7 @@ def _usage(self: Any, original: _Original) -> Any:
     return total(usage, place.session.state.replayed_usage_of(self))
 
 
-async def _preparation(self: Any, original: _Original) -> Any:
+async def _preparation(self: Any, original: Original) -> Any:
     """Start, stop or reset a workbench or executor. Neither record this call nor report its connections."""
     place = current.get()
     with at(None if place is None else replace(place, in_call=True)):
@@ -276,31 +249,39 @@ async def _preparation(self: Any, original: _Original) -> Any:
 # ---- Agents and teams at work ----------------------------------------------------------------------------------------
 
 
-def _at_work(method: Callable[[AtWork, Any, Any], Any], *, is_team: bool = False) -> Wrapper:
-    """Return a wrapper for a turn or a run of an agent or team. In a session, it calls the AtWork method `method`."""
+def _at_work(
+    method: Callable[[AtWork, Any, Any], Any], also: Callable[[Original], Any], *, is_team: bool = False
+) -> Wrapper:
+    """Return a wrapper for a turn or a run of an agent or team. In a session, it calls the AtWork method `method`.
 
-    def wrapper(self: Any, original: _Original) -> Any:
+    The method gets the original and what `also` returns: the token of a turn, or the task of a run.
+    """
+
+    def wrapper(self: Any, original: Original) -> Any:
         place = recording_place()
-        if place is None or place.owner is self:  # outside a session, or the object calls its own method
+        if place is None or place.at_work is self:  # outside a session, or the object calls its own method
             return original()
-        return method(AtWork(place, self, is_team=is_team), original, _task_or_token(original))
+        return method(AtWork(place, self, is_team=is_team), original, also(original))
 
     return wrapper
 
 
-def _task_or_token(original: _Original) -> Any:
-    """Return a run's task, or a turn's cancellation token. The task of a run is always passed by name."""
-    return original.kwargs["task"] if "task" in original.kwargs else original.given(1, "cancellation_token")
+def _token(original: Original) -> Any:
+    return original.given(1, "cancellation_token")
 
 
-async def _on_message(self: Any, original: _Original) -> Any:
+def _task(original: Original) -> Any:
+    return original.kwargs.get("task")  # the task of a run is always passed by name
+
+
+async def _on_message(self: Any, original: Original) -> Any:
     place = _place_of(original.given(0, "message"))
     if place is None or place.in_call or place.session.is_over:
         return await original()
     if not isinstance(self, (ChatAgentContainer, BaseGroupChatManager)):
         # Record a core agent under its agent type. AgentChat's containers and managers keep the sender's place.
         name = place.session.state.names.of(self, self.id.type)
-        place = Place(place.session, agent=name, path=name, owner=self, around=place.around)
+        place = Place(place.session, agent=name, path=name, at_work=self, around=place.around)
     with at(place):
         return await original()
 
@@ -319,7 +300,7 @@ def _place_of(message: Any) -> Place | None:
     return sent[1] if sent is not None and sent[0] is message else current.get()
 
 
-async def _send(self: Any, original: _Original) -> Any:
+async def _send(self: Any, original: Original) -> Any:
     place = current.get()
     if place is not None and not place.session.is_over:
         message = original.given(0, "message")
@@ -329,9 +310,7 @@ async def _send(self: Any, original: _Original) -> Any:
     return await original()
 
 
-# ---- Wrapping --------------------------------------------------------------------------------------------------------
-
-Methods = Mapping[str, Wrapper]
+# ---- The entry points ------------------------------------------------------------------------------------------------
 
 ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
@@ -373,21 +352,17 @@ ENTRY_POINTS: tuple[tuple[type, Methods], ...] = (
     (
         ChatAgent,
         {
-            "on_messages": _at_work(AtWork.whole_turn),
-            "on_messages_stream": _at_work(AtWork.turn),
-            "run": _at_work(AtWork.whole_run),
-            "run_stream": _at_work(AtWork.run),
+            "on_messages": _at_work(AtWork.whole_turn, _token),
+            "on_messages_stream": _at_work(AtWork.turn, _token),
+            "run": _at_work(AtWork.whole_run, _task),
+            "run_stream": _at_work(AtWork.run, _task),
         },
     ),
-    (Team, {"run_stream": _at_work(AtWork.team_run, is_team=True)}),
+    (Team, {"run_stream": _at_work(AtWork.team_run, _task, is_team=True)}),
     (BaseAgent, {"on_message_impl": _on_message}),
     (AgentRuntime, dict.fromkeys(("send_message", "publish_message"), _send)),
 )
 """The recorded methods of each base class. They are wrapped in every subclass that defines them."""
-
-_lock = threading.RLock()
-_wrapped: dict[tuple[type, str], tuple[Any, Any]] = {}
-"""The original and the wrapper of each wrapped method, by class and method name."""
 
 
 @contextmanager
@@ -413,104 +388,5 @@ def entry_points(session: Session) -> Iterator[None]:
 @while_open
 def wrapped_classes() -> Iterator[None]:
     """Wrap AutoGen's methods, for the length of a `with`. Calls inside a session are recorded, others reported."""
-    with _lock:
-        for base, methods in ENTRY_POINTS:
-            _watch_subclasses(base, methods)
-            for kind in reversed(with_subclasses(base)):
-                for name, wrapper in methods.items():
-                    _wrap(base, kind, name, wrapper)
-    try:
+    with wrapped(ENTRY_POINTS):
         yield
-    finally:
-        _restore()
-
-
-def _wrap(base: type, kind: type, name: str, wrapper: Wrapper) -> None:
-    original = kind.__dict__.get(name)
-    is_inherited = False
-    if original is None:
-        # If the class inherits the method from a mixin, wrap the method in this class: the mixin itself isn't wrapped.
-        owner = next((one for one in kind.__mro__ if name in one.__dict__), None)
-        is_inherited = owner is not None and not issubclass(owner, base) and owner not in base.__mro__
-        original = owner.__dict__[name] if owner is not None and is_inherited else None
-    if (
-        original is None
-        or getattr(original, "__isabstractmethod__", False)
-        or isinstance(original, (staticmethod, classmethod))
-        or isinstance(original, property) != isinstance(getattr(base, name, None), property)
-        or not (callable(original) or isinstance(original, (property, functools.partialmethod)))
-        or (kind, name) in _wrapped
-        or kind is AgentRuntime
-    ):
-        return
-    wrapped = _wrapper_of(original, wrapper)
-    _wrapped[kind, name] = (None if is_inherited else original, wrapped)
-    setattr(kind, name, wrapped)
-
-
-def _wrapper_of(original: Any, wrapper: Wrapper) -> Any:
-    """Return a method that calls `wrapper`. The method has the kind, name and signature of `original`.
-
-    The wrapper of a property is a property.
-    """
-    if isinstance(original, property):
-
-        def get(self: Any) -> Any:
-            return wrapper(self, _Original(original.__get__, (self, type(self)), {}))
-
-        return property(get, original.fset, original.fdel, original.__doc__)
-
-    def bound(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Original:
-        get = getattr(original, "__get__", None)
-        return _Original(original if get is None else get(self, type(self)), args, kwargs)
-
-    if inspect.isasyncgenfunction(original):
-
-        async def stream(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-            async with closing(wrapper(self, bound(self, args, kwargs))) as items:
-                async for item in items:
-                    yield item
-
-        return functools.wraps(original)(stream)
-    if inspect.iscoroutinefunction(original):
-
-        async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return await wrapper(self, bound(self, args, kwargs))
-
-        return functools.wraps(original)(call)
-
-    # `original` is a plain function. It may return a coroutine or a stream.
-    def function(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return wrapper(self, bound(self, args, kwargs))
-
-    return functools.wraps(original)(function) if inspect.isfunction(original) else function
-
-
-def _watch_subclasses(base: type, methods: Methods) -> None:
-    """Wrap `methods` in each subclass of `base` that is defined later, for example by an import inside the session."""
-    own = base.__dict__.get("__init_subclass__")
-
-    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
-        above: Any = super(base, cls)
-        before: Any = own.__get__(None, cls) if own is not None else above.__init_subclass__
-        before(**kwargs)
-        with _lock:
-            if _wrapped:  # else the last session has just ended
-                for name, wrapper in methods.items():
-                    _wrap(base, cls, name, wrapper)
-
-    hook: Any = classmethod(init_subclass)
-    _wrapped[base, "__init_subclass__"] = (own, hook)
-    base.__init_subclass__ = hook  # type: ignore[method-assign]
-
-
-def _restore() -> None:
-    with _lock:
-        for (kind, name), (original, wrapped) in _wrapped.items():
-            if kind.__dict__.get(name) is not wrapped:
-                continue  # the program has replaced the wrapper: leave the replacement
-            if original is None:
-                delattr(kind, name)
-            else:
-                setattr(kind, name, original)
-        _wrapped.clear()

@@ -70,7 +70,7 @@ class Conversation:
         _, model, settings = self._settings
         if list(tools) != self._tools or "tools" not in self._whole:
             self._tools = list(tools)
-            described = {_schema(tool)["name"]: hashed_value(_schema(tool)) for tool in tools}
+            described = {_schema(tool)["name"]: hash_of(_schema(tool)) for tool in tools}
         else:
             described = self._whole["tools"]
         whole: dict[str, Any] = {
@@ -131,7 +131,7 @@ class _Seen:
     """The hash of all messages up to and including this one."""
 
 
-def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def call_fingerprint(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tool call's fingerprint."""
     try:
         written = plain(arguments)
@@ -140,17 +140,17 @@ def describe_call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         text = repr(arguments)
     # Store the arguments as text, because they may be nested more deeply than recorded JSON may be.
     shown = text if len(text) <= MAX_ARGUMENTS else f"{text[:MAX_ARGUMENTS]}..."
-    return {"hash": hashed_value([name, text]), "tool": name, "arguments": shown}
+    return {"hash": hash_of([name, text]), "tool": name, "arguments": shown}
 
 
-def describe_turn(said: str) -> dict[str, Any]:
+def turn_fingerprint(said: str) -> dict[str, Any]:
     """Return the fingerprint of the text that an agent said in its turn."""
-    return {"hash": hashed_value(said), "said": excerpt(said)}
+    return {"hash": hash_of(said), "said": excerpt(said)}
 
 
-def hashed(request: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprint_of(request: Mapping[str, Any]) -> dict[str, Any]:
     """Return a fingerprint: the request and its hash."""
-    return {"hash": hashed_value(request), **request}
+    return {"hash": hash_of(request), **request}
 
 
 def _model(client: ChatCompletionClient) -> tuple[str, dict[str, Any]]:
@@ -178,13 +178,13 @@ def _message(message: LLMMessage) -> dict[str, str]:
         # Hash the whole result and show only its beginning: a result may be long.
         results = [[one.name, one.call_id, one.is_error, _hash(one.content)] for one in message.content]
         shown = json.dumps([one.content[: 2 * EXCERPT] for one in message.content], ensure_ascii=False)
-        return {"from": "tool results", "hash": hashed_value(results), "text": excerpt(shown)}
+        return {"from": "tool results", "hash": hash_of(results), "text": excerpt(shown)}
     dumped = message.model_dump(mode="json")
     content = dumped["content"]
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return {
         "from": f"{type(message).__name__} of {dumped.get('source', 'the program')}",
-        "hash": hashed_value(dumped),
+        "hash": hash_of(dumped),
         "text": excerpt(text),
     }
 
@@ -202,7 +202,7 @@ def _of_another_type(value: object) -> Any:
     return value.name if isinstance(value, Tool) else str(value)
 
 
-def hashed_value(value: object) -> str:
+def hash_of(value: object) -> str:
     """Return the hash of a JSON-like value."""
     return _hash(_written(value))
 

@@ -112,7 +112,10 @@ def static_tool(workbench: Workbench, name: str) -> BaseTool[Any, Any] | None:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call: the tool's name, the arguments, and what else the caller passed."""
+    """A tool call: the tool's name, the arguments, and what else the caller passed.
+
+    The guard of a call under a policy gets it as a `CalledTool` (guard.py).
+    """
 
     name: str
     arguments: Mapping[str, Any]
@@ -174,6 +177,28 @@ class ToolCall:
         given = {**complete, **self.arguments}
         return given == complete if self.tool is None else _is_same(self.tool.args_type(), given, complete)
 
+    def read(self, written: Any) -> Any:
+        """Return the result of a call from the JSON in which it is recorded.
+
+        A person may have given a result that looks like such JSON, and has another type. It becomes a ToolResult, too.
+        """
+        value = value_again(written, self.result_type)
+        return self.of_answer(value) if self.result_type is ToolResult else value
+
+    def of_answer(self, answer: Any) -> Any:
+        """Turn an answer of `reconcile` or of a person (a value of the tool's type, or any JSON) into a tool result."""
+        if self.result_type is not ToolResult:
+            return adapted(self.result_type, answer)
+        if isinstance(answer, ToolResult):
+            return answer
+        if isinstance(answer, str):
+            text = answer
+        elif self.tool is None or isinstance(answer, (dict, list)):
+            text = json.dumps(answer, ensure_ascii=False, default=str)
+        else:
+            text = self.tool.return_value_as_string(answer)
+        return ToolResult(name=self.name, result=[TextResultContent(content=text)])
+
 
 def _is_same(kind: type[BaseModel], one: Mapping[str, Any], other: BaseModel | Mapping[str, Any]) -> bool:
     """Return whether a model of this kind has equal fields from `one` and from `other`."""
@@ -181,36 +206,6 @@ def _is_same(kind: type[BaseModel], one: Mapping[str, Any], other: BaseModel | M
         return bool(kind.model_validate(one) == kind.model_validate(other))
     except ValidationError:
         return False
-
-
-class ToolForm:
-    """The recorded form of a tool's results. `write` turns a result into JSON."""
-
-    def __init__(self, call: ToolCall, write: Callable[[Any], Any]) -> None:
-        self._call = call
-        self.write = write
-
-    def read(self, written: Any) -> Any:
-        """Return the result from the JSON that `write` returned.
-
-        A person may have given a result that looks like such JSON, and has another type. It becomes a ToolResult, too.
-        """
-        value = value_again(written, self._call.result_type)
-        return self.of_answer(value) if self._call.result_type is ToolResult else value
-
-    def of_answer(self, answer: Any) -> Any:
-        """Turn an answer of `reconcile` or of a person (a value of the tool's type, or any JSON) into a tool result."""
-        if self._call.result_type is not ToolResult:
-            return adapted(self._call.result_type, answer)
-        if isinstance(answer, ToolResult):
-            return answer
-        if isinstance(answer, str):
-            text = answer
-        elif self._call.tool is None or isinstance(answer, (dict, list)):
-            text = json.dumps(answer, ensure_ascii=False, default=str)
-        else:
-            text = self._call.tool.return_value_as_string(answer)
-        return ToolResult(name=self._call.name, result=[TextResultContent(content=text)])
 
 
 def with_note(value: Any, note: str) -> Any:

@@ -68,17 +68,17 @@ class Names:
         """
         self._counts: Counter[str] = Counter()
 
-    def of(self, owner: object, wanted: str) -> str:
-        """Return the name of `owner`: `wanted`, followed by a number if another object has that name."""
-        key = (id(owner), wanted)
+    def of(self, bearer: object, wanted: str) -> str:
+        """Return the name of `bearer`: `wanted`, followed by a number if another object has that name."""
+        key = (id(bearer), wanted)
         if key not in self._names:
             self._counts[wanted] += 1
             number = self._counts[wanted]
             name, names = wanted if number == 1 else f"{wanted}#{number}", self._names
             try:
-                names[key] = name, weakref.ref(owner, lambda _: names.pop(key))
+                names[key] = name, weakref.ref(bearer, lambda _: names.pop(key))
             except TypeError:
-                names[key] = name, owner
+                names[key] = name, bearer
         return self._names[key][0]
 
 

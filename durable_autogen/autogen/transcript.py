@@ -92,7 +92,7 @@ class Transcript:
             # comes first.
             self._count[maker, kind] += 1
             number = self._count[maker, kind]
-            place = f"{self._recorder.journal.session}/{self._recorder.programs}/{maker}/{kind}/{number}"
+            place = f"{self._recorder.journal.session}/{self._recorder.program_number}/{maker}/{kind}/{number}"
             self._lasting[given] = str(uuid.uuid5(_NAMESPACE, place))
             self._done.add(self._lasting[given])
         return self._lasting[given]

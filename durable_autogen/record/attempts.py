@@ -38,7 +38,7 @@ class LimitedCall(Frozen):
     session: str
     agent: str
     call: str
-    """The part of the call's id that names the call in its session."""
+    """The call's scope (see events.py)."""
 
 
 class ToolError(Exception):

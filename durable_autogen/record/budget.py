@@ -122,7 +122,7 @@ class Spent:
     active_ms: int = 0
     """How long programs ran the session, up to the last event of each run."""
     tool_calls: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-    """The calls of each tool, by the tool's name. A call is stored as its scope (see `Record.scope_of`)."""
+    """The scopes of each tool's calls, by the tool's name."""
     unpriced: set[str] = field(default_factory=set)
     """The models without a known price."""
     unmetered: set[str] = field(default_factory=set)
@@ -132,18 +132,18 @@ class Spent:
     def of(cls, record: Record, *, is_in_usd: bool) -> Spent:
         """Count what a session has spent, from its record."""
         spent, counted = cls(is_in_usd), Record()
-        for one in record.made:
+        for one in record.history:
             content = one.content if isinstance(one, Event) else None
             if not isinstance(content, GivenUp) or content.was_made:
                 spent.count_call(one, counted.scope_of(one.address))
             if isinstance(one, Event):
                 counted.add(one)
                 spent.count_usage(one)
-        spent.active_ms = _active_ms(one for one in record.made if isinstance(one, Event))
+        spent.active_ms = _active_ms(one for one in record.history if isinstance(one, Event))
         return spent
 
     def count_call(self, call: Call | Event | EventInput, scope: str) -> None:
-        """Count a call. `scope` is the part of the call's id that names the call."""
+        """Count a call with this scope."""
         if call.kind is Kind.REPLY:
             self.model_calls += 1
         elif call.kind is Kind.TOOL:

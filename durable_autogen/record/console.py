@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from durable_autogen.record.events import Call, Kind, Returned
-from durable_autogen.record.place import at, current, has_ended
+from durable_autogen.record.place import at, current, late_call
 from durable_autogen.record.recorder import Recorder
 from durable_autogen.record.storable import representable
 from durable_autogen.record.while_open import replaced, while_open
@@ -37,7 +37,7 @@ def _input(original: Callable[[Any], str], prompt: Any) -> str:
     if place is None or place.in_call:
         return original(prompt)
     if place.session.is_over:
-        raise has_ended(place.session)
+        raise late_call(place.session)
     recorder: Recorder = place.session.recorder
     position = recorder.next_position(place.agent, "console")
     call = Call(Kind.CONSOLE, place.agent, position, {"prompt": representable(str(prompt))})

@@ -33,9 +33,9 @@ class EffectInput(Frozen):
     arguments: dict[str, Any]
     """The arguments that the tool runs with, with the defaults filled in."""
     call: str
-    """The part of the call's id that names the call in its session."""
+    """The call's scope (see events.py)."""
     digest: str
-    """The hash of the tool and the arguments that the model gave, without defaults and before a person's edit."""
+    """The call's digest: of the arguments that the model gave, without defaults and before a person's edit."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"
@@ -48,7 +48,7 @@ class EffectInput(Frozen):
 
 EFFECT = "effect"
 """The name of the only node of an effect's execution."""
-# The run reports every failure of the tool as final. Only an effect that has not begun is retried (see `give_back`).
+# The run reports every failure of the tool as final. Only an effect that has not begun is retried (see `release`).
 _RETRY = RetryPolicy(max_attempts=1000)
 TOOL_EFFECT = workflow("tool-effect", input=EffectInput).effect(EFFECT, once=True, retry=_RETRY).build()
 TOOL_EFFECT_RECONCILED = (
@@ -56,17 +56,21 @@ TOOL_EFFECT_RECONCILED = (
 )
 
 
-def of_session(session: str) -> str:
+Effect = tuple[EffectInput, Execution]
+"""An effect's input and execution."""
+
+
+def effects_prefix(session: str) -> str:
     """Return the key prefix of a session's effects."""
     return f"{session}:{EFFECT}/"
 
 
-def kept_for(session: str, digest: str = "") -> str:
+def reuse_prefix(session: str, digest: str = "") -> str:
     """Return the key prefix of the results that a fork may reuse; with the `digest` of a call, only of equal calls."""
     return f"{session}:reuse/{digest}"
 
 
-async def read_effects(client: NexumClient, key_prefix: str, status: str = "") -> list[tuple[EffectInput, Execution]]:
+async def read_effects(client: NexumClient, key_prefix: str, status: str = "") -> list[Effect]:
     """Return the effects whose keys begin with `key_prefix`, oldest first; with `status`, only those of this status."""
     found = [
         (EffectInput.model_validate_json(one.input_json), one)
@@ -94,7 +98,7 @@ def has_not_happened(execution: Execution) -> bool:
 
 async def cancel_effects_to_be_made(journal: Journal) -> None:
     """Cancel the effects that have not happened: the run has ended without making their calls."""
-    running = await read_effects(journal.client, of_session(journal.session), ExecutionStatus.RUNNING.value)
+    running = await read_effects(journal.client, effects_prefix(journal.session), ExecutionStatus.RUNNING.value)
     for _, execution in running:
         if has_not_happened(await with_attempts(journal.client, execution)):
             with contextlib.suppress(Conflict):  # it ended in the meantime
@@ -104,7 +108,7 @@ async def cancel_effects_to_be_made(journal: Journal) -> None:
 async def warn_of_effects(journal: Journal, dropped: Iterable[Event]) -> None:
     """Log a warning if dropped events have calls whose effect must happen only once."""
     calls = {journal.recorded.scope_of(event.address) for event in dropped if event.kind is Kind.TOOL}
-    found = await read_effects(journal.client, of_session(journal.session)) if calls else []
+    found = await read_effects(journal.client, effects_prefix(journal.session)) if calls else []
     if effects := [str(input) for input, _ in found if input.call in calls]:
         journal.log.warning(
             "the dropped events have %d call(s) whose effect must happen only once, and this program may make such "
@@ -123,7 +127,7 @@ class Effects:
         """Start an effect's execution for this run. If it exists already, take it over, or find its result.
 
         Returns None if the key's effect has another input. Raises SessionBusy if another process owns the run. If the
-        caller is cancelled, an effect that was started for it is given back (see `give_back`).
+        caller is cancelled, an effect that was started for it is released (see `release`).
         """
 
         async def start(*args: Any, **options: Any) -> Started | None:
@@ -136,28 +140,28 @@ class Effects:
         try:
             return await asyncio.shield(starting)
         except asyncio.CancelledError:
-            self._journal.finish_later(self._give_back_started(starting))
+            self._journal.finish_later(self._release_started(starting))
             raise
 
-    def give_back(self, task: Task) -> None:
+    def release(self, task: Task) -> None:
         """Record, in the background, that an effect has not begun, although this run has its task.
 
         If the effect's call is made again, the effect begins then, and no person has to find out whether it happened.
         """
-        self._journal.finish_later(self._give_back(task))
+        self._journal.finish_later(self._release(task))
 
-    async def _give_back_started(self, starting: asyncio.Task[Started | None]) -> None:
+    async def _release_started(self, starting: asyncio.Task[Started | None]) -> None:
         with contextlib.suppress(NexumError):  # the server has started nothing, or another process owns the run
             started = await starting
             if started is not None and started.task is not None:
-                await self._give_back(started.task)
+                await self._release(started.task)
 
-    async def _give_back(self, task: Task) -> None:
+    async def _release(self, task: Task) -> None:
         if task.must_reconcile:
             return  # an earlier attempt may have had its effect: the end of the run must not cancel it
         # If the server doesn't answer, it notices later that the task is lost, and a person decides.
         with contextlib.suppress(NexumError):
-            await self._journal.owner.give_back(
+            await self._journal.owner.release(
                 task, "the call was given up before the tool began", patience=TAKE_OVER_PATIENCE
             )
             self._journal.may_leave_open = True

@@ -2,8 +2,22 @@
 
 An event is either the outcome of a call (a model's reply, a tool's result, a person's input, ...), or a mark that notes
 a fact (an agent's turn is over, the run was stopped). Each event is an execution with one node. The recording process
-owns the execution. The execution's key names session, agent and position. Each run of the session is an execution, too:
-only the process that owns the run's execution may record events.
+owns the execution. Each run of the session is an execution, too: only the process that owns the run's execution may
+record events.
+
+These are the names of a call, here of the second tool call that the third reply of `writer` requests, in session `s1`:
+
+position  reply/3/tool/2                    the place among the agent's calls
+address   writer/reply/3/tool/2             agent and position: unique among the events that are not revoked
+scope     writer/reply/3/tool/2             the address; if a changed program's call replaces n earlier ones, with
+                                            /again/n
+digest    9f86...                           the hash of tool and arguments; only a tool's call has one
+call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest: the same when the call is made again, so that a
+                                            service recognizes it
+key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and digest;
+                                            if n events of the address are revoked, with /again/n after the address
+
+An event also has a number (`seq`). Every run delivers the events in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -218,7 +232,7 @@ class RunSummary(Frozen):
     last: int = 0
     """The number of the session's last event at the run's end. A later event makes the session unfinished again."""
     looks: dict[str, int] = {}
-    """How often each recorded termination condition was checked."""
+    """How often the run checked each recorded termination condition."""
 
 
 class Addressed:
@@ -231,7 +245,7 @@ class Addressed:
 
     @property
     def address(self) -> str:
-        """The agent and the position. The address is unique in a session."""
+        """The agent and the position."""
         return f"{self.agent}/{self.position}"
 
     def __str__(self) -> str:
@@ -245,14 +259,20 @@ class Requested(Addressed):
         request: Any
 
     @property
+    def hash(self) -> str | None:
+        """The hash in the fingerprint; None if it has none, as that of a mark."""
+        found: str | None = self.request.get("hash")
+        return found
+
+    @property
     def tool(self) -> str:
         """The tool's name; empty for other calls."""
         return str(self.request.get("tool", ""))
 
     @property
     def digest(self) -> str:
-        """The hash of the tool's name and arguments; empty for other calls."""
-        return str(self.request.get("hash", "")) if self.tool else ""
+        """The hash of a tool's call, of the tool's name and arguments; empty for other calls."""
+        return (self.hash or "") if self.tool else ""
 
     @property
     def title(self) -> str:
@@ -270,9 +290,14 @@ class EventInput(Addressed, Frozen):
     tool: str = ""
     """The tool's name; empty for other calls."""
     digest: str = ""
-    """The hash of the tool's name and arguments; empty for other calls."""
+    """The hash of a tool's call; empty for other calls."""
     accepted: ClassVar[bool] = False
     """Only an event, which has a result, is copied into a fork."""
+
+    @property
+    def hash(self) -> str:
+        """The hash in the fingerprint of a tool's call; empty for other calls."""
+        return self.digest
 
 
 class Summary(Frozen):
@@ -353,8 +378,8 @@ class Event(Requested, Frozen):
     """The summary of the session up to this event. `nexum ps` shows the newest event's summary."""
 
     @property
-    def is_setback(self) -> bool:
-        """Whether the event is a failure or a broken reply.
+    def is_failure(self) -> bool:
+        """Whether the call raised an error or got a broken reply.
 
         If such an event ends a run, the next run makes the event's call again.
         """
@@ -407,7 +432,7 @@ class Record:
 
     events: list[Event] = field(default_factory=list)
     """The events without revoked ones, in order."""
-    made: list[Event | EventInput] = field(default_factory=list)
+    history: list[Event | EventInput] = field(default_factory=list)
     """All that was read, in order: events, including revoked ones, and the inputs of calls without a result."""
     unfinished: list[EventInput] = field(default_factory=list)
     """The calls whose executions are still running: an earlier run began these calls without recording a result."""
@@ -476,10 +501,10 @@ class Record:
         return summary if summary.last == self.last_seq else None
 
     def scope_of(self, address: str) -> str:
-        """Return the part of a call id that names the place of the call at `address`.
+        """Return the scope of the call at `address`.
 
-        If the call is made again after a crash, a failure or a cancellation, its name stays the same. If a different
-        call has taken the place of the recorded call, the different call gets a new name.
+        If the call is made again after a crash, a failure or a cancellation, its scope stays the same. If a different
+        call has taken the place of the recorded call, the different call gets a new scope.
         """
         times_replaced = self.times_replaced[address]
         return f"{address}/again/{times_replaced}" if times_replaced else address
@@ -513,7 +538,7 @@ async def read_record(client: NexumClient, session: str) -> Record:
     Raises ExecutionNotFound if the session is pruned at the same time.
     """
     found = await _read(client, session)
-    numbers = {one.seq for one in found.made if isinstance(one, Event)}
+    numbers = {one.seq for one in found.history if isinstance(one, Event)}
     if len(numbers) < max(numbers, default=0):
         # The list was read in several pages. A long call that ended meanwhile is on a later page, but the events
         # between the first page and this call's end are on no page.
@@ -536,16 +561,16 @@ async def _read(client: NexumClient, session: str, *, last: float = math.inf) ->
             event = Event.model_validate_json(execution.outputs()["event"])
             if event.seq > last:
                 continue
-            found.made.append(event)
+            found.history.append(event)
             ended_ms[event.seq] = execution.ended_ms or 0
             continue
         last_begun_ms = max(last_begun_ms, execution.created_ms)
         input = EventInput.model_validate_json(execution.input_json)
-        found.made.append(input)
+        found.history.append(input)
         if execution.status is ExecutionStatus.RUNNING:
             found.unfinished.append(input)
-    found.made.reverse()  # the server lists the newest first
-    for event in sorted((one for one in found.made if isinstance(one, Event)), key=lambda one: one.seq):
+    found.history.reverse()  # the server lists the newest first
+    for event in sorted((one for one in found.history if isinstance(one, Event)), key=lambda one: one.seq):
         found.add(event)
     found.at_end = [event for event in found.events if ended_ms[event.seq] > last_begun_ms]
     return found

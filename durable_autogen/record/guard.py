@@ -20,11 +20,12 @@ from durable_autogen.record.effects import (
     EFFECT,
     TOOL_EFFECT,
     TOOL_EFFECT_RECONCILED,
+    Effect,
     EffectInput,
     Effects,
-    kept_for,
-    of_session,
+    effects_prefix,
     read_effects,
+    reuse_prefix,
 )
 from durable_autogen.record.events import Call
 from durable_autogen.record.place import call_id
@@ -54,7 +55,7 @@ SIMILAR = 0.8
 MAX_SHOWN = 300  # characters; a log line cuts off the rest of a call
 RESOLVE_INTERVAL = 1.0  # seconds between looks: `resolve --not-done` doesn't end the execution, so it ends no wait
 
-TOOLS_OWN = "recorded_result"
+RECORDED_RESULT = "recorded_result"
 """The only name in the output of an effect whose tool returned. A person's result has another form."""
 
 _UNKNOWN: Any = object()
@@ -68,6 +69,19 @@ Attempt = Callable[[Mapping[str, Any]], Awaitable[Any]]
 """A function that makes one attempt at a call. Its parameter is the arguments."""
 
 
+class CalledTool(Protocol):
+    """A call of a tool, as far as a guard has to know the tool's arguments and results."""
+
+    def fits(self, complete: Mapping[str, Any]) -> bool:
+        """Return whether `complete` are the call's arguments with defaults. The defaults may be others than now."""
+
+    def read(self, written: Any) -> Any:
+        """Return the result from the JSON in which it is recorded."""
+
+    def of_answer(self, answer: Any) -> Any:
+        """Turn an answer of `reconcile` or of a person into a tool result."""
+
+
 @dataclass(frozen=True)
 class GuardedCall:
     """A call of a tool under a policy."""
@@ -76,10 +90,9 @@ class GuardedCall:
     policy: Policy
     arguments: Mapping[str, Any]
     """The validated arguments, as JSON, with the defaults filled in."""
-    form: ResultForm
-    """The recorded form of the tool's results."""
-    fits: Callable[[Mapping[str, Any]], bool]
-    """A function that returns whether other arguments equal `arguments`, apart from defaults that were filled in."""
+    tool: CalledTool
+    write: Callable[[Any], Any]
+    """A function that returns a result as JSON. It raises ValueError if the result can't be recorded."""
     reason: str = ""
     """Why the model calls the tool, if it said so."""
 
@@ -93,19 +106,6 @@ class GuardedCall:
         """Return the call with all of its arguments. Characters that could deceive the reader are escaped."""
         arguments = json.dumps(dict(self.arguments), ensure_ascii=False, default=str)
         return jsontext.escaped(f"{self.call.tool}({arguments}) of {self.call.agent or 'the program'}")
-
-
-class ResultForm(Protocol):
-    """The recorded form of a tool's results."""
-
-    def write(self, value: Any) -> Any:
-        """Return a result as JSON. Raises ValueError if it can't be recorded."""
-
-    def read(self, written: Any) -> Any:
-        """Return the result from the JSON that `write` returned."""
-
-    def of_answer(self, answer: Any) -> Any:
-        """Turn an answer of `reconcile` or of a person into a tool result."""
 
 
 class Guard:
@@ -132,7 +132,7 @@ class Guard:
 
         If such an effect is unknown, a person has to resolve it: the run's own attempt may still be at work.
         """
-        self._kept: list[tuple[EffectInput, Execution]] | None = None
+        self._reusable: list[Effect] | None = None
         """The results that the session may reuse, if it is a fork. None until the first call asks for them."""
         self._taking = asyncio.Lock()
         self._declared: set[str] = set()
@@ -210,7 +210,7 @@ class Guard:
         @contextmanager
         def waiting(execution_id: str) -> Iterator[None]:
             line = f"waiting for a decision on {guarded}: {how_to_decide(execution_id, self._client.servers)}"
-            with self._recorder.waiting_for_a_person(call.address, line), ExitStack() as stack:
+            with self._recorder.questions.waiting(call.address, line), ExitStack() as stack:
                 if self._ask is not None:
                     asking = asyncio.ensure_future(self._ask_at_once(self._ask, execution_id, guarded))
                     stack.callback(asking.cancel)
@@ -223,7 +223,7 @@ class Guard:
             # An earlier run may have asked with other defaults, such as another new id. Then make the call with the
             # arguments that the earlier run has shown to the person.
             arguments = dict(jsontext.parse(earlier.input_json, "the question").get("arguments") or {})
-            if guarded.fits(arguments):
+            if guarded.tool.fits(arguments):
                 guarded = replace(guarded, arguments=arguments)
         question = Approval.of(self._journal.session, call.agent, call.tool, guarded.arguments, guarded.reason)
         with self._recorder.servers_errors():
@@ -320,7 +320,7 @@ class Guard:
         try:
             may_begin = await self._journal.owner.may_begin(task)
         except asyncio.CancelledError:
-            self._effects.give_back(task)
+            self._effects.release(task)
             raise
         if not may_begin:
             return _UNKNOWN
@@ -372,7 +372,7 @@ class Guard:
             raise UnknownEffect(f"reconcile can't tell: {type(error).__name__}: {error}") from error
         done = "it has not happened" if answer is NOT_DONE else "it has happened"
         self._log.warning("%s may have happened in an earlier attempt; reconcile says: %s", guarded, done)
-        return NOT_DONE if answer is NOT_DONE else guarded.form.of_answer(answer)
+        return NOT_DONE if answer is NOT_DONE else guarded.tool.of_answer(answer)
 
     async def _resolved(self, guarded: GuardedCall, execution_id: str) -> Execution | None:
         """Wait until somebody has said what happened; return the ended execution. If nothing happened, return None.
@@ -393,7 +393,7 @@ class Guard:
                     f"{guarded} may or may not have happened{f' ({why})' if why else ''}. "
                     f"{how_to_resolve(execution_id, attempts[-1].attempt, self._client.servers)}"
                 )
-                with self._recorder.waiting_for_a_person(guarded.call.address, line):
+                with self._recorder.questions.waiting(guarded.call.address, line):
                     while _is_unresolved(execution):
                         execution = (await look(wait=RESOLVE_INTERVAL)).execution
         return execution if execution.status.ended else None
@@ -422,7 +422,7 @@ class Guard:
 
     # ---- Forks -------------------------------------------------------------------------------------------------------
 
-    async def kept_result(self, guarded: GuardedCall) -> tuple[bool, Any]:
+    async def reused_result(self, guarded: GuardedCall) -> tuple[bool, Any]:
         """Return whether this session, as a fork, may reuse the result of an equal call; and that result.
 
         Each result is reused for one call only. Equal calls get the results in the order of the original calls.
@@ -430,20 +430,20 @@ class Guard:
         client, session = self._client, self._journal.session
         with self._recorder.servers_errors():
             async with self._taking:
-                if self._kept is None:
-                    self._kept = await read_effects(client, kept_for(session))
+                if self._reusable is None:
+                    self._reusable = await read_effects(client, reuse_prefix(session))
                 own = self._input(guarded)
-                kept = [(input, execution) for input, execution in self._kept if input.digest == own.digest]
-                if not kept:
+                equal = [(input, execution) for input, execution in self._reusable if input.digest == own.digest]
+                if not equal:
                     return False, None
-                before = await read_effects(client, of_session(session))
+                before = await read_effects(client, effects_prefix(session))
                 for input, execution in before:
                     if input.call == own.call and execution.status is ExecutionStatus.COMPLETED:
                         return True, _result(execution, guarded)
                 taken = len({input.call for input, _ in before if input.digest == own.digest})
-                if taken >= len(kept):
+                if taken >= len(equal):
                     return False, None
-                input, execution = kept[taken]
+                input, execution = equal[taken]
                 output = jsontext.parse(execution.outputs()[EFFECT], "the result")
                 input = input.model_copy(update={"session": session, "agent": own.agent, "call": own.call})
                 await self._effects.record(input, output, input.key)
@@ -461,7 +461,7 @@ def _output(guarded: GuardedCall, value: Any) -> dict[str, Any]:
     The effect has happened then, and a person has to give a result that can be recorded.
     """
     try:
-        return {TOOLS_OWN: guarded.form.write(value)}
+        return {RECORDED_RESULT: guarded.write(value)}
     except Exception as error:
         raise UnknownEffect(str(error) or type(error).__name__) from error
 
@@ -474,6 +474,6 @@ def _result(ended: Execution, guarded: GuardedCall) -> Any:
         )
     output = jsontext.parse(ended.outputs()[EFFECT], "the result")
     # A result that the tool returned is recorded in this form. Any other value is from a person (`nexum resolve`).
-    if isinstance(output, dict) and output.keys() == {TOOLS_OWN}:
-        return guarded.form.read(output[TOOLS_OWN])
-    return guarded.form.of_answer(output)
+    if isinstance(output, dict) and output.keys() == {RECORDED_RESULT}:
+        return guarded.tool.read(output[RECORDED_RESULT])
+    return guarded.tool.of_answer(output)

@@ -73,7 +73,7 @@ class Journal:
         """The summary of the session's last run, if the session is finished, else None. Drift sets it to None."""
         self.may_leave_open = False
         """Whether calls of this run, or of an earlier run that did not finish, may have asked a person, waited for an
-        event, or given back an effect."""
+        event, or released an effect."""
         self.client = client
         self.owner = Owner(
             client,
@@ -82,7 +82,9 @@ class Journal:
         self._on_cancelled: Callable[[RunCancelled], None] = lambda _: None
         self._watching: asyncio.Task[None] | None = None
         self._run: Task | None = None
+        """The task of this process's run; None when the end of the run is recorded."""
         self._moving = asyncio.Lock()
+        """Held while the events are recorded again, in a new database."""
         self.next_seq = 1
         """The number of the next event."""
         self._in_background: set[asyncio.Task[None]] = set()
@@ -107,7 +109,7 @@ class Journal:
         try:
             self._run, latest = await self._take_session(latest)
             await self._read_and_take_over()
-            if latest is not None or self.recorded.made:  # else the session is new
+            if latest is not None or self.recorded.history:  # else the session is new
                 if latest is None or latest.status is not ExecutionStatus.COMPLETED:
                     latest = await latest_run(self.client, self.session, status=ExecutionStatus.COMPLETED.value)
                 self.finished_run = self.recorded.end_of(latest)
@@ -199,7 +201,7 @@ class Journal:
 
     async def _revoke_failures_at_end(self) -> None:
         """Revoke the failures and broken replies at the end of an unfinished session. No later call depends on them."""
-        trailing = list(takewhile(lambda event: event.is_setback, reversed(self.recorded.at_end)))
+        trailing = list(takewhile(lambda event: event.is_failure, reversed(self.recorded.at_end)))
         if trailing and not any(event.accepted for event in trailing):
             await self.revoke(trailing, "the run ended with it")
 
@@ -292,14 +294,6 @@ class Journal:
         if self._in_background:
             await asyncio.wait(self._in_background, timeout=TAKE_OVER_PATIENCE)
 
-    def _key(self, input: EventInput) -> str:
-        name = input.address
-        if again := self.recorded.times_revoked[input.address]:
-            name += f"/again/{again}"  # the old key still names the revoked event
-        if input.digest:  # an earlier run may have begun a different call at this position, and left no result
-            name += f"/{input.digest[:DIGITS]}"
-        return key_within(f"{self.session}/", name)
-
     async def _move_if_replaced(self, run: Task | None) -> bool:
         """Record all events again if the server's database was replaced; return whether the database was replaced.
 
@@ -331,8 +325,7 @@ class Journal:
                 "Use another session"
             )
         for event in self.events:
-            input = self._input(event)
-            await self.owner.record(AGENT_EVENT, input, event, idempotency_key=self._key(input))
+            await self.owner.record(AGENT_EVENT, self._input(event), event, idempotency_key=self._key(event))
         # Set it last. Until then, the server refuses the other requests of this process. They wait for this method.
         self._run = run
         self._begin_watch()
@@ -347,27 +340,26 @@ class Journal:
         """
         # After a failure or a broken reply, the beginning shows that the run continued. If another process owns the
         # session, the server refuses the beginning, and the call costs no money.
-        is_setback = bool(self.events) and self.events[-1].is_setback
-        if not must_be_known and not is_setback and self.owner.is_holding:
+        follows_failure = bool(self.events) and self.events[-1].is_failure
+        if not must_be_known and not follows_failure and self.owner.is_holding:
             return
-        key = self._key(self._input(call))
+        key = self._key(call)
         if call.kind is Kind.REPLY and key in self._open:
             await self._close(key, "the run that made this call died, and the call was made again", OUTAGE_PATIENCE)
         await self.begin(call)
 
     def has_begun(self, call: Call) -> bool:
         """Return whether the beginning of a call is recorded, by this run or an earlier one, and its outcome isn't."""
-        return self._key(self._input(call)) in self._open
+        return self._key(call) in self._open
 
     async def begin(self, call: Call) -> None:
         """Record the beginning of a call. Raises SessionBusy if another process owns the session.
 
         If the beginning is recorded already, continue the call's execution.
         """
-        input = self._input(call)
-        if self._key(input) in self._open and self.owner.is_holding:
+        if self._key(call) in self._open and self.owner.is_holding:
             return
-        if not await self._start(input):
+        if not await self._start(self._input(call)):
             raise self._busy(f"another process has recorded {call}")
 
     async def record(
@@ -402,8 +394,7 @@ class Journal:
     async def _write(self, event: Event) -> Event:
         self.next_seq = event.seq + 1
         event = event.model_copy(update={"summary": self.recorded.summary_with(event)})
-        input = self._input(event)
-        key, run = self._key(input), self._run
+        key, run = self._key(event), self._run
         task = self._open.get(key)
         try:
             if task is not None:
@@ -414,9 +405,17 @@ class Journal:
             await self._move_if_replaced(run)
             task = None
         if task is None:
-            await self.under_this_run(self.owner.record, AGENT_EVENT, input, event, idempotency_key=key)
+            await self.under_this_run(self.owner.record, AGENT_EVENT, self._input(event), event, idempotency_key=key)
         self.recorded.add(event)
         return event
+
+    def _key(self, one: Call | Event | EventInput) -> str:
+        name = one.address
+        if again := self.recorded.times_revoked[one.address]:
+            name += f"/again/{again}"  # the old key still names the revoked event
+        if one.digest:  # an earlier run may have begun a different call at this position, and left no result
+            name += f"/{one.digest[:DIGITS]}"
+        return key_within(f"{self.session}/", name)
 
     def _input(self, call: Call | Event) -> EventInput:
         return EventInput(
@@ -447,7 +446,7 @@ class Journal:
         self,
         stop_reason: str = "",
         *,
-        looks: Mapping[str, int] | None = None,
+        checks: Mapping[str, int] | None = None,
         is_finished: bool = True,
     ) -> None:
         """Record the end and the summary of the run.
@@ -460,7 +459,7 @@ class Journal:
         )
         if self._run is not None:
             last = self.recorded.last_seq if is_finished else -1
-            summary = RunSummary(stop_reason=stop_reason, last=last, looks=dict(looks or {}))
+            summary = RunSummary(stop_reason=stop_reason, last=last, looks=dict(checks or {}))
             try:
                 with self.held("it"):
                     try:

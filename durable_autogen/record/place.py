@@ -14,55 +14,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from durable_autogen.errors import NotDurable
+from durable_autogen.record.activity import Activity
 from durable_autogen.record.events import Call, Event
 
 T = TypeVar("T")
 
 
-class ThreadWork:
-    """A function of a session that runs in a thread, or waits for one."""
-
-    def __init__(self) -> None:
-        self.has_begun = False
-        self.calls = 0
-        """How many recorded calls the function has in progress: it passed them to the event loop, and waits there."""
-
-    def run(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Run the function. A StopIteration that it raises becomes a RuntimeError."""
-        self.has_begun = True
-        try:
-            return fn(*args, **kwargs)
-        except StopIteration as error:
-            # A future can't hold a StopIteration, so a task that awaits it would wait for ever.
-            raise RuntimeError("StopIteration was raised: next() found nothing") from error
-
-
-class Activity:
-    """The work that a session gave to threads. While such work runs, the session isn't idle."""
-
-    def __init__(self) -> None:
-        self.in_threads: set[ThreadWork] = set()
-        self.is_never_idle = False
-        """Whether the session once stayed busy for `BUSY_PATIENCE` (idle.py). If so, later waits are shorter."""
-
-    @property
-    def is_in_thread(self) -> bool:
-        """Whether a function of the session works in a thread, and doesn't wait for a recorded call.
-
-        A function that waits for a thread counts, too, unless the thread may be one that waits for a recorded call.
-        """
-        some_wait = any(work.calls for work in self.in_threads)
-        return any(not work.calls and (work.has_begun or not some_wait) for work in self.in_threads)
-
-
-Compare = Callable[[Event, Call, Callable[[str], Event | None]], list[str]]
-"""A function that returns a line for each difference between a recorded event and a call.
-
-Its last parameter is a function that returns the recorded event of an address."""
-
-
 class OpenSession(Protocol):
-    """The part of `Session` (session.py) that a place uses."""
+    """The part of `Session` (session.py) that a place uses.
+
+    The Recorder, the Guard and the Cleanup of the run have the type Any, because their modules import this one.
+    """
 
     session_id: str
     is_over: bool
@@ -72,23 +34,19 @@ class OpenSession(Protocol):
     def loop(self) -> asyncio.AbstractEventLoop: ...
 
     @property
-    def recorder(self) -> Any:
-        """The run's Recorder. The type is Any, because recorder.py imports this module."""
+    def recorder(self) -> Any: ...
 
     @property
-    def guard(self) -> Any:
-        """The run's Guard. The type is Any, because guard.py imports this module."""
+    def guard(self) -> Any: ...
 
     @property
-    def cleanup(self) -> Any:
-        """The run's Cleanup. The type is Any, because cleanup.py imports this module."""
+    def cleanup(self) -> Any: ...
 
     @property
     def state(self) -> Any:
         """The state that the framework's entry points keep for the session."""
 
-    @property
-    def differences(self) -> Compare: ...
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]: ...
 
     def left_the_record(self, agent: str, what: str) -> None: ...
 
@@ -106,9 +64,9 @@ class Place:
     """Whether a recorded call is being made. Calls made inside that call are not recorded separately."""
     is_beside_others: bool = False
     """Whether the agent, or a team that contains it, works in parallel with others."""
-    hands_on_late: bool = False
+    passes_on_late: bool = False
     """Whether AutoGen holds back each message of this agent until the agent yields its next message."""
-    owner: Any = None
+    at_work: Any = None
     """The agent, team or termination condition at work; None for the program itself."""
     around: Place | None = None
     """The place at which the session was opened, if that was inside another session."""
@@ -116,7 +74,7 @@ class Place:
     @property
     def is_inside(self) -> bool:
         """Whether an agent or a team is at work, and not the program itself."""
-        return self.owner is not None
+        return self.at_work is not None
 
     def inside(self, name: str) -> str:
         """Return the name under which an agent inside this agent or team is recorded."""
@@ -124,7 +82,7 @@ class Place:
 
 
 current: ContextVar[Place | None] = ContextVar("durable_place", default=None)
-recorded_call: ContextVar[str] = ContextVar("durable_call", default="")
+current_call_id: ContextVar[str] = ContextVar("durable_call", default="")
 
 
 def call_id() -> str:
@@ -134,10 +92,10 @@ def call_id() -> str:
     the same if a later run makes the call again, after a crash or a failure, so use it as an idempotency key. After
     drift, the changed program's call gets a new id.
     """
-    return recorded_call.get()
+    return current_call_id.get()
 
 
-def has_ended(session: OpenSession) -> NotDurable:
+def late_call(session: OpenSession) -> NotDurable:
     """Return the error of a call that is made when its session has ended, or while its end is being recorded."""
     return NotDurable(
         f"session {session.session_id} has ended, and this call was started inside it: await the call before the "
@@ -156,7 +114,7 @@ def recording_place() -> Place | None:
         return None
     session = place.session
     if session.is_over:
-        raise has_ended(session)
+        raise late_call(session)
     if session.loop is not asyncio.get_running_loop():
         raise NotDurable(
             f"this call of session {session.session_id} can't be recorded: it is made in another event loop or in a "

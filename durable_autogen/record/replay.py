@@ -51,7 +51,7 @@ class Replay:
     def __init__(self, journal: Journal, session: OpenSession) -> None:
         # An OrderedDict finds its first entry at once. A dict would search through the entries that were deleted.
         self.ahead = OrderedDict(
-            (event.address, event) for event in journal.events if event.kind.is_asked_for and not _is_apart(event)
+            (event.address, event) for event in journal.events if event.kind.is_asked_for and not _is_unordered(event)
         )
         """The events that are not delivered yet, in order, by their addresses."""
         self.last_seq = 0
@@ -68,8 +68,10 @@ class Replay:
         self._session = session
         self._by_address = {event.address: event for event in journal.events}
         self._agents = {event.agent for event in journal.events}
-        self._apart = {event.address: event for event in journal.events if _is_apart(event)}
+        self._unordered = {event.address: event for event in journal.events if _is_unordered(event)}
+        """The undelivered events that are delivered outside the order, by their addresses."""
         self._asked: dict[str, _Asked] = {}
+        """The calls that wait for their recorded events, by their addresses."""
         self._unfinished = {
             one.address: one
             for one in journal.recorded.unfinished
@@ -91,6 +93,7 @@ class Replay:
         them don't add up: nothing happens between these waits that could make the program ask for a call.
         """
         self._changed = asyncio.Event()
+        """Set when a call begins to wait, or when the events are dropped."""
         self.over = asyncio.Event()
         """Set when the replay is over."""
         for event in journal.events:
@@ -108,7 +111,7 @@ class Replay:
 
     def event_for(self, address: str) -> Event | None:
         """Return the event that will answer the call at this address: one that is ahead, or that of a given-up call."""
-        return self.ahead.get(address) or self._apart.get(address)
+        return self.ahead.get(address) or self._unordered.get(address)
 
     def matching(self, call: Call) -> Call:
         """Return the call with the position at which the recorded run made it.
@@ -116,21 +119,23 @@ class Replay:
         An agent may make simultaneous calls in a different order than in the recorded run. The call's fingerprint shows
         which recorded call it is, with or without a recorded result. If no recorded call has this fingerprint, return
         `call`. But if another call has taken that position, return the call with a free position of the agent.
+
+        For example, two branches of the program called search(a) at reply/0/tool/1 and search(b) at reply/0/tool/2. If
+        search(b) is called first now, it comes with reply/0/tool/1, and is returned with reply/0/tool/2.
         """
-        wanted, is_taken = call.request.get("hash"), call.address in self._taken
-        if wanted is None:
+        if call.hash is None:
             return call
+        is_taken = call.address in self._taken
         free = self._free[call.kind, call.agent]
         if not is_taken:
             free.append(call.position)
         expected = None if is_taken else self.event_for(call.address) or self._unfinished.get(call.address)
-        if expected is None or not (expected.accepted or _hash_of(expected) == wanted):
-            every: list[Event | EventInput] = [*self.ahead.values(), *self._apart.values(), *self._unfinished.values()]
-            same_agent = [one for one in every if (one.kind, one.agent) == (call.kind, call.agent)]
-            left = {
-                one.position: _hash_of(one) for one in same_agent if one.address not in self._taken and not one.accepted
-            }
-            found = [position for position, recorded in left.items() if recorded == wanted]
+        if expected is None or not (expected.accepted or expected.hash == call.hash):
+            recorded: tuple[Event | EventInput, ...]
+            recorded = *self.ahead.values(), *self._unordered.values(), *self._unfinished.values()
+            same_agent = [one for one in recorded if (one.kind, one.agent) == (call.kind, call.agent)]
+            left = {one.position: one.hash for one in same_agent if one.address not in self._taken and not one.accepted}
+            found = [position for position, hash in left.items() if hash == call.hash]
             if not found and is_taken:
                 # Leave the positions of recorded calls to those calls, if there is another one.
                 found = [position for position in free if position not in left] or free
@@ -141,16 +146,16 @@ class Replay:
         self._taken.add(call.address)
         return call
 
-    def take_apart(self, address: str) -> Event | None:
+    def pop_unordered(self, address: str) -> Event | None:
         """Return and remove the console event or given-up call of an address; None if the address has none."""
-        return self._apart.pop(address, None)
+        return self._unordered.pop(address, None)
 
     def differences(self, recorded: Event, call: Call) -> list[str]:
         """Return a line for each difference between a recorded event and a call; no line if the event is accepted."""
         return [] if recorded.accepted else self._session.differences(recorded, call, self._by_address.get)
 
     async def take(self, call: Call) -> Event | None:
-        """Wait until a call's recorded event is delivered; return it. Return None if `leave` drops the event first."""
+        """Wait until a call's recorded event is delivered; return it. Return None if `drop_rest` drops it first."""
         asked = _Asked(call, asyncio.get_running_loop().create_future())
         self._asked[call.address] = asked
         self._changed.set()
@@ -159,7 +164,7 @@ class Replay:
         finally:
             self._asked.pop(call.address, None)
 
-    async def rest(self) -> Event | None:
+    async def next_without_call(self) -> Event | None:
         """Wait until the events are delivered that calls wait for. Return the next event, if no call waits for it."""
         while (event := self.next_event) is not None:
             await idle(self._session)
@@ -187,10 +192,10 @@ class Replay:
             if not asked.delivered.done():
                 asked.delivered.set_exception(error)
 
-    def leave(self) -> None:
+    def drop_rest(self) -> None:
         """Drop all events that are not delivered yet. The calls that wait for them are made live."""
         self.ahead.clear()
-        self._apart.clear()
+        self._unordered.clear()
         self._unfinished.clear()
         self._changed.set()
         for asked in self._asked.values():
@@ -296,14 +301,11 @@ class Replay:
         return bool(self._asked or self._waiting_live)
 
 
-def _hash_of(one: Event | EventInput) -> object:
-    return one.digest if isinstance(one, EventInput) else one.request.get("hash")
+def _is_unordered(event: Event) -> bool:
+    """Return whether an event is delivered outside the order of events.
 
-
-def _is_apart(event: Event) -> bool:
-    """Return whether an event is delivered outside the order of events: the line of an `input()`, or a given-up call.
-
-    `input()` can't wait, and the program decides when to give a call up.
+    That is a line typed at the console, because `input()` can't wait, or a given-up call, because the program decides
+    when to give a call up.
     """
     return isinstance(event.content, GivenUp) or event.kind is Kind.CONSOLE
 

@@ -13,20 +13,21 @@ from typing import Any, Literal, TypeVar, get_args
 
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import unrecorded
+from durable_autogen.record.activity import Activity
 from durable_autogen.record.budget import BUDGET_QUESTION, Budget, BudgetCheck, budget_prefix, check_prices
 from durable_autogen.record.cleanup import Cleanup, watched_tasks
 from durable_autogen.record.console import recorded_console
 from durable_autogen.record.effects import cancel_effects_to_be_made
-from durable_autogen.record.events import check_session_id
+from durable_autogen.record.events import Call, Event, check_session_id
 from durable_autogen.record.guard import Guard
-from durable_autogen.record.idle import watched_threads
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.log import log_for
-from durable_autogen.record.place import Activity, Compare, Place, at, current, recording_place
+from durable_autogen.record.place import Place, at, current, recording_place
 from durable_autogen.record.recorder import OnDrift, Recorder
 from durable_autogen.record.sent_events import SENT_EVENT
 from durable_autogen.record.storable import representable
 from durable_autogen.record.terminal import Terminal
+from durable_autogen.record.threads import watched_threads
 from durable_autogen.record.waits import Waits
 from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.client import NexumClient
@@ -107,8 +108,12 @@ class Session:
         """Record calls of the framework's methods for the length of a `with`."""
         raise NotImplementedError
 
-    differences: Compare
-    """The comparison of a recorded event with a call."""
+    def differences(self, recorded: Event, now: Call, find: Callable[[str], Event | None]) -> list[str]:
+        """Return a line for each difference between a recorded event and the call `now`.
+
+        `find` returns the recorded event of an address.
+        """
+        raise NotImplementedError
 
     @cached_property
     def state(self) -> Any:
@@ -280,7 +285,7 @@ class Session:
     def _log_counts(self) -> None:
         recorder = self.recorder
         if recorder.live_counts or recorder.replayed_counts:
-            live, replayed = _counts(recorder.live_counts), _counts(recorder.replayed_counts)
+            live, replayed = _counts_in_words(recorder.live_counts), _counts_in_words(recorder.replayed_counts)
             # A program's handler can read the counts from the record instead of its text.
             counts = {"live": dict(recorder.live_counts), "replayed": dict(recorder.replayed_counts)}
             line = "session %s, live: %s; replayed from the record: %s"
@@ -306,7 +311,7 @@ def _is_successful_exit(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and not error.code and error.__context__ is None
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def _counts_in_words(counts: Mapping[str, int]) -> str:
     return (
         f"{counts.get('model calls', 0)} model call(s) ({counts.get('tokens', 0):,} tokens), "
         f"{counts.get('tool calls', 0)} tool call(s)"

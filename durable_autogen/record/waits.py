@@ -13,7 +13,8 @@ import time
 
 from durable_autogen.record.events import Call, Kind, Mark, Received, TimedOut, Waiting, end_of_wait, name_of
 from durable_autogen.record.log import at_time
-from durable_autogen.record.recorder import Performed, Recorder
+from durable_autogen.record.pending_call import Performed
+from durable_autogen.record.recorder import Recorder
 from durable_autogen.record.sent_events import check_event_name, expect
 from durable_autogen.record.storable import decoded, encoded, representable
 from nexum_engine import jsontext

@@ -10,17 +10,17 @@ from typing import Any
 
 
 @contextmanager
-def replaced(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(holder: Any, name: str, wrapper: Callable[[Any], Any]) -> Iterator[None]:
     """For the length of a `with`, replace a function of a module, or a method of a class.
 
     `wrapper` gets the original, and returns the function that replaces it.
     """
-    original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(wrapper(original)))
+    original = getattr(holder, name)
+    setattr(holder, name, functools.wraps(original)(wrapper(original)))
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        setattr(holder, name, original)
 
 
 def while_open(change: Callable[[], Iterator[None]]) -> Callable[[], AbstractContextManager[None]]:

@@ -35,7 +35,7 @@ from durable_autogen import (
     fork_session,
     list_sessions,
 )
-from durable_autogen.autogen.fingerprints import describe_call
+from durable_autogen.autogen.fingerprints import call_fingerprint
 from durable_autogen.record.terminal import Terminal
 from nexum_engine.approvals import NODE, Approval, approval_workflow, how_to_decide, key_of
 from nexum_engine.client import PAGE, NexumClient
@@ -700,7 +700,7 @@ async def test_question_of_another_kind_under_the_key_is_no_permission(server: S
     """An approval for other arguments doesn't permit a call, although the approval has the call's key."""
     shop = Shop(approval="always")
     other = Approval.of("s", "", "charge", {"cents": 1, "customer": "c-1"})
-    key = key_of("s", NODE, "/reply/0/tool/1", describe_call("charge", {"cents": 5})["hash"])
+    key = key_of("s", NODE, "/reply/0/tool/1", call_fingerprint("charge", {"cents": 5})["hash"])
     async with NexumClient(server.address) as client:
         await client.register_workflow(approval_workflow())
         started = await client.start_execution(approval_workflow(), other, idempotency_key=key)

@@ -20,6 +20,8 @@ from openai_server import OpenAIServer, Reply
 from server_thread import ServerThread
 
 from durable_autogen import DriftError, DurableSession, fork_session, list_sessions
+from durable_autogen.autogen.differences import fingerprint_differences
+from durable_autogen.autogen.fingerprints import fingerprint_of
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import OnDrift
 from nexum_engine.client import NexumClient
@@ -410,3 +412,9 @@ def test_token_can_be_cancelled_after_run(server: ServerThread) -> None:
         asyncio.run(run(server, lambda: agent(model, "a"), cancellation_token=token))
     token.cancel()
     assert token.is_cancelled()
+
+
+@pytest.mark.parametrize("part", ["workbench", "memory", "method"])
+def test_changed_object_or_method_is_named(part: str) -> None:
+    recorded, now = fingerprint_of({part: "One"}), fingerprint_of({part: "Other"})
+    assert fingerprint_differences(recorded, now) == [f"the {part} was One, now it is Other"]

@@ -26,9 +26,9 @@ from durable_autogen import DriftError, RunCancelled, current_session
 from durable_autogen.errors import NotDurable
 from durable_autogen.record import recorder
 from durable_autogen.record.events import Event
-from durable_autogen.record.handled_failures import Setbacks
 from durable_autogen.record.journal import Journal
 from durable_autogen.record.recorder import Recorder
+from durable_autogen.record.setbacks import Setbacks
 from nexum_engine.errors import NexumError
 from nexum_engine.owner import Owner
 
@@ -608,7 +608,7 @@ def test_token_of_replayed_given_up_call_can_be_cancelled_after_end_of_its_event
 async def test_call_given_up_while_server_is_slow_to_record_it_keeps_the_session(
     shared_server: Server, happened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.recorder.TAKE_OVER_PATIENCE", 0.1)
+    monkeypatch.setattr("durable_autogen.record.pending_call.TAKE_OVER_PATIENCE", 0.1)
     record = Owner.record
     is_recorded, answers = asyncio.Event(), asyncio.Event()
 

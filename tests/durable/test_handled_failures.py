@@ -295,7 +295,7 @@ def test_record_of_an_error_is_limited_as_a_whole() -> None:
 async def test_only_newest_handled_failures_are_remembered(
     server: ServerThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("durable_autogen.record.handled_failures.MAX_CONTINUED", 5)
+    monkeypatch.setattr("durable_autogen.record.setbacks.MAX_CONTINUED", 5)
     calls = 0
 
     def fails() -> Exception:

@@ -45,7 +45,7 @@ from durable_autogen import (
     durable_tool,
     list_sessions,
 )
-from durable_autogen.autogen.fingerprints import describe_call
+from durable_autogen.autogen.fingerprints import call_fingerprint
 from durable_autogen.record.events import (
     AGENT_EVENT,
     Call,
@@ -437,7 +437,7 @@ async def test_simultaneous_calls_in_another_order_keep_their_ids_after_a_kill(s
 
     async with killed(server) as dead:
         begun = {
-            letter: Call(Kind.TOOL, "", f"reply/0/tool/{number}", describe_call("note", {"letter": letter}))
+            letter: Call(Kind.TOOL, "", f"reply/0/tool/{number}", call_fingerprint("note", {"letter": letter}))
             for number, letter in enumerate("AB", 1)
         }
         for call in begun.values():

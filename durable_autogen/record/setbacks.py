@@ -127,12 +127,12 @@ class Setbacks:
             one for one in self._setbacks if not (_contains(path, one.agent) or one.agent.startswith(f"{path} ("))
         ]
 
-    def cause_of(self, error: BaseException) -> Exception | None:
+    def failure_quoted_by(self, error: BaseException) -> Exception | None:
         """Return the latest failure whose text is part of the text of `error`, or None.
 
         AutoGen's teams don't raise a failure itself. They raise another error, which holds only the failure's text.
         """
-        return next((one.error for one in reversed(self._setbacks) if _repeats(error, one.error)), None)
+        return next((one.error for one in reversed(self._setbacks) if _quotes(error, one.error)), None)
 
     def restore_origin(self, error: BaseException) -> None:
         """Restore where the failed call that ended the run with `error` was raised, and why: a person will read it."""
@@ -143,7 +143,7 @@ class Setbacks:
                     one.restore()
                     return
         for one in origins:
-            if _repeats(error, one.error):
+            if _quotes(error, one.error):
                 one.restore()
                 error.__cause__ = error.__cause__ or one.error
                 return
@@ -166,7 +166,7 @@ class Setbacks:
         for causes in _causes(error):
             found = found or [(one, event) for one, event in failures if one.error in causes]
         # If no cause is a recorded failure, find the failure by its text: a team's error holds only that text.
-        found = found or [(one, event) for one, event in failures if _repeats(error, one.error)][-1:]
+        found = found or [(one, event) for one, event in failures if _quotes(error, one.error)][-1:]
         since = min((event.seq for _, event in found), default=0)
         # If no text matches, the error has another reason. Take every failure after which the run did not continue.
         found = found or [(one, event) for one, event in failures if not one.continued]
@@ -186,9 +186,9 @@ def _contains(outer: str, agent: str) -> bool:
     return not outer or f"{agent}/".startswith(f"{outer}/")
 
 
-def _repeats(error: BaseException, cause: Exception | None) -> bool:
-    text = "" if cause is None else str(cause)
-    return error is not cause and bool(text) and text in str(error)
+def _quotes(error: BaseException, failure: Exception | None) -> bool:
+    text = "" if failure is None else str(failure)
+    return error is not failure and bool(text) and text in str(error)
 
 
 def _causes(error: BaseException) -> Iterator[list[BaseException]]:
