@@ -22,6 +22,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
+from nexum_engine.event_loop import running_loop
 from nexum_engine.location import absolute, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
@@ -259,7 +260,7 @@ class Connection:
 
         `wait` is how many seconds the server may hold the call. The client gives up CALL_DEADLINE seconds later.
         """
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         give_up = loop.time() + patience
         refusals = 0
         while True:

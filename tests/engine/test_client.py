@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_server import EngineServer, engine_server, is_full
 from harness import nexum_server
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, ServerNotReady, TooLarge
+from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store import executions
+from nexum_engine.worker import Worker
 from nexum_engine.workflow import workflow
 
 SOON = 10.0  # seconds
@@ -87,3 +91,17 @@ async def test_client_reads_large_payloads_in_parts(tmp_path: Path) -> None:
     assert json.loads(execution.input_json) == texts
     assert {name: json.loads(output) for name, output in execution.outputs().items()} == texts
     assert {node.output_bytes for node in execution.nodes} == {execution.input_bytes} == {0}
+
+
+def test_every_first_call_under_another_event_loop_says_that_it_needs_asyncio() -> None:
+    client = NexumClient("127.0.0.1:1")
+    first_calls: list[Coroutine[Any, Any, object]] = [
+        client.ping(),
+        client.__aenter__(),
+        Owner(client).__aenter__(),
+        EmbeddedNexum(None).__aenter__(),
+        Worker(client, {}, concurrency=1).run(asyncio.Event()),
+    ]
+    for call in first_calls:
+        with pytest.raises(InvalidRequest, match="needs asyncio"):
+            call.send(None)  # as trio does, without an event loop of asyncio
