@@ -100,7 +100,7 @@ def test_every_first_call_under_another_event_loop_says_that_it_needs_asyncio() 
         client.__aenter__(),
         Owner(client).__aenter__(),
         EmbeddedNexum(None).__aenter__(),
-        Worker(client, {}, concurrency=1).run(asyncio.Event()),
+        Worker(client, [], concurrency=1).run(asyncio.Event()),
     ]
     for call in first_calls:
         with pytest.raises(InvalidRequest, match="needs asyncio"):
