@@ -485,13 +485,26 @@ def _discard(new: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that a killed process left. The caller holds the `lock` of the path."""
+    """Remove the temporary files that a killed process left. The caller holds the `lock` of the path.
+
+    A restore that is killed before it replaces the file leaves second names of the file and of its log (`_set_aside`).
+    Remove them, too: a file with several names can't be compacted.
+    """
     real = Path(os.path.realpath(path))
     temporary = re.compile(rf"{re.escape(real.name)}\.new-[0-9a-f]{{8}}(-wal|-journal)?")
+    second = re.compile(rf"{re.escape(real.name)}\.\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
     for name in os.listdir(real.parent):
-        if temporary.fullmatch(name):
-            with contextlib.suppress(OSError):
-                (real.parent / name).unlink()
+        file = real.parent / name
+        with contextlib.suppress(OSError):
+            if temporary.fullmatch(name):
+                file.unlink()
+            elif second.fullmatch(name) and file.samefile(real):
+                log = log_of(file)
+                if log.exists():
+                    if not log.samefile(log_of(real)):
+                        continue  # the file's own log is lost, and this may be the last name of it
+                    log.unlink()
+                file.unlink()
 
 
 def sync_folder(path: Path) -> None:
