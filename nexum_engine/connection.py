@@ -93,6 +93,8 @@ class Connection:
         """HOST:PORT of the server, or the path of its database."""
         if address is None:
             self._database = own_database()
+        elif not isinstance(address, str):
+            raise InvalidRequest(f"{address!r} is not a server's address: give a text, HOST:PORT or a database's path")
         elif ("/" in address or "\\" in address) and "://" not in address:
             self._database = absolute(address)
             self._follow()

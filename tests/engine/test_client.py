@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,28 @@ async def test_text_with_a_lone_surrogate_is_refused_before_the_call(server: Eng
                 await call
     with pytest.raises(InvalidRequest, match="surrogates not allowed"):
         workflow("w").effect(lone).build()
+
+
+async def test_value_of_a_wrong_type_is_refused_before_the_call(server: EngineServer) -> None:
+    async with NexumClient(server.address) as client:
+        untyped: Any = client
+        wrong: dict[str, Awaitable[object]] = {
+            "idempotency_key can't be 3: ": untyped.start_execution(ONE, {}, idempotency_key=3),
+            "attributes can't be {'n': 3}: ": untyped.start_execution(ONE, {}, attributes={"n": 3}),
+            "attributes can't be ['n']: ": untyped.start_execution(ONE, {}, attributes=["n"]),
+            "execution_id can't be 7: ": untyped.get_execution(7),
+            "limit can't be 'all': ": untyped.list_executions(limit="all"),
+            "limit can't be 1099511627776: ": untyped.list_executions(limit=2**40),
+        }
+        for problem, call in wrong.items():
+            with pytest.raises(InvalidRequest, match=f"^{re.escape(problem)}"):
+                await call
+
+
+def test_address_that_is_not_a_text_is_refused(tmp_path: Path) -> None:
+    address: Any = tmp_path / "nexum.db"
+    with pytest.raises(InvalidRequest, match="is not a server's address: give a text"):
+        NexumClient(address)
 
 
 async def test_client_reads_large_payloads_in_parts(tmp_path: Path) -> None:
