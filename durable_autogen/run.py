@@ -22,12 +22,12 @@ from durable_autogen.errors import RunCancelled
 from durable_autogen.record.budget import Budget
 from durable_autogen.record.events import Begun
 from durable_autogen.record.recorder import OnDrift, Recorder
-from durable_autogen.record.session import OnUnrecorded, check_asyncio
+from durable_autogen.record.session import OnUnrecorded
 from durable_autogen.record.storable import representable
 from durable_autogen.record.tasks import cancel_and_wait, closing, items_of
 from durable_autogen.session import DurableSession
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.event_loop import call_in
+from nexum_engine.event_loop import call_in, running_loop
 from nexum_engine.policy import Policy
 
 END_PATIENCE = 5.0  # seconds to wait for a stopped team to end
@@ -59,7 +59,7 @@ async def run_durable_stream(
     approve: bool = False,
 ) -> AsyncGenerator[Item, None]:
     """Run an agent or team as `run_durable` does; yield its messages and then its result."""
-    check_asyncio()
+    running_loop()
     session = DurableSession(
         session_id,
         nexum=nexum,

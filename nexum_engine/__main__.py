@@ -193,7 +193,11 @@ async def _serve(args: argparse.Namespace) -> int:
         raise InvalidRequest("TLS needs both --tls-cert and --tls-key")
     tls = None if args.tls_cert is None else ServerTls(args.tls_cert, args.tls_key, args.tls_client_ca)
 
+    was_ready = False
+
     def on_ready(address: str, database: str) -> None:
+        nonlocal was_ready
+        was_ready = True
         say(f"Nexum engine {VERSION} on {address}, database {database} (Ctrl+C to stop)")
         # Exclude the 60,000 objects of the imports from garbage collection. A full collection stops the event loop for
         # about 1 ms for each 2,500 objects.
@@ -213,6 +217,8 @@ async def _serve(args: argparse.Namespace) -> int:
         stop=stop_event(),
         on_ready=on_ready,
     )
+    if not was_ready:
+        say("stopped while another server still had the port or the database")
     return 0
 
 

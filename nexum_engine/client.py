@@ -40,7 +40,7 @@ from nexum_engine.errors import (
     WorkflowNotFound,
     first_problem,
 )
-from nexum_engine.event_loop import to_its_end
+from nexum_engine.event_loop import running_loop, to_its_end
 from nexum_engine.records import (
     Attempt,
     Compatibility,
@@ -132,6 +132,7 @@ class NexumClient:
         return ",".join(sorted(self.connection.targets)) or self.address
 
     async def __aenter__(self) -> NexumClient:
+        running_loop()
         return self
 
     async def __aexit__(self, *_: object) -> None:

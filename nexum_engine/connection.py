@@ -22,6 +22,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
+from nexum_engine.event_loop import running_loop
 from nexum_engine.location import absolute, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
@@ -92,6 +93,8 @@ class Connection:
         """HOST:PORT of the server, or the path of its database."""
         if address is None:
             self._database = own_database()
+        elif not isinstance(address, str):
+            raise InvalidRequest(f"{address!r} is not a server's address: give a text, HOST:PORT or a database's path")
         elif ("/" in address or "\\" in address) and "://" not in address:
             self._database = absolute(address)
             self._follow()
@@ -259,7 +262,7 @@ class Connection:
 
         `wait` is how many seconds the server may hold the call. The client gives up CALL_DEADLINE seconds later.
         """
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         give_up = loop.time() + patience
         refusals = 0
         while True:

@@ -26,7 +26,7 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.event_loop import call_in, to_its_end
+from nexum_engine.event_loop import call_in, running_loop, to_its_end
 from nexum_engine.host import WATCH_INTERVAL, Host, Restarts
 
 _log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class EmbeddedNexum:
         return self._host is not None and self._host.is_here
 
     async def __aenter__(self) -> EmbeddedNexum:
-        self._loop, self._body = asyncio.get_running_loop(), asyncio.current_task()
+        self._loop, self._body = running_loop(), asyncio.current_task()
         try:
             if self.address:
                 async with NexumClient(self.address) as client:

@@ -210,7 +210,7 @@ def first_problem(error: ValidationError, *place: str) -> str:
     match first["type"]:
         case "extra_forbidden":
             message = "there is no such field"
-        case "missing" | "value_error":
+        case "missing" | "missing_argument" | "value_error":
             message = first["msg"].removeprefix("Value error, ")
         case _:
             message = f"{first['msg']} (given: {reprlib.repr(first['input'])})"

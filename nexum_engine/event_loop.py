@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
 
-from nexum_engine.errors import NexumError
+from nexum_engine.errors import InvalidRequest, NexumError
 
 CHOICE = "NEXUM_EVENT_LOOP"
 """With the value `asyncio`, this environment variable turns uvloop off."""
@@ -38,6 +38,20 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     """
     result: T = _library().run(main)
     return result
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """Return the running event loop. Raises InvalidRequest if it isn't asyncio's, but for instance trio's.
+
+    Call this function where a program uses a class or a function of this project first.
+    """
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise InvalidRequest(
+            "Nexum needs asyncio, as AutoGen does: start the program with asyncio.run, not with another library's "
+            "event loop, such as trio's"
+        ) from None
 
 
 def call_in(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: object) -> None:

@@ -23,6 +23,7 @@ from nexum_engine import jsontext
 from nexum_engine.client import NexumClient, Started
 from nexum_engine.connection import MAX_SERVER_WAIT, OUTAGE_PATIENCE
 from nexum_engine.errors import Conflict, NexumError, NoOwnedExecutions, ServerError, ServerNotReady, ServerUnavailable
+from nexum_engine.event_loop import running_loop
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import DeclaredTool, Task
 from nexum_engine.workflow import Workflow
@@ -57,6 +58,7 @@ class Owner:
         self._held_until = 0.0
 
     async def __aenter__(self) -> Owner:
+        running_loop()
         self._beating = asyncio.create_task(self._heartbeat.run(), name="owner's heartbeat")
         connecting = asyncio.ensure_future(self._heartbeat.connected.wait())
         try:

@@ -16,14 +16,15 @@ import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from nexum_engine import jsontext
 from nexum_engine.errors import FinalError, InvalidRequest, first_problem
 from nexum_engine.settings import Settings
-from nexum_engine.workflow import MAX_SECONDS, Concurrency, Rate, RetryPolicy
+from nexum_engine.workflow import MAX_SECONDS, Concurrency, Rate, RateOrText, RetryPolicy
 
 
 class NotDone(Enum):
@@ -36,11 +37,6 @@ NOT_DONE = NotDone.NOT_DONE
 """What `reconcile` returns if the effect has not happened: the tool then runs."""
 
 Reconcile = Callable[[dict[str, Any], str], Any]
-
-if TYPE_CHECKING:
-    _RateOrText = Rate | str  # a program may pass a text, such as "10/min"
-else:
-    _RateOrText = Rate  # pydantic converts the text
 
 
 class Policy(Settings):
@@ -72,11 +68,19 @@ class Policy(Settings):
     heartbeat: float | None = Field(default=None, gt=0, le=MAX_SECONDS)
     """Seconds that one attempt may continue without a heartbeat: a call of `heartbeat()` in the tool, an item that the
     tool streams, or a part of a streamed model reply. The limit doesn't apply to other model replies."""
-    rate: _RateOrText | None = None
+    rate: RateOrText | None = None
     """How often the tool may be called, retries included: for instance "10/min". The server counts the calls of all
     processes. A call above the rate waits."""
     concurrency: Concurrency | None = None
     """How many calls may run at the same time, in all processes together. Further calls wait."""
+
+    @field_validator("approval", mode="plain")
+    @classmethod
+    def _check_approval(cls, value: object) -> object:
+        if value in (None, "always") or (callable(value) and not inspect.iscoroutinefunction(value)):
+            return value
+        # pydantic's own message would not mention the function.
+        raise PydanticCustomError("approval", "Input should be 'always' or, in a program, a plain function (not async)")
 
     @model_validator(mode="after")
     def _check(self) -> Policy:
@@ -84,8 +88,6 @@ class Policy(Settings):
             raise ValueError('reconcile needs effect="once": an idempotent tool just runs again')
         if self.approval_timeout is not None and self.approval is None:
             raise ValueError("approval_timeout needs approval")
-        if inspect.iscoroutinefunction(self.approval):
-            raise ValueError("approval must be a plain function of the arguments, not an async one")
         return self
 
     @property

@@ -39,6 +39,7 @@ from nexum_engine.errors import (
     UnknownEffect,
     first_problem,
 )
+from nexum_engine.event_loop import running_loop
 from nexum_engine.heartbeat import Heartbeat, new_worker_id
 from nexum_engine.records import DeclaredTool, NodeType, Task
 from nexum_engine.workflow import NodeDefinition, Workflow
@@ -250,7 +251,7 @@ class Worker:
         After `stop`, a result is dropped if no server accepts it within a few seconds. A worker then runs the task
         again. Raises an error if the server can't work with this worker.
         """
-        self._loop = asyncio.get_running_loop(), threading.get_ident()
+        self._loop = running_loop(), threading.get_ident()
         connection = asyncio.create_task(self._stay_connected(), name="worker's heartbeat")
         slots = [asyncio.create_task(self._slot(), name=f"slot {n + 1}") for n in range(self._concurrency)]
         stopping = asyncio.ensure_future(stop.wait())

@@ -18,17 +18,17 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, WrapValidator, model_validator
 
 from nexum_engine import jsontext
 from nexum_engine.errors import InvalidRequest, first_problem
 from nexum_engine.records import Compatibility, NodeType
-from nexum_engine.settings import Settings
+from nexum_engine.settings import Settings, checked
 
 MAX_IR_BYTES = 1024 * 1024
 MAX_NODES = 1000
@@ -39,7 +39,14 @@ MAX_ATTRIBUTE_NAME = 64  # characters
 MAX_SECONDS = 100 * 366 * 24 * 3600
 """The longest delay or time limit: about 100 years. Some systems can't show a much later time."""
 
-Number = Annotated[int, Strict()] | Annotated[float, Strict()]
+
+def _as_given(value: float, check: Callable[[float], float]) -> float:
+    check(value)
+    return value
+
+
+Number = Annotated[float, Strict(), WrapValidator(_as_given)]
+"""A number that stays as it is: pydantic would make 5.0 of 5, which changes the version hash."""
 _KNOWN_TYPES = tuple(one.value for one in NodeType if one is not NodeType.MAP_SUBTASK)
 
 
@@ -96,9 +103,9 @@ class Rate(Settings):
     @model_validator(mode="before")
     @classmethod
     def _parse(cls, value: object) -> object:
-        if not isinstance(value, str):
+        if isinstance(value, (Mapping, Rate)):
             return value
-        found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+(?:\.\d+)?)?\s*(s|min|h|d)\s*", value, re.ASCII)
+        found = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+(?:\.\d+)?)?\s*(s|min|h|d)\s*", f"{value}", re.ASCII)
         if found is None:
             raise ValueError(f"{value!r} is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s")
         calls, length, unit = found.groups()
@@ -116,6 +123,11 @@ class Rate(Settings):
         unit = next((unit for unit, seconds in _UNITS.items() if seconds == self.seconds), None)
         return f"{self.calls}/{unit or f'{self.seconds:.15g}s'}"
 
+
+if TYPE_CHECKING:
+    RateOrText = Rate | str  # a program may pass a text, such as "10/min"
+else:
+    RateOrText = Rate  # pydantic converts the text
 
 Concurrency = Annotated[int, Strict(), Field(ge=1, le=1_000_000)]
 """How many attempts may run at the same time."""
@@ -226,17 +238,18 @@ class WorkflowBuilder:
         self._input = input
         self._nodes: list[NodeDefinition] = []
 
+    @checked
     def effect(
         self,
         node_id: str,
         output: type[BaseModel] | None = None,
         *,
         depends_on: Sequence[str] | None = None,
-        timeout_seconds: float | None = None,
+        timeout_seconds: Number | None = None,
         retry: RetryPolicy | None = None,
         once: bool = False,
         reconcile: bool = False,
-        rate: Rate | str | None = None,
+        rate: RateOrText | None = None,
         concurrency: int | None = None,
     ) -> WorkflowBuilder:
         """Add a node that acts on the outside world. Without `depends_on` it depends on every node added before it.
@@ -263,19 +276,20 @@ class WorkflowBuilder:
             retry=default_retry(once) if retry is None else retry,
             once=once,
             reconcile=reconcile,
-            rate=_rate(rate),
+            rate=rate,
             concurrency=concurrency,
         )
 
+    @checked
     def compute(
         self,
         node_id: str,
         output: type[BaseModel] | None = None,
         *,
         depends_on: Sequence[str] | None = None,
-        timeout_seconds: float | None = None,
+        timeout_seconds: Number | None = None,
         retry: RetryPolicy = DEFAULT_RETRY_POLICY,
-        rate: Rate | str | None = None,
+        rate: RateOrText | None = None,
         concurrency: int | None = None,
     ) -> WorkflowBuilder:
         """Add a node that only computes. The parameters mean the same as those of `effect`."""
@@ -286,10 +300,11 @@ class WorkflowBuilder:
             output,
             timeout_seconds=timeout_seconds,
             retry=retry,
-            rate=_rate(rate),
+            rate=rate,
             concurrency=concurrency,
         )
 
+    @checked
     def router(
         self, node_id: str, routes: Mapping[str, str], *, depends_on: Sequence[str] | None = None
     ) -> WorkflowBuilder:
@@ -300,13 +315,14 @@ class WorkflowBuilder:
         pairs = tuple(Route(condition=condition, target=target) for target, condition in routes.items())
         return self._add(node_id, NodeType.ROUTER, depends_on, routes=pairs)
 
+    @checked
     def map(
         self,
         node_id: str,
         output: type[BaseModel] | None = None,
         *,
         depends_on: Sequence[str] | None = None,
-        timeout_seconds: float | None = None,
+        timeout_seconds: Number | None = None,
         retry: RetryPolicy = DEFAULT_RETRY_POLICY,
     ) -> WorkflowBuilder:
         """Add a node that runs a task for each item of a list. Its output is the list of the tasks' results.
@@ -315,13 +331,14 @@ class WorkflowBuilder:
         """
         return self._add(node_id, NodeType.MAP, depends_on, output, timeout_seconds=timeout_seconds, retry=retry)
 
+    @checked
     def reduce(
         self,
         node_id: str,
         output: type[BaseModel] | None = None,
         *,
         map_node_id: str = "",
-        timeout_seconds: float | None = None,
+        timeout_seconds: Number | None = None,
         retry: RetryPolicy = DEFAULT_RETRY_POLICY,
     ) -> WorkflowBuilder:
         """Add a node that computes from the results of a MAP node: by default, of the MAP node that was added last."""
@@ -333,6 +350,7 @@ class WorkflowBuilder:
             node_id, NodeType.REDUCE, [mapped], output, map_node_id=mapped, timeout_seconds=timeout_seconds, retry=retry
         )
 
+    @checked
     def subworkflow(
         self,
         node_id: str,
@@ -347,12 +365,14 @@ class WorkflowBuilder:
         """
         return self._add(node_id, NodeType.SUBWORKFLOW, depends_on, output, sub_workflow_id=sub_workflow_id)
 
-    def timer(self, node_id: str, delay_seconds: float, *, depends_on: Sequence[str] | None = None) -> WorkflowBuilder:
+    @checked
+    def timer(self, node_id: str, delay_seconds: Number, *, depends_on: Sequence[str] | None = None) -> WorkflowBuilder:
         """Add a node that completes after a delay. The server waits, and no worker is needed."""
         return self._add(node_id, NodeType.TIMER, depends_on, delay_seconds=delay_seconds)
 
+    @checked
     def human_approval(
-        self, node_id: str, *, depends_on: Sequence[str] | None = None, timeout_seconds: float | None = None
+        self, node_id: str, *, depends_on: Sequence[str] | None = None, timeout_seconds: Number | None = None
     ) -> WorkflowBuilder:
         """Add a node that a person approves or rejects. It has no handler.
 
@@ -360,6 +380,7 @@ class WorkflowBuilder:
         """
         return self._add(node_id, NodeType.HUMAN_APPROVAL, depends_on, timeout_seconds=timeout_seconds)
 
+    @checked
     def event(
         self,
         node_id: str,
@@ -367,7 +388,7 @@ class WorkflowBuilder:
         output: type[BaseModel] | None = None,
         *,
         depends_on: Sequence[str] | None = None,
-        timeout_seconds: float | None = None,
+        timeout_seconds: Number | None = None,
         on_timeout: str = "",
     ) -> WorkflowBuilder:
         """Add a node that waits for the event `name`. Its output is the event's payload.
@@ -393,12 +414,6 @@ class WorkflowBuilder:
         output: type[BaseModel] | None = None,
         **fields: Any,
     ) -> WorkflowBuilder:
-        if isinstance(depends_on, str):
-            raise InvalidRequest(f"node {node_id!r}: depends_on must be a list: [{depends_on!r}]")
-        for name, kind in (("retry", RetryPolicy), ("rate", Rate)):
-            value = fields.get(name)
-            if value is not None and not isinstance(value, kind):
-                raise InvalidRequest(f"node {node_id!r}: {name} must be a {kind.__name__}, not {value!r}")
         dependencies = tuple(node.node_id for node in self._nodes) if depends_on is None else tuple(depends_on)
         self._nodes.append(NodeDefinition(node_id, node_type, dependencies, output, **fields))
         return self
@@ -421,10 +436,7 @@ class WorkflowBuilder:
         return Workflow(self._workflow_id, f"sha256:{digest}", ir_json, tuple(self._nodes), self._input)
 
 
-def _rate(rate: Rate | str | None) -> Rate | None:
-    return Rate.parse(rate) if isinstance(rate, str) else rate
-
-
+@checked
 def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> WorkflowBuilder:
     """Return a builder for a workflow definition."""
     check_id(workflow_id, "workflow_id")

@@ -17,7 +17,7 @@ from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from autogen_core.tools import Tool, ToolResult, ToolSchema
 from pydantic import PydanticUserError, ValidationError
 
-from durable_autogen.autogen.fingerprints import call_fingerprint, fingerprint_of
+from durable_autogen.autogen.fingerprints import call_fingerprint, fingerprint_of, hash_of
 from durable_autogen.autogen.policies import (
     CallUnderPolicy,
     ToolCall,
@@ -236,7 +236,8 @@ class Calls:
         name, token = tool_call.name, tool_call.token
         position = self._agent_state.position_of_call(tool_call.call_id, name)
         policy = self._guard.of_tool(*tool_call.names, own=tool_call.own_policy)
-        request = call_fingerprint(name, tool_call.arguments)
+        called = tool_call.tool if tool_call.workbench is None else tool_call.workbench
+        request = self._numbered(called, call_fingerprint(name, tool_call.arguments))
         call = Call(Kind.TOOL, self._agent, position, request, has_policy=policy is not None)
         stream.call = call.address
 
@@ -419,18 +420,26 @@ class Calls:
             skip_answer(said)
         return said
 
-    def name_of(self, called: object) -> str:
-        """Return a name for a workbench or a memory: its class, and a number if the agent uses several of this class.
+    def _numbered(self, called: object, fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """Return the fingerprint of a call of `called`: a tool, a workbench, a memory or a code executor.
 
-        With the name in their fingerprints, a replay tells the calls of two workbenches apart, even if an agent makes
-        them at the same time.
+        If the agent has made the same call of another object, the fingerprint has a number. So a replay tells the calls
+        of two objects apart, even if the agent makes them at the same time.
         """
-        prefix = f"{self._agent}/"
-        return self._session_state.names.of(called, f"{prefix}{type(called).__name__}").removeprefix(prefix)
+        wanted = f"{self._agent}/{fingerprint['hash']}"
+        number = self._session_state.names.of(called, wanted).removeprefix(wanted)
+        if not number:
+            return fingerprint
+        return {
+            **fingerprint,
+            "object": f"{type(called).__name__}{number}",
+            "hash": hash_of([fingerprint["hash"], number]),
+        }
 
     async def other(
         self,
         kind: Kind,
+        called: object,
         request: Mapping[str, Any],
         original: Callable[[], Awaitable[Any]],
         declared: Any,
@@ -438,7 +447,7 @@ class Calls:
     ) -> Any:
         """Return the recorded value of a call of another kind, or make the call and record its value.
 
-        `declared` is the value's type, if the value isn't plain JSON.
+        `called` is the object that is called. `declared` is the value's type, if the value isn't plain JSON.
         """
 
         async def perform(_: Call) -> Performed:
@@ -446,7 +455,7 @@ class Calls:
             return Performed(value, Returned(value=representable(written_value(value))))
 
         position = self._recorder.next_position(self._agent, kind.value)
-        call = Call(kind, self._agent, position, fingerprint_of(request))
+        call = Call(kind, self._agent, position, self._numbered(called, fingerprint_of(request)))
         answer = await self._recorder.call(call, perform, caller=self._task, token=token)
         return self._value(answer, declared)
 

@@ -53,7 +53,10 @@ def fingerprint_differences(recorded: Fingerprint, now: Fingerprint) -> list[str
         *_texts("the question", recorded.get("task"), now.get("task")),
         *_values("the text", recorded.get("said"), now.get("said")),
     ]
-    for name in ("tool", "workbench", "memory", "method", "arguments", "team", "prompt", "query", "code", "event"):
+    for name in (
+        *("tool", "workbench", "memory", "method", "arguments", "team", "prompt", "query", "code", "event"),
+        "object",
+    ):
         found += _values(f"the {name}", recorded.get(name), now.get(name))
     return found or ["a part differs that is recorded only as a hash"]
 

@@ -141,7 +141,7 @@ def _tool_list(calls: Calls, workbench: Any, original: Original) -> Any:
     # Don't record the tool list of a StaticWorkbench: the program itself defines these tools.
     if isinstance(workbench, StaticWorkbench) and type(workbench).list_tools is StaticWorkbench.list_tools:
         return original()
-    return calls.other(Kind.TOOLS, {"workbench": calls.name_of(workbench)}, original, None)
+    return calls.other(Kind.TOOLS, workbench, {"workbench": type(workbench).__name__}, original, None)
 
 
 def _read(method: str) -> Recording:
@@ -150,8 +150,8 @@ def _read(method: str) -> Recording:
         if not inspect.iscoroutinefunction(original.method):
             return original()
         arguments = plain([list(original.args), original.kwargs])
-        request = {"workbench": calls.name_of(workbench), "method": method, "arguments": arguments}
-        return calls.other(Kind.TOOLS, request, original, None)
+        request = {"workbench": type(workbench).__name__, "method": method, "arguments": arguments}
+        return calls.other(Kind.TOOLS, workbench, request, original, None)
 
     return recording
 
@@ -164,17 +164,19 @@ def _input(calls: Calls, _: Any, original: Original) -> Any:
     return calls.input(original, original.given(0, "prompt"), original.given(1, "cancellation_token"))
 
 
-def _code(calls: Calls, _: Any, original: Original) -> Any:
+def _code(calls: Calls, executor: Any, original: Original) -> Any:
     code = "\n".join(block.code for block in original.given(0, "code_blocks"))
-    return calls.other(Kind.CODE, {"code": code}, original, CodeResult, original.given(1, "cancellation_token"))
+    token = original.given(1, "cancellation_token")
+    return calls.other(Kind.CODE, executor, {"code": code}, original, CodeResult, token)
 
 
 def _memory(calls: Calls, memory: Any, original: Original) -> Any:
     # Don't record queries of a ListMemory: the program itself fills this memory.
     if type(memory) is ListMemory:
         return original()
-    request = {"memory": calls.name_of(memory), "query": plain(original.given(0, "query"))}
-    return calls.other(Kind.MEMORY, request, original, MemoryQueryResult, original.given(1, "cancellation_token"))
+    request = {"memory": type(memory).__name__, "query": plain(original.given(0, "query"))}
+    token = original.given(1, "cancellation_token")
+    return calls.other(Kind.MEMORY, memory, request, original, MemoryQueryResult, token)
 
 
 _recorded_tool, _recorded_tool_stream = _recorded(_tool(stream=False)), _recorded(_tool(stream=True))

@@ -33,7 +33,7 @@ from nexum_engine.approvals import NODE, approval_workflow
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
-from nexum_engine.event_loop import call_in
+from nexum_engine.event_loop import call_in, running_loop
 from nexum_engine.policy import Policy
 
 OnUnrecorded = Literal["tell", "stop"]
@@ -190,7 +190,7 @@ class Session:
     async def __aenter__(self: S) -> S:
         if self._recorder is not None:
             raise RuntimeError(f"session {self.session_id} was entered already: create a new DurableSession")
-        check_asyncio()
+        running_loop()
         self.cleanup = Cleanup()
         async with AsyncExitStack() as stack:
             # Undo these last. Until then, a call of a task that the program left behind raises NotDurable.
@@ -293,17 +293,6 @@ class Session:
         if self._left:
             times = ", ".join(f"{what}{f' ({count} times)' if count > 1 else ''}" for what, count in self._left.items())
             self.log.warning("session %s: outside the record: %s", self.session_id, times)
-
-
-def check_asyncio() -> None:
-    """Raise NotDurable if no event loop of asyncio runs, but for instance one of trio."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        raise NotDurable(
-            "a session needs asyncio, as AutoGen does: start the program with asyncio.run, not with another library's "
-            "event loop, such as trio's"
-        ) from None
 
 
 def _is_successful_exit(error: BaseException) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from functools import partial
+from typing import TypeVar
 
 import grpc
 from grpc_health.v1.health import aio as health_checks
@@ -14,8 +16,8 @@ from grpc_health.v1.health_pb2 import HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
 from nexum_engine import DEFAULT_LISTEN
-from nexum_engine.clock import SystemClock
-from nexum_engine.errors import InvalidRequest, ServerError, StoreUnavailable
+from nexum_engine.clock import SystemClock, wait_until_set
+from nexum_engine.errors import InvalidRequest, ServerError, StoreLocked, StoreUnavailable
 from nexum_engine.in_process import listed
 from nexum_engine.location import address_file, read_process, remove_address, write_address
 from nexum_engine.security import is_ip_address, is_loopback
@@ -35,7 +37,10 @@ from nexum_engine.server.tls import ServerTls
 from nexum_engine.store import open_store
 
 STOP_GRACE = 3.0  # seconds in which calls under way can still end
-_BIND_RETRY = 0.1  # seconds between two attempts to listen on the port
+_RETRY = 0.1  # seconds between two attempts to open the database, or to listen on the port
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _OPTIONS = (
     # Don't share the port: a second server on the same port would get half of the calls.
@@ -100,6 +105,8 @@ async def run_server(
 ) -> None:
     """Serve until `stop` is set. `on_ready(address, database)` is called when the server accepts calls.
 
+    If `stop` is set while another server still holds the port or the database, return without a call of `on_ready`.
+
     A silent worker keeps its tasks for `lease` seconds. Executions that ended more than `keep` seconds ago are deleted.
     If an ending server still holds the port or the database, the new server waits up to `patience` seconds for them.
     With `else_free_port`, it does not wait for a taken port, and takes a free one instead. An `embedded` server serves
@@ -112,12 +119,17 @@ async def run_server(
     address = listen_address(listen, is_protected=tls is not None and tokens is not None)
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_worth_a_line)  # a second call adds nothing
     clock = SystemClock()
-    store = await open_store(database_url, clock, lock_timeout=patience)
+    store = await _retried(partial(open_store, database_url, clock), stop, patience)
+    if store is None:
+        return
     database = store.file if tls is None and tokens is None else None
     try:
         servicer = NexumServicer(store, clock, round(lease * 1000), embedded=embedded, tokens=tokens, limits=limits)
         health = health_checks.HealthServicer()
-        server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
+        bound = await _retried(partial(_bind, servicer, health, address, else_free_port, tls, tokens), stop, patience)
+        if bound is None:
+            return
+        server, port = bound
         address = f"{address.rpartition(':')[0]}:{port}"
         # Only a killed server leaves the address file behind. The workers and owners of its process died with it.
         dead_process = "" if store.file is None else read_process(store.file)
@@ -153,6 +165,23 @@ async def run_server(
         await store.close()
 
 
+async def _retried(attempt: Callable[[], Awaitable[T]], stop: asyncio.Event, patience: float) -> T | None:
+    """Make attempts for `patience` seconds, while another server holds what is needed. Return None if `stop` is set."""
+    loop = asyncio.get_running_loop()
+    begun, is_logged = loop.time(), False
+    while True:
+        try:
+            return await attempt()
+        except (StoreLocked, ServerError) as error:
+            if loop.time() >= begun + patience:
+                raise
+            if not is_logged:
+                logger.warning("waiting for up to %g s: %s", patience, error)
+                is_logged = True
+        if await wait_until_set(stop, _RETRY):
+            return None
+
+
 def _is_free(address: str) -> bool:
     """Return whether a server can listen on the address. Try a socket: gRPC prints an error for a taken address."""
     host, _, port = address.rpartition(":")
@@ -168,31 +197,29 @@ async def _bind(
     servicer: NexumServicer,
     health: health_checks.HealthServicer,
     address: str,
-    patience: float,
     else_free_port: bool,
     tls: ServerTls | None,
     tokens: Tokens | None,
 ) -> tuple[grpc.aio.Server, int]:
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + patience
+    """Return a server that can listen on the address, and its port. Raises ServerError if the port can't be used."""
     if else_free_port and not _is_free(address):
         # Don't wait for the port. An ending server releases its port before its database, and this server has already
         # opened the database. So no ending server holds the port.
         address = f"{address.rpartition(':')[0]}:0"
-    interceptors = [Reading()] if tokens is None else [TokenCheck(tokens), Reading()]
-    while True:
-        server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors, maximum_concurrent_rpcs=MAX_RPCS)
-        add_servicer(servicer, server)
-        add_HealthServicer_to_server(health, server)
-        try:
-            if tls is not None:
-                return server, server.add_secure_port(address, tls.credentials())
-            return server, server.add_insecure_port(address)
-        except RuntimeError as error:
-            await server.stop(None)
-            if loop.time() >= deadline:
-                raise ServerError(
-                    f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "
-                    "give another port with --listen"
-                ) from error
-            await asyncio.sleep(_BIND_RETRY)
+    server = grpc.aio.server(
+        options=_OPTIONS,
+        interceptors=[Reading()] if tokens is None else [TokenCheck(tokens), Reading()],
+        maximum_concurrent_rpcs=MAX_RPCS,
+    )
+    add_servicer(servicer, server)
+    add_HealthServicer_to_server(health, server)
+    try:
+        if tls is not None:
+            return server, server.add_secure_port(address, tls.credentials())
+        return server, server.add_insecure_port(address)
+    except RuntimeError as error:
+        await server.stop(None)
+        raise ServerError(
+            f"can't listen on {address}: the port is in use (by another Nexum server?) or not allowed; "
+            "give another port with --listen"
+        ) from error

@@ -20,17 +20,17 @@ from nexum_engine.store.base import Checked, Store
 __all__ = ["Checked", "Store", "check_database", "database_exists", "open_store", "restore_database"]
 
 
-async def open_store(database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> Store:
+async def open_store(database_url: str, clock: Clock) -> Store:
     """Open (or create) the database that the URL names: `sqlite:///path`, or `postgresql://user@host/database`.
 
-    Waits up to `lock_timeout` seconds until another server releases the file. Raises StoreRefused for a URL or a file
-    that this version can't open, and StoreLocked if another server still has the file open.
+    Raises StoreRefused for a URL or a file that this version can't open, and StoreLocked if another server has the file
+    open.
     """
     scheme = database_url.partition(":")[0]
     if scheme == "sqlite":
         from nexum_engine.store.sqlite import SqliteStore
 
-        return await SqliteStore.open(database_url, clock, lock_timeout=lock_timeout)
+        return await SqliteStore.open(database_url, clock)
     if scheme in ("postgresql", "postgres"):
         try:
             from nexum_engine.store.postgresql import PostgresStore

@@ -54,7 +54,7 @@ class SqliteStore(Store):
         self._watcher = self._loop.create_task(self._watch(), name="watch the database's files")
 
     @classmethod
-    async def open(cls, database_url: str, clock: Clock, *, lock_timeout: float = 0.0) -> SqliteStore:
+    async def open(cls, database_url: str, clock: Clock) -> SqliteStore:
         """Open or create the database. Raises StoreRefused or StoreLocked. Another program's file is left untouched."""
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise StoreRefused(
@@ -62,7 +62,7 @@ class SqliteStore(Store):
                 f"{'.'.join(map(str, MINIMUM_SQLITE))} or newer: use a newer Python"
             )
         path = database_path(database_url)
-        opening = asyncio.get_running_loop().run_in_executor(None, _open, path, lock_timeout)
+        opening = asyncio.get_running_loop().run_in_executor(None, _open, path)
         try:
             held, database = await asyncio.shield(opening)
         except asyncio.CancelledError:
@@ -245,11 +245,11 @@ class SqliteStore(Store):
         self._look_again()
 
 
-def _open(path: Path, timeout: float) -> tuple[FileLock, DatabaseFile]:
+def _open(path: Path) -> tuple[FileLock, DatabaseFile]:
     check_file(path)
-    held = lock(path, timeout)
+    held = lock(path)
     try:
-        return held, DatabaseFile.open(path, timeout=timeout)
+        return held, DatabaseFile.open(path)
     except BaseException:
         held.release()
         raise

@@ -26,12 +26,15 @@ _OTHER_FILE = "name another file with DATABASE_URL (or the option --database-url
 logger = logging.getLogger(__name__)
 
 
-def connect(path: Path, timeout: float, *, synchronous: Literal["FULL", "OFF"] = "FULL") -> sqlite3.Connection:
-    """Open a SQLite file. With `synchronous="OFF"`, the operating system decides when changes get to the disk."""
+def connect(path: Path, *, synchronous: Literal["FULL", "OFF"] = "FULL") -> sqlite3.Connection:
+    """Open a SQLite file. With `synchronous="OFF"`, the operating system decides when changes get to the disk.
+
+    Raises sqlite3.OperationalError if another program has locked the file.
+    """
     # Use autocommit, because the store begins and ends transactions itself. Turn off the thread check, because
     # several threads use the connection, one after the other.
     connection = sqlite3.connect(
-        path, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=128
+        path, timeout=0.0, isolation_level=None, check_same_thread=False, cached_statements=128
     )
     connection.row_factory = sqlite3.Row
     try:

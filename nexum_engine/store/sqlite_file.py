@@ -90,10 +90,10 @@ class DatabaseFile:
     # ---- Opening and closing -----------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, path: Path, *, timeout: float = 0.0) -> DatabaseFile:
+    def open(cls, path: Path) -> DatabaseFile:
         """Open or create the database. The caller must hold the `lock` of the path.
 
-        Waits up to `timeout` seconds for another program's lock on the file. Raises StoreRefused, StoreLocked.
+        Raises StoreRefused, and StoreLocked if another program has locked the file.
         """
         connection: sqlite3.Connection | None = None
         try:
@@ -103,11 +103,11 @@ class DatabaseFile:
                 # error".
                 os.close(os.open(path, os.O_RDWR))
             was_open = _size(log_of(path)) > 0
-            _check_log(path, timeout)
+            _check_log(path)
             _remove_leftovers(path)
             if not path.exists():
                 _create(path)
-            connection = connect(path, timeout)
+            connection = connect(path)
             # Check the schema version again: the write-ahead log may have a newer one than the header of the file.
             check_version(path, connection.execute("PRAGMA user_version").fetchone()[0])
             migrate(path, connection)
@@ -128,7 +128,7 @@ class DatabaseFile:
     def reopen(self) -> None:
         """Open the database again, after an error that may be temporary. Raises sqlite3.Error, OSError."""
         self.abandon()
-        self._attach(connect(self._path, 0.0))
+        self._attach(connect(self._path))
 
     def close(self) -> None:
         """Copy the log into the file, and close the database."""
@@ -201,7 +201,7 @@ class DatabaseFile:
                 new.replace(os.path.realpath(self._path))
                 sync_folder(self._path)
             finally:
-                connection = connect(self._path, 0.0)
+                connection = connect(self._path)
                 _begin_log(connection, read_stamp(connection))
                 self._attach(connection)
         finally:
@@ -352,8 +352,8 @@ def lock_file_of(path: Path) -> Path:
     return Path(f"{os.path.realpath(path)}.lock")
 
 
-def lock(path: Path, timeout: float) -> FileLock:
-    """Take the lock file of the database. Raises StoreLocked if another process holds it for `timeout` seconds.
+def lock(path: Path) -> FileLock:
+    """Take the lock file of the database. Raises StoreLocked if another process holds it.
 
     The lock file lets only one process at a time open or restore a database, even a database that doesn't exist yet. An
     open database is also protected by SQLite's lock on the file itself, because anybody may delete a lock file.
@@ -361,7 +361,7 @@ def lock(path: Path, timeout: float) -> FileLock:
     taken = FileLock(lock_file_of(path), mode=0o600, thread_local=False)
     try:
         _make_folder(path.parent)
-        taken.acquire(timeout=timeout)
+        taken.acquire(timeout=0)
     except Timeout as error:
         raise in_use(path) from error
     except (OSError, NotImplementedError) as error:
@@ -378,7 +378,7 @@ def _make_folder(folder: Path) -> None:
         (folder / ".gitignore").write_text("*\n", encoding="utf-8")
 
 
-def _check_log(path: Path, timeout: float) -> None:
+def _check_log(path: Path) -> None:
     """Raise StoreRefused if a log beside the file doesn't belong to it. SQLite would copy that log into the file."""
     log, journal = log_of(path), Path(f"{os.path.realpath(path)}-journal")
     if _size(journal):
@@ -392,14 +392,14 @@ def _check_log(path: Path, timeout: float) -> None:
             f"database {path} is gone, but its log {log} is still there: put the file back, restore a backup with "
             "`nexum restore FILE`, or move the log away"
         )
-    if not _has_own_log(path, timeout):
+    if not _has_own_log(path):
         raise StoreRefused(
             f"{log} is not the log of {path}: one of the two was replaced, for instance by a backup. Both were left "
             f"untouched. To use a backup, run `nexum restore FILE`. To use {path} without the log, give it as FILE"
         )
 
 
-def _has_own_log(path: Path, timeout: float) -> bool:
+def _has_own_log(path: Path) -> bool:
     """Return whether the log beside the file belongs to the file. Raises sqlite3.OperationalError.
 
     The files are not changed. But if the log holds no transaction, SQLite may delete the log.
@@ -408,7 +408,7 @@ def _has_own_log(path: Path, timeout: float) -> bool:
     try:
         # Read the file together with the log. A server that is killed during a checkpoint leaves a file with some pages
         # from before the checkpoint and others from after it. SQLite can't read such a file without its log.
-        connection = connect(path, timeout)
+        connection = connect(path)
         try:
             if max(version, connection.execute("PRAGMA user_version").fetchone()[0]) < 2:
                 return True  # before schema version 2, logs have no stamps
@@ -460,7 +460,7 @@ def _create(path: Path) -> None:
     try:
         _create_empty(new)
         # Make the file durable only once, at the end. Otherwise it would take 40 fsyncs.
-        connection = connect(new, 0.0, synchronous="OFF")
+        connection = connect(new, synchronous="OFF")
         try:
             migrate(path, connection)
             write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), bytes(STAMP_BYTES), closed=True))
@@ -485,13 +485,26 @@ def _discard(new: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that a killed process left. The caller holds the `lock` of the path."""
+    """Remove the temporary files that a killed process left. The caller holds the `lock` of the path.
+
+    A restore that is killed before it replaces the file leaves second names of the file and of its log (`_set_aside`).
+    Remove them, too: a file with several names can't be compacted.
+    """
     real = Path(os.path.realpath(path))
     temporary = re.compile(rf"{re.escape(real.name)}\.new-[0-9a-f]{{8}}(-wal|-journal)?")
+    second = re.compile(rf"{re.escape(real.name)}\.\d{{8}}-\d{{6}}-[0-9a-f]{{4}}")
     for name in os.listdir(real.parent):
-        if temporary.fullmatch(name):
-            with contextlib.suppress(OSError):
-                (real.parent / name).unlink()
+        file = real.parent / name
+        with contextlib.suppress(OSError):
+            if temporary.fullmatch(name):
+                file.unlink()
+            elif second.fullmatch(name) and file.samefile(real):
+                log = log_of(file)
+                if log.exists():
+                    if not log.samefile(log_of(real)):
+                        continue  # the file's own log is lost, and this may be the last name of it
+                    log.unlink()
+                file.unlink()
 
 
 def sync_folder(path: Path) -> None:
@@ -512,7 +525,7 @@ def _create_empty(new: Path) -> None:
 
 def _close_copy(copy: Path, base: bytes) -> None:
     """Mark a copy of a database as closed, and make it durable. `base` is the stamp of the copied database."""
-    connection = connect(copy, 0.0)
+    connection = connect(copy)
     try:
         write_stamp(connection, Stamp(os.urandom(STAMP_BYTES), base, closed=True))
     finally:
@@ -601,7 +614,7 @@ def restore(path: Path, backup: Path) -> Path | None:
     check_file(backup)
     if not backup.exists():
         raise StoreRefused(f"there is no backup {backup}")
-    held = lock(path, 0.0)
+    held = lock(path)
     new = _new_name(path)
     try:
         _refuse_open_file(path)
@@ -629,7 +642,7 @@ def _refuse_open_file(path: Path) -> None:
     if not path.exists():
         return
     try:
-        connection = connect(path, 0.0)
+        connection = connect(path)
     except sqlite3.Error as error:
         if "locked" in str(error):
             raise in_use(path) from error
@@ -642,7 +655,7 @@ def _copy_backup(backup: Path, new: Path) -> None:
     new.chmod(0o600)
     if _size(log_of(backup)):
         shutil.copyfile(log_of(backup), log_of(new))
-        if not _has_own_log(new, 0.0):
+        if not _has_own_log(new):
             logger.warning("%s is not the log of %s, and is not used", log_of(backup), backup)
             log_of(new).unlink()
 

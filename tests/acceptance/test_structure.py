@@ -116,7 +116,7 @@ ENGINE = {
     ),
     "published": ("wire", "records", "errors"),
     "channel": ("in_process", "wire", "security", "forks"),
-    "connection": ("channel", "wire", "security", "location", "errors"),
+    "connection": ("channel", "wire", "security", "event_loop", "location", "errors"),
     "client": (
         "published",
         "connection",
@@ -131,7 +131,7 @@ ENGINE = {
     ),
     "heartbeat": ("event_loop", "forks", "connection", "channel", "wire", "location", "errors", "clock", "records"),
     "approvals": ("client", "connection", "policy", "workflow", "jsontext", "records", "errors"),
-    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors", "clock"),
+    "worker": ("heartbeat", "client", "connection", "workflow", "jsontext", "event_loop", "records", "errors", "clock"),
     "host": ("server", "event_loop", "forks", "client", "connection", "channel", "location", "errors"),
     "embedded": ("host", "event_loop", "client", "connection", "errors"),
     "server_or_database": (
@@ -168,7 +168,7 @@ ENGINE = {
         "records",
         "errors",
     ),
-    "owner": ("heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
+    "owner": ("event_loop", "heartbeat", "client", "connection", "workflow", "jsontext", "records", "errors"),
 }
 
 

@@ -24,11 +24,11 @@ from server_thread import ServerThread
 from durable_autogen import (
     DriftError,
     DurableSession,
-    NotDurable,
     SessionBusy,
     list_sessions,
     run_durable,
     run_durable_stream,
+    send_event,
 )
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
@@ -294,13 +294,14 @@ async def test_input_requests_have_same_transcript_in_replay(server: ServerThrea
     assert len({*requests}) == 2
 
 
-def test_session_under_another_event_loop_says_that_it_needs_asyncio() -> None:
+def test_session_or_event_under_another_event_loop_says_that_it_needs_asyncio() -> None:
     async def entered() -> None:
         async with DurableSession("s"):
             pass
 
-    for program in (entered(), run_durable(lambda: AssistantAgent("a", Scripted([])), task="x", session_id="s")):
-        with pytest.raises(NotDurable, match="needs asyncio"):
+    ran = run_durable(lambda: AssistantAgent("a", Scripted([])), task="x", session_id="s")
+    for program in (entered(), ran, send_event("s", "paid")):
+        with pytest.raises(InvalidRequest, match="needs asyncio"):
             program.send(None)  # as trio does, without an event loop of asyncio
 
 

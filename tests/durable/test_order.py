@@ -24,9 +24,11 @@ from autogen_agentchat.agents import AssistantAgent
 from autogen_agentchat.base import TaskResult
 from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 from autogen_agentchat.tools import AgentTool
+from autogen_core import CancellationToken
+from autogen_core.code_executor import CodeBlock, CodeExecutor, CodeResult
 from autogen_core.memory import ListMemory, MemoryContent, MemoryMimeType, MemoryQueryResult
 from autogen_core.models import UserMessage
-from autogen_core.tools import StaticWorkbench, ToolSchema
+from autogen_core.tools import FunctionTool, StaticWorkbench, TextResultContent, ToolResult, ToolSchema
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import ROOT, Server
 
@@ -446,9 +448,52 @@ class Remembers(ListMemory):
         return [str(one.content) for one in (await self.query("q")).results]
 
 
-@pytest.mark.parametrize("kind", [Bench, Remembers])
+class Executor(CodeExecutor):
+    """A code executor that prints its own name, after `listen`."""
+
+    def __init__(self, name: str, listen: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self.name, self.listen = name, listen
+
+    async def execute_code_blocks(self, *_: Any, **__: Any) -> CodeResult:
+        await self.listen()
+        return CodeResult(exit_code=0, output=self.name)
+
+    async def ask(self) -> list[str]:
+        block = CodeBlock(code="print(name)", language="python")
+        return [(await self.execute_code_blocks([block], CancellationToken())).output]
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def restart(self) -> None: ...
+
+
+class ToolBench(Bench):
+    """A workbench whose tool returns its name, after `listen`."""
+
+    async def call_tool(self, *_: Any, **__: Any) -> ToolResult:
+        await self.listen()
+        return ToolResult(name="which", result=[TextResultContent(content=self.tool)])
+
+    async def ask(self) -> list[str]:
+        return [(await self.call_tool("which", {})).to_text()]
+
+
+class AloneTool(ToolBench):
+    """The same as a tool that the program calls without a workbench."""
+
+    async def ask(self) -> list[str]:
+        async def which() -> str:
+            await self.listen()
+            return self.tool
+
+        return [await FunctionTool(which, "tells its name").run_json({}, CancellationToken())]
+
+
+@pytest.mark.parametrize("kind", [Bench, Remembers, Executor, ToolBench, AloneTool])
 async def test_call_cut_off_beside_an_equal_one_of_another_object_gets_its_own_result(
-    shared_server: Server, kind: type[Bench] | type[Remembers]
+    shared_server: Server, kind: type[Bench] | type[Remembers] | type[Executor]
 ) -> None:
     session = new_session()
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+import re
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_server import EngineServer, engine_server, is_full
 from harness import nexum_server
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, ServerNotReady, TooLarge
+from nexum_engine.owner import Owner
 from nexum_engine.records import ExecutionStatus
 from nexum_engine.store import executions
+from nexum_engine.worker import Worker
 from nexum_engine.workflow import workflow
 
 SOON = 10.0  # seconds
@@ -69,6 +74,28 @@ async def test_text_with_a_lone_surrogate_is_refused_before_the_call(server: Eng
         workflow("w").effect(lone).build()
 
 
+async def test_value_of_a_wrong_type_is_refused_before_the_call(server: EngineServer) -> None:
+    async with NexumClient(server.address) as client:
+        untyped: Any = client
+        wrong: dict[str, Awaitable[object]] = {
+            "idempotency_key can't be 3: ": untyped.start_execution(ONE, {}, idempotency_key=3),
+            "attributes can't be {'n': 3}: ": untyped.start_execution(ONE, {}, attributes={"n": 3}),
+            "attributes can't be ['n']: ": untyped.start_execution(ONE, {}, attributes=["n"]),
+            "execution_id can't be 7: ": untyped.get_execution(7),
+            "limit can't be 'all': ": untyped.list_executions(limit="all"),
+            "limit can't be 1099511627776: ": untyped.list_executions(limit=2**40),
+        }
+        for problem, call in wrong.items():
+            with pytest.raises(InvalidRequest, match=f"^{re.escape(problem)}"):
+                await call
+
+
+def test_address_that_is_not_a_text_is_refused(tmp_path: Path) -> None:
+    address: Any = tmp_path / "nexum.db"
+    with pytest.raises(InvalidRequest, match="is not a server's address: give a text"):
+        NexumClient(address)
+
+
 async def test_client_reads_large_payloads_in_parts(tmp_path: Path) -> None:
     texts = {"a": "é" * 2_200_000, "b": "short"}
     large = workflow("large").effect("a", depends_on=()).effect("b", depends_on=()).build()
@@ -87,3 +114,17 @@ async def test_client_reads_large_payloads_in_parts(tmp_path: Path) -> None:
     assert json.loads(execution.input_json) == texts
     assert {name: json.loads(output) for name, output in execution.outputs().items()} == texts
     assert {node.output_bytes for node in execution.nodes} == {execution.input_bytes} == {0}
+
+
+def test_every_first_call_under_another_event_loop_says_that_it_needs_asyncio() -> None:
+    client = NexumClient("127.0.0.1:1")
+    first_calls: list[Coroutine[Any, Any, object]] = [
+        client.ping(),
+        client.__aenter__(),
+        Owner(client).__aenter__(),
+        EmbeddedNexum(None).__aenter__(),
+        Worker(client, [], concurrency=1).run(asyncio.Event()),
+    ]
+    for call in first_calls:
+        with pytest.raises(InvalidRequest, match="needs asyncio"):
+            call.send(None)  # as trio does, without an event loop of asyncio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from nexum_engine.errors import FinalError, InvalidRequest
 from nexum_engine.policy import NOT_DONE, Policy, call_digest, read_policies
 from nexum_engine.workflow import Rate, RetryPolicy
+
+APPROVAL = "'always' or, in a program, a plain function (not async)"
 
 
 def large(cents: int, **_: Any) -> bool:
@@ -54,8 +57,8 @@ def test_failure_of_an_approval_function_names_the_tool() -> None:
     [
         ({"reconcile": find}, 'reconcile needs effect="once": an idempotent tool just runs again'),
         ({"approval_timeout": 5}, "approval_timeout needs approval"),
-        ({"approval": asked}, "approval must be a plain function of the arguments, not an async one"),
-        ({"approval": True}, "approval: Input should be 'always' (given: True)"),
+        ({"approval": asked}, f"approval: Input should be {APPROVAL} (given: {reprlib.repr(asked)})"),
+        ({"approval": True}, f"approval: Input should be {APPROVAL} (given: True)"),
         ({"effect": "twice"}, "effect: Input should be 'idempotent' or 'once' (given: 'twice')"),
         ({"timeout": 0}, "timeout: Input should be greater than 0 (given: 0)"),
         ({"final": PermissionError}, "final: Input should be a valid tuple (given: <class 'PermissionError'>)"),
@@ -65,6 +68,7 @@ def test_failure_of_an_approval_function_names_the_tool() -> None:
             "retry.max_attempts: Input should be greater than or equal to 1 (given: 0)",
         ),
         ({"rate": "10 per s"}, "rate: '10 per s' is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s"),
+        ({"rate": 3}, "rate: 3 is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s"),
     ],
 )
 def test_wrong_policy_is_refused_with_one_line(fields: dict[str, Any], problem: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import stat
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -317,10 +318,10 @@ async def test_cancelled_opening_closes_the_database(tmp_path: Path, monkeypatch
     begun, may_open = threading.Event(), threading.Event()
     really_open = DatabaseFile.open
 
-    def slowly(path: Path, *, timeout: float) -> DatabaseFile:
+    def slowly(path: Path) -> DatabaseFile:
         begun.set()
         assert may_open.wait(SOON)
-        return really_open(path, timeout=timeout)
+        return really_open(path)
 
     monkeypatch.setattr(DatabaseFile, "open", slowly)
     opening = asyncio.create_task(opened(tmp_path / "nexum.db"))
@@ -329,7 +330,10 @@ async def test_cancelled_opening_closes_the_database(tmp_path: Path, monkeypatch
     with pytest.raises(asyncio.CancelledError):
         await opening
     may_open.set()
-    again = await open_store(f"sqlite:///{tmp_path / 'nexum.db'}", ManualClock(), lock_timeout=SOON)
+    again = None
+    while again is None:
+        with suppress(StoreLocked):
+            again = await opened(tmp_path / "nexum.db")
     await again.close()
 
 
@@ -351,6 +355,21 @@ def test_patient_server_starts_when_first_server_is_killed(tmp_path: Path) -> No
                 second.popen.wait(0.5)
             first.process.kill()
             second.wait_for(f"on {first.address}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("held", ["nexum.db", "port"])
+def test_stopped_server_ends_while_it_waits_for_another_one(tmp_path: Path, held: str, number: int) -> None:
+    with nexum_server(tmp_path) as first:
+        listen, file = ("127.0.0.1:0", held) if held == "nexum.db" else (first.address, "other.db")
+        command = ["-m", "nexum_engine", "--listen", listen, "--patience", "60"]
+        database = tmp_path / file
+        with running([*command, "--database-url", f"sqlite:///{database}"], cwd=tmp_path) as second:
+            second.wait_for("WARNING waiting for up to 60 s: ")
+            second.popen.send_signal(number)
+            second.wait_for("stopped while another server still had the port or the database")
+            assert second.wait(SOON) == 0
 
 
 # ---- Group commit ----------------------------------------------------------------------------------------------------

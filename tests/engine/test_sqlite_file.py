@@ -541,13 +541,26 @@ async def test_killed_restore_leaves_the_former_database_with_its_log(tmp_path: 
         assert "To use a backup, run `nexum restore FILE`" in refusal or not refusal
         assert now in (acknowledged, saved)
         found.append("refused" if refusal else "former" if now == acknowledged else "backup")
-        if found[-1] != "former":
+        assert database.stat().st_nlink == 1, "the server could not compact a file with a second name"
+        if found[-1] == "former":
+            assert list(folder.glob("nexum.db.2*")) == []
+        else:
             kept = [one for one in folder.glob("nexum.db.2*") if not one.name.endswith("-wal")]
             # After a refusal, the next restore has kept the pair that the server refused, too.
             whole = [one for one in kept if not refusal or one.stat().st_ino == before]
             assert [await stored(one) for one in whole] == [acknowledged]
     assert code == 0
     assert set(found) == {"former", "refused", "backup"}
+
+
+async def test_second_name_of_a_killed_restore_is_kept_if_it_has_the_only_log(tmp_path: Path) -> None:
+    acknowledged = kill_after(tmp_path / "nexum.db", 1, 2)
+    second = tmp_path / "nexum.db.20260131-235959-0a1b"
+    os.link(tmp_path / "nexum.db", second)
+    log_of(tmp_path / "nexum.db").rename(log_of(second))
+    with pytest.raises(StoreRefused, match="hard links"):
+        await opened(tmp_path / "nexum.db")
+    assert await stored(second) == acknowledged
 
 
 @pytest.mark.parametrize(

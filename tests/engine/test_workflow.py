@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,19 +112,53 @@ def test_duplicate_node_name_is_refused() -> None:
         workflow("w").effect("a").effect("a").build()
 
 
-def test_builder_names_the_node_and_the_wrong_argument() -> None:
-    wrong: list[tuple[dict[str, Any], str]] = [
-        ({"depends_on": "check"}, "node 'pay': depends_on must be a list: ['check']"),
-        ({"retry": {"max_attempts": 2}}, "node 'pay': retry must be a RetryPolicy, not {'max_attempts': 2}"),
-        ({"rate": 3}, "node 'pay': rate must be a Rate, not 3"),
+def test_builder_names_the_argument_of_a_wrong_type() -> None:
+    begun: Any = workflow("w").map("check")
+    untyped: Any = workflow
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: untyped(3), "workflow: workflow_id: Input should be a valid string (given: 3)"),
+        (lambda: untyped("w", input=3), "workflow: input: Input should be a subclass of BaseModel (given: 3)"),
+        (lambda: begun.effect(), "effect: node_id: Missing required argument"),
+        (lambda: begun.effect(3), "effect: node_id: Input should be a valid string (given: 3)"),
+        (lambda: begun.effect("a", 3), "effect: output: Input should be a subclass of BaseModel (given: 3)"),
+        (
+            lambda: begun.effect("a", depends_on="check"),
+            "effect: depends_on: 'str' instances are not allowed as a Sequence value (given: 'check')",
+        ),
+        (lambda: begun.effect("a", depends_on=[3]), "effect: depends_on: Input should be a valid string (given: 3)"),
+        (lambda: begun.effect("a", once=1), "effect: once: Input should be a valid boolean (given: 1)"),
+        (
+            lambda: begun.effect("a", retry={"max_attempts": 0}),
+            "effect: retry.max_attempts: Input should be greater than or equal to 1 (given: 0)",
+        ),
+        (
+            lambda: begun.compute("a", rate=3),
+            "compute: rate: 3 is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s",
+        ),
+        (lambda: begun.router("a", ["b"]), "router: routes: Input should be a valid dictionary (given: ['b'])"),
+        (lambda: begun.router("a", {"b": 3}), "router: routes.b: Input should be a valid string (given: 3)"),
+        (lambda: begun.map(None), "map: node_id: Input should be a valid string (given: None)"),
+        (lambda: begun.reduce("a", map_node_id=3), "reduce: map_node_id: Input should be a valid string (given: 3)"),
+        (
+            lambda: begun.subworkflow("a", 3),
+            "subworkflow: sub_workflow_id: Input should be a valid string (given: 3)",
+        ),
+        (lambda: begun.timer("a", "3"), "timer: delay_seconds: Input should be a valid number (given: '3')"),
+        (
+            lambda: begun.human_approval("a", timeout_seconds=[]),
+            "human_approval: timeout_seconds: Input should be a valid number (given: [])",
+        ),
+        (lambda: begun.event("a", 3), "event: name: Input should be a valid string (given: 3)"),
     ]
-    for arguments, problem in wrong:
+    for call, problem in wrong:
         with pytest.raises(InvalidRequest) as caught:
-            workflow("w").compute("check").effect("pay", **arguments)
+            call()
         assert str(caught.value) == problem
-    conditions: dict[str, Any] = {"pay": 3}
-    with pytest.raises(InvalidRequest, match=r"^Route: condition: Input should be a valid string \(given: 3\)$"):
-        workflow("w").router("check", conditions)
+
+
+def test_whole_number_of_seconds_has_another_version_than_a_decimal_one() -> None:
+    assert '"delay_seconds":5,' in workflow("w").timer("a", 5).build().ir_json
+    assert '"delay_seconds":5.0,' in workflow("w").timer("a", 5.0).build().ir_json
 
 
 def test_workflow_without_nodes_is_refused() -> None:
