@@ -54,8 +54,8 @@ def fingerprint_differences(recorded: Fingerprint, now: Fingerprint) -> list[str
         *_values("the text", recorded.get("said"), now.get("said")),
     ]
     for name in (
-        *("tool", "workbench", "memory", "method", "arguments", "team", "prompt", "query", "code", "event"),
-        "object",
+        *("tool", "workbench", "memory", "object", "method", "arguments"),
+        *("team", "prompt", "query", "code", "event"),
     ):
         found += _values(f"the {name}", recorded.get(name), now.get(name))
     return found or ["a part differs that is recorded only as a hash"]
