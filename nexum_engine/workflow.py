@@ -399,6 +399,7 @@ class WorkflowBuilder:
             value = fields.get(name)
             if value is not None and not isinstance(value, kind):
                 raise InvalidRequest(f"node {node_id!r}: {name} must be a {kind.__name__}, not {value!r}")
+        _check_model(output, f"node {node_id!r}: output")
         dependencies = tuple(node.node_id for node in self._nodes) if depends_on is None else tuple(depends_on)
         self._nodes.append(NodeDefinition(node_id, node_type, dependencies, output, **fields))
         return self
@@ -428,7 +429,14 @@ def _rate(rate: Rate | str | None) -> Rate | None:
 def workflow(workflow_id: str, *, input: type[BaseModel] | None = None) -> WorkflowBuilder:
     """Return a builder for a workflow definition."""
     check_id(workflow_id, "workflow_id")
+    _check_model(input, f"workflow {workflow_id!r}: input")
     return WorkflowBuilder(workflow_id, input)
+
+
+def _check_model(model: object, what: str) -> None:
+    """Raise InvalidRequest unless `model` is None or a Pydantic model's class."""
+    if model is not None and not (isinstance(model, type) and issubclass(model, BaseModel)):
+        raise InvalidRequest(f"{what} must be a Pydantic model's class, not {model!r}")
 
 
 def check_id(value: str, what: str) -> str:

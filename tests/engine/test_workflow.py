@@ -116,11 +116,15 @@ def test_builder_names_the_node_and_the_wrong_argument() -> None:
         ({"depends_on": "check"}, "node 'pay': depends_on must be a list: ['check']"),
         ({"retry": {"max_attempts": 2}}, "node 'pay': retry must be a RetryPolicy, not {'max_attempts': 2}"),
         ({"rate": 3}, "node 'pay': rate must be a Rate, not 3"),
+        ({"output": "check"}, "node 'pay': output must be a Pydantic model's class, not 'check'"),
     ]
     for arguments, problem in wrong:
         with pytest.raises(InvalidRequest) as caught:
             workflow("w").compute("check").effect("pay", **arguments)
         assert str(caught.value) == problem
+    fields: Any = {"cents": int}
+    with pytest.raises(InvalidRequest, match=r"^workflow 'w': input must be a Pydantic model's class, not {'cents': "):
+        workflow("w", input=fields)
     conditions: dict[str, Any] = {"pay": 3}
     with pytest.raises(InvalidRequest, match=r"^Route: condition: Input should be a valid string \(given: 3\)$"):
         workflow("w").router("check", conditions)
