@@ -22,10 +22,10 @@ from nexum_engine.errors import (
     ServerNotReady,
     ServerUnavailable,
 )
-from nexum_engine.location import absolute, own_database, read_address
+from nexum_engine.location import absolute, default_database_url, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import Metadata, metadata_for
+from nexum_engine.wire.addressee import Metadata, metadata_for, metadata_for_url
 from nexum_engine.wire.status import TOO_MANY_RPCS, error_of
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Connection:
         self._security: Security | None = None
         self._is_lost = False
         self._database: Path | None = None
+        self._url = default_database_url()  # read now, because the program may change DATABASE_URL
         self.targets: list[str] = []
         """HOST:PORT of each named server, in the order in which they are tried. Empty if no server is named so."""
         self._database_ids: dict[str, str] = {}
@@ -216,7 +217,7 @@ class Connection:
                 self.address, self._is_searching = str(database), False
                 self._connect(own, metadata)
                 return
-        metadata = metadata_for(database, embedded_only=True) if database is not None else ()
+        metadata = metadata_for_url(self._url) if database is None else metadata_for(database, embedded_only=True)
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
         # Don't raise AccessDenied, which ends a worker: this folder's server may start later, on another port.
         if isinstance(answer, AccessDenied):

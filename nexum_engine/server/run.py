@@ -115,7 +115,9 @@ async def run_server(
     store = await open_store(database_url, clock, lock_timeout=patience)
     database = store.file if tls is None and tokens is None else None
     try:
-        servicer = NexumServicer(store, clock, round(lease * 1000), embedded=embedded, tokens=tokens, limits=limits)
+        servicer = NexumServicer(
+            store, clock, round(lease * 1000), url=database_url, embedded=embedded, tokens=tokens, limits=limits
+        )
         health = health_checks.HealthServicer()
         server, port = await _bind(servicer, health, address, patience, else_free_port, tls, tokens)
         address = f"{address.rpartition(':')[0]}:{port}"
