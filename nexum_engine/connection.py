@@ -70,6 +70,10 @@ class Route(NamedTuple):
     """The TLS settings and the token, if the server is named by HOST:PORT. Otherwise None."""
 
 
+class FoundAddress(str):
+    """The address of a server that this process has found. No person has named it, so it gets no token."""
+
+
 class Connection:
     """A connection to the server at `address`. Without `address`, it searches in the order that NexumClient describes.
 
@@ -98,7 +102,8 @@ class Connection:
             self._follow()
         else:
             self.targets = _targets_in(address)
-            self._security = security = Security.from_environment()
+            is_found = isinstance(address, FoundAddress)
+            self._security = security = Security() if is_found else Security.from_environment()
             for target in self.targets:
                 security.check(target)
             random.shuffle(self.targets)

@@ -17,7 +17,7 @@ from typing import Any
 from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN
 from nexum_engine.channel import is_forked
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY
+from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY, FoundAddress
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
 from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.forks import in_forked_process, never_free
@@ -151,7 +151,7 @@ class Host:
                 self.is_here = not await self._find()
                 if self.is_here:
                     await self._turn_to_own()
-                self.address = self._client.address
+                self.address = FoundAddress(self._client.address)
                 self.chosen.set_result(None)
                 if self.is_here and self._serving is None:
                     await self._open("")
