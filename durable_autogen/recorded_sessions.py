@@ -160,8 +160,8 @@ async def show_session(client: NexumClient, session: str) -> ShownSession:
 def unknown_session(session: str) -> InvalidRequest:
     """Return the error for a session that has recorded nothing, or that was pruned."""
     return InvalidRequest(
-        f"session {session!r} has nothing on record here: it has not begun, or it was pruned. List the sessions with: "
-        "python -m durable_autogen ls"
+        f"session {session!r} has nothing on record here: it has recorded nothing yet, or it was pruned. List the "
+        "sessions with: python -m durable_autogen ls"
     )
 
 

@@ -185,11 +185,11 @@ class NexumClient:
         """Start an execution, or find the execution that has the idempotency key.
 
         With `register`, register the workflow's version first if the server doesn't know it. With `wait`, return when
-        the execution ends, or after `wait` seconds. `owner` is the id of a connected worker: the caller gets the
-        execution's only node, and no poll gets it. With `held_task_id`, the server refuses the start (Conflict) if
-        another owner has taken over that task. With `output_json`, the execution ends at once with that result, and the
-        answer has no task. A server that doesn't know `output_json` answers with the task. `attributes` are names and
-        values by which `list_executions` finds the execution.
+        the execution ends, or after `wait` seconds, but at most 25. `owner` is the id of a connected worker: the caller
+        gets the execution's only node, and no poll gets it. With `held_task_id`, the server refuses the start
+        (Conflict) if another owner has taken over that task. With `output_json`, the execution ends at once with that
+        result, and the answer has no task. A server that doesn't know `output_json` answers with the task. `attributes`
+        are names and values by which `list_executions` finds the execution.
 
         If a limit holds an owned node back, the call waits for up to `wait` seconds, and the answer may then have
         `retry_after` instead of a task. If the effect of an owned node is unknown, the execution waits for a person:
@@ -252,21 +252,27 @@ class NexumClient:
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
     ) -> Observed:
         """Return the state of an execution when it ends, or after `wait` seconds. Raises ExecutionNotFound."""
-        wait = min(wait, MAX_SERVER_WAIT)
         with _about_execution(execution_id):
-            if self._has_get_execution:
-                request = request_of(
-                    pb.GetExecutionRequest,
-                    execution_id=execution_id,
-                    wait_ms=_milliseconds(wait),
-                    with_attempts=with_attempts,
-                )
-                try:
-                    answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
-                    return Observed(await self._whole(answer, patience), answer.has_poller)
-                except NotANexumServer:
-                    self._fall_back()
-            return await self._poll_status(execution_id, wait=wait, patience=patience)
+            while True:
+                observed = await self._observe(execution_id, min(wait, MAX_SERVER_WAIT), with_attempts, patience)
+                wait -= MAX_SERVER_WAIT
+                if wait <= 0 or observed.execution.status.ended:
+                    return observed
+
+    async def _observe(self, execution_id: str, wait: float, with_attempts: bool, patience: float) -> Observed:
+        if self._has_get_execution:
+            request = request_of(
+                pb.GetExecutionRequest,
+                execution_id=execution_id,
+                wait_ms=_milliseconds(wait),
+                with_attempts=with_attempts,
+            )
+            try:
+                answer = await self._call(lambda stub: stub.GetExecution, request, wait=wait, patience=patience)
+                return Observed(await self._whole(answer, patience), answer.has_poller)
+            except NotANexumServer:
+                self._fall_back()
+        return await self._poll_status(execution_id, wait=wait, patience=patience)
 
     async def _whole(self, answer: pb.GetExecutionResponse, patience: float) -> Execution:
         """Return the execution that `answer` describes. Read the input and the outputs that `answer` leaves out."""

@@ -23,10 +23,10 @@ from nexum_engine.errors import (
     ServerUnavailable,
 )
 from nexum_engine.event_loop import running_loop
-from nexum_engine.location import absolute, own_database, read_address
+from nexum_engine.location import absolute, default_database_url, own_database, read_address
 from nexum_engine.security import Security, tls_obstacle
 from nexum_engine.wire import nexum_pb2 as pb
-from nexum_engine.wire.addressee import Metadata, metadata_for
+from nexum_engine.wire.addressee import Metadata, metadata_for, metadata_for_url
 from nexum_engine.wire.status import TOO_MANY_RPCS, error_of
 
 if TYPE_CHECKING:
@@ -71,6 +71,10 @@ class Route(NamedTuple):
     """The TLS settings and the token, if the server is named by HOST:PORT. Otherwise None."""
 
 
+class FoundAddress(str):
+    """The address of a server that this process has found. No person has named it, so it gets no token."""
+
+
 class Connection:
     """A connection to the server at `address`. Without `address`, it searches in the order that NexumClient describes.
 
@@ -84,6 +88,7 @@ class Connection:
         self._security: Security | None = None
         self._is_lost = False
         self._database: Path | None = None
+        self._url = default_database_url()  # read now, because the program may change DATABASE_URL
         self.targets: list[str] = []
         """HOST:PORT of each named server, in the order in which they are tried. Empty if no server is named so."""
         self._database_ids: dict[str, str] = {}
@@ -100,7 +105,8 @@ class Connection:
             self._follow()
         else:
             self.targets = _targets_in(address)
-            self._security = security = Security.from_environment()
+            is_found = isinstance(address, FoundAddress)
+            self._security = security = Security() if is_found else Security.from_environment()
             for target in self.targets:
                 security.check(target)
             random.shuffle(self.targets)
@@ -219,7 +225,7 @@ class Connection:
                 self.address, self._is_searching = str(database), False
                 self._connect(own, metadata)
                 return
-        metadata = metadata_for(database, embedded_only=True) if database is not None else ()
+        metadata = metadata_for_url(self._url) if database is None else metadata_for(database, embedded_only=True)
         answer = await self._first_answer(DEFAULT_ADDRESS, metadata)
         # Don't raise AccessDenied, which ends a worker: this folder's server may start later, on another port.
         if isinstance(answer, AccessDenied):

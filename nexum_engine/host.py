@@ -17,7 +17,7 @@ from typing import Any
 from nexum_engine import DEFAULT_LEASE, DEFAULT_LISTEN
 from nexum_engine.channel import is_forked
 from nexum_engine.client import NexumClient
-from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY
+from nexum_engine.connection import DEFAULT_ADDRESS, RECONNECT_DELAY, FoundAddress
 from nexum_engine.errors import NexumError, NotANexumServer, ServerError, ServerUnavailable, StoreLocked
 from nexum_engine.event_loop import LoopThread, call_in
 from nexum_engine.forks import in_forked_process, never_free
@@ -98,7 +98,7 @@ class Host:
         `on_given_up` is called in the host's thread if the host gives up after too many restarts.
         """
         database = own_database()
-        key = None if database is None else os.path.realpath(database), owners
+        key = default_database_url() if database is None else os.path.realpath(database), owners
         with _lock:
             host = _hosts.get(key)
             if host is None or host._is_over or not host._users:
@@ -151,9 +151,9 @@ class Host:
                 self.is_here = not await self._find()
                 if self.is_here:
                     await self._turn_to_own()
-                self.address = self._client.address
+                self.address = FoundAddress(self._client.address)
                 self.chosen.set_result(None)
-                if self.is_here:
+                if self.is_here and self._serving is None:
                     await self._open("")
                 self.ready.set_result(None)
                 await self._replace_what_vanishes()
@@ -195,9 +195,11 @@ class Host:
 
     async def _turn_to_own(self) -> None:
         """Replace the client with a client for the server that has this folder's database open."""
-        if self._database is not None:  # without a database, `_open` raises the error
-            await self._client.close()
-            self._client = NexumClient(str(self._database))
+        if self._database is None:
+            # No file beside the database will name the server's address, so start the server first.
+            await self._open("")
+        await self._client.close()
+        self._client = NexumClient(self._listen if self._database is None else str(self._database))
 
     async def _open(self, why: str) -> None:
         """Open the database in this process, unless another process opens it first.
@@ -236,7 +238,7 @@ class Host:
         from nexum_engine.server import run_server  # slow to import, and not needed if a server is found
 
         listen = self._listen
-        ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        ready: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         serving = asyncio.create_task(
             run_server(
@@ -246,7 +248,7 @@ class Host:
                 stop=self._stop,
                 else_free_port=not self._uses_default_port,
                 embedded=True,
-                on_ready=lambda address, _: ready.set_result(address),
+                on_ready=lambda *opened: ready.set_result(opened),
             ),
             name="serve",
         )
@@ -256,12 +258,12 @@ class Host:
         if serving.done():
             self._serving = None
             serving.result()
-        self._listen = ready.result()
+        self._listen, database = ready.result()
         if not why:
             why = f"no server on {DEFAULT_ADDRESS}" if self._listen == listen else f"{DEFAULT_ADDRESS} is in use"
         where = "" if self._listen == DEFAULT_LISTEN else f" and listens on {self._listen}"
         if why != self._logged:
-            _log.info("%s: this program opened the database%s (%s)", why, where, self._database)
+            _log.info("%s: this program opened the database%s (%s)", why, where, database)
         self._logged = why
 
     async def _replace_what_vanishes(self) -> None:
@@ -293,7 +295,7 @@ class Host:
 
 # ---- The hosts of this process ---------------------------------------------------------------------------------------
 
-_hosts: dict[tuple[str | None, bool], Host] = {}
+_hosts: dict[tuple[str, bool], Host] = {}
 _lock = threading.Lock()
 
 

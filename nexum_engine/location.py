@@ -9,6 +9,7 @@ open.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -104,6 +105,14 @@ def place_of(database: str | Path) -> bytes:
     # On Windows, versions of Python give a folder different numbers.
     place = os.path.normcase(path) if os.name == "nt" else f"{folder.st_dev}:{folder.st_ino}:{os.path.basename(path)}"
     return os.fsencode(place)
+
+
+def place_of_url(url: str) -> bytes:
+    """Return the place of a database that isn't a file on this machine, such as one in PostgreSQL.
+
+    User and password don't count.
+    """
+    return hashlib.sha256(url.rpartition("@")[2].encode("utf-8", "surrogateescape")).digest()
 
 
 def address_file(database: Path) -> Path:

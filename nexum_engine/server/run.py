@@ -124,7 +124,9 @@ async def run_server(
         return
     database = store.file if tls is None and tokens is None else None
     try:
-        servicer = NexumServicer(store, clock, round(lease * 1000), embedded=embedded, tokens=tokens, limits=limits)
+        servicer = NexumServicer(
+            store, clock, round(lease * 1000), url=database_url, embedded=embedded, tokens=tokens, limits=limits
+        )
         health = health_checks.HealthServicer()
         bound = await _retried(partial(_bind, servicer, health, address, else_free_port, tls, tokens), stop, patience)
         if bound is None:

@@ -18,7 +18,7 @@ import grpc
 from nexum_engine import jsontext
 from nexum_engine.clock import Clock
 from nexum_engine.errors import InvalidRequest
-from nexum_engine.location import place_of
+from nexum_engine.location import place_of, place_of_url
 from nexum_engine.records import Compatibility, Execution, NodeType, Task
 from nexum_engine.server.access import Tokens, guarded
 from nexum_engine.server.bounds import DEFAULT_LIMITS, SMALL_BYTES, Answers, Limits, rpcs_of
@@ -68,6 +68,7 @@ class NexumServicer(NexumServiceServicer):
         clock: Clock,
         lease_ms: int,
         *,
+        url: str = "",
         embedded: bool = False,
         tokens: Tokens | None = None,
         limits: Limits = DEFAULT_LIMITS,
@@ -75,7 +76,7 @@ class NexumServicer(NexumServiceServicer):
         self._store = store
         self._tokens = tokens
         self._embedded = embedded
-        self._place = b"" if store.file is None else place_of(store.file)
+        self._place = place_of_url(url) if store.file is None else place_of(store.file)
         self._answers = Answers()
         self._queue = Queue(store, limits.queue)
         self._retention = Retention(store)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nexum_engine.location import place_of
+from nexum_engine.location import place_of, place_of_url
 
 _DATABASE = "nexum-database-bin"
 _PLACE = "nexum-place-bin"
@@ -29,10 +29,19 @@ def metadata_for(database: Path, *, embedded_only: bool = False) -> Metadata:
     return (*named, (_EMBEDDED_ONLY, "1")) if embedded_only else named
 
 
+def metadata_for_url(url: str) -> Metadata:
+    """Return metadata that makes an embedded server refuse the call unless it has the database of `url` open.
+
+    `url` names no file on this machine: any other server answers, even if it has another database open.
+    """
+    name = b"the database that DATABASE_URL names"  # the URL may hold a password
+    return (_DATABASE, name), (_PLACE, place_of_url(url)), (_EMBEDDED_ONLY, "1")
+
+
 def refusal(metadata: Iterable[Any], database: str, place: bytes, *, embedded: bool) -> str | None:
     """Return why a server must refuse a call with `metadata`, or None if it may answer.
 
-    The server has `database` open, which is at `place` (see `place_of`).
+    The server has `database` open, which is at `place` (see `place_of` and `place_of_url`).
     """
     found = dict(metadata)
     wanted = found.get(_DATABASE)

@@ -65,6 +65,11 @@ class Tool:
             raise TypeError(f"tool {name} needs a docstring: it is what the model sees")
         if not time_limit > 0:
             raise ValueError(f"tool {name}: time_limit must be above 0 seconds, not {time_limit!r}")
+        if policy.heartbeat is not None and policy.heartbeat >= time_limit:
+            raise ValueError(
+                f"tool {name}: heartbeat={policy.heartbeat:g} has no effect, because time_limit is {time_limit:g} s: "
+                "give a longer time_limit"
+            )
         hints = typing.get_type_hints(function, include_extras=True)
         context_parameter: str | None = None
         fields: dict[str, Any] = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from argparse import ArgumentParser
-from collections.abc import Callable
+from argparse import ArgumentParser, _SubParsersAction
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -112,3 +112,20 @@ def test_every_documented_option_exists(tmp_path: Path) -> None:
     helps = [run_script([str(ROOT / script), "--help"], tmp_path, forked=True)[1] for script in scripts]
     known = set(re.findall(r"--[a-z][a-z-]+", "\n".join([*helps, engine_parser().format_help(), durable_run_help()])))
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - known == set()
+
+
+def options(parser: ArgumentParser) -> Iterator[str]:
+    """Yield the long options of a command and of its subcommands."""
+    for action in parser._actions:
+        yield from (name for name in action.option_strings if name.startswith("--"))
+        if isinstance(action, _SubParsersAction):
+            for command in action.choices.values():
+                yield from options(command)
+
+
+def test_every_option_is_on_a_page() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    known = {name for build in PARSERS.values() for name in options(build())}
+    # Errors name --else-free-port. The options of `run` for a budget are those of `budget`, with another beginning.
+    known = {name.replace("--budget-", "--") for name in known} - {"--help", "--version", "--else-free-port"}
+    assert [name for name in sorted(known) if not re.search(rf"(?<![\w-]){name}(?![\w-])", pages)] == []

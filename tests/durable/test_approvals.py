@@ -729,6 +729,13 @@ async def test_policy_of_the_session_replaces_the_tools_own(server: ServerThread
         assert result.messages[-1].to_text() == "charged c-1 5"
 
 
+async def test_policy_has_no_effect_outside_a_session() -> None:
+    shop = Shop(approval="always")
+    with OpenAIServer(clerk_model({"cents": 5})) as model:
+        result = await shop.clerk(model)().run(task="Charge the customers.")
+    assert result.messages[-1].to_text() == "charged c-1 5"
+
+
 async def tools_of(client: NexumClient, count: int) -> list[DeclaredTool]:
     """Poll the server until it lists `count` tools; return the tools. The test's time limit ends the polling."""
     while len(tools := await client.tools()) != count:  # noqa: ASYNC110 - nothing sets an event

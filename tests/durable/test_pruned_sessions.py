@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from autogen_core.models import UserMessage
 from durable_agents import Scripted, answer, asked, client, named
+from harness import Process
 from openai_server import OpenAIServer
 from server_thread import ServerThread
 
@@ -72,6 +75,38 @@ async def test_sessions_are_listed_although_one_is_pruned_between_two_pages(
         monkeypatch.setattr(nexum, "list_executions", list_while_pruning)
         assert [one.session for one in await list_sessions(nexum)] == ["new"]
         assert pruned == 1
+
+
+KILLED_IN_A_CALL = """
+import asyncio, os
+from autogen_core import CancellationToken
+from autogen_core.tools import FunctionTool
+from durable_autogen import DurableSession
+
+def die() -> str:
+    os._exit(9)
+
+async def main():
+    async with DurableSession("s"):
+        await FunctionTool(die, description="Die.").run_json({}, CancellationToken())
+
+asyncio.run(main())
+"""
+
+
+async def test_killed_session_is_pruned_after_its_running_executions_are_cancelled(
+    server: ServerThread, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(KILLED_IN_A_CALL)
+    run = Process(["program.py"], cwd=tmp_path, env={"NEXUM_ADDRESS": server.address}, forked=True)
+    assert await asyncio.to_thread(run.wait) == 9
+    async with NexumClient(server.address) as nexum:
+        left = await nexum.list_executions(status="RUNNING", key_prefix="s")
+        assert [one.workflow_id for one in left] == ["agent-event", "agent-run"]  # the call in flight, and the run
+        for one in left:
+            assert (await nexum.prune(0, session="s")).executions == 0
+            await nexum.cancel_execution(one.execution_id)
+        assert (await nexum.prune(0, session="s")).sessions == 1
 
 
 def budget_report(session: str) -> argparse.Namespace:

@@ -1,10 +1,12 @@
-"""The client's retries, and the limit of a call's wait."""
+"""The client's retries, and its waits for the end of an execution."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -43,13 +45,22 @@ async def test_start_is_retried_only_with_an_idempotency_key(server: EngineServe
         assert server.calls[executions.start_execution] == 3
 
 
-async def test_client_caps_the_wait_that_it_requests(server: EngineServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wait_is_longer_than_the_wait_of_one_request(
+    server: EngineServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nexum_engine.client.MAX_SERVER_WAIT", 0.1)
     async with NexumClient(server.address) as client:
         await client.register_workflow(ONE)
         started = await client.start_execution(ONE, {})
-        observed = await asyncio.wait_for(client.get_execution(started.execution_id, wait=2 * SOON), SOON)
-    assert observed.execution.status is ExecutionStatus.RUNNING
+        begun = time.monotonic()
+        observed = await client.get_execution(started.execution_id, wait=0.35)
+        assert time.monotonic() - begun >= 0.35
+        assert observed.execution.status is ExecutionStatus.RUNNING
+        waiting = asyncio.create_task(client.get_execution(started.execution_id, wait=math.inf))
+        await asyncio.sleep(0.35)
+        assert not waiting.done()
+        await client.cancel_execution(started.execution_id)
+        assert (await asyncio.wait_for(waiting, SOON)).execution.status is ExecutionStatus.CANCELLED
 
 
 async def test_text_with_a_lone_surrogate_is_refused_before_the_call(server: EngineServer) -> None:

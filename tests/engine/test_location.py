@@ -259,6 +259,29 @@ async def test_embedded_server_of_another_folder_is_not_used(tmp_path: Path, def
             await client.ping()  # if the address is given, the client doesn't check the folder
 
 
+async def test_run_on_postgresql_uses_no_embedded_server_of_another_database(
+    postgres_url: str, tmp_path: Path, default_port: pytest.MonkeyPatch
+) -> None:
+    enter(tmp_path / "own", default_port)
+    default_port.setenv("DATABASE_URL", postgres_url)
+    async with serving(tmp_path / "other.db", embedded=True) as taken:
+        for module in ("connection", "host"):
+            default_port.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", taken)
+        default_port.setattr("nexum_engine.host.DEFAULT_LISTEN", taken)
+        told: list[str] = []
+        with logged(told, "nexum_engine"):
+            async with EmbeddedNexum(None, owners=True) as nexum, NexumClient(nexum.address) as client:
+                assert nexum.address != taken
+                database, is_embedded = await opened_by(client)
+                assert (database.partition(" ")[0], is_embedded) == ("postgresql:", True)
+                # A client that searches, such as one in a tool of the run, finds the server by its database's URL.
+                default_port.setattr("nexum_engine.connection.DEFAULT_ADDRESS", nexum.address)
+                async with NexumClient() as searching:
+                    assert await opened_by(searching) == (database, True)
+        opened = f"this program opened the database and listens on {nexum.address} ({database})"
+        assert told == [f"{taken} is in use: {opened}"]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows can't rename the folder of an open file")
 @pytest.mark.parametrize("address_file_is_left", [True, False])
 async def test_embedded_server_of_another_folder_at_the_same_path_is_not_used(

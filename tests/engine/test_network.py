@@ -15,8 +15,10 @@ from server_thread import Secured, server_thread, use
 
 from nexum_engine.__main__ import main
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import AccessDenied, InvalidRequest, TokenRefused
 from nexum_engine.owner import Owner
+from nexum_engine.security import Security
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
 
@@ -130,6 +132,24 @@ async def test_token_is_not_sent_to_a_server_that_was_found(tmp_path: Path, monk
         async with NexumClient(str(tmp_path / "nexum.db")) as client:
             await client.ping()
             assert client.connection.route().security is None
+
+
+async def test_run_sends_no_token_to_a_server_on_the_default_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secured: Secured
+) -> None:
+    for name in ("NEXUM_ADDRESS", "DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NEXUM_TOKEN", USE)
+    monkeypatch.setenv("NEXUM_TLS_CA", str(secured.certificates.ca))
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path / "own")
+    with server_thread(tmp_path) as server:
+        for module in ("connection", "host"):
+            monkeypatch.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", server.address)
+        async with EmbeddedNexum(None) as nexum, NexumClient(nexum.address) as client:
+            await client.ping()
+            route = client.connection.route()
+            assert (route.target, route.security) == (server.address, Security())
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,13 @@ def test_a_time_limit_below_zero_is_refused() -> None:
         Tool.from_function(everything, time_limit=0)
 
 
+def test_heartbeat_that_the_time_limit_cuts_off_is_refused() -> None:
+    policy = Policy(heartbeat=60)
+    with pytest.raises(ValueError, match="heartbeat=60 has no effect, because time_limit is 60 s: give a longer"):
+        Tool.from_function(everything, policy=policy)
+    assert Tool.from_function(everything, policy=policy, time_limit=61).time_limit == 61
+
+
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Remove the tools that a test has declared."""
