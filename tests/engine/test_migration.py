@@ -213,7 +213,7 @@ async def test_diamond_is_finished(old: Path) -> None:
 async def test_server_killed_after_the_update_loses_nothing(old: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from nexum_engine.store import sqlite_connection\n"
-        "path = Path(sys.argv[1]); connection = sqlite_connection.connect(path, 0.0)\n"
+        "path = Path(sys.argv[1]); connection = sqlite_connection.connect(path)\n"
         "sqlite_connection.migrate(path, connection); print('updated', flush=True); os._exit(9)\n"
     )
     with running(["-c", program, str(old)], cwd=old.parent, env={"PYTHONPATH": str(ROOT)}) as server:
