@@ -135,8 +135,6 @@ def test_builder_names_the_argument_of_a_wrong_type() -> None:
             lambda: begun.compute("a", rate=3),
             "compute: rate: 3 is not a rate: use, for instance, 10/s, 10/min, 500/h or 3/10s",
         ),
-        (lambda: begun.router("a", ["b"]), "router: routes: Input should be a valid dictionary (given: ['b'])"),
-        (lambda: begun.router("a", {"b": 3}), "router: routes.b: Input should be a valid string (given: 3)"),
         (lambda: begun.map(None), "map: node_id: Input should be a valid string (given: None)"),
         (lambda: begun.reduce("a", map_node_id=3), "reduce: map_node_id: Input should be a valid string (given: 3)"),
         (
@@ -154,6 +152,9 @@ def test_builder_names_the_argument_of_a_wrong_type() -> None:
         with pytest.raises(InvalidRequest) as caught:
             call()
         assert str(caught.value) == problem
+    for routes in (["b"], {"b": 3}):
+        with pytest.raises(InvalidRequest, match=r"^router: routes.*\(given: .*\)$"):  # Pydantic 2.11 has other words
+            begun.router("a", routes)
 
 
 def test_whole_number_of_seconds_has_another_version_than_a_decimal_one() -> None:
