@@ -40,6 +40,7 @@ from nexum_engine.store.postgresql_connection import (
     open_database,
     pipeline_of,
     read_database_id,
+    shut_down,
     sync,
     vacuum,
     without_password,
@@ -58,6 +59,8 @@ from nexum_engine.store.results import News
 
 RECONNECT_SECONDS = 10.0
 """How long to retry a transaction that was not stored because the connection was lost."""
+CLOSE_SECONDS = 3.0
+"""How long a server that ends waits for PostgreSQL's answers, before it ends its connections."""
 CONFLICT_SECONDS = 20.0
 """How long to retry a transition that can't get its locks."""
 TOGETHER_LOCK_MS = 200
@@ -152,7 +155,12 @@ class PostgresStore(Store):
     async def close(self) -> None:
         if self._others is not None:
             await asyncio.to_thread(self._others.leave)
-        await self._end_waiting()
+        ending = asyncio.ensure_future(self._end_waiting())
+        await asyncio.wait({ending}, timeout=CLOSE_SECONDS)
+        if not ending.done() and (connection := self._connection) is not None:
+            logger.warning("database %s does not answer: ending the connection", self.opened_as)
+            shut_down(connection)
+        await ending
         await self._loop.run_in_executor(self._writer, self._disconnect)
         self._writer.shutdown()
 
@@ -222,7 +230,7 @@ class PostgresStore(Store):
                 if is_lost(error, connection):
                     self._disconnect()
                     # Don't retry for ever: a statement that ends its connection each time would block all others.
-                    if is_sent or time.monotonic() > end:
+                    if is_sent or self._closed or time.monotonic() > end:
                         raise _Lost(f"the connection was lost: {line_of(error)}") from error
                     logger.warning("database %s: %s; connecting again", self.opened_as, line_of(error))
                     continue
@@ -247,7 +255,7 @@ class PostgresStore(Store):
                 hold_server(self._connection, self._server)
                 self._next_comparison = 0.0
             except psycopg.Error as error:
-                if time.monotonic() > end:
+                if self._closed or time.monotonic() > end:
                     raise _Lost(f"the database can't be reached: {line_of(error)}") from error
                 time.sleep(0.1)
         if time.monotonic() >= self._next_comparison:

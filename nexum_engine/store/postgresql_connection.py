@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +69,19 @@ def connect(url: str) -> Connection:
     connection.adapters.register_dumper(int, Int8Dumper)
     connection.adapters.register_dumper(str, _TextDumper)
     return connection
+
+
+def shut_down(connection: Connection) -> None:
+    """End a connection for which another thread waits. The thread gets an error.
+
+    Only the socket is shut down: a thread that waits for PostgreSQL's answer would not notice `close`.
+    """
+    with contextlib.suppress(psycopg.Error, OSError):
+        wire = socket.socket(fileno=connection.fileno())
+        try:
+            wire.shutdown(socket.SHUT_RDWR)
+        finally:
+            wire.detach()  # the connection closes it
 
 
 def _settings(url: str) -> dict[str, Any]:

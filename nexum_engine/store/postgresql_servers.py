@@ -16,7 +16,7 @@ from psycopg import sql
 
 from nexum_engine.clock import Clock
 from nexum_engine.event_loop import call_in
-from nexum_engine.store.postgresql_connection import Connection, connect, line_of
+from nexum_engine.store.postgresql_connection import Connection, connect, line_of, shut_down
 from nexum_engine.store.postgresql_queries import dialect
 from nexum_engine.store.results import Changes, News
 
@@ -61,6 +61,7 @@ class OtherServers:
         self._queries = dialect()
         self._loop = asyncio.get_running_loop()
         self._stopping = threading.Event()
+        self._connection: Connection | None = None
         self._thread = threading.Thread(target=self._run, name="nexum-news", daemon=True)
         self._thread.start()
 
@@ -69,16 +70,21 @@ class OtherServers:
         self._stopping.set()
         with contextlib.suppress(psycopg.Error), connect(self._url) as connection:
             send(connection, self._channel, self._server, self._clock.now_ms(), News())  # this wakes the thread
+        self._thread.join(2 * BEAT_SECONDS)
+        if (waiting := self._connection) is not None:  # PostgreSQL doesn't answer
+            shut_down(waiting)
         self._thread.join()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                with connect(self._url) as connection:
-                    self._listen(connection)
+                with connect(self._url) as self._connection:
+                    self._listen(self._connection)
             except psycopg.Error as error:
                 logger.debug("no news from other servers: %s", line_of(error))
                 self._stopping.wait(RECONNECT_PAUSE)
+            finally:
+                self._connection = None
 
     def _listen(self, connection: Connection) -> None:
         queries, me = self._queries, {"server": self._server, "seconds": ALIVE_SECONDS}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -236,6 +239,35 @@ async def test_unreachable_database_is_reported_and_used_again_later(monkeypatch
 
 
 # ---- Conflicts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGSTOP")
+async def test_server_ends_although_postgresql_does_not_answer(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "CLOSE_SECONDS", 0.5)
+    store = await opened(postgres_url)
+    store.join(lambda _: None)
+    await store.catch_up()
+    assert store._connection is not None
+    assert store._others is not None
+    others = store._others
+    wait_until(lambda: others._connection is not None, "the thread for news has a connection")
+    assert others._connection is not None
+    suspended = [one.info.backend_pid for one in (store._connection, others._connection)]
+    try:
+        for pid in suspended:
+            os.kill(pid, signal.SIGSTOP)
+        waiting = store.run(executions.register_workflow, "w", "v2", ONE_NODE)
+        await asyncio.sleep(0)  # now the transaction begins
+        begun = time.monotonic()
+        await asyncio.wait_for(store.close(), 30)
+        assert time.monotonic() - begun >= postgresql.CLOSE_SECONDS  # the store waited for an answer, and got none
+        with pytest.raises(StoreUnavailable, match="could not confirm the transaction"):
+            await waiting
+    finally:
+        for pid in suspended:
+            os.kill(pid, signal.SIGCONT)
 
 
 async def test_transitions_that_wait_for_each_other_in_two_servers_both_run(
