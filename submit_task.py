@@ -218,8 +218,7 @@ class Session:
                 # The server or its database was replaced, perhaps while this call waited. Start the call again.
                 if not deadline.left:
                     raise
-                what = f"[Nexum] {gone.execution_id} ({tool_name})"
-                self._tell(f"{what} is unknown to this server: looking it up by its key")
+                self._say(f"{gone.execution_id} ({tool_name}) is unknown to this server: looking it up by its key")
                 execution_id = None
 
     async def _ask(self, deadline: _Deadline, ask: Callable[..., Awaitable[T]]) -> T:
@@ -233,7 +232,7 @@ class Session:
                     raise
                 is_busy = isinstance(error, ServerNotReady)
                 why = str(error) if is_busy else f"no Nexum server answers on {self._client.address}"
-            self._tell(f"[Nexum] {why}: trying for {deadline.left:.0f} s more")
+            self._say(f"{why}: trying for {deadline.left:.0f} s more")
             patience = NOTICE_EVERY
 
     async def _recorded(self, execution_id: str, call: _Call, deadline: _Deadline) -> ToolResult | None:
@@ -244,16 +243,16 @@ class Session:
         """
         observed = await self._ask(deadline, partial(self._client.get_execution, execution_id))
         status = observed.execution.status
-        what = f"[Nexum] {execution_id} ({call.tool_name})"
+        what = f"{execution_id} ({call.tool_name})"
         if status is ExecutionStatus.COMPLETED:
-            self._tell(f"{what} already COMPLETED (cached) ✓")
+            self._say(f"{what} already COMPLETED (cached) ✓")
             return ToolResult(_result(call, observed.execution), Origin.CACHED, execution_id)
         if status is ExecutionStatus.RUNNING:
-            self._tell(f"{what} already RUNNING, attached")
+            self._say(f"{what} already RUNNING, attached")
             return await self._result_of(execution_id, call, Origin.ATTACHED, deadline)
         if call.is_once:
             return await self._result_of(execution_id, call, Origin.CACHED, deadline, observed.execution)
-        self._tell(f"{what} was {status.value}: starting it again")
+        self._say(f"{what} was {status.value}: starting it again")
         return None
 
     async def _start(self, call: _Call, deadline: _Deadline) -> tuple[Started, Origin]:
@@ -283,11 +282,11 @@ class Session:
         )
         started = await self._ask(deadline, start)
         if not started.existing:
-            self._tell(f"[Nexum] Submitted {started.execution_id} ({call.tool_name})")
+            self._say(f"Submitted {started.execution_id} ({call.tool_name})")
             return started, Origin.EXECUTED
         if started.status.ended:  # COMPLETED; or, for an effect that must happen only once, FAILED or CANCELLED
             return started, Origin.CACHED
-        self._tell(f"[Nexum] {started.execution_id} ({call.tool_name}) already RUNNING, attached")
+        self._say(f"{started.execution_id} ({call.tool_name}) already RUNNING, attached")
         return started, Origin.ATTACHED
 
     async def _approved(self, call: _Call, tool: Tool, key: str) -> ApprovedCall | None:
@@ -305,7 +304,7 @@ class Session:
                 workflow=call.workflow.workflow_id,
                 unasked_key=key,
                 nexum=self._named_server,
-                tell=self._tell_of_wait,
+                tell=self._say,
             )
         except FinalError as error:
             raise ToolCallFailed(str(error)) from error
@@ -314,7 +313,7 @@ class Session:
         self, execution_id: str, call: _Call, origin: Origin, deadline: _Deadline, ended: Execution | None = None
     ) -> ToolResult:
         """Return the execution's result. Wait until the execution has ended, unless `ended` is given."""
-        what = f"[Nexum] {execution_id} ({call.tool_name})"
+        what = f"{execution_id} ({call.tool_name})"
         notice = FIRST_NOTICE
         while ended is None:
             look = partial(
@@ -347,14 +346,14 @@ class Session:
                     f"{call.tool_name} has no result after {deadline.timeout:g} s. Execution {execution_id} continues; "
                     f"make the same call again to attach to it{lost if observed.has_poller is None else ''}"
                 )
-            self._tell(f"{what} waiting: {notices.what_for(call.workflow, observed)}")
+            self._say(f"{what} waiting: {notices.what_for(call.workflow, observed)}")
             notice = NOTICE_EVERY
         if ended.status is ExecutionStatus.COMPLETED:
             done = "already COMPLETED (cached)" if origin is Origin.CACHED else "done"
-            self._tell(f"{what} {done} ✓")
+            self._say(f"{what} {done} ✓")
             return ToolResult(_result(call, ended), origin, execution_id)
         reason = notices.why_it_failed(ended)
-        self._tell(f"{what} {ended.status.value}: {reason}")
+        self._say(f"{what} {ended.status.value}: {reason}")
         raise ToolCallFailed(f"{call.tool_name} failed: {reason}")
 
     async def _wait_until_known(
@@ -367,13 +366,13 @@ class Session:
             f"{how_to_resolve(execution_id, attempt.attempt, self._named_server)}"
         )
         look = partial(self._client.get_execution, execution_id, wait=NOTICE_EVERY, with_attempts=True)
-        with waiting_for_a_person(line, self._tell_of_wait):
+        with waiting_for_a_person(line, self._say):
             deadline.begin_again()
             while notices.unknown_attempt((observed := await self._ask(deadline, look)).execution) is not None:
                 deadline.begin_again()
         return observed
 
-    def _tell_of_wait(self, line: str) -> None:
+    def _say(self, line: str) -> None:
         self._tell(f"[Nexum] {line}")
 
 
@@ -495,27 +494,23 @@ async def _call_once(args: argparse.Namespace, tool_args: Mapping[str, Any]) -> 
 
 
 def main() -> int:
-    """Make one tool call and print its result. Return the exit code: 0 done, 1 failed or timed out, 2 not run."""
+    """Make one tool call and print its result. Return the exit code: 0 done, 1 failed or timed out.
+
+    Raises another NexumError if the call can't be made. `run_script` then exits with 2.
+    """
     parser = _build_parser()
     args = parser.parse_args()
     try:
         tool_args = TypeAdapter(dict[str, Any]).validate_json(args.arguments)
     except ValidationError:
         parser.error(f"the arguments must be a JSON object, not: {args.arguments}")
-    try:
-        find_tool(args.tool).validate(tool_args)
-    except FinalError as error:
-        complain(f"error: {error}")
-        return 2
+    find_tool(args.tool).validate(tool_args)
     say_after_ctrl_c("a submitted call continues; run the same command again for its result")
     try:
         say(asyncio.run(_call_once(args, tool_args)))
     except (ToolCallFailed, WaitTimeout) as error:
         complain(f"error: {error}")
         return 1
-    except NexumError as error:
-        complain(f"error: {error}")
-        return 2
     return 0
 
 

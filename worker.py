@@ -19,11 +19,10 @@ import sys
 
 from nexum_engine import event_loop, report
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import NexumError
 from nexum_engine.options import count
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import TaskContext, Worker
-from support.console import complain, log_to, run_script, say
+from support.console import log_to, run_script, say
 from support.options import add_nexum_option, add_until_stdin_closes_option
 from support.tool_calls import bindings
 from support.tools import TOOLS
@@ -36,7 +35,7 @@ def describe(task: TaskContext) -> str:
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Run the worker until a signal stops it. Return the exit code: 0 stopped, 2 could not run."""
+    """Run the worker until a signal stops it. Return the exit code. Raises NexumError if the worker can't run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_nexum_option(parser)
     parser.add_argument(
@@ -58,19 +57,15 @@ async def main(argv: list[str] | None = None) -> int:
     from support.tools.web.live import LiveWeb
 
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
-    try:
-        async with NexumClient(args.nexum) as client:
-            worker = Worker(
-                client,
-                [*bindings(client, TOOL_CALL, LiveWeb()), *bindings(client, OFFLINE_TOOL_CALL, OfflineWeb())],
-                tools=[tool.declared for tool in TOOLS.values()],
-                concurrency=args.concurrency,
-                describe=describe,
-            )
-            await worker.run(stop)
-    except NexumError as error:
-        complain(f"error: {error}")
-        return 2
+    async with NexumClient(args.nexum) as client:
+        worker = Worker(
+            client,
+            [*bindings(client, TOOL_CALL, LiveWeb()), *bindings(client, OFFLINE_TOOL_CALL, OfflineWeb())],
+            tools=[tool.declared for tool in TOOLS.values()],
+            concurrency=args.concurrency,
+            describe=describe,
+        )
+        await worker.run(stop)
     return 0
 
 

@@ -201,8 +201,8 @@ def say_after_ctrl_c(text: str) -> None:
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Run the script's main and exit with its code.
 
-    After Ctrl+C, print the text of `say_after_ctrl_c` and exit with 130. After an OSError, print the error in one line
-    and exit with 1. If the output was closed, exit with 1.
+    After Ctrl+C, print the text of `say_after_ctrl_c` and exit with 130. Print a NexumError or an OSError in one line,
+    and exit with 2 or 1. If the output was closed, exit with 1.
     """
     gc.enable()
     try:
@@ -219,11 +219,16 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def _exit_code(main: Callable[[], int]) -> int:
     from asyncio import CancelledError
 
+    from nexum_engine.errors import NexumError
+
     began_here = interrupt_on_ctrl_c()
     try:
         return main()
     except SystemExit as error:  # raised by argparse
         return error.code if isinstance(error.code, int) else 1
+    except NexumError as error:
+        complain(f"error: {error}")
+        return 2
     except (KeyboardInterrupt, CancelledError):
         if began_here:
             end_on_ctrl_c_again()
