@@ -1,15 +1,12 @@
 """AutoGen's OpenAI client, adapted to the three vendors. Import this module only when needed: it imports AutoGen."""
 
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, cast
 
-from autogen_core import CancellationToken
-from autogen_core.models import CreateResult, LLMMessage, ModelFamily, ModelInfo
-from autogen_core.tools import Tool, ToolSchema
+from autogen_core.models import CreateResult, ModelFamily, ModelInfo
 from autogen_ext.models.openai import OpenAIChatCompletionClient
 from openai import APIConnectionError, DefaultAsyncHttpxClient
-from pydantic import BaseModel
 
 from support.models.vendors import ANTHROPIC, GEMINI, OPENAI, ModelFailed
 from support.tools.clean_text import one_line
@@ -65,30 +62,10 @@ class LiveModel(OpenAIChatCompletionClient):
         except Exception as error:
             raise self._failed(error) from error
 
-    async def create_stream(
-        self,
-        messages: Sequence[LLMMessage],
-        *,
-        tools: Sequence[Tool | ToolSchema] = (),
-        tool_choice: Tool | Literal["auto", "required", "none"] = "auto",
-        json_output: bool | type[BaseModel] | None = None,
-        extra_create_args: Mapping[str, Any] | None = None,
-        cancellation_token: CancellationToken | None = None,
-        max_consecutive_empty_chunk_tolerance: int = 0,
-        include_usage: bool | None = True,
-    ) -> AsyncGenerator[str | CreateResult, None]:
+    async def create_stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[str | CreateResult, None]:
         """Yield the model's reply in pieces, with a count of tokens at the end. Raises ModelFailed for any error."""
         try:
-            async for piece in super().create_stream(
-                messages,
-                tools=tools,
-                tool_choice=tool_choice,
-                json_output=json_output,
-                extra_create_args=extra_create_args or {},
-                cancellation_token=cancellation_token,
-                max_consecutive_empty_chunk_tolerance=max_consecutive_empty_chunk_tolerance,
-                include_usage=include_usage,
-            ):
+            async for piece in super().create_stream(*args, **{"include_usage": True, **kwargs}):
                 yield piece
         except Exception as error:
             raise self._failed(error) from error

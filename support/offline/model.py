@@ -93,17 +93,10 @@ class OfflineModel(ChatCompletionClient):
         )
 
     async def create_stream(
-        self,
-        messages: Sequence[LLMMessage],
-        *,
-        tools: Sequence[Tool | ToolSchema] = (),
-        tool_choice: Tool | Literal["auto", "required", "none"] = "auto",
-        json_output: bool | type[BaseModel] | None = None,
-        extra_create_args: Mapping[str, Any] | None = None,
-        cancellation_token: CancellationToken | None = None,
+        self, messages: Sequence[LLMMessage], **options: Any
     ) -> AsyncGenerator[str | CreateResult, None]:
         """Yield the answer word by word, then the whole reply."""
-        result = await self.create(messages, tools=tools, tool_choice=tool_choice, json_output=json_output)
+        result = await self.create(messages, **options)
         if isinstance(result.content, str):
             for piece in re.findall(r"\S+\s*|\s+", result.content):
                 yield piece
@@ -145,7 +138,9 @@ class OfflineModel(ChatCompletionClient):
         turn = _read(messages)
         if not turn.searched and "web_search" not in offered:
             return _from_conversation(messages)
-        queries = self._share_of(plan_searches(turn.question))
+        queries = plan_searches(turn.question)
+        number, of = self._share
+        queries = queries[number - 1 :: of] or queries
         earlier = sum(1 for message in messages if isinstance(message, AssistantMessage) and _calls(message))
         if not turn.searched and queries:
             return _calls_of(earlier + 1, "web_search", [{"query": query} for query in queries])
@@ -154,10 +149,6 @@ class OfflineModel(ChatCompletionClient):
             if best:
                 return _calls_of(earlier + 1, "visit_webpage", [{"url": url} for url in best])
         return self._answer(turn)
-
-    def _share_of(self, queries: Sequence[str]) -> Sequence[str]:
-        number, of = self._share
-        return queries[number - 1 :: of] or queries
 
     def _answer(self, turn: Turn) -> str:
         sources: dict[str, str] = {}  # each cited page's title by its URL, in the order of the citations
