@@ -11,8 +11,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
 from weakref import WeakSet
@@ -79,7 +78,7 @@ class SessionFile:
         self._unreadable: _Signature | None = None
         self._unwritten: deque[tuple[str, str, str]] = deque()
         self._next_write: threading.Timer | None = None
-        self._locks: list[tuple[threading.Lock, FileLock]] = []
+        self._kept_locks: list[FileLock] = []
         self.new_locks()
         _files.add(self)
 
@@ -89,27 +88,11 @@ class SessionFile:
         A forked process doesn't have the thread of the next write, either.
         """
         self._next_write = None
-        one_at_a_time = threading.Lock()  # a FileLock doesn't exclude threads of one process
+        self._one_thread = threading.Lock()  # a FileLock doesn't exclude threads of one process
+        self._one_process = FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False)
         # Keep the old locks: a deleted FileLock unlocks its file. If a forked process deleted one, the parent process
         # would lose its lock, too.
-        self._locks.append(
-            (one_at_a_time, FileLock(f"{self.path}.lock", timeout=_LOCK_TIMEOUT, mode=0o600, thread_local=False))
-        )
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Exclude other tasks, threads and processes for the length of a `with`.
-
-        Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
-        """
-        with self._one_thread(), self._one_process():
-            yield
-
-    def _one_thread(self) -> threading.Lock:
-        return self._locks[-1][0]
-
-    def _one_process(self) -> FileLock:
-        return self._locks[-1][1]
+        self._kept_locks.append(self._one_process)
 
     def load(self) -> SessionRecord | None:
         """Return the file's contents. If the file is corrupt, rename it. Return None if no valid file exists.
@@ -119,7 +102,8 @@ class SessionFile:
         try:
             if not self.path.exists():
                 return None
-            with self._locked():
+            # Readers lock too: otherwise a reader could set aside a file that a writer has just repaired.
+            with self._one_thread, self._one_process:
                 return self._read()
         except OSError as error:
             raise SessionFileError(f"the session file {self.path} can't be read ({error.strerror or error})") from error
@@ -147,7 +131,7 @@ class SessionFile:
 
     async def finish(self) -> None:
         """Write at once what `record_soon` has not written yet."""
-        if self._unwritten or self._one_thread().locked():
+        if self._unwritten or self._one_thread.locked():
             await asyncio.to_thread(self._write_down)
 
     async def create(self) -> None:
@@ -188,13 +172,13 @@ class SessionFile:
     def _write_down(self, new: bool = False) -> None:
         """Write the unwritten entries of all threads. If `new`, write the file even if there are no entries."""
         try:
-            with self._one_thread():
+            with self._one_thread:
                 if self._next_write is not None:
                     self._next_write.cancel()
                     self._next_write = None
                 entries = [self._unwritten.popleft() for _ in range(len(self._unwritten))]
                 if new or entries:
-                    with self._one_process():
+                    with self._one_process:
                         self._merge(entries)
         except OSError as error:
             self._tell(f"[Nexum] {self.path} can't be written ({error}); the server still has this session's results")

@@ -102,7 +102,7 @@ def fork_with_locked_file(_log: str) -> None:
     locked, forked = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with file._locked():
+        with file._one_thread, file._one_process:
             locked.set()
             forked.wait()
             time.sleep(0.2)  # the child waits for this process to unlock the file
