@@ -15,7 +15,7 @@ from nexum_engine.errors import FinalError
 from support.offline.reading import best_passage, words
 from support.tools import Page, SearchHit
 from support.tools.web import WebError
-from support.tools.web.page import page_to_markdown
+from support.tools.web.page import heading, page_to_markdown
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class OfflineWeb:
             except (OSError, FinalError) as error:
                 logger.warning("the offline page %s is left out: %s", path.name, error)
                 continue
-            title = _title(text) or path.stem.replace("-", " ")
+            title = heading(text) or path.stem.replace("-", " ")
             counts = Counter(words(text))
             for word in words(title):
                 counts[word] += TITLE_WEIGHT - 1  # minus 1: the title also counts as a part of the text
@@ -107,11 +107,6 @@ def _page(url: str, path: Path) -> Page:
     with path.open("rb") as file:
         body = file.read(MAX_BODY + 1)
     return Page(url, 200, CONTENT_TYPES[path.suffix.lower()], body[:MAX_BODY], truncated=len(body) > MAX_BODY)
-
-
-def _title(markdown: str) -> str | None:
-    headings = (line for line in markdown.split("\n") if line.startswith("# "))
-    return next((heading[2:].strip() for heading in headings), None)
 
 
 def _score(query: str, page: _Indexed, index: Sequence[_Indexed]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from autogen_agentchat.agents import AssistantAgent
@@ -34,6 +35,7 @@ from support.models import ModelFailed
 from support.pipeline.step_tool import StepTool
 from support.tools import TOOLS, ToolContext, Web
 from support.tools.clean_text import one_line
+from support.tools.web.page import heading
 
 MAX_TOOL_ROUNDS = 12
 MAX_CLAIMS = 12
@@ -108,7 +110,7 @@ class PipelineSteps:
         query = PipelineInput.model_validate(task.input).query
         failures: list[str] = []
         tools = [StepTool(tool, self._context(task), failures) for tool in TOOLS.values()]
-        found = await self._ask("research", RESEARCHER, query, _parse_research, tools)
+        found = await self._ask("research", RESEARCHER, query, partial(_parsed, form=Research), tools)
         if not found.claims and failures:
             raise StepFailed(f"research has no claims, because its tools failed: {failures[0]}")
         return Research(claims=list(dict.fromkeys(found.claims))[:MAX_CLAIMS], note=found.note.strip())
@@ -133,7 +135,7 @@ class PipelineSteps:
                 why = one_line(verdict.reason, MAX_TITLE) or "no reason given"
                 dropped.append(DroppedClaim(claim=claim, reason=f"the quote doesn't say what the claim says: {why}"))
         sources = [
-            Source(number=number, url=url, title=_title(pages[url][0]) or url)
+            Source(number=number, url=url, title=one_line(heading(pages[url][0]), MAX_TITLE) or url)
             for number, url in enumerate(dict.fromkeys(claim.url for claim in supported), 1)
         ]
         numbers = {source.url: source.number for source in sources}
@@ -232,10 +234,8 @@ class PipelineSteps:
         """
         try:
             return await TOOLS["visit_webpage"].run({"url": url}, self._context(task)), ""
-        except FinalError as error:
-            return "", str(error)
         except Exception as error:
-            if task.attempt <= EAGER_ATTEMPTS:
+            if task.attempt <= EAGER_ATTEMPTS and not isinstance(error, FinalError):
                 raise StepFailed(f"validate: {error}") from error
             return "", str(error)
 
@@ -278,10 +278,6 @@ def _parsed(reply: str, form: type[Model]) -> Model:
     return form.model_validate_json(reply[start : end + 1])
 
 
-def _parse_research(reply: str) -> Research:
-    return _parsed(reply, Research)
-
-
 def _citing(sources: Sequence[Source]) -> Callable[[str], str]:
     """Return a function that checks prose. The prose must cite at least one source, and only sources that exist."""
     known = {source.number for source in sources}
@@ -300,11 +296,6 @@ def _citing(sources: Sequence[Source]) -> Callable[[str], str]:
 def citations(text: str) -> set[int]:
     """Return the source numbers that a text cites, as in [1] or [1, 2]."""
     return {int(number) for match in _CITATION.finditer(text) for number in match[1].split(",")}
-
-
-def _title(page: str) -> str:
-    heading = next((line[2:] for line in page.split("\n") if line.startswith("# ")), "")
-    return one_line(heading, MAX_TITLE)
 
 
 def _nothing_stands(task: TaskContext) -> str:

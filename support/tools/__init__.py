@@ -16,13 +16,12 @@ four attempts in all.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import Field
 
 from nexum_engine.errors import FinalError
-from support.tools.declare import NO_POLICY, REGISTRY, Tool, ToolContext, ToolTimeout, find_tool, tool
+from support.tools.declare import NO_POLICY, TOOLS, Tool, ToolContext, ToolTimeout, find_tool, tool
 from support.tools.web import Page, SearchHit, Web, WebError
 from support.tools.web.converter import Converters
 from support.tools.web.url import checked_url
@@ -73,6 +72,3 @@ def visit_webpage(url: str, *, call: ToolContext) -> str:
     at the end that says so.
     """
     return _CONVERTERS.convert(call.web.fetch(checked_url(url)))
-
-
-TOOLS: Mapping[str, Tool] = REGISTRY

@@ -199,7 +199,8 @@ class Tool:
         return result.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-REGISTRY: dict[str, Tool] = {}
+TOOLS: dict[str, Tool] = {}
+"""All declared tools, by name."""
 
 
 def tool(
@@ -233,9 +234,9 @@ def tool(
         except InvalidRequest as invalid:
             raise ValueError(f"tool {function.__name__}: {invalid}") from None
         declared = Tool.from_function(function, time_limit=time_limit, policy=policy)
-        if declared.name in REGISTRY:
+        if declared.name in TOOLS:
             raise ValueError(f"two tools are named {declared.name}: rename one of them")
-        REGISTRY[declared.name] = declared
+        TOOLS[declared.name] = declared
         return declared
 
     return declare
@@ -243,9 +244,9 @@ def tool(
 
 def find_tool(name: str) -> Tool:
     """Return the tool with the name. If there is none, raise FinalError with the names of all tools."""
-    if name not in REGISTRY:
-        raise FinalError(f"there is no tool named {shortened(name)}; the tools are {', '.join(sorted(REGISTRY))}")
-    return REGISTRY[name]
+    if name not in TOOLS:
+        raise FinalError(f"there is no tool named {shortened(name)}; the tools are {', '.join(sorted(TOOLS))}")
+    return TOOLS[name]
 
 
 def _type_name(hint: Any) -> str:

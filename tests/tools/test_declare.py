@@ -16,7 +16,6 @@ from pydantic import BaseModel, Field
 from nexum_engine.errors import FinalError, UnknownEffect
 from nexum_engine.policy import NOT_DONE, Policy
 from support.tools import TOOLS, Page, SearchHit, Tool, ToolContext, find_tool, tool, web_search
-from support.tools.declare import REGISTRY
 from support.tools.web.url import checked_url
 
 pytestmark = pytest.mark.every_python
@@ -198,10 +197,10 @@ def test_heartbeat_that_the_time_limit_cuts_off_is_refused() -> None:
 @pytest.fixture
 def registry() -> Iterator[None]:
     """Remove the tools that a test has declared."""
-    before = dict(REGISTRY)
+    before = dict(TOOLS)
     yield
-    REGISTRY.clear()
-    REGISTRY.update(before)
+    TOOLS.clear()
+    TOOLS.update(before)
 
 
 @pytest.mark.usefixtures("registry")

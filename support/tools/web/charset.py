@@ -48,11 +48,6 @@ def kind_of(content_type: str) -> Kind | None:
             return None
 
 
-def is_readable(content_type: str) -> bool:
-    """Return whether a body of this type can be read as text."""
-    return kind_of(content_type) is not None
-
-
 def decoded(body: bytes, content_type: str) -> str:
     """Return the body's text. Raises ValueError, with the reason in words, if the body can't be read.
 

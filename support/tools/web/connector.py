@@ -33,7 +33,7 @@ def system_resolver(host: str) -> list[Address]:
     return list(dict.fromkeys(ip_address(sockaddr[0]) for *_, sockaddr in found))
 
 
-class Deadline:
+class FetchDeadline:
     """The time by which a fetch must end."""
 
     def __init__(self, seconds: float) -> None:
@@ -51,7 +51,7 @@ class Deadline:
 class CheckedBackend(httpcore2.NetworkBackend):
     """A network backend that checks a host, resolves it, checks every address, and connects to one of them."""
 
-    def __init__(self, hosts: AllowedHosts, resolver: Resolver, policy: AddressPolicy, deadline: Deadline) -> None:
+    def __init__(self, hosts: AllowedHosts, resolver: Resolver, policy: AddressPolicy, deadline: FetchDeadline) -> None:
         self._hosts = hosts
         self._resolver = resolver
         self._policy = policy
@@ -118,7 +118,7 @@ class CheckedBackend(httpcore2.NetworkBackend):
 class _DeadlineStream(httpcore2.NetworkStream):
     """A stream with one deadline for all reads and writes, instead of a timeout for each."""
 
-    def __init__(self, stream: httpcore2.NetworkStream, deadline: Deadline) -> None:
+    def __init__(self, stream: httpcore2.NetworkStream, deadline: FetchDeadline) -> None:
         self._stream = stream
         self._deadline = deadline
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from urllib.parse import urldefrag, urljoin
 
 import httpcore2
@@ -17,8 +16,8 @@ from nexum_engine.errors import FinalError
 from support.tools.clean_text import shortened
 from support.tools.web import Page, WebError
 from support.tools.web.addresses import is_public
-from support.tools.web.charset import is_readable
-from support.tools.web.connector import AddressPolicy, CheckedBackend, Deadline, Resolver, system_resolver
+from support.tools.web.charset import kind_of
+from support.tools.web.connector import AddressPolicy, CheckedBackend, FetchDeadline, Resolver, system_resolver
 from support.tools.web.decompress import ACCEPTED_ENCODINGS, read_body
 from support.tools.web.hosts import AllowedHosts
 from support.tools.web.url import checked_url, parse_url
@@ -58,7 +57,7 @@ class GuardedFetcher:
         self._hosts = hosts
         self._resolver = resolver
         self._address_policy = address_policy
-        self._given_ssl_context = ssl_context
+        self._ssl_context = ssl_context or httpcore2.default_ssl_context()
         self._deadline = deadline
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
@@ -66,7 +65,7 @@ class GuardedFetcher:
     def fetch(self, url: str) -> Page:
         """Follow redirects from the address and return the last response. Don't read a body that is not text."""
         first = current = checked_url(url)
-        deadline = Deadline(self._deadline)
+        deadline = FetchDeadline(self._deadline)
         with _errors_in_words(first, deadline):
             for _ in range(self._max_redirects + 1):
                 answer = self._request(current, deadline)
@@ -75,11 +74,7 @@ class GuardedFetcher:
                 current = _redirected(current, answer)
         raise FinalError(f"{shortened(first)} was not read: it redirects more than {self._max_redirects} times")
 
-    @cached_property
-    def _ssl_context(self) -> ssl.SSLContext:
-        return self._given_ssl_context or httpcore2.default_ssl_context()
-
-    def _request(self, url: str, deadline: Deadline) -> Page | bytes:
+    def _request(self, url: str, deadline: FetchDeadline) -> Page | bytes:
         """Return the page at the address, or the location to which the server redirects."""
         backend = CheckedBackend(self._hosts, self._resolver, self._address_policy, deadline)
         target = urldefrag(url).url
@@ -93,7 +88,7 @@ class GuardedFetcher:
                 return location
             content_type = headers.get(b"content-type", b"").decode("latin-1")
             body, truncated = b"", False
-            if 200 <= response.status < 300 and is_readable(content_type):
+            if 200 <= response.status < 300 and kind_of(content_type) is not None:
                 encoding = headers.get(b"content-encoding", b"").decode("latin-1")
                 body, truncated = read_body(response.iter_stream(), encoding, self._max_bytes)
             return Page(url, response.status, content_type, body, truncated)
@@ -111,7 +106,7 @@ def _redirected(current: str, location: bytes) -> str:
 
 
 @contextmanager
-def _errors_in_words(url: str, deadline: Deadline) -> Iterator[None]:
+def _errors_in_words(url: str, deadline: FetchDeadline) -> Iterator[None]:
     """Turn each failure into an error that names the address: a WebError if a retry may succeed, else a FinalError."""
     name = shortened(url)
     try:

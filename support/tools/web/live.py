@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from support.tools.web import Page, SearchHit
@@ -19,14 +18,8 @@ class LiveWeb:
     """
 
     def __init__(self, fetcher: GuardedFetcher | None = None) -> None:
-        self._given_fetcher = fetcher
+        self._fetcher = fetcher
         self._hosts = AllowedHosts.from_environment()
-
-    @cached_property
-    def _fetcher(self) -> GuardedFetcher:
-        from support.tools.web.fetch import GuardedFetcher
-
-        return self._given_fetcher or GuardedFetcher(hosts=self._hosts)
 
     def search(self, query: str, max_results: int) -> list[SearchHit]:
         from support.tools.web.search import search
@@ -34,4 +27,8 @@ class LiveWeb:
         return search(query, max_results)
 
     def fetch(self, url: str) -> Page:
+        if self._fetcher is None:
+            from support.tools.web.fetch import GuardedFetcher
+
+            self._fetcher = GuardedFetcher(hosts=self._hosts)
         return self._fetcher.fetch(url)

@@ -45,6 +45,11 @@ def page_to_markdown(page: Page, *, limit: int = MAX_TEXT) -> str:
     return _bounded(text, limit, complete)
 
 
+def heading(markdown: str) -> str:
+    """Return the first heading of the highest level, or ""."""
+    return next((line[2:].strip() for line in markdown.split("\n") if line.startswith("# ")), "")
+
+
 def _check_status(page: Page) -> None:
     if 200 <= page.status < 300:
         return

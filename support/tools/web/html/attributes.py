@@ -1,4 +1,4 @@
-"""Read attributes of HTML elements, such as numbers, the marks of list items, and the language of a code block."""
+"""Read attributes of HTML elements, such as numbers, the markers of list items, and the language of a code block."""
 
 from __future__ import annotations
 
@@ -54,30 +54,30 @@ def is_float(text: str) -> bool:
 
 
 @dataclass(eq=False)
-class ItemMarks:
-    """The marks, such as "-" or "3.", for the next items of an open list."""
+class ListMarkers:
+    """The markers, such as "-" or "3.", for the next items of an open list."""
 
     kind: str  # "-", "1", "a", "A", "i" or "I"
     number: int = 1
     step: int = 1
 
-    def mark(self, value: int | None) -> str:
+    def next(self, value: int | None) -> str:
         if value is not None:
             self.number = value
         number, self.number = self.number, self.number + self.step
         return "-" if self.kind == "-" else f"{_numeral(number, self.kind)}."
 
 
-def item_marks(element: Element, name: str, style: Style) -> ItemMarks:
+def list_markers(element: Element, name: str, style: Style) -> ListMarkers:
     if name != "ol":
-        return ItemMarks("-")
+        return ListMarkers("-")
     wanted = style.get("list-style-type") or next(iter(style.get("list-style", "").split()), "")
     kind = _MARKERS.get(wanted) or _MARKERS.get(element.attrs.get("type", "").strip()) or "1"
     start = number(element.attrs.get("start"))
     if "reversed" not in element.attrs:
-        return ItemMarks(kind, 1 if start is None else start)
+        return ListMarkers(kind, 1 if start is None else start)
     items = sum(1 for child in element.elements if child.name == "li")
-    return ItemMarks(kind, items if start is None else start, -1)
+    return ListMarkers(kind, items if start is None else start, -1)
 
 
 _ROMAN = [(1000, "m"), (900, "cm"), (500, "d"), (400, "cd"), (100, "c"), (90, "xc"), (50, "l"), (40, "xl"), (10, "x")]

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 if TYPE_CHECKING:
     from bs4 import Tag
@@ -25,7 +25,7 @@ _BACKTICKS = re.compile("`+")
 _ORDINAL = re.compile(r"st|nd|rd|th", re.IGNORECASE)
 
 
-def mark_raised(text: str, tag: str) -> str:
+def _mark_raised(text: str, tag: str) -> str:
     """Put a raised text into tags, as in `<sup>2</sup>`. Without a mark, 10² would read as 102."""
     return f"<{tag}>{text}</{tag}>"
 
@@ -74,13 +74,13 @@ class SeenPageHooks:
         shown = el.get_text(strip=True)
         if shown.startswith("[") and shown.endswith("]"):
             return text
-        if _ORDINAL.fullmatch(word) and _last_character(el)[-1:].isdigit():
+        if _ORDINAL.fullmatch(word) and _text_beside(el, "previous_sibling")[-1:].isdigit():
             return text
-        return f"{before}{mark_raised(word, 'sup')}{after}"
+        return f"{before}{_mark_raised(word, 'sup')}{after}"
 
     def convert_sub(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         before, word, after = _chomped(text)
-        return f"{before}{mark_raised(word, 'sub')}{after}" if word else text
+        return f"{before}{_mark_raised(word, 'sub')}{after}" if word else text
 
     def convert_del(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         before, words, after = _chomped(text)
@@ -133,9 +133,10 @@ class SeenPageHooks:
     convert_ol = convert_list
 
     def convert_li(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
-        mark = str(el["data-mark"])
-        words = text.strip() if mark else text.strip("\n")
-        return _indented(words, f"{mark} " if mark else "  ", " " * max(2, len(mark) + 1)) + "\n" if words else "\n"
+        marker = str(el["data-marker"])
+        words = text.strip() if marker else text.strip("\n")
+        before = f"{marker} " if marker else "  "
+        return _indented(words, before, " " * len(before)) + "\n" if words else "\n"
 
     def convert_dd(self, el: Tag, text: str, parent_tags: Set[str]) -> str:
         return _indented(text.strip(), ":   ", "    ") + "\n" if text.strip() else "\n"
@@ -288,7 +289,9 @@ def _emphasized(el: Tag, text: str, mark: str) -> str:
     before, words, after = _chomped(text)
     if not words:
         return text
-    within_word = (not before and _is_of_word(_last_character(el))) or (not after and _is_of_word(_next_character(el)))
+    within_word = (not before and _is_of_word(_text_beside(el, "previous_sibling")[-1:])) or (
+        not after and _is_of_word(_text_beside(el, "next_sibling")[:1])
+    )
     return text if within_word else f"{before}{mark}{words}{mark}{after}"
 
 
@@ -301,23 +304,13 @@ def _is_of_word(character: str) -> bool:
 _INLINE = frozenset({"a", "strong", "em", "del", "code", "sup", "sub"})
 
 
-def _last_character(el: Tag) -> str:
-    """Return the character before the element, or "" if the element is at the start of its line."""
-    while el.previous_sibling is None and el.parent is not None and el.parent.name in _INLINE:
+def _text_beside(el: Tag, side: Literal["previous_sibling", "next_sibling"]) -> str:
+    """Return the text next to the element, or "" if the element is at the start or end of its line."""
+    while getattr(el, side) is None and el.parent is not None and el.parent.name in _INLINE:
         el = el.parent
-    before = el.previous_sibling
-    if before is None or getattr(before, "name", None) not in (None, *_INLINE):
-        return ""
-    return before.get_text()[-1:]
-
-
-def _next_character(el: Tag) -> str:
-    while el.next_sibling is None and el.parent is not None and el.parent.name in _INLINE:
-        el = el.parent
-    behind = el.next_sibling
-    if behind is None or getattr(behind, "name", None) not in (None, *_INLINE):
-        return ""
-    return behind.get_text()[:1]
+    beside = getattr(el, side)
+    is_inline = beside is not None and getattr(beside, "name", None) in (None, *_INLINE)
+    return str(beside.get_text()) if is_inline else ""
 
 
 def _longest_backticks(text: str) -> int:

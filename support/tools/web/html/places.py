@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from support.tools.web.html.attributes import ItemMarks
+from support.tools.web.html.attributes import ListMarkers
 from support.tools.web.html.kinds import AROUND, KEPT_LINES, MARKS, NESTING
 from support.tools.web.html.style import Sight, Style
 from support.tools.web.html.tree import Element
@@ -49,7 +49,7 @@ class Place:
     around: tuple[str, ...] = ()  # "form" or "aside" for each outer element that may be dropped
     levels: int = 0
     tables: int = 0
-    items: ItemMarks | None = None  # the bullets or numbers for the next items of the open list
+    markers: ListMarkers | None = None  # the bullets or numbers for the next items of the open list
     table: OpenTable | None = None
     section: str = "body"
     group: int = 0

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from support.tools.web.html.attributes import classes_of, code_language, item_marks, number
+from support.tools.web.html.attributes import classes_of, code_language, list_markers, number
 from support.tools.web.html.controls import CONTROLS
-from support.tools.web.html.hooks import is_tag, mark_raised
+from support.tools.web.html.hooks import is_tag
 from support.tools.web.html.kinds import (
     BLOCK_DISPLAYS,
     BLOCKS,
@@ -255,17 +255,17 @@ class SeenPage:
         if name == "li":
             return self._item(element, place)
         if place.levels >= MAX_LEVELS:
-            return replace(place, items=None) if name in LISTS else place
-        inside = replace(place, levels=place.levels + 1, items=None, table=None)
+            return replace(place, markers=None) if name in LISTS else place
+        inside = replace(place, levels=place.levels + 1, markers=None, table=None)
         if name in LISTS:
-            return replace(inside, container=self._new_list(name, place), items=item_marks(element, name, style))
+            return replace(inside, container=self._new_list(name, place), markers=list_markers(element, name, style))
         if name in ("blockquote", "dd"):
             return replace(inside, container=self._text.new(name, place.container))
         return place
 
     def _new_list(self, name: str, place: Place) -> Tag:
         parent = place.container
-        if place.items is not None and parent.name in ("ul", "ol"):
+        if place.markers is not None and parent.name in ("ul", "ol"):
             # If a list is directly within a list, put the inner list into the outer list's newest item.
             before = parent.contents[-1] if parent.contents else None
             parent = before if is_tag(before, "li") else self._new_item(parent, "")
@@ -279,11 +279,11 @@ class SeenPage:
             place = replace(place, levels=place.levels + 1)
             if container.name == "li":
                 container = self._text.new("ul", container)  # put a list around an item that is directly within an item
-        mark = place.items.mark(number(element.attrs.get("value"))) if place.items else "-"
-        return replace(place, container=self._new_item(container, mark))
+        marker = place.markers.next(number(element.attrs.get("value"))) if place.markers else "-"
+        return replace(place, container=self._new_item(container, marker))
 
-    def _new_item(self, parent: Tag, mark: str) -> Tag:
-        return self._text.new("li", parent, **{"data-mark": mark})
+    def _new_item(self, parent: Tag, marker: str) -> Tag:
+        return self._text.new("li", parent, **{"data-marker": marker})
 
     # Tables
 
@@ -291,7 +291,7 @@ class SeenPage:
         if place.tables >= MAX_TABLES or is_layout(element):
             return replace(place, table=None)
         table = self._text.new("table", place.container)
-        return replace(place, container=table, table=OpenTable(table), tables=place.tables + 1, items=None, group=0)
+        return replace(place, container=table, table=OpenTable(table), tables=place.tables + 1, markers=None, group=0)
 
     def _row(self, table: OpenTable, place: Place) -> Tag:
         return self._text.new("row", table.element, **{"data-section": place.section, "data-group": str(place.group)})
@@ -344,8 +344,7 @@ class SeenPage:
             return
         mark = MARKS.get(name)
         if mark in ("sup", "sub"):
-            opening, closing = mark_raised("|", mark).split("|")
-            self._enter([opening, *element.contents, closing], place)
+            self._enter([f"<{mark}>", *element.contents, f"</{mark}>"], place)
         elif mark == "del":
             self._enter(["~~", *element.contents, "~~"], place)
         elif name in BLOCKS or style.get("display") in BLOCK_DISPLAYS:
