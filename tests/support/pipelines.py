@@ -12,10 +12,9 @@ from typing import Any
 
 from autogen_core.models import ChatCompletionClient, CreateResult, LLMMessage
 from harness import ROOT
-from processes import command_line, is_alive, run_script
+from processes import is_alive, recorded, run_script
 
 from nexum_engine.client import NexumClient
-from nexum_engine.commands import look
 from nexum_engine.records import Attempt, Execution, ExecutionStatus, Node, NodeStatus, Outcome
 from nexum_engine.worker import TaskContext
 from pipeline_workflow import OFFLINE_PIPELINE, STEPS, PipelineInput
@@ -42,11 +41,7 @@ def pipelines(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
 
     Read them from the server at `address`. Without an address, read them from the demo's database.
     """
-    where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
-    listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
-    offline = OFFLINE_PIPELINE.workflow_id
-    ids = [one["execution_id"] for one in reversed(listed) if one["workflow_id"].startswith(offline)]
-    return [json.loads(asyncio.run(look(command_line("show", one, "--json", *where)))) for one in ids]
+    return recorded(folder, address, lambda id_: id_.startswith(OFFLINE_PIPELINE.workflow_id))
 
 
 def attempts(execution: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:

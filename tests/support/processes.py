@@ -174,15 +174,19 @@ def command_line(*arguments: str) -> argparse.Namespace:
     return build_parser().parse_args(list(arguments))
 
 
-def recorded(folder: Path, address: str | None = None) -> list[dict[str, Any]]:
-    """Return the executions of all tool calls, with nodes and attempts, oldest first.
+def recorded(
+    folder: Path,
+    address: str | None = None,
+    is_wanted: Callable[[str], bool] = lambda id_: not id_.startswith("agent-"),
+) -> list[dict[str, Any]]:
+    """Return the executions whose workflow's id is wanted, with nodes and attempts, oldest first.
 
-    Read them from the server at `address`. Without an address, read them from the demo's database. Executions of
-    durable runs are left out.
+    By default, those of all tool calls: all but durable runs. Read them from the server at `address`. Without an
+    address, read them from the demo's database.
     """
     where = ["--nexum", address] if address else ["--database-url", f"sqlite:///{folder / '.nexum' / 'local.db'}"]
     listed = json.loads(asyncio.run(look(command_line("ps", "--json", "--limit", "1000", *where))))
-    ids = [one["execution_id"] for one in reversed(listed) if not one["workflow_id"].startswith("agent-")]
+    ids = [one["execution_id"] for one in reversed(listed) if is_wanted(one["workflow_id"])]
     return [json.loads(asyncio.run(look(command_line("show", one, "--json", *where)))) for one in ids]
 
 
