@@ -25,12 +25,14 @@ import argparse
 import asyncio
 import logging
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from nexum_engine.client import NexumClient
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import NexumError
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
 from submit_task import Session
@@ -45,7 +47,6 @@ from support.console import (
     say_what_is_logged,
 )
 from support.graphflow.comparison import compare
-from support.launcher import NexumForRun, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, choose_model
 from support.options import add_nexum_option
 from support.pipeline.drill import Drill, DrillFailed
@@ -53,6 +54,7 @@ from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
 from support.pipeline.page import page
 from support.pipeline.timeline import timeline
+from support.processes import say_what_is_lost
 from support.session_file import SessionFile
 
 QUERY = "Impact of Rust on systems programming"
@@ -114,7 +116,7 @@ async def run(
     workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
-        async with NexumForRun(nexum_address, workers=()) as nexum, NexumClient(nexum.address) as client:
+        async with EmbeddedNexum(nexum_address) as nexum, NexumClient(nexum.address) as client:
             if nexum.is_published:
                 say_what_is_lost(
                     nexum.address,
@@ -157,8 +159,8 @@ def verdict(run: PipelineRun) -> str:
     return f"{run.point!s:<17} {result}: {shares}{f'; {repeated}' if repeated else ''}"
 
 
-def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | None) -> int:
-    """Print the results of the runs. Return the exit code: 1 if a check failed, else 0."""
+def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | None) -> list[str]:
+    """Print the results of the runs. Return a phrase for each failed check."""
     if len(runs) == 1:
         show(runs[0])
         where = f" --nexum {nexum_address}" if nexum_address else ""
@@ -170,25 +172,22 @@ def finish(runs: Sequence[PipelineRun], html: Path | None, nexum_address: str | 
     if html is not None:
         html.write_text(page(runs), encoding="utf-8")
         say(f"[demo] Timeline as a page: {html.resolve()}")
-    wrong = [f"crash {one.point}: {problem}" for one in runs for problem in problems(one)]
-    for problem in wrong:
-        complain(f"error: {problem}")
-    return 1 if wrong else 0
+    return [f"crash {one.point}: {problem}" for one in runs for problem in problems(one)]
 
 
-async def charge(nexum_address: str | None) -> int:
-    """Kill workers between a charge and its record. Return the exit code: 1 if a policy was not kept, else 0."""
-    from support.charges.drill import HEADING, Drill, new_name
-    from support.charges.tools import charges
+async def charge(nexum_address: str | None) -> list[str]:
+    """Kill workers between a charge and its record. Return a phrase for each policy that was not kept."""
+    from support.charges.drill import HEADING, ChargeDrill
+    from support.charges.tools import drill_workflow
 
     let_ctrl_c_cancel()
-    name = new_name()
+    name = secrets.token_hex(4)  # no other drill has this name
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with (
-            NexumForRun(nexum_address, workers=(), owners=True) as nexum,
+            EmbeddedNexum(nexum_address, owners=True) as nexum,
             NexumClient(nexum.address) as client,
             # Drop the session's own lines about progress: they would appear in the middle of the drill's output.
-            Session(name, client=client, workflow=charges(name), tell=lambda _: None) as session,
+            Session(name, client=client, workflow=drill_workflow(name), tell=lambda _: None) as session,
         ):
             session.file = SessionFile(name, Path(folder))
 
@@ -196,14 +195,11 @@ async def charge(nexum_address: str | None) -> int:
                 result = await session.call(tool_name, {"customer": "c-17", "cents": 990})
                 return result.text, result.execution_id
 
-            charged = await Drill(client, call, name, Path(folder)).run()
+            charged = await ChargeDrill(client, call, name, Path(folder)).run()
     say(f"\n[demo] Read from the ledger, and the attempts from the server's records:\n{HEADING}")
     for one in charged:
         say(one.row)
-    wrong = [one.problem for one in charged if one.problem]
-    for problem in wrong:
-        complain(f"error: {problem}")
-    return 1 if wrong else 0
+    return [one.problem for one in charged if one.problem]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -222,18 +218,22 @@ def main(argv: list[str] | None = None) -> int:
     say_after_ctrl_c("its server and workers were stopped")
     try:
         if args.effect:
-            return asyncio.run(charge(args.nexum))
-        model = choose_model(os.environ, offline=args.offline)
-        say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
-        if args.graphflow or args.cyclic:
-            return asyncio.run(compare(cyclic=args.cyclic, model=model, nexum=args.nexum))
-        return finish(asyncio.run(run(points, query, model, args.nexum)), args.html, args.nexum)
+            wrong = asyncio.run(charge(args.nexum))
+        else:
+            model = choose_model(os.environ, offline=args.offline)
+            say(f"[demo] Model: {model.description}{OFFLINE_NOTE if model.offline else ''}")
+            if args.graphflow or args.cyclic:
+                wrong = asyncio.run(compare(cyclic=args.cyclic, model=model, nexum=args.nexum))
+            else:
+                wrong = finish(asyncio.run(run(points, query, model, args.nexum)), args.html, args.nexum)
     except DrillFailed as error:
-        complain(f"error: {error}")
-        return 1
+        wrong = [str(error)]
     except (ModelChoiceError, NexumError) as error:
         complain(f"error: {error}")
         return 2
+    for problem in wrong:
+        complain(f"error: {problem}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

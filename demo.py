@@ -26,6 +26,7 @@ from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import InvalidRequest, NexumError
 from submit_task import Origin, Session
 from support.console import (
@@ -43,8 +44,8 @@ from support.console import (
 from support.conversation import Conversation
 from support.demo_options import build_parser
 from support.demo_session import announce_session, count_only_model_calls, derived_session_id, recorded_question
-from support.launcher import NexumForRun, kill_this_process, say_what_is_lost
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, ModelFailed, choose_model
+from support.processes import ROOT, kill_this_process, say_what_is_lost
 from support.session_file import check_session_id
 from support.team import WRITER, build_team
 from workflow import OFFLINE_TOOL_CALL, TOOL_CALL
@@ -132,7 +133,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     let_ctrl_c_cancel()
     announce_session(session_id)
     conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
-    async with NexumForRun(args.nexum, owners=bool(args.fork or args.ask)) as nexum:
+    async with EmbeddedNexum(args.nexum, workers=[ROOT / "worker.py"], owners=bool(args.fork or args.ask)) as nexum:
         with quick_imports():  # imported here, because it takes a second, and the worker starts meanwhile
             from durable_autogen import Budget, Policy, run_durable_stream
 

@@ -24,24 +24,18 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nexum_engine import event_loop
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import NexumError
 from nexum_engine.records import Task
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import Binding, Handler, TaskContext, Worker
-from nexum_engine.workflow import Workflow
 from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput, drill_version
-from support.console import complain, log_to, quick_imports, run_script, say
-from support.launcher import kill_this_process
+from support.console import log_to, quick_imports, run_script, say
 from support.models import ModelChoice, ModelChoiceError, choose_model
 from support.options import add_nexum_option, add_until_stdin_closes_option
 from support.pipeline.effects import EffectLog, now_ms
-
-if TYPE_CHECKING:
-    from autogen_core.models import ChatCompletionClient
+from support.processes import kill_this_process
 
 SERVER_PATIENCE = 30.0  # seconds that --query waits for a server
 
@@ -81,7 +75,7 @@ def crash_point(variable: str, env: Mapping[str, str]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Acting:
+class CrashPlan:
     """Log the effect of each step, and kill the worker at its crash point."""
 
     effects: EffectLog | None
@@ -112,7 +106,7 @@ class Acting:
             kill_this_process()
 
 
-def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Binding]:
+def bindings(model: ModelChoice, plan: CrashPlan, drill: str | None) -> list[Binding]:
     """Return the workflows that a worker with this model can serve, each with its handlers."""
     # Import these modules late: they import AutoGen slowly, and a wrong command line should be reported at once.
     with quick_imports():
@@ -122,36 +116,27 @@ def bindings(model: ModelChoice, acting: Acting, drill: str | None) -> list[Bind
         from support.tools.web.live import LiveWeb
 
     pages = OfflineWeb()
-
-    def offline_client(step: str) -> ChatCompletionClient:
-        return pipeline_model(step, pages.topics)
-
-    served = [(OFFLINE_PIPELINE, PipelineSteps(pages, offline_client))]
+    served = [(OFFLINE_PIPELINE, PipelineSteps(pages, lambda step: pipeline_model(step, pages.topics)))]
     if not model.offline:
         served.append((PIPELINE, PipelineSteps(LiveWeb(), lambda step: model.client())))
     return [
         Binding(
-            version_of(workflow, drill), {step: acting.around(handler) for step, handler in steps.handlers().items()}
+            drill_version(workflow, drill), {step: plan.around(handler) for step, handler in steps.handlers().items()}
         )
         for workflow, steps in served
     ]
 
 
-def version_of(pipeline: Workflow, drill: str | None) -> Workflow:
-    """Return the version of the pipeline for a drill, or the pipeline itself if `drill` is None."""
-    return pipeline if drill is None else drill_version(pipeline, drill)
-
-
 async def start_pipeline(client: NexumClient, query: str, model: ModelChoice, drill: str | None) -> str:
     """Start the offline pipeline if the model is offline, else the live one. Return the execution's id."""
-    workflow = version_of(OFFLINE_PIPELINE if model.offline else PIPELINE, drill)
+    workflow = drill_version(OFFLINE_PIPELINE if model.offline else PIPELINE, drill)
     await client.register_workflow(workflow, patience=SERVER_PATIENCE)
     started = await client.start_execution(workflow, PipelineInput(query=query))
     return started.execution_id
 
 
 async def main(argv: list[str] | None = None) -> int:
-    """Run the worker until a signal stops it. Return the exit code: 0 stopped, 2 could not run."""
+    """Run the worker until a signal stops it. Return the exit code. Raises NexumError if the worker can't run."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
@@ -164,25 +149,21 @@ async def main(argv: list[str] | None = None) -> int:
 
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
     worker_id = f"{args.name}-pid{os.getpid()}"
-    acting = Acting(EffectLog(args.effects, worker_id) if args.effects else None, crash_after, crash_during)
+    plan = CrashPlan(EffectLog(args.effects, worker_id) if args.effects else None, crash_after, crash_during)
     say(f"[pipeline] Model: {model.description}")
-    try:
-        async with NexumClient(args.nexum) as client:
-            worker = Worker(
-                client,
-                bindings(model, acting, args.drill),
-                concurrency=1,
-                worker_id=worker_id,
-                after_report=acting.after_report,
-            )
-            if args.query is not None:
-                execution_id = await start_pipeline(client, args.query.strip(), model, args.drill)
-                where = f" --nexum {args.nexum}" if args.nexum else ""
-                say(f"[pipeline] started {execution_id} (python -m nexum_engine show {execution_id}{where})")
-            await worker.run(stop)
-    except NexumError as error:
-        complain(f"error: {error}")
-        return 2
+    async with NexumClient(args.nexum) as client:
+        worker = Worker(
+            client,
+            bindings(model, plan, args.drill),
+            concurrency=1,
+            worker_id=worker_id,
+            after_report=plan.after_report,
+        )
+        if args.query is not None:
+            execution_id = await start_pipeline(client, args.query.strip(), model, args.drill)
+            where = f" --nexum {args.nexum}" if args.nexum else ""
+            say(f"[pipeline] started {execution_id} (python -m nexum_engine show {execution_id}{where})")
+        await worker.run(stop)
     return 0
 
 

@@ -105,6 +105,9 @@ OFFLINE_PIPELINE = _pipeline("research-pipeline-offline")
 STEPS = tuple(node.node_id for node in PIPELINE.nodes)
 
 
-def drill_version(pipeline: Workflow, drill: str) -> Workflow:
-    """Return a version of the pipeline for one drill. Only workers of that drill take its steps."""
-    return _pipeline(f"{pipeline.workflow_id}-{drill}")
+def drill_version(pipeline: Workflow, drill: str | None) -> Workflow:
+    """Return a version of the pipeline for one drill. Only workers of that drill take its steps.
+
+    If `drill` is None, return the pipeline itself.
+    """
+    return pipeline if drill is None else _pipeline(f"{pipeline.workflow_id}-{drill}")

@@ -1,4 +1,4 @@
-"""Kill a worker between the effect of a tool and its record, under three policies, and count the charges.
+"""Kill a worker between a tool's charge and the record of this charge, under three policies, and count the charges.
 
 Every number is read from the ledger, and the attempts are read from the server's record.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
 import shlex
 import sys
 from collections.abc import Awaitable, Callable
@@ -19,10 +18,10 @@ from nexum_engine.client import NexumClient
 from nexum_engine.embedded import Child, start_child
 from nexum_engine.records import Execution
 from support.charges.ledger import Ledger, Request
-from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, charges
+from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, drill_workflow
 from support.console import say
-from support.launcher import ROOT, death_in_words
 from support.pipeline.drill import DrillFailed
+from support.processes import ROOT, death_in_words
 from support.tools import Tool
 from workflow import workflow_of
 
@@ -32,8 +31,7 @@ PERSON = "crash_demo"
 Call = Callable[[str], Awaitable[tuple[str, str]]]
 """A function that calls a tool by its name, and returns the tool's text and the id of the call's execution."""
 
-
-TOOLS = {
+SECOND_ATTEMPTS = {
     charge_by_key: "the service books each key once, so a second attempt charges nobody twice",
     charge_and_find: "charges can be looked up, so the next worker finds out whether it has to charge",
     charge_once: "no worker can look charges up, so the call waits for a person",
@@ -79,7 +77,7 @@ class Charged:
 HEADING = f"{'tool':<16} {'policy':<36} {'requests':>8} {'keys':>5} {'paid':>6}  attempts"
 
 
-class Drill:
+class ChargeDrill:
     """Calls of the three charging tools. Each call's first worker dies between its charge and its report."""
 
     def __init__(self, client: NexumClient, call: Call, name: str, folder: Path) -> None:
@@ -91,8 +89,8 @@ class Drill:
     async def run(self) -> list[Charged]:
         """Make the calls, one after the other."""
         charged: list[Charged] = []
-        for tool, why in TOOLS.items():
-            say(f"\n[demo] {len(charged) + 1} of {len(TOOLS)}: {tool.name} ({_policy(tool)}): {why}")
+        for tool, why in SECOND_ATTEMPTS.items():
+            say(f"\n[demo] {len(charged) + 1} of {len(SECOND_ATTEMPTS)}: {tool.name} ({_policy(tool)}): {why}")
             charged.append(await self._charge(tool))
         return charged
 
@@ -123,7 +121,7 @@ class Drill:
             say(f"[demo] Cancelled {one.execution_id}")
 
     def _workflow_id(self, tool: Tool) -> str:
-        return workflow_of(tool.name, tool.policy, charges(self._name)).workflow_id
+        return workflow_of(tool.name, tool.policy, drill_workflow(self._name)).workflow_id
 
     async def _start_worker(self, number: int) -> Child:
         """Start a worker. Worker 1 kills itself after its charge."""
@@ -176,8 +174,3 @@ class Drill:
 def _policy(tool: Tool) -> str:
     policy = tool.policy.described() or {"effect": tool.policy.effect}
     return ", ".join(f"{name}={value}" for name, value in policy.items())
-
-
-def new_name() -> str:
-    """Return the name of a drill that no other drill has."""
-    return secrets.token_hex(4)

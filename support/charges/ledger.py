@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -34,11 +33,8 @@ class Ledger:
         """
         known = self.receipt(reference) if once_per_reference else None
         request = Request(reference=reference, customer=customer, cents=cents, is_booked=known is None)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, (request.model_dump_json() + "\n").encode())
-        finally:
-            os.close(descriptor)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(request.model_dump_json() + "\n")
         return known or f"receipt {len(self.requests())}"
 
     def receipt(self, reference: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 from nexum_engine.policy import NOT_DONE, NotDone
 from nexum_engine.workflow import Workflow, workflow
 from support.charges.ledger import Ledger
-from support.launcher import kill_this_process
+from support.processes import kill_this_process
 from support.tools import ToolContext, tool
 from workflow import ToolCallInput, ToolCallOutput
 
@@ -20,8 +20,8 @@ CRASH = "CRASH_AFTER_CHARGE"
 """If this environment variable is set, the worker kills itself between a charge and its report."""
 
 
-def charges(drill: str) -> Workflow:
-    """Return the workflow of this drill. Only the drill's own workers run its tool calls."""
+def drill_workflow(drill: str) -> Workflow:
+    """Return the workflow of the drill with this name. Only the drill's own workers run its tool calls."""
     return workflow(f"charges-{drill}", input=ToolCallInput).effect("tool_call", ToolCallOutput).build()
 
 

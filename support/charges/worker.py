@@ -15,31 +15,26 @@ import argparse
 
 from nexum_engine import event_loop
 from nexum_engine.client import NexumClient
-from nexum_engine.errors import NexumError
 from nexum_engine.signals import stop_event
 from nexum_engine.worker import Worker
-from support.charges.tools import charges
-from support.console import complain, run_script
+from support.charges.tools import drill_workflow
+from support.console import run_script
 from support.offline.web import OfflineWeb
 from support.options import add_nexum_option, add_until_stdin_closes_option
 from support.tool_calls import bindings
 
 
 async def main() -> int:
-    """Run the worker until a signal stops it. Return the exit code: 0 stopped, 2 could not run."""
+    """Run the worker until a signal stops it. Return the exit code. Raises NexumError if the worker can't run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--drill", required=True, metavar="NAME", help="serve only this drill")
     add_nexum_option(parser)
     add_until_stdin_closes_option(parser)
     args = parser.parse_args()
     stop = stop_event(until_stdin_closes=args.until_stdin_closes)
-    try:
-        async with NexumClient(args.nexum) as client:
-            served = bindings(client, charges(args.drill), OfflineWeb())
-            await Worker(client, served, concurrency=1).run(stop)
-    except NexumError as error:
-        complain(f"error: {error}")
-        return 2
+    async with NexumClient(args.nexum) as client:
+        served = bindings(client, drill_workflow(args.drill), OfflineWeb())
+        await Worker(client, served, concurrency=1).run(stop)
     return 0
 
 

@@ -13,18 +13,17 @@ import secrets
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nexum_engine.client import NexumClient
-from nexum_engine.embedded import start_child
-from support.console import complain, let_ctrl_c_cancel, say
+from nexum_engine.embedded import EmbeddedNexum, start_child
+from support.console import let_ctrl_c_cancel, say
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
-from support.graphflow.process import DURABLE, PLAIN, REPORT, STATE
-from support.launcher import NexumForRun
+from support.graphflow.process import REPORT, STATE
 from support.models import ModelChoice
 
 if TYPE_CHECKING:
@@ -39,9 +38,11 @@ class Part:
 
     pid: int
     code: int
-    report: Mapping[str, Any]
-    asked: tuple[str, ...]
+    asked: Sequence[str]
     """The agents that called a model in this process, in the order of the calls."""
+    spoke: Sequence[str] = ()
+    """The agents whose messages are in the team's result; empty if the team didn't finish in this process."""
+    stop_reason: str | None = None
 
 
 class Stage:
@@ -50,20 +51,20 @@ class Stage:
     def __init__(self, graph: Graph, *, offline: bool, folder: Path) -> None:
         self.graph, self._offline, self.folder = graph, offline, folder
 
-    async def part(self, half: str, name: str, *arguments: str) -> Part:
+    async def part(self, name: str, *arguments: str) -> Part:
         """Run one process to its end, and print its lines."""
         command = ["-m", "support.graphflow.process", name, "--folder", str(self.folder), *arguments]
         command += ["--cyclic"] if self.graph is CYCLIC else []
         command += ["--offline"] if self._offline else []
         child = await start_child(command, quiet=False)
-        found: dict[str, Any] = {}
+        report: dict[str, Any] = {}
 
         async def read() -> None:
             assert child.process.stdout is not None
             async for raw in child.process.stdout:
                 line = raw.decode("utf-8", "replace").rstrip()
                 if line.startswith(REPORT):
-                    found.update(json.loads(line.removeprefix(REPORT)))
+                    report.update(json.loads(line.removeprefix(REPORT)))
                 elif line:
                     say(f"    {line}")
 
@@ -72,14 +73,12 @@ class Stage:
             code = await child.process.wait()
         finally:
             await child.end()
-        log = self.folder / half
-        calls = [line.split(" ", 1) for line in (log.read_text("utf-8").splitlines() if log.exists() else [])]
-        asked = tuple(agent for pid, agent in calls if pid == str(child.process.pid))
-        return Part(child.process.pid, code, found, asked)
+        log = self.folder / name
+        return Part(child.process.pid, code, log.read_text("utf-8").split() if log.exists() else [], **report)
 
 
-async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int:
-    """Run the plain half and then the durable half. Return the exit code: 0 if the durable half passed every check."""
+async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> list[str]:
+    """Run the plain half and then the durable half. Return a phrase for each check that the durable half failed."""
     let_ctrl_c_cancel()
     graph = CYCLIC if cyclic else IN_A_ROW
     say(f"[demo] AutoGen {version('autogen-agentchat')}")
@@ -87,37 +86,35 @@ async def compare(*, cyclic: bool, model: ModelChoice, nexum: str | None) -> int
     with tempfile.TemporaryDirectory(prefix="graphflow-") as name:
         stage = Stage(graph, offline=model.offline, folder=Path(name))
         # Connect to the server before the plain half: if the server can't record runs, the comparison ends at once.
-        async with NexumForRun(nexum, workers=(), owners=True) as server:
+        async with EmbeddedNexum(nexum, owners=True) as server:
             await show_plain(stage)
             return await show_durable(stage, server.address)
 
 
-async def show_plain(stage: Stage) -> bool:
-    """Run the plain half and print what happens. Return whether AutoGen resumed the graph."""
+async def show_plain(stage: Stage) -> None:
+    """Run the plain half and print what happens."""
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
-    first = await stage.part(PLAIN, "plain-first")
+    first = await stage.part("plain-first")
     say(f"[plain] process {first.pid}: {asked(first)}; {ended(first)}")
     if not (stage.folder / STATE).exists():
         say("[plain] the state was not saved, so there is nothing to resume")
-        return False
+        return
     say("[plain] the team's state is saved; a new process loads it and runs the team")
-    second = await stage.part(PLAIN, "plain-resume")
-    answer = second.report.get("error") or second.report.get("stop_reason")
+    second = await stage.part("plain-resume")
     say(f"[plain] process {second.pid}: {asked(second)}; {ended(second)}")
-    say(f"[plain] AutoGen reports: {answer!r}")
+    say(f"[plain] AutoGen reports: {second.stop_reason!r}")
     cut_off = {graph.at_agent} if first.code else set()
-    spoke = (set(first.asked) - cut_off) | set(second.report.get("spoke", ()))
+    spoke = (set(first.asked) - cut_off) | set(second.spoke)
     never = [agent for agent in graph.agents if agent not in spoke]
     if never:
         say(f"[plain] the team did not resume: {', '.join(never)} never spoke, but the run ended as finished")
     else:
-        say(f"[plain] the team resumed: after loading, {', '.join(second.report['spoke'])} spoke")
-    return not never
+        say(f"[plain] the team resumed: after loading, {', '.join(second.spoke)} spoke")
 
 
-async def show_durable(stage: Stage, nexum: str) -> int:
-    """Run the durable half. Print what happens and which checks fail. Return the exit code: 1 if one fails, else 0."""
+async def show_durable(stage: Stage, nexum: str) -> list[str]:
+    """Run the durable half and print what happens. Return a phrase for each failed check."""
     from durable_autogen.record.events import Kind, read_record
 
     graph = stage.graph
@@ -129,12 +126,12 @@ async def show_durable(stage: Stage, nexum: str) -> int:
             return [event for event in (await read_record(client, session)).events if event.kind is Kind.REPLY]
 
         where = ("--session", session, "--nexum", nexum)
-        first = await stage.part(DURABLE, "durable-first", *where)
+        first = await stage.part("durable-first", *where)
         before = await replies()
         say(f"[durable] process {first.pid}: {asked(first)}; {ended(first)}")
         say(f"[durable] recorded by then: {', '.join(str(event) for event in before) or 'nothing'}")
         begun = time.monotonic()
-        second = await stage.part(DURABLE, "durable-again", *where)
+        second = await stage.part("durable-again", *where)
         say(f"[durable] process {second.pid}: {asked(second)}; {ended(second)}, {time.monotonic() - begun:.1f} s")
         after = await replies()
     wrong = []
@@ -150,15 +147,13 @@ async def show_durable(stage: Stage, nexum: str) -> int:
     missing = [agent for agent in graph.agents if agent not in {event.agent for event in after}]
     if missing:
         wrong.append(f"{', '.join(missing)} never spoke")
-    for reason in wrong:
-        complain(f"error: {reason}")
     if not wrong:
         say(
-            f"[durable] the run finished: {', '.join(second.report['spoke'])} spoke, in this order. {len(before)} "
+            f"[durable] the run finished: {', '.join(second.spoke)} spoke, in this order. {len(before)} "
             f"recorded call(s) were replayed, none was repeated; {len(second.asked)} were made live "
             f"(session {session})"
         )
-    return 1 if wrong else 0
+    return wrong
 
 
 def asked(part: Part) -> str:
@@ -172,4 +167,4 @@ def ended(part: Part) -> str:
     """Return a phrase that tells how the process ended."""
     if part.code == 0:
         return "ended normally"
-    return f"killed (exit {part.code})" if part.code < 0 or not part.report else f"failed (exit {part.code})"
+    return f"{'failed' if part.code in (1, 2) else 'killed'} (exit {part.code})"

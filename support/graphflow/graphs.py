@@ -23,8 +23,7 @@ class Graph:
     """A graph of four agents. The comparison interrupts it before reply number `at_reply` of the agent `at_agent`."""
 
     name: str
-    agents: tuple[str, ...]
-    roles: Mapping[str, str]
+    agents: Mapping[str, str]  # each agent's system message by the agent's name
     at_agent: str
     at_reply: int
     how: str
@@ -35,12 +34,11 @@ class Graph:
         """Build the team. `clients` makes an agent's model client. The condition `until` can end the team early."""
         from autogen_agentchat.agents import AssistantAgent
         from autogen_agentchat.conditions import MaxMessageTermination
-        from autogen_agentchat.teams import DiGraphBuilder
-        from autogen_agentchat.teams import GraphFlow as Flow
+        from autogen_agentchat.teams import DiGraphBuilder, GraphFlow
 
         chain = [
-            AssistantAgent(name, clients(name), system_message=self.roles[name], description=name)
-            for name in self.agents
+            AssistantAgent(name, clients(name), system_message=message, description=name)
+            for name, message in self.agents.items()
         ]
         builder = DiGraphBuilder()
         for agent in chain:
@@ -50,26 +48,21 @@ class Graph:
             builder.add_edge(planner, author, activation_group="start")
             builder.add_edge(author, reviewer)
             builder.add_edge(reviewer, author, activation_group="again", condition=_wants_changes)
-            builder.add_edge(reviewer, publisher, condition=_is_content)
+            builder.add_edge(reviewer, publisher, condition=lambda message: not _wants_changes(message))
         else:
             for one, other in itertools.pairwise(chain):
                 builder.add_edge(one, other)
         enough = MaxMessageTermination(MAX_MESSAGES)
-        return Flow(list(chain), builder.build(), termination_condition=enough | until if until else enough)
+        return GraphFlow(list(chain), builder.build(), termination_condition=enough | until if until else enough)
 
 
 def _wants_changes(message: Any) -> bool:
     return REVISE in message.to_model_text()
 
 
-def _is_content(message: Any) -> bool:
-    return not _wants_changes(message)
-
-
 IN_A_ROW = Graph(
     name="a chain",
-    agents=("researcher", "analyst", "editor", "publisher"),
-    roles={
+    agents={
         "researcher": "List three facts on the question, briefly.",
         "analyst": "Pick the two facts that matter most, and say why in one sentence.",
         "editor": "Write the two sentences that were asked for.",
@@ -81,8 +74,7 @@ IN_A_ROW = Graph(
 )
 CYCLIC = Graph(
     name="a loop",
-    agents=("planner", "author", "reviewer", "publisher"),
-    roles={
+    agents={
         "planner": "Say in one sentence what the text has to contain.",
         "author": "Write the text, or write it anew as the reviewer says. Only the text.",
         "reviewer": f"Answer the first {REVISIONS} drafts with {REVISE}: and one wish, the next one with {APPROVED}.",

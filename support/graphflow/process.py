@@ -5,7 +5,8 @@
     python -m support.graphflow.process durable-first --folder FOLDER --session ID --nexum HOST:PORT
     python -m support.graphflow.process durable-again --folder FOLDER --session ID --nexum HOST:PORT
 
-FOLDER keeps the saved state and a log of the model calls. The process prints the team's result after `REPORT `.
+FOLDER keeps the saved state, and each process's log of its model calls. A process whose team has finished prints the
+result after `REPORT `.
 """
 
 from __future__ import annotations
@@ -20,22 +21,21 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nexum_engine.errors import NexumError
 from nexum_engine.signals import when_stdin_closes
-from support.console import complain, log_to, run_script, say, say_what_is_logged
+from support.console import log_to, run_script, say, say_what_is_logged
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, TASK, Graph
-from support.launcher import kill_this_process
 from support.models import ModelChoice, choose_model
 from support.options import add_until_stdin_closes_option
+from support.processes import kill_this_process
 
 if TYPE_CHECKING:
+    from autogen_agentchat.base import TaskResult
     from autogen_core.models import ChatCompletionClient
 
-PLAIN, DURABLE = "plain", "durable"  # the comparison's halves; each half logs its model calls in a file of this name
 STATE = "state.json"
 REPORT = "REPORT "
 RESUME_TIMEOUT = 60.0  # seconds for a resumed team
@@ -43,7 +43,6 @@ RESUME_TIMEOUT = 60.0  # seconds for a resumed team
 
 async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
     """Run the team in AutoGen until the interruption, and save the team's state at that point."""
-    from autogen_agentchat.base import TaskResult
     from autogen_agentchat.conditions import ExternalTermination
     from autogen_agentchat.messages import BaseChatMessage
 
@@ -58,61 +57,49 @@ async def plain_first(graph: Graph, model: ModelChoice, folder: Path) -> None:
     # termination condition ends the run.
     dies = save_and_die if graph is IN_A_ROW else None
     stop = ExternalTermination()
-    team = graph.team(_clients(graph, model, folder / PLAIN, dies), until=stop)
-    result: TaskResult | None = None
+    team = graph.team(_clients(graph, model, folder / "plain-first", dies), until=stop)
     async for item in team.run_stream(task=TASK):
-        if isinstance(item, TaskResult):
-            result = item
-        elif isinstance(item, BaseChatMessage) and item.source == "reviewer":
+        if isinstance(item, BaseChatMessage) and item.source == "reviewer":
             stop.set()
     await save()
-    _report({"stop_reason": result.stop_reason if result else None})
 
 
 async def plain_resume(graph: Graph, model: ModelChoice, folder: Path) -> None:
     """Load the saved state into a new team, and run it."""
-    team = graph.team(_clients(graph, model, folder / PLAIN))
+    from autogen_agentchat.base import TaskResult
+
+    team = graph.team(_clients(graph, model, folder / "plain-resume"))
     await team.load_state(json.loads((folder / STATE).read_text(encoding="utf-8")))
     try:
         result = await asyncio.wait_for(team.run(), RESUME_TIMEOUT)
     except Exception as error:  # noqa: BLE001 - the comparison shows AutoGen's error
-        _report({"error": f"{type(error).__name__}: {error}"})
-        return
-    spoke = [message.source for message in result.messages if message.source in graph.agents]
-    _report({"stop_reason": result.stop_reason, "spoke": spoke})
+        result = TaskResult(messages=[], stop_reason=f"{type(error).__name__}: {error}")
+    _report(graph, result)
 
 
-async def durable(graph: Graph, model: ModelChoice, folder: Path, session: str, nexum: str, *, dies: bool) -> None:
+async def durable(graph: Graph, model: ModelChoice, log: Path, session: str, nexum: str, *, dies: bool) -> None:
     """Run the team as a durable run. If `dies` is true, kill this process at the graph's point of interruption."""
     from durable_autogen import run_durable
 
     async def die() -> None:
         kill_this_process()
 
-    clients = _clients(graph, model, folder / DURABLE, die if dies else None)
-    result = await run_durable(lambda: graph.team(clients), task=TASK, session_id=session, nexum=nexum)
-    spoke = [message.source for message in result.messages if message.source in graph.agents]
-    _report({"stop_reason": result.stop_reason, "spoke": spoke})
+    clients = _clients(graph, model, log, die if dies else None)
+    _report(graph, await run_durable(lambda: graph.team(clients), task=TASK, session_id=session, nexum=nexum))
 
 
 def _clients(
-    graph: Graph, model: ModelChoice, log: Path, interruption: Callable[[], Awaitable[None]] | None = None
+    graph: Graph, model: ModelChoice, log: Path, interrupt: Callable[[], Awaitable[None]] | None = None
 ) -> Callable[[str], ChatCompletionClient]:
-    """Return a function that makes an agent's model. At the interruption point, that model awaits `interruption`."""
+    """Return a function that makes an agent's model. At the graph's point of interruption, it awaits `interrupt`."""
     from support.graphflow.watched_model import WatchedModel
 
-    def client(agent: str) -> ChatCompletionClient:
-        async def before_reply(number: int) -> None:
-            if interruption is not None and (agent, number) == (graph.at_agent, graph.at_reply):
-                await interruption()
-
-        return WatchedModel(agent, model, log, before_reply)
-
-    return client
+    return lambda agent: WatchedModel(agent, model, log, graph.at_reply, interrupt if agent == graph.at_agent else None)
 
 
-def _report(what: Mapping[str, Any]) -> None:
-    say(f"{REPORT}{json.dumps(what)}")
+def _report(graph: Graph, result: TaskResult) -> None:
+    spoke = [message.source for message in result.messages if message.source in graph.agents]
+    say(f"{REPORT}{json.dumps({'stop_reason': result.stop_reason, 'spoke': spoke})}")
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
@@ -140,19 +127,16 @@ async def run(args: argparse.Namespace) -> None:
     elif args.part == "plain-resume":
         await plain_resume(graph, model, args.folder)
     else:
-        await durable(graph, model, args.folder, args.session, args.nexum, dies=args.part == "durable-first")
+        log = args.folder / args.part
+        await durable(graph, model, log, args.session, args.nexum, dies=args.part == "durable-first")
 
 
 def main() -> int:
-    """Run one part from the command line; return the exit code: 0 done, 2 could not run."""
+    """Run one part from the command line. Return the exit code. Raises NexumError if the part can't run."""
     args = build_parser().parse_args()
     if args.until_stdin_closes:
         when_stdin_closes(lambda: os._exit(1))
-    try:
-        asyncio.run(run(args))
-    except NexumError as error:
-        complain(f"error: {error}")
-        return 2
+    asyncio.run(run(args))
     return 0
 
 

@@ -1,9 +1,8 @@
-"""A model, live or offline, for an agent of a graph. It logs each call and lets the comparison interrupt the call."""
+"""A model, live or offline, for an agent of a graph. It logs its calls and can be interrupted at one of them."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -22,24 +21,26 @@ _OPENINGS = {"author": _DRAFT, "planner": "Plan", "publisher": "Published"}
 
 
 class WatchedModel(OfflineModel):
-    """A model that logs each call, awaits `before_reply` and replies. `before_reply` gets the call's number, from 1."""
+    """A model that logs each call and replies. Before reply number `at_reply`, it awaits `interrupt`, if given."""
 
     def __init__(
-        self, agent: str, model: ModelChoice, log: Path, before_reply: Callable[[int], Awaitable[None]]
+        self, agent: str, model: ModelChoice, log: Path, at_reply: int, interrupt: Callable[[], Awaitable[None]] | None
     ) -> None:
         super().__init__()
         self._agent = agent
         self._live = None if model.offline else model.client()
         self._log = log
-        self._before_reply = before_reply
+        self._at_reply = at_reply
+        self._interrupt = interrupt
         self._calls = 0
 
     async def create(self, messages: Sequence[LLMMessage], **options: Any) -> CreateResult:
-        """Log the call, await `before_reply`, and return the reply."""
+        """Log the call, await `interrupt` if its time has come, and return the reply."""
         self._calls += 1
         with self._log.open("a", encoding="utf-8") as file:
-            file.write(f"{os.getpid()} {self._agent}\n")
-        await self._before_reply(self._calls)
+            file.write(f"{self._agent}\n")
+        if self._calls == self._at_reply and self._interrupt is not None:
+            await self._interrupt()
         if self._live is not None:
             return await self._live.create(messages, **options)
         await asyncio.sleep(LATENCY)

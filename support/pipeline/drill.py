@@ -14,14 +14,15 @@ from dataclasses import replace
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import Child, start_child
 from nexum_engine.errors import NexumError
+from nexum_engine.event_loop import to_its_end
 from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
 from nexum_engine.workflow import Workflow
 from pipeline_workflow import STEPS, PipelineInput, drill_version
 from support.console import say
-from support.launcher import ROOT, death_in_words
 from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 from support.pipeline.published import attempts_of_effects
+from support.processes import ROOT, death_in_words
 
 WORKER = "pipeline_worker.py"
 LOOK_INTERVAL = 0.1  # seconds between two reads of the record
@@ -56,6 +57,7 @@ class Drill:
         self._effects = effects
         self._worker_options = worker_options
         self._workers: list[SeenWorker] = []
+        self._child: Child | None = None  # the process of the newest worker
         self._told: set[tuple[str, int]] = set()
         self._execution_id = ""
 
@@ -72,8 +74,11 @@ class Drill:
                 if len(self._workers) == MAX_WORKERS:
                     raise DrillFailed(f"{MAX_WORKERS} workers died one after the other; see above how each died")
         except BaseException:
-            await self._cancel()
+            await self._cancel()  # cancel before ending the worker, so that the worker takes no further step
             raise
+        finally:
+            if self._child is not None:
+                await to_its_end(self._child.end())
         execution, effects, source = await self._evidence()
         return PipelineRun(execution, self._query, self._point, tuple(self._workers), effects, source)
 
@@ -81,23 +86,17 @@ class Drill:
         """Start a worker and follow it. Return True if the execution has ended, and False if the worker died first."""
         number = len(self._workers) + 1
         name = f"worker-{number}"
-        child = await start_child(
+        self._child = child = await start_child(
             [
                 *(str(ROOT / WORKER), "--nexum", self._client.address, "--drill", self._name, "--name", name),
                 *("--effects", str(self._effects.path), *self._worker_options),
             ],
             env=self._point.environment if number == 1 else NO_CRASH,
         )
-        try:
-            self._workers.append(SeenWorker(name, child.process.pid))
-            fate = f"to be killed {self._point.in_words}" if number == 1 else f"in place of worker-{number - 1}"
-            say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
-            execution = await self._follow(child)
-        except BaseException:
-            await self._cancel()  # cancel before ending the worker, so that the worker takes no further step
-            raise
-        finally:
-            await _end(child)
+        self._workers.append(SeenWorker(name, child.process.pid))
+        fate = f"to be killed {self._point.in_words}" if number == 1 else f"in place of worker-{number - 1}"
+        say(f"[demo] {name} started (pid {child.process.pid}), {fate}")
+        execution = await self._follow(child)
         if execution.status.ended:
             return True
         self._note_death(name, child, execution)
@@ -167,7 +166,6 @@ class Drill:
 
     async def _cancel(self) -> None:
         try:
-            # Look at the status first: `_one_worker` may have cancelled the execution already.
             if not (await self._client.get_execution(self._execution_id)).execution.status.ended:
                 await self._client.cancel_execution(self._execution_id)
                 say(f"[demo] Cancelled {self._execution_id}")
@@ -178,15 +176,6 @@ class Drill:
             )
         except BrokenPipeError:
             return  # raised by `say`, so the execution is already cancelled
-
-
-async def _end(child: Child) -> None:
-    """End the child process. If the caller is cancelled, wait until the child has ended, then raise CancelledError."""
-    ending = asyncio.ensure_future(child.end())
-    try:
-        await asyncio.wait({ending})
-    finally:
-        await ending
 
 
 def _state(node: Node) -> str:

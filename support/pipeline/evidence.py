@@ -193,12 +193,9 @@ def _crash_amiss(run: PipelineRun) -> list[str]:
         return [f"{first.name} did not die: the crash {run.point} did not happen"]
     if step in run.steps_of(first) and run.point.within:
         return [f"{first.name} recorded {step} before it died"]
-    later = [row.node.node_id for row in run.rows if row.worker is first and _is_after(row.node.node_id, step)]
+    after = STEPS[STEPS.index(step) + 1 :]
+    later = [row.node.node_id for row in run.rows if row.worker is first and row.node.node_id in after]
     return [f"{first.name} took {later[0]} after {step} was recorded"] if later else []
-
-
-def _is_after(step: str, other: str) -> bool:
-    return STEPS.index(step) > STEPS.index(other)
 
 
 def remarks(run: PipelineRun) -> list[str]:
@@ -209,19 +206,14 @@ def remarks(run: PipelineRun) -> list[str]:
         kept = list((dead[0].recorded or {}).keys())
         _, step = run.resumptions[0]
         said.append(f"Recorded when {dead[0].name} died: {', '.join(kept) or 'nothing'}. Resumed at: {step}.")
-    if dead and not _died_as_asked(run):
+    if dead and not _died_at_crash_point(run):
         said.append(f"{run.workers[0].name} was to die {run.point}, but died earlier from another cause.")
     for node in run.repeated:
-        said.append(_repetition(run, node))
+        tried = "; ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in run.rows if row.node is node)
+        said.append(f"Ran again: {node.node_id} ({tried}). Its effect happened {effect_times(run, node)}.")
     if dead and not _recorded_steps_run_again(run):
         said.append("No recorded step ran again." if run.repeated else "No step ran again.")
     return said
-
-
-def _repetition(run: PipelineRun, node: Node) -> str:
-    """Return a sentence about a step's attempts, their outcomes and its effects."""
-    tried = "; ".join(f"attempt {row.attempt.attempt} {row.outcome}" for row in run.rows if row.node is node)
-    return f"Ran again: {node.node_id} ({tried}). Its effect happened {effect_times(run, node)}."
 
 
 def effect_times(run: PipelineRun, node: Node) -> str:
@@ -230,7 +222,7 @@ def effect_times(run: PipelineRun, node: Node) -> str:
     return {1: "once", 2: "twice"}.get(number, f"{number} times")
 
 
-def _died_as_asked(run: PipelineRun) -> bool:
+def _died_at_crash_point(run: PipelineRun) -> bool:
     first, point = run.workers[0], run.point
     if not point.within:
         return point.step in (first.recorded or {})

@@ -279,7 +279,7 @@ def test_support_imports_no_script_but_the_workflow_data() -> None:
 def test_tools_and_offline_twins_do_not_import_durable_autogen() -> None:
     tools = [name for name in MODULES if within(name, "support.tools", "support.offline")]
     known = {target for name in tools for target in imports_of(name)}
-    assert {target for target in known if within(target, "durable_autogen", "support.launcher")} == set()
+    assert {target for target in known if within(target, "durable_autogen", "support.processes")} == set()
     # The offline web imports the tools' modules, as the live web does. The tools' modules don't import the offline web.
     assert {name for name in importers("support.offline") if within(name, "support.tools")} == set()
     # The module of a model's client is imported when the client is made, not when the model is chosen.

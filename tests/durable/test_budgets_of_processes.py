@@ -23,7 +23,7 @@ from autogen_core.tools import FunctionTool
 from autogen_ext.models.replay import ReplayChatCompletionClient
 from durable_autogen import Budget, DurableSession
 from nexum_engine.errors import NexumError
-from support.launcher import kill_this_process
+from support.processes import kill_this_process
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 when = sys.argv[1]

@@ -33,7 +33,7 @@ from crash_demo import main as script
 from nexum_engine.client import NexumClient
 from nexum_engine.errors import InvalidRequest
 from pipeline_workflow import STEPS
-from support.charges.drill import Drill as EffectDrill
+from support.charges.drill import ChargeDrill
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 ROW = re.compile(
@@ -393,4 +393,4 @@ async def test_charge_whose_call_fails_ends_the_drill(tmp_path: Path, server: Se
 
     async with NexumClient(server.address) as client:
         with pytest.raises(InvalidRequest, match="refused"):
-            await asyncio.wait_for(EffectDrill(client, fail, "d", tmp_path).run(), 20)
+            await asyncio.wait_for(ChargeDrill(client, fail, "d", tmp_path).run(), 20)

@@ -1,4 +1,4 @@
-"""Provide a server and workers for one run of a script. The workers end with the script."""
+"""End a process, say how a process ended, and say what a run loses on a published server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from nexum_engine import published
-from nexum_engine.embedded import EmbeddedNexum
 from support.console import say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,19 +36,6 @@ def death_in_words(code: int | None) -> str:
         except ValueError:
             return f"killed by signal {-code}"
     return f"exit {code}"
-
-
-class NexumForRun(EmbeddedNexum):
-    """An EmbeddedNexum that starts this project's worker scripts."""
-
-    def __init__(
-        self,
-        address: str | None,
-        *,
-        workers: tuple[str, ...] = ("worker.py",),
-        owners: bool = False,
-    ) -> None:
-        super().__init__(address, workers=[ROOT / script for script in workers], owners=owners)
 
 
 def say_what_is_lost(address: str, losses: str) -> None:
