@@ -46,8 +46,7 @@ class _Answer(BaseModel):
 class Converters:
     """Child processes that convert pages, MAX_CHILDREN at most."""
 
-    def __init__(self, *, limit: float = CONVERSION_LIMIT, memory: int = MEMORY_LIMIT) -> None:
-        self._limit = limit
+    def __init__(self, *, memory: int = MEMORY_LIMIT) -> None:
         self._memory = memory
         self._slots = threading.BoundedSemaphore(MAX_CHILDREN)
         self._idle: list[_Child] = []
@@ -58,7 +57,7 @@ class Converters:
             raise WebError(f"{shortened(page.url)} could not be read: this worker is busy with other pages")
         try:
             child = self._idle_child() or _Child(self._memory)
-            answer = child.convert(page, self._limit)
+            answer = child.convert(page)
             if len(page.body) <= LARGE_PAGE:
                 self._idle.append(child)
             else:
@@ -102,7 +101,7 @@ class _Child:
         self._process.kill()
         return self._process.wait()
 
-    def convert(self, page: Page, limit: float) -> _Answer:
+    def convert(self, page: Page) -> _Answer:
         """Return the child's answer. If there is none, end the child and raise an error."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -112,7 +111,7 @@ class _Child:
             late.set()
             self._process.kill()
 
-        timer = threading.Timer(limit, give_up)
+        timer = threading.Timer(CONVERSION_LIMIT, give_up)
         timer.daemon = True  # don't delay the end of this process
         timer.start()
         try:
@@ -123,7 +122,9 @@ class _Child:
             code = self.end()
             name = shortened(page.url)
             if late.is_set():
-                raise FinalError(f"{name} was not read: converting it to text took longer than {limit:g} s") from error
+                raise FinalError(
+                    f"{name} was not read: converting it to text took longer than {CONVERSION_LIMIT:g} s"
+                ) from error
             if code not in _KILLED:
                 raise FinalError(f"{name} was not read: converting it to text crashed (exit code {code})") from error
             raise WebError(f"{name} could not be read: its conversion was killed (exit code {code})") from error

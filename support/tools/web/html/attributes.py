@@ -68,8 +68,8 @@ class ListMarkers:
         return "-" if self.kind == "-" else f"{_numeral(number, self.kind)}."
 
 
-def list_markers(element: Element, name: str, style: Style) -> ListMarkers:
-    if name != "ol":
+def list_markers(element: Element, style: Style) -> ListMarkers:
+    if element.name != "ol":
         return ListMarkers("-")
     wanted = style.get("list-style-type") or next(iter(style.get("list-style", "").split()), "")
     kind = _MARKERS.get(wanted) or _MARKERS.get(element.attrs.get("type", "").strip()) or "1"

@@ -35,23 +35,23 @@ BLOCK_DISPLAYS = frozenset({"block", "flex", "grid", "table", "list-item", "flow
 KEPT_LINES = frozenset({"pre", "pre-wrap", "pre-line", "break-spaces"})
 
 
-def is_unseen(element: Element, name: str, style: Style) -> bool:
-    if name == "template" and "shadowrootmode" in element.attrs:
+def is_unseen(element: Element, style: Style) -> bool:
+    if element.name == "template" and "shadowrootmode" in element.attrs:
         return False  # a shadow root, whose content browsers show in place of the parent's other content
-    if name in UNSEEN or name == "nav" or "hidden" in element.attrs or "popover" in element.attrs:
+    if element.name in UNSEEN or element.name == "nav" or "hidden" in element.attrs or "popover" in element.attrs:
         return True
-    if name == "dialog" and "open" not in element.attrs:
+    if element.name == "dialog" and "open" not in element.attrs:
         return True
     # Skip elements that are hidden from screen readers, except pictures. Pages often hide the picture of a formula from
     # screen readers, although it is visible.
-    if element.attrs.get("aria-hidden") == "true" and name != "img":
+    if element.attrs.get("aria-hidden") == "true" and element.name != "img":
         return True
     return bool(style) and hides_all(style)
 
 
-def part_name(element: Element, name: str) -> str:
-    if name in ("main", "article"):
-        return name
+def part_name(element: Element) -> str:
+    if element.name in ("main", "article"):
+        return element.name
     return "role=main" if element.attrs.get("role") == "main" else ""
 
 

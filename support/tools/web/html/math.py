@@ -25,15 +25,15 @@ _SCRIPTS |= {"mover": ("sup",), "munder": ("sub",), "munderover": ("sub", "sup")
 _TOKENS = frozenset({"mi", "mn", "mtext"})
 
 
-def formula(element: Element, name: str) -> Sequence[object]:
+def formula(element: Element) -> Sequence[object]:
     """Return the nodes that write a formula on one line: super- and subscripts are marked, fractions have a slash."""
     nodes: Sequence[object] = element.contents
     parts = element.elements
     if any(node.strip() for node in element.contents if isinstance(node, str)):
         return nodes  # words outside a token element are not valid MathML, but browsers show them
-    if name in _SCRIPTS and len(parts) == 1 + len(_SCRIPTS[name]):
-        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[name], parts[1:], strict=True))]
-    match name, len(parts):
+    if element.name in _SCRIPTS and len(parts) == 1 + len(_SCRIPTS[element.name]):
+        return [parts[0], *(Raised(mark, part) for mark, part in zip(_SCRIPTS[element.name], parts[1:], strict=True))]
+    match element.name, len(parts):
         case "semantics", _:
             return list(parts[:1])
         case "mfrac", 2:

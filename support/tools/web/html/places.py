@@ -74,13 +74,13 @@ def around_name(name: str, place: Place) -> str:
     return "" if kind in place.around else kind
 
 
-def mark_of(element: Element, name: str, style: Style, absolute: Callable[[str], str | None]) -> Mark | None:
-    if name == "a":
+def mark_of(element: Element, style: Style, absolute: Callable[[str], str | None]) -> Mark | None:
+    if element.name == "a":
         href = element.attrs.get("href", "#")
         address = None if href.startswith("#") else absolute(href)
         return Mark("a", address) if address else None
-    if name in MARKS:
-        return Mark(MARKS[name])
+    if element.name in MARKS:
+        return Mark(MARKS[element.name])
     if style.get("vertical-align") in ("super", "sub"):
         return Mark("sup" if style["vertical-align"] == "super" else "sub")
     if "line-through" in style.get("text-decoration", "") + style.get("text-decoration-line", ""):
@@ -97,8 +97,8 @@ def marked(place: Place, mark: Mark | None) -> Place:
     return replace(place, marks=(*place.marks, mark))
 
 
-def holds_line_breaks(element: Element, name: str, place: Place) -> bool:
+def holds_line_breaks(element: Element, place: Place) -> bool:
     """Return whether the element is code of several lines. Don't search code within code: that takes quadratic time."""
-    if name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
+    if element.name != "code" or len(place.marks) >= MAX_MARKS or any(mark.name == "code" for mark in place.marks):
         return False
     return any(isinstance(node, Element) and node.name == "br" for node in element.descendants())

@@ -158,7 +158,7 @@ class SeenPage:
         style = self._sheets.style_of(name, element.attrs.get("id", ""), classes_of(element), style)
         if place.drawn:
             style = {key: element.attrs[key] for key in ("display", "visibility") if key in element.attrs} | style
-        if is_unseen(element, name, style) or (place.drawn and name in UNDRAWN):
+        if is_unseen(element, style) or (place.drawn and name in UNDRAWN):
             return
         if style:
             place = replace(place, sight=look(style, place.sight), keeps_lines=keeps_lines(style, place))
@@ -168,19 +168,19 @@ class SeenPage:
         if name == "svg" or (place.drawn and name in ("text", "foreignobject")):
             self._enter([" ", *element.contents, " "], replace(place, drawn=name == "svg"))
         elif place.drawn:
-            self._add_inline(element, name, style, place)
+            self._add_inline(element, style, place)
         elif place.preformatted:
-            self._add_within_code(element, name, style, place)
+            self._add_within_code(element, style, place)
         elif name in _INLINE_HANDLERS:
             _INLINE_HANDLERS[name](self, element, place)
         elif name in MATHS:
-            self._enter(formula(element, name), place)
-        elif name in PREFORMATTED or holds_line_breaks(element, name, place):
+            self._enter(formula(element), place)
+        elif name in PREFORMATTED or holds_line_breaks(element, place):
             self._add_code(element, place)
         elif name in BLOCKS or style.get("display") in BLOCK_DISPLAYS:
-            self._add_block(element, name, style, place)
+            self._add_block(element, style, place)
         else:
-            self._add_inline(element, name, style, place)
+            self._add_inline(element, style, place)
 
     # Text
 
@@ -202,7 +202,7 @@ class SeenPage:
 
     # Blocks
 
-    def _add_block(self, element: Element, name: str, style: Style, place: Place) -> None:
+    def _add_block(self, element: Element, style: Style, place: Place) -> None:
         self._text.end(place)
 
         def close() -> None:
@@ -211,18 +211,18 @@ class SeenPage:
         if place.in_line:
             self._enter(element.contents, place, close)
             return
-        if name == "tr" and (table := place.table):
+        if element.name == "tr" and (table := place.table):
 
             def close() -> None:
                 self._text.end(place)
                 table.row = None
 
-        inner = self._inner_place(element, name, style, place)
-        part = part_name(element, name)
+        inner = self._inner_place(element, style, place)
+        part = part_name(element)
         if part and part not in self._parts and is_flow(place):
             inner = replace(place, container=self._text.new("div", place.container))
             close = self._measured(self._parts.setdefault(part, _Span(inner.container, self._text.length)), close)
-        elif (around := around_name(name, place)) and is_flow(place):
+        elif (around := around_name(element.name, place)) and is_flow(place):
             inner = replace(place, container=self._text.new(around, place.container), around=(*place.around, around))
             self._around.append(_Span(inner.container, self._text.length))
             close = self._measured(self._around[-1], close)
@@ -235,8 +235,9 @@ class SeenPage:
 
         return measure
 
-    def _inner_place(self, element: Element, name: str, style: Style, place: Place) -> Place:
+    def _inner_place(self, element: Element, style: Style, place: Place) -> Place:
         """Return the place for a block's children: a new element, or `place` if the block is a mere box."""
+        name = element.name
         if name == "table":
             return self._table(element, place)
         if name in SECTIONS and place.table:
@@ -247,7 +248,7 @@ class SeenPage:
             place.table.row = self._row(place.table, place)
             return place
         if name in ("td", "th") and place.table:
-            return self._cell(element, name, place, place.table)
+            return self._cell(element, place, place.table)
         if name == "caption" and place.table:
             return replace(place, container=self._text.new("caption", place.table.element), in_line=True, table=None)
         if name in HEADINGS or name == "dt":
@@ -258,7 +259,7 @@ class SeenPage:
             return replace(place, markers=None) if name in LISTS else place
         inside = replace(place, levels=place.levels + 1, markers=None, table=None)
         if name in LISTS:
-            return replace(inside, container=self._new_list(name, place), markers=list_markers(element, name, style))
+            return replace(inside, container=self._new_list(name, place), markers=list_markers(element, style))
         if name in ("blockquote", "dd"):
             return replace(inside, container=self._text.new(name, place.container))
         return place
@@ -296,7 +297,7 @@ class SeenPage:
     def _row(self, table: OpenTable, place: Place) -> Tag:
         return self._text.new("row", table.element, **{"data-section": place.section, "data-group": str(place.group)})
 
-    def _cell(self, element: Element, name: str, place: Place, table: OpenTable) -> Place:
+    def _cell(self, element: Element, place: Place, table: OpenTable) -> Place:
         if table.row is None:
             table.row = self._row(table, place)
         columns, rows = number(element.attrs.get("colspan")), number(element.attrs.get("rowspan"))
@@ -305,7 +306,7 @@ class SeenPage:
             table.row,
             **{"data-columns": str(min(columns or 1, MAX_SPAN) if columns and columns > 0 else 1)},
             **{"data-rows": str(rows if rows is not None and rows >= 0 else 1)},
-            **({"data-head": "yes"} if name == "th" else {}),
+            **({"data-head": "yes"} if element.name == "th" else {}),
         )
         return replace(place, container=cell, table=None)
 
@@ -334,8 +335,9 @@ class SeenPage:
 
         self._enter(element.contents, replace(place, preformatted=True), close)
 
-    def _add_within_code(self, element: Element, name: str, style: Style, place: Place) -> None:
+    def _add_within_code(self, element: Element, style: Style, place: Place) -> None:
         assert self._code is not None
+        name = element.name
         if name in ("button", "select", "input"):
             self._controls.append((element, place.sight))  # a control, such as a button "Copy", is not part of the code
             return
@@ -361,8 +363,8 @@ class SeenPage:
 
     # Inline elements and their visible text
 
-    def _add_inline(self, element: Element, name: str, style: Style, place: Place) -> None:
-        self._enter(element.contents, marked(place, mark_of(element, name, style, self._absolute)))
+    def _add_inline(self, element: Element, style: Style, place: Place) -> None:
+        self._enter(element.contents, marked(place, mark_of(element, style, self._absolute)))
 
     def _add_rule(self, element: Element, place: Place) -> None:
         self._text.end(place)
