@@ -215,7 +215,6 @@ def nexum_server(
     port: int = 0,
     lease: float = 30.0,
     arguments: Sequence[str] = (),
-    forked: bool = True,
 ) -> Iterator[Server]:
     """Run a server process, by default on the folder's database; yield it when it is ready for calls.
 
@@ -225,7 +224,7 @@ def nexum_server(
         *("-m", "nexum_engine", "--listen", f"127.0.0.1:{port}", "--lease", str(lease)),
         *("--database-url", database_url or url_of(folder), *arguments),
     ]
-    with running(command, cwd=folder, forked=forked) as process:
+    with running(command, cwd=folder, forked=True) as process:
         yield Server(process, process.wait_for_address())
 
 
@@ -261,9 +260,9 @@ def _has_ipv6() -> bool:
 
 
 @contextmanager
-def tool_worker(folder: Path, address: str, *, arguments: Sequence[str] = ()) -> Iterator[Process]:
+def tool_worker(folder: Path, address: str) -> Iterator[Process]:
     """Run a worker.py that is connected to the server."""
-    with running([str(ROOT / "worker.py"), "--nexum", address, *arguments], cwd=folder, forked=True) as process:
+    with running([str(ROOT / "worker.py"), "--nexum", address], cwd=folder, forked=True) as process:
         process.wait_for("connected to")
         yield process
 

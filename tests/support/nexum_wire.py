@@ -50,9 +50,9 @@ def poll(stub: NexumServiceStub, worker_id: str = "worker", version: str = "v1",
     return stub.PollTask(pb.PollRequest(worker_id=worker_id, version_hash=version, **more), timeout=DEADLINE + 30)
 
 
-def say_large(stub: NexumServiceStub, version: str = "v1") -> None:
+def say_large(stub: NexumServiceStub) -> None:
     """Poll once as a worker that can receive large tasks. From then on, the server accepts large inputs."""
-    assert not poll(stub, "large", version, max_task_bytes=2**40).has_task
+    assert not poll(stub, "large", max_task_bytes=2**40).has_task
 
 
 def complete(stub: NexumServiceStub, task: pb.PollResponse, output_json: str = "1") -> None:

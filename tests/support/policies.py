@@ -29,9 +29,9 @@ def policy_worker(folder: Path, address: str) -> Iterator[Process]:
 
 
 @contextmanager
-def policy_caller(folder: Path, address: str, *calls: ToolCall, session: str = "s") -> Iterator[Process]:
+def policy_caller(folder: Path, address: str, *calls: ToolCall) -> Iterator[Process]:
     """Run a program that makes these calls at the same time."""
-    with running([PROGRAM, "call", address, session, *map(json.dumps, calls)], cwd=folder, forked=True) as process:
+    with running([PROGRAM, "call", address, "s", *map(json.dumps, calls)], cwd=folder, forked=True) as process:
         yield process
 
 
