@@ -34,7 +34,7 @@ from pathlib import Path
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
 from nexum_engine.errors import NexumError
-from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS
+from pipeline_workflow import STEPS
 from submit_task import Session
 from support.console import (
     argument_text,
@@ -49,12 +49,12 @@ from support.console import (
 from support.graphflow.comparison import compare
 from support.models import OFFLINE_NOTE, ModelChoice, ModelChoiceError, choose_model
 from support.options import add_nexum_option
-from support.pipeline.drill import Drill, DrillFailed
+from support.pipeline.drill import Drill
 from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint, PipelineRun, effect_times, problems, remarks
 from support.pipeline.page import page
 from support.pipeline.timeline import timeline
-from support.processes import say_what_is_lost
+from support.processes import DrillFailed, say_what_is_lost
 from support.session_file import SessionFile
 
 QUERY = "Impact of Rust on systems programming"
@@ -113,7 +113,6 @@ async def run(
 ) -> list[PipelineRun]:
     """Run a drill for each crash point. Return the drills' runs."""
     let_ctrl_c_cancel()
-    workflow = OFFLINE_PIPELINE if model.offline else PIPELINE
     runs: list[PipelineRun] = []
     with tempfile.TemporaryDirectory(prefix="nexum-crash-demo-", ignore_cleanup_errors=True) as folder:
         async with EmbeddedNexum(nexum_address) as nexum, NexumClient(nexum.address) as client:
@@ -123,18 +122,11 @@ async def run(
                     "it records each step's result, but no attempts, times or reasons of failures. So the timeline is "
                     "from the workers' log. Another worker gets a dead worker's step after 60 to 90 s",
                 )
+            effects = EffectLog(Path(folder) / "effects.jsonl")
             for point in points:
                 if len(points) > 1:
                     say(f"\n[demo] Crash {point} ({len(runs) + 1} of {len(points)})")
-                drill = Drill(
-                    client,
-                    workflow,
-                    query,
-                    point,
-                    EffectLog(Path(folder) / "effects.jsonl"),
-                    worker_options=["--offline"] if model.offline else [],
-                )
-                runs.append(await drill.run())
+                runs.append(await Drill(client, query, point, effects, offline=model.offline).run())
     return runs
 
 

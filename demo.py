@@ -132,7 +132,7 @@ async def run(question: str | None, model: ModelChoice, session_id: str, args: a
     """
     let_ctrl_c_cancel()
     announce_session(session_id)
-    conversation = Conversation(WRITER if args.team else AGENT, short_names={AGENT: "agent"})
+    conversation = Conversation(WRITER if args.team else AGENT)
     async with EmbeddedNexum(args.nexum, workers=[ROOT / "worker.py"], owners=bool(args.fork or args.ask)) as nexum:
         with quick_imports():  # imported here, because it takes a second, and the worker starts meanwhile
             from durable_autogen import Budget, Policy, run_durable_stream

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from support.console import say, say_piece
 
 
 class Conversation:
-    """A printer of one run's messages. `answerer` is the agent whose text is the answer."""
+    """A printer of one run's messages. `answerer` is the agent whose text is the answer; it is printed as [agent]."""
 
-    def __init__(self, answerer: str, *, short_names: Mapping[str, str]) -> None:
+    def __init__(self, answerer: str) -> None:
         self._answerer = answerer
-        self._short_names = short_names
         self._is_streaming = False
         self.answered = False
         """Whether the run ended with an answer."""
@@ -41,7 +40,7 @@ class Conversation:
         from autogen_agentchat.messages import TextMessage, ToolCallExecutionEvent, ToolCallRequestEvent
 
         source = getattr(item, "source", "")
-        who = self._short_names.get(source, source)
+        who = "agent" if source == self._answerer else source
         if isinstance(item, ToolCallRequestEvent):
             for call in item.content:
                 say(f"[{who}] calls {call.name} {call.arguments}")

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import NoReturn
 
 from nexum_engine import published
+from nexum_engine.errors import NexumError
 from support.console import say
 
 ROOT = Path(__file__).resolve().parent.parent
+CANT_RUN = (1, 2)  # exit codes of a script that gave up with an error
+
+
+class DrillFailed(NexumError):
+    """A drill could not finish, because a process didn't die or work as planned."""
 
 
 def kill_this_process() -> NoReturn:

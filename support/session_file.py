@@ -48,10 +48,6 @@ class SessionRecord(BaseModel):
     def new(cls) -> SessionRecord:
         return cls(created_at=time.time(), executions={})
 
-    @property
-    def calls(self) -> int:
-        return sum(len(keys) for keys in self.executions.values())
-
 
 def check_session_id(session_id: str) -> str:
     """Return the session id. Raises InvalidRequest if the id is not safe as a part of a file's name."""

@@ -20,8 +20,7 @@ from nexum_engine.records import Execution
 from support.charges.ledger import Ledger, Request
 from support.charges.tools import CRASH, LEDGER, charge_and_find, charge_by_key, charge_once, drill_workflow
 from support.console import say
-from support.pipeline.drill import DrillFailed
-from support.processes import ROOT, death_in_words
+from support.processes import ROOT, DrillFailed, death_in_words
 from support.tools import Tool
 from workflow import workflow_of
 

@@ -25,6 +25,7 @@ from support.console import let_ctrl_c_cancel, say
 from support.graphflow.graphs import CYCLIC, IN_A_ROW, Graph
 from support.graphflow.process import REPORT, STATE
 from support.models import ModelChoice
+from support.processes import CANT_RUN
 
 if TYPE_CHECKING:
     from durable_autogen.record.events import Event
@@ -43,6 +44,11 @@ class Part:
     spoke: Sequence[str] = ()
     """The agents whose messages are in the team's result; empty if the team didn't finish in this process."""
     stop_reason: str | None = None
+
+    def __str__(self) -> str:
+        calls = f"model calls by {', '.join(self.asked)}" if self.asked else "no agent called its model"
+        end = f"{'failed' if self.code in CANT_RUN else 'killed'} (exit {self.code})" if self.code else "ended normally"
+        return f"process {self.pid}: {calls}; {end}"
 
 
 class Stage:
@@ -96,13 +102,13 @@ async def show_plain(stage: Stage) -> None:
     graph = stage.graph
     say("\n=== AutoGen alone: save_state, load_state ===")
     first = await stage.part("plain-first")
-    say(f"[plain] process {first.pid}: {asked(first)}; {ended(first)}")
+    say(f"[plain] {first}")
     if not (stage.folder / STATE).exists():
         say("[plain] the state was not saved, so there is nothing to resume")
         return
     say("[plain] the team's state is saved; a new process loads it and runs the team")
     second = await stage.part("plain-resume")
-    say(f"[plain] process {second.pid}: {asked(second)}; {ended(second)}")
+    say(f"[plain] {second}")
     say(f"[plain] AutoGen reports: {second.stop_reason!r}")
     cut_off = {graph.at_agent} if first.code else set()
     spoke = (set(first.asked) - cut_off) | set(second.spoke)
@@ -128,11 +134,11 @@ async def show_durable(stage: Stage, nexum: str) -> list[str]:
         where = ("--session", session, "--nexum", nexum)
         first = await stage.part("durable-first", *where)
         before = await replies()
-        say(f"[durable] process {first.pid}: {asked(first)}; {ended(first)}")
+        say(f"[durable] {first}")
         say(f"[durable] recorded by then: {', '.join(str(event) for event in before) or 'nothing'}")
         begun = time.monotonic()
         second = await stage.part("durable-again", *where)
-        say(f"[durable] process {second.pid}: {asked(second)}; {ended(second)}, {time.monotonic() - begun:.1f} s")
+        say(f"[durable] {second}, {time.monotonic() - begun:.1f} s")
         after = await replies()
     wrong = []
     if first.code == 0 or not before:
@@ -154,17 +160,3 @@ async def show_durable(stage: Stage, nexum: str) -> list[str]:
             f"(session {session})"
         )
     return wrong
-
-
-def asked(part: Part) -> str:
-    """Return a phrase that names the agents that called their models."""
-    if not part.asked:
-        return "no agent called its model"
-    return f"model calls by {', '.join(part.asked)}"
-
-
-def ended(part: Part) -> str:
-    """Return a phrase that tells how the process ended."""
-    if part.code == 0:
-        return "ended normally"
-    return f"{'failed' if part.code in (1, 2) else 'killed'} (exit {part.code})"

@@ -117,19 +117,16 @@ def _compatible_server(server: str, name: str | None, key: SecretStr | None) -> 
 def _named(name: str, env: Mapping[str, str], vendors: Sequence[Vendor]) -> ModelChoice:
     name = name.removeprefix("gemini/")  # LiteLLM's prefix for Gemini models
     owner = next((vendor for vendor in vendors if name.startswith(vendor.prefixes)), None)
-    if owner is not None:
-        key = _key(env, owner.key_variable)
-        if key is None:
-            raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
-        return _at(owner, name, key)
     # A name without a known prefix may be the name of a fine-tuned or a new OpenAI model. So treat it as OpenAI's.
-    openai = next((vendor for vendor in vendors if vendor.key_variable == OPENAI.key_variable), OPENAI)
-    key = _key(env, openai.key_variable)
-    if key is None:
-        raise ModelChoiceError(
-            f"NEXUM_MODEL={name} needs OPENAI_BASE_URL (the model's server), or OPENAI_API_KEY if the model is OpenAI's"
-        )
-    return _at(openai, name, key)
+    vendor = owner or next(vendor for vendor in vendors if vendor.name == OPENAI.name)
+    key = _key(env, vendor.key_variable)
+    if key is not None:
+        return _at(vendor, name, key)
+    if owner is not None:
+        raise ModelChoiceError(f"NEXUM_MODEL={name} needs {owner.key_variable}, which is not set")
+    raise ModelChoiceError(
+        f"NEXUM_MODEL={name} needs OPENAI_BASE_URL (the model's server), or OPENAI_API_KEY if the model is OpenAI's"
+    )
 
 
 def _at(vendor: Vendor, model: str, key: SecretStr) -> ModelChoice:

@@ -14,7 +14,7 @@ from autogen_core.models import LLMMessage, UserMessage
 from support.offline.model import OfflineModel, Turn
 from support.offline.reading import best_passage, choose_sentences, coverage
 
-QUOTES_EACH = 3  # quote at most this many sentences of one page
+QUOTES_OF_PAGE = 3  # quote at most this many sentences of one page
 PASSAGE_LENGTH = 300  # if no sentence of a page matches the query, quote at most this many characters of the page
 SUPPORTED = 0.5  # a quote supports a statement if it holds at least this share of the statement's content words
 
@@ -27,7 +27,7 @@ class OfflineResearcher(OfflineModel):
         for query, hits in turn.hits.items():
             for hit in hits:
                 page = turn.pages.get(hit.href, "")
-                quotes = choose_sentences(query, page, QUOTES_EACH, title=hit.title)
+                quotes = choose_sentences(query, page, QUOTES_OF_PAGE, title=hit.title)
                 if page and not quotes and not claims:
                     quotes = [best_passage(query, page, PASSAGE_LENGTH)]
                 for quote in quotes:

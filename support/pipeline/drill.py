@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Sequence
 from dataclasses import replace
 
 from nexum_engine.client import NexumClient
@@ -16,46 +15,33 @@ from nexum_engine.embedded import Child, start_child
 from nexum_engine.errors import NexumError
 from nexum_engine.event_loop import to_its_end
 from nexum_engine.records import Attempt, Execution, Node, NodeStatus, Outcome
-from nexum_engine.workflow import Workflow
-from pipeline_workflow import STEPS, PipelineInput, drill_version
+from pipeline_workflow import OFFLINE_PIPELINE, PIPELINE, STEPS, PipelineInput, drill_version
 from support.console import say
 from support.pipeline.effects import Effect, EffectLog
 from support.pipeline.evidence import NO_CRASH, CrashPoint, PipelineRun, SeenWorker, result_in_words
 from support.pipeline.published import attempts_of_effects
-from support.processes import ROOT, death_in_words
+from support.processes import CANT_RUN, ROOT, DrillFailed, death_in_words
 
 WORKER = "pipeline_worker.py"
 LOOK_INTERVAL = 0.1  # seconds between two reads of the record
 SAY_WAITING_EVERY = 10.0  # seconds
 SERVER_PATIENCE = 30.0  # seconds to wait for a killed server to be started again
 MAX_WORKERS = 12  # after this many deaths, assume that the next worker would die, too
-CANT_RUN = (1, 2)  # exit codes of a worker that gave up with an error
-
-
-class DrillFailed(NexumError):
-    """A drill could not finish, because a process didn't die or work as planned."""
 
 
 class Drill:
     """One run of the pipeline, in the drill's own version of the workflow. Call `run` once."""
 
     def __init__(
-        self,
-        client: NexumClient,
-        workflow: Workflow,
-        query: str,
-        point: CrashPoint,
-        effects: EffectLog,
-        *,
-        worker_options: Sequence[str] = (),
+        self, client: NexumClient, query: str, point: CrashPoint, effects: EffectLog, *, offline: bool
     ) -> None:
         self._client = client
         self._name = uuid.uuid4().hex[:8]
-        self._workflow = drill_version(workflow, self._name)
+        self._workflow = drill_version(OFFLINE_PIPELINE if offline else PIPELINE, self._name)
         self._query = query
         self._point = point
         self._effects = effects
-        self._worker_options = worker_options
+        self._offline = offline
         self._workers: list[SeenWorker] = []
         self._child: Child | None = None  # the process of the newest worker
         self._told: set[tuple[str, int]] = set()
@@ -89,7 +75,7 @@ class Drill:
         self._child = child = await start_child(
             [
                 *(str(ROOT / WORKER), "--nexum", self._client.address, "--drill", self._name, "--name", name),
-                *("--effects", str(self._effects.path), *self._worker_options),
+                *("--effects", str(self._effects.path), *(["--offline"] if self._offline else [])),
             ],
             env=self._point.environment if number == 1 else NO_CRASH,
         )

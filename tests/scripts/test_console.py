@@ -103,7 +103,7 @@ async def items():
     yield Piece(content="New ", source="agent")
     complain("error: broken")
 
-asyncio.run(Conversation("agent", short_names={}).show(items()))
+asyncio.run(Conversation("agent").show(items()))
 say("end")
 """
     code, output = run_script(["-c", program], tmp_path)

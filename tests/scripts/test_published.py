@@ -26,7 +26,6 @@ from nexum_engine.published import execution
 from nexum_engine.wire import nexum_pb2 as pb
 from nexum_engine.worker import Binding, TaskContext, Worker
 from nexum_engine.workflow import workflow
-from pipeline_workflow import OFFLINE_PIPELINE
 from support.pipeline.drill import Drill
 from support.pipeline.effects import EffectLog
 from support.pipeline.evidence import CrashPoint
@@ -287,7 +286,7 @@ async def test_drill_tells_that_a_dead_workers_step_waits_for_the_server(
     with published_server(tmp_path, take_back_after=2.0) as address:
         async with NexumClient(address) as client:
             point = CrashPoint("research", within=True)
-            await Drill(client, OFFLINE_PIPELINE, QUERY, point, effects_log, worker_options=["--offline"]).run()
+            await Drill(client, QUERY, point, effects_log, offline=True).run()
     assert "research   waits until the server takes it back from worker-1-pid" in capsys.readouterr().out
 
 
