@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_server import engine_server
-from harness import ROOT, Process, nexum_server, running
+from harness import ROOT, Process, connected_worker, nexum_server
 from programs.limited_worker import limited
 from server_thread import ServerThread
 
@@ -27,12 +27,9 @@ PROGRAM = str(ROOT / "tests" / "programs" / "limited_worker.py")
 SOON = 20.0  # seconds; a call that isn't woken waits for 25 s
 
 
-@contextmanager
-def worker(folder: Path, address: str, *, slots: int = 6, **limits: Any) -> Iterator[Process]:
+def worker(folder: Path, address: str, *, slots: int = 6, **limits: Any) -> AbstractContextManager[Process]:
     given = json.dumps({"takes": 0.0, **limits})
-    with running([PROGRAM, address, str(slots), given], cwd=folder, forked=True) as process:
-        process.wait_for("connected to")
-        yield process
+    return connected_worker([PROGRAM, address, str(slots), given], folder)
 
 
 async def start(client: NexumClient, built: Workflow, count: int) -> list[str]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -260,11 +260,16 @@ def _has_ipv6() -> bool:
 
 
 @contextmanager
-def tool_worker(folder: Path, address: str) -> Iterator[Process]:
-    """Run a worker.py that is connected to the server."""
-    with running([str(ROOT / "worker.py"), "--nexum", address], cwd=folder, forked=True) as process:
+def connected_worker(command: Sequence[str], folder: Path) -> Iterator[Process]:
+    """Run a worker process; yield it when it is connected to the server."""
+    with running(command, cwd=folder, forked=True) as process:
         process.wait_for("connected to")
         yield process
+
+
+def tool_worker(folder: Path, address: str) -> AbstractContextManager[Process]:
+    """Run a worker.py that is connected to the server."""
+    return connected_worker([str(ROOT / "worker.py"), "--nexum", address], folder)
 
 
 @contextmanager

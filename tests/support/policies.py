@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from harness import ROOT, Process, running
+from harness import ROOT, Process, connected_worker, running
 
 from nexum_engine.client import NexumClient
 
@@ -20,26 +19,19 @@ ToolCall: TypeAlias = tuple[str, dict[str, Any]]
 """A tool's name and the arguments of a call."""
 
 
-@contextmanager
-def policy_worker(folder: Path, address: str) -> Iterator[Process]:
+def policy_worker(folder: Path, address: str) -> AbstractContextManager[Process]:
     """Run a worker of the tools with policies that is connected to the server."""
-    with running([PROGRAM, "work", address], cwd=folder, forked=True) as process:
-        process.wait_for("connected to")
-        yield process
+    return connected_worker([PROGRAM, "work", address], folder)
 
 
-@contextmanager
-def policy_caller(folder: Path, address: str, *calls: ToolCall) -> Iterator[Process]:
+def policy_caller(folder: Path, address: str, *calls: ToolCall) -> AbstractContextManager[Process]:
     """Run a program that makes these calls at the same time."""
-    with running([PROGRAM, "call", address, "s", *map(json.dumps, calls)], cwd=folder, forked=True) as process:
-        yield process
+    return running([PROGRAM, "call", address, "s", *map(json.dumps, calls)], cwd=folder, forked=True)
 
 
-@contextmanager
-def parking_run(folder: Path, address: str, call: ToolCall) -> Iterator[Process]:
+def parking_run(folder: Path, address: str, call: ToolCall) -> AbstractContextManager[Process]:
     """Run a durable program that makes this call in a tool, and that parks while a person has to decide."""
-    with running([PROGRAM, "run", address, "s", json.dumps(call)], cwd=folder, forked=True) as process:
-        yield process
+    return running([PROGRAM, "run", address, "s", json.dumps(call)], cwd=folder, forked=True)
 
 
 def results(caller: Process) -> list[str]:

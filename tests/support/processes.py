@@ -13,12 +13,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, Process, environment, running
+from harness import ROOT, Process, connected_worker, environment, running
 
 from nexum_engine.__main__ import build_parser
 from nexum_engine.commands import look
@@ -98,30 +98,18 @@ def answer(output: str) -> str:
     return re.sub(r"(?<!\n)\[Nexum\] .*\n", "", output.partition("\n\n")[2]).partition("\n[Nexum] ")[0]
 
 
-@contextmanager
-def counting_worker(folder: Path, address: str) -> Iterator[Process]:
+def counting_worker(folder: Path, address: str) -> AbstractContextManager[Process]:
     """Run a tests/programs/counting_worker.py that is connected to the server."""
-    program = str(ROOT / "tests" / "programs" / "counting_worker.py")
-    with running([program, address], cwd=folder, forked=True) as process:
-        process.wait_for("connected to")
-        yield process
+    return connected_worker([str(ROOT / "tests" / "programs" / "counting_worker.py"), address], folder)
 
 
-@contextmanager
 def submitter(
     folder: Path, address: str, tool_name: str, *calls: Mapping[str, Any], session: str = "s", timeout: float = 60
-) -> Iterator[Process]:
+) -> AbstractContextManager[Process]:
     """Run tests/programs/submitter.py with these calls."""
     program = str(ROOT / "tests" / "programs" / "submitter.py")
-    command = [
-        program,
-        session,
-        str(timeout),
-        tool_name,
-        *map(json.dumps, calls),
-    ]
-    with running(command, cwd=folder, env={"NEXUM_ADDRESS": address}, forked=True) as process:
-        yield process
+    command = [program, session, str(timeout), tool_name, *map(json.dumps, calls)]
+    return running(command, cwd=folder, env={"NEXUM_ADDRESS": address}, forked=True)
 
 
 # ---- Processes -------------------------------------------------------------------------------------------------------
