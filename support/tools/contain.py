@@ -18,7 +18,9 @@ class StillRunning(Exception):
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _Ended:
+    """What the function returned or raised."""
+
     value: object = None
     error: BaseException | None = None
 
@@ -29,7 +31,7 @@ async def run_contained(function: Callable[[], object], name: str, deadline: Dea
     When a limit of `deadline` is exceeded, abandon the function and raise StillRunning. A BaseException from the
     function becomes a RuntimeError, so that a tool's CancelledError or SystemExit doesn't cancel or end the worker.
     """
-    running: asyncio.Future[_Outcome]
+    running: asyncio.Future[_Ended]
     if inspect.iscoroutinefunction(_innermost(function)):
         running = asyncio.ensure_future(_awaited(function))
     else:
@@ -41,40 +43,40 @@ async def run_contained(function: Callable[[], object], name: str, deadline: Dea
         running.cancel()
     if not done:
         raise StillRunning
-    outcome = running.result()
-    match outcome.error:
+    ended = running.result()
+    match ended.error:
         case None:
-            return outcome.value
+            return ended.value
         case Exception() as error:
             raise error
         case error:
             raise RuntimeError(f"{name} raised {type(error).__name__}: {error}") from error
 
 
-async def _awaited(function: Callable[[], object]) -> _Outcome:
+async def _awaited(function: Callable[[], object]) -> _Ended:
     try:
         result = function()
         assert isinstance(result, Awaitable)
-        return _Outcome(value=await result)
+        return _Ended(value=await result)
     except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
-        return _Outcome(error=error)
+        return _Ended(error=error)
 
 
-def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Outcome]:
+def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Ended]:
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[_Outcome] = loop.create_future()
+    future: asyncio.Future[_Ended] = loop.create_future()
     context = contextvars.copy_context()
 
-    def deliver(outcome: _Outcome) -> None:
+    def deliver(ended: _Ended) -> None:
         if not future.done():
-            future.set_result(outcome)
+            future.set_result(ended)
 
     def body() -> None:
         try:
-            outcome = _Outcome(value=context.run(function))
+            ended = _Ended(value=context.run(function))
         except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
-            outcome = _Outcome(error=error)
-        call_in(loop, deliver, outcome)  # if the loop is closed, no caller waits for the outcome
+            ended = _Ended(error=error)
+        call_in(loop, deliver, ended)  # if the loop is closed, no caller waits for the ended
 
     # Start a daemon thread instead of using a pool: a hung call must not keep the process alive or block other calls.
     threading.Thread(target=body, name=f"tool {name}", daemon=True).start()

@@ -16,7 +16,7 @@ _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:-]{1,40})", re.IGNORECASE)
 _XML = re.compile(r"\s{0,9}<\?xml[^>]{0,200}?encoding\s{0,9}=\s{0,9}[\"']([\w.:-]{1,40})", re.IGNORECASE)
 
 
-class Kind(Enum):
+class BodyKind(Enum):
     """The kind of a body, which decides how the body is read."""
 
     HTML = "html"
@@ -29,21 +29,21 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def kind_of(content_type: str) -> Kind | None:
+def kind_of(content_type: str) -> BodyKind | None:
     """Return the kind of a body, or None if the body is not text. A body without a type counts as HTML."""
     match media_type(content_type):
         case "" | "text/html" | "application/xhtml+xml":
-            return Kind.HTML
+            return BodyKind.HTML
         case "application/json" | "text/json":
-            return Kind.JSON
+            return BodyKind.JSON
         case "application/xml" | "application/x-ndjson" | "application/yaml" | "application/javascript":
-            return Kind.TEXT
+            return BodyKind.TEXT
         case media if media.startswith("text/"):
-            return Kind.TEXT
+            return BodyKind.TEXT
         case media if media.startswith("application/") and media.endswith("+json"):
-            return Kind.JSON
+            return BodyKind.JSON
         case media if media.startswith("application/") and media.endswith("+xml"):
-            return Kind.TEXT
+            return BodyKind.TEXT
         case _:
             return None
 
@@ -84,10 +84,10 @@ def _utf_16(body: bytes) -> str:
     return "utf-16be" if even else "utf-16le"
 
 
-def _declared(body: bytes, kind: Kind | None) -> str | None:
+def _declared(body: bytes, kind: BodyKind | None) -> str | None:
     """Return the encoding that the body itself declares, in HTML or XML."""
     head = body[:_DECLARED_WITHIN].decode("latin-1")
-    labels = _meta_labels(head) if kind is Kind.HTML else iter(())
+    labels = _meta_labels(head) if kind is BodyKind.HTML else iter(())
     xml = _XML.match(head)
     for label in chain(labels, [xml[1]] if xml else []):
         match encoding_name(label):

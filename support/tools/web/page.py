@@ -9,7 +9,7 @@ from typing import Any
 from nexum_engine.errors import FinalError
 from support.tools.clean_text import cleaned, shortened
 from support.tools.web import Page, WebError
-from support.tools.web.charset import Kind, decoded, kind_of, media_type
+from support.tools.web.charset import BodyKind, decoded, kind_of, media_type
 from support.tools.web.html import html_to_markdown
 
 MAX_TEXT = 20_000  # characters
@@ -34,10 +34,10 @@ def page_to_markdown(page: Page, *, limit: int = MAX_TEXT) -> str:
     except ValueError as error:
         raise FinalError(f"{name} {error}") from None
     complete = not page.truncated
-    if kind is Kind.HTML:
+    if kind is BodyKind.HTML:
         text, all_read = _markdown(text, page)
         complete = complete and all_read
-    elif kind is Kind.JSON and complete and len(text) <= limit:
+    elif kind is BodyKind.JSON and complete and len(text) <= limit:
         text = _pretty(text)
     text = _tidy(cleaned(text))
     if not text:
