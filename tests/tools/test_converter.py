@@ -19,6 +19,7 @@ from processes import is_alive, stat, wait_until
 
 from nexum_engine.errors import FinalError
 from support.tools import Page, WebError, find_tool
+from support.tools.web import converter
 from support.tools.web.converter import CONVERSION_LIMIT, Converters
 
 pytestmark = pytest.mark.every_python
@@ -91,7 +92,7 @@ def test_page_that_takes_too_long_is_a_final_error_and_its_child_is_killed(monke
     converters = Converters()
     converters.convert(page())  # the child has started, which may take seconds on a busy machine
     with monkeypatch.context() as patch:
-        patch.setattr(converters, "_limit", 0.5)
+        patch.setattr(converter, "CONVERSION_LIMIT", 0.5)
         with new_children() as children, pytest.raises(FinalError, match=r"took longer than 0\.5 s"):
             converters.convert(page(SLOW_PAGE))
     assert children == set()
@@ -101,7 +102,7 @@ def test_page_that_takes_too_long_is_a_final_error_and_its_child_is_killed(monke
 def test_a_slow_conversion_takes_no_time_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     converters = Converters()
     converters.convert(page())
-    monkeypatch.setattr(converters, "_limit", 0.5)
+    monkeypatch.setattr(converter, "CONVERSION_LIMIT", 0.5)
     before = time.process_time()
     with pytest.raises(FinalError, match=r"took longer"):
         converters.convert(page(SLOW_PAGE))
