@@ -434,6 +434,7 @@ class Calls:
             **fingerprint,
             "object": f"{type(called).__name__}{number}",
             "hash": hash_of([fingerprint["hash"], number]),
+            "equal": fingerprint["hash"],
         }
 
     async def other(

@@ -11,7 +11,8 @@ position  reply/3/tool/2                    the place among the agent's calls
 address   writer/reply/3/tool/2             agent and position: unique among the events that are not revoked
 scope     writer/reply/3/tool/2             the address; if a changed program's call replaces n earlier ones, with
                                             /again/n
-digest    9f86...                           the hash of tool and arguments; only a tool's call has one
+digest    9f86...                           the hash of tool and arguments; if the agent makes equal calls of several
+                                            objects, also of the object's number. Only a tool's call has one
 call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest: the same when the call is made again, so that a
                                             service recognizes it
 key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and digest;
@@ -273,6 +274,14 @@ class Requested(Addressed):
     def digest(self) -> str:
         """The hash of a tool's call, of the tool's name and arguments; empty for other calls."""
         return (self.hash or "") if self.tool else ""
+
+    @property
+    def digest_of_equal_calls(self) -> str:
+        """The digest that all equal calls of a tool have, even if their digests differ because of the called objects.
+
+        A fork compares calls by it: a changed program may call other objects.
+        """
+        return str(self.request.get("equal", self.digest))
 
     @property
     def title(self) -> str:
