@@ -266,6 +266,16 @@ class Requested(Addressed):
         return found
 
     @property
+    def unnumbered_hash(self) -> str | None:
+        """The hash without the number of the called object: equal calls of several objects have the same.
+
+        The number only tells simultaneous calls apart. A program may also make them in another order, and a fork's
+        program may call other objects.
+        """
+        found: str | None = self.request.get("unnumbered", self.hash)
+        return found
+
+    @property
     def tool(self) -> str:
         """The tool's name; empty for other calls."""
         return str(self.request.get("tool", ""))
@@ -274,14 +284,6 @@ class Requested(Addressed):
     def digest(self) -> str:
         """The hash of a tool's call, of the tool's name and arguments; empty for other calls."""
         return (self.hash or "") if self.tool else ""
-
-    @property
-    def digest_of_equal_calls(self) -> str:
-        """The digest that all equal calls of a tool have, even if their digests differ because of the called objects.
-
-        A fork compares calls by it: a changed program may call other objects.
-        """
-        return str(self.request.get("equal", self.digest))
 
     @property
     def title(self) -> str:

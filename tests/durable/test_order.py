@@ -520,6 +520,26 @@ async def test_call_cut_off_beside_an_equal_one_of_another_object_gets_its_own_r
     assert await inside(shared_server, lambda: program(is_up=False), session) == [["a"], ["b"]]
 
 
+@pytest.mark.parametrize("kind", [Bench, Remembers, Executor, ToolBench])
+async def test_equal_calls_of_two_objects_may_begin_in_another_order(
+    shared_server: Server, kind: type[Bench] | type[Remembers] | type[Executor]
+) -> None:
+    session, asked = new_session(), []
+
+    async def ask(order: str) -> list[str]:
+        async def at_once() -> None:
+            asked.append(order)
+
+        objects = {name: kind(name, at_once) for name in order}
+        return [
+            answer for answers in await asyncio.gather(*(objects[name].ask() for name in order)) for answer in answers
+        ]
+
+    assert await inside(shared_server, lambda: ask("aba"), session) == ["a", "b", "a"]
+    assert sorted(await inside(shared_server, lambda: ask("baa"), session)) == ["a", "a", "b"]
+    assert len(asked) == 3
+
+
 async def test_drift_of_agents_with_one_name_that_start_in_another_order_says_what_to_do(shared_server: Server) -> None:
     session, model = new_session(), Scripted([])
 
