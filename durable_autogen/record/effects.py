@@ -35,7 +35,7 @@ class EffectInput(Frozen):
     call: str
     """The call's scope (see events.py)."""
     digest: str
-    """The call's unnumbered hash: of the arguments that the model gave, without defaults and before a person's edit."""
+    """The call's digest: of the arguments that the model gave, without defaults and before a person's edit."""
 
     def __str__(self) -> str:
         return f"{self.tool}({jsontext.dump(self.arguments, 'the arguments')})"

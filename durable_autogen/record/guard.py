@@ -311,7 +311,7 @@ class Guard:
             tool=call.tool,
             arguments=dict(guarded.arguments),
             call=self._journal.recorded.scope_of(call.address),
-            digest=call.unnumbered_hash or "",
+            digest=call.digest,
         )
 
     async def _attempted(self, guarded: GuardedCall, task: Task, attempt: Attempt, attempts: Attempts) -> Any:
