@@ -376,7 +376,7 @@ async def test_wait_of_any_size_is_refused_in_words_or_limited(tmp_path: Path, w
     async with serving(tmp_path / "nexum.db") as address, NexumClient(address) as client:
         await client.register_workflow(one)
         if wait != wait:
-            with pytest.raises(InvalidRequest, match="wait is not a number"):
+            with pytest.raises(InvalidRequest, match="wait is nan: give a number"):
                 await client.start_execution(one, {}, wait=wait)
         else:
             starting = asyncio.create_task(client.start_execution(one, {}, wait=wait))
