@@ -265,6 +265,7 @@ async def test_run_on_postgresql_uses_no_embedded_server_of_another_database(
 ) -> None:
     enter(tmp_path / "own", default_port)
     default_port.setenv("DATABASE_URL", postgres_url)
+    default_port.setenv("NEXUM_TLS_CERT", "missing.pem")  # a run uses no TLS for a server that it starts
     async with serving(tmp_path / "other.db", embedded=True) as taken:
         for module in ("connection", "host"):
             default_port.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", taken)
