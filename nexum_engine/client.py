@@ -61,7 +61,7 @@ from nexum_engine.wire.request import request_of
 from nexum_engine.wire.status import CUT_OFF
 from nexum_engine.workflow import Workflow
 
-_FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution
+_FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution or that end
 PAGE = 100  # executions that `all_executions` reads at a time
 
 logger = logging.getLogger(__name__)
@@ -252,12 +252,16 @@ class NexumClient:
         self, execution_id: str, *, wait: float = 0.0, with_attempts: bool = False, patience: float = 0.0
     ) -> Observed:
         """Return the state of an execution when it ends, or after `wait` seconds. Raises ExecutionNotFound."""
+        _check_wait(wait)
+        loop = running_loop()
+        end = loop.time() + wait
         with _about_execution(execution_id):
             while True:
                 observed = await self._observe(execution_id, min(wait, MAX_SERVER_WAIT), with_attempts, patience)
-                wait -= MAX_SERVER_WAIT
+                wait = end - loop.time()
                 if wait <= 0 or observed.execution.status.ended:
                     return observed
+                await asyncio.sleep(_FAST_POLL)  # a server that ends answers at once
 
     async def _observe(self, execution_id: str, wait: float, with_attempts: bool, patience: float) -> Observed:
         if self._has_get_execution:
@@ -671,10 +675,18 @@ def _about_execution(execution_id: str) -> Iterator[None]:
 
 
 def _milliseconds(wait: float) -> int:
-    """Convert a wait in seconds to the milliseconds to request. Raises InvalidRequest for NaN."""
-    if math.isnan(wait):
-        raise InvalidRequest("wait is not a number: give a number of seconds")
+    """Convert a wait in seconds to the milliseconds to request. Raises InvalidRequest."""
+    _check_wait(wait)
     return round(min(max(wait, 0.0), MAX_SERVER_WAIT) * 1000)
+
+
+def _check_wait(wait: float) -> None:
+    try:
+        is_number = not math.isnan(wait)
+    except TypeError:
+        is_number = False
+    if not is_number:
+        raise InvalidRequest(f"wait is {wait!r}: give a number of seconds")
 
 
 def _task(answer: pb.PollResponse, version_hashes: Sequence[str]) -> Task | None:

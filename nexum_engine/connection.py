@@ -270,13 +270,14 @@ class Connection:
         """
         loop = running_loop()
         give_up = loop.time() + patience
+        timeout = CALL_DEADLINE + min(max(wait, 0.0), MAX_SERVER_WAIT)
         refusals = 0
         while True:
             try:
                 if self._is_lost or not self._channels:
                     await self.reach()
                 channel = self._latest()
-                answer = await method(channel.stub)(request, timeout=CALL_DEADLINE + min(wait, MAX_SERVER_WAIT))
+                answer = await method(channel.stub)(request, timeout=timeout)
             except grpc.RpcError as rpc_error:
                 address = channel.target if self.targets else self.address
                 error = await explained(rpc_error, address, self._security)

@@ -199,7 +199,7 @@ class Host:
             # No file beside the database will name the server's address, so start the server first.
             await self._open("")
         await self._client.close()
-        self._client = NexumClient(self._listen if self._database is None else str(self._database))
+        self._client = NexumClient(FoundAddress(self._listen) if self._database is None else str(self._database))
 
     async def _open(self, why: str) -> None:
         """Open the database in this process, unless another process opens it first.

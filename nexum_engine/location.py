@@ -26,6 +26,8 @@ DEFAULT_FOLDER = ".nexum"
 DEFAULT_DATABASE_URL = f"sqlite:///{DEFAULT_FOLDER}/local.db"
 _REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # tries to replace an address file, and seconds between two tries
 MAX_ADDRESS_BYTES = 1000
+_COMPLETING = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGOPTIONS", "PGSERVICE", "PGSERVICEFILE")
+"""The environment variables from which PostgreSQL takes what the URL of a database doesn't say."""
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
 
@@ -110,9 +112,12 @@ def place_of(database: str | Path) -> bytes:
 def place_of_url(url: str) -> bytes:
     """Return the place of a database that isn't a file on this machine, such as one in PostgreSQL.
 
-    User and password don't count.
+    The password doesn't count. The user does: each may have a schema of its own. Environment variables of PostgreSQL
+    count, too, because they complete the URL.
     """
-    return hashlib.sha256(url.rpartition("@")[2].encode("utf-8", "surrogateescape")).digest()
+    named = re.sub(r"^(\w+://[^/?#:@]*):[^/?#]*@", r"\1@", url)
+    parts = [named, *(os.environ.get(name, "") for name in _COMPLETING)]
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).digest()
 
 
 def address_file(database: Path) -> Path:

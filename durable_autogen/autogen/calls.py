@@ -430,11 +430,7 @@ class Calls:
         number = self._session_state.names.of(called, wanted).removeprefix(wanted)
         if not number:
             return fingerprint
-        return {
-            **fingerprint,
-            "object": f"{type(called).__name__}{number}",
-            "hash": hash_of([fingerprint["hash"], number]),
-        }
+        return {**fingerprint, "hash": hash_of([fingerprint["hash"], number]), "unnumbered": fingerprint["hash"]}
 
     async def other(
         self,

@@ -19,7 +19,7 @@ def differences(recorded: Event, now: Call, find: Callable[[str], Event | None])
     """
     if recorded.kind is not now.kind:
         return [f"it was a {recorded.kind.value}, now it is a {now.kind.value}"]
-    if recorded.hash == now.hash:
+    if recorded.unnumbered_hash == now.unnumbered_hash:
         return []
     current = now.request if now.whole_request is None else now.whole_request()
     return fingerprint_differences(_whole(recorded, find), current)
@@ -53,10 +53,8 @@ def fingerprint_differences(recorded: Fingerprint, now: Fingerprint) -> list[str
         *_texts("the question", recorded.get("task"), now.get("task")),
         *_values("the text", recorded.get("said"), now.get("said")),
     ]
-    for name in (
-        *("tool", "workbench", "memory", "object", "method", "arguments"),
-        *("team", "prompt", "query", "code", "event"),
-    ):
+    names = ("tool", "workbench", "memory", "method", "arguments", "team", "prompt", "query", "code", "event")
+    for name in names:
         found += _values(f"the {name}", recorded.get(name), now.get(name))
     return found or ["a part differs that is recorded only as a hash"]
 

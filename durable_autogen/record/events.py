@@ -14,8 +14,10 @@ scope     writer/reply/3/tool/2             the address; if a changed program's 
 digest    9f86...                           the hash of tool and arguments; only a tool's call has one
 call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest: the same when the call is made again, so that a
                                             service recognizes it
-key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and digest;
-                                            if n events of the address are revoked, with /again/n after the address
+key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and the hash
+                                            of the fingerprint, which is the digest, or also has a number (see
+                                            `unnumbered_hash`); if n events of the address are revoked, with /again/n
+                                            after the address
 
 An event also has a number (`seq`). Every run delivers the events in the order of their numbers.
 """
@@ -265,6 +267,16 @@ class Requested(Addressed):
         return found
 
     @property
+    def unnumbered_hash(self) -> str | None:
+        """The hash without the number of the called object: equal calls of several objects have the same.
+
+        The number only tells simultaneous calls apart. A program may also make them in another order, and a fork's
+        program may call other objects.
+        """
+        found: str | None = self.request.get("unnumbered", self.hash)
+        return found
+
+    @property
     def tool(self) -> str:
         """The tool's name; empty for other calls."""
         return str(self.request.get("tool", ""))
@@ -272,7 +284,7 @@ class Requested(Addressed):
     @property
     def digest(self) -> str:
         """The hash of a tool's call, of the tool's name and arguments; empty for other calls."""
-        return (self.hash or "") if self.tool else ""
+        return (self.unnumbered_hash or "") if self.tool else ""
 
     @property
     def title(self) -> str:
@@ -290,7 +302,8 @@ class EventInput(Addressed, Frozen):
     tool: str = ""
     """The tool's name; empty for other calls."""
     digest: str = ""
-    """The hash of a tool's call; empty for other calls."""
+    """The hash in the fingerprint of a tool's call, which may have a number, unlike the call's digest; empty for other
+    calls."""
     accepted: ClassVar[bool] = False
     """Only an event, which has a result, is copied into a fork."""
 

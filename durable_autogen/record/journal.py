@@ -413,8 +413,8 @@ class Journal:
         name = one.address
         if again := self.recorded.times_revoked[one.address]:
             name += f"/again/{again}"  # the old key still names the revoked event
-        if one.digest:  # an earlier run may have begun a different call at this position, and left no result
-            name += f"/{one.digest[:DIGITS]}"
+        if one.tool and one.hash:  # an earlier run may have begun a different call at this position, and left no result
+            name += f"/{one.hash[:DIGITS]}"
         return key_within(f"{self.session}/", name)
 
     def _input(self, call: Call | Event) -> EventInput:
@@ -424,7 +424,7 @@ class Journal:
             position=call.position,
             kind=call.kind,
             tool=call.tool,
-            digest=call.digest,
+            digest=(call.hash or "") if call.tool else "",
         )
 
     async def add_copy(self, event: Event) -> None:

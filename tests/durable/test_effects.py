@@ -682,6 +682,18 @@ async def test_fork_reuses_the_results_of_equal_calls_once(server: ServerThread)
         assert found == ["receipt 3", "receipt 1", "receipt 2", "receipt 4", "receipt 5"]
 
 
+async def test_fork_reuses_the_result_of_an_equal_call_of_another_tool_object(server: ServerThread) -> None:
+    target = Target(effect="once")
+    await two_charges(server, "s", target)
+    async with NexumClient(server.address) as client:
+        await fork_session(client, "s", 0, "f", effects="reuse")
+    async with DurableSession("f", nexum=server.address):
+        # The changed program makes a tool for each call.
+        tools = [durable_tool(target.charge, effect="once") for _ in range(2)]
+        found = [await tool.run_json({"cents": 990}, CancellationToken()) for tool in tools]
+    assert found == ["receipt 1", "receipt 2"]
+
+
 async def test_fork_makes_the_calls_again_on_request(server: ServerThread) -> None:
     target = Target(effect="once")
     await two_charges(server, "s", target)

@@ -32,7 +32,7 @@ from autogen_core.tools import FunctionTool, StaticWorkbench, TextResultContent,
 from durable_agents import Own, Scripted, asked, call, inside, new_session, twice, word
 from harness import ROOT, Server
 
-from durable_autogen import DriftError, current_session
+from durable_autogen import DriftError, call_id, current_session
 from durable_autogen.record import idle
 from durable_autogen.record.events import Call, Event, EventInput, Kind, Returned
 from durable_autogen.record.journal import Journal
@@ -518,6 +518,46 @@ async def test_call_cut_off_beside_an_equal_one_of_another_object_gets_its_own_r
         await inside(shared_server, lambda: program(is_up=False), session)
     assert await inside(shared_server, lambda: program(is_up=True), session) == [["a"], ["b"]]
     assert await inside(shared_server, lambda: program(is_up=False), session) == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("kind", [Bench, Remembers, Executor, ToolBench])
+async def test_equal_calls_of_two_objects_may_begin_in_another_order(
+    shared_server: Server, kind: type[Bench] | type[Remembers] | type[Executor]
+) -> None:
+    session, asked = new_session(), []
+
+    async def ask(order: str) -> list[str]:
+        async def at_once() -> None:
+            asked.append(order)
+
+        objects = {name: kind(name, at_once) for name in order}
+        return [
+            answer for answers in await asyncio.gather(*(objects[name].ask() for name in order)) for answer in answers
+        ]
+
+    assert await inside(shared_server, lambda: ask("aba"), session) == ["a", "b", "a"]
+    assert sorted(await inside(shared_server, lambda: ask("baa"), session)) == ["a", "a", "b"]
+    assert len(asked) == 3
+
+
+async def test_cut_off_equal_calls_of_two_objects_keep_their_ids_in_another_order(shared_server: Server) -> None:
+    session, ids, is_up = new_session(), list[str](), False
+
+    async def ask(order: str) -> None:
+        async def listen() -> None:
+            ids.append(call_id())
+            if not is_up:
+                await asyncio.sleep(0.01 if len(ids) == len(order) else 60)
+                raise ConnectionError("it is down")
+
+        objects = {name: ToolBench(name, listen) for name in order}
+        await asyncio.gather(*(objects[name].ask() for name in order))
+
+    with pytest.raises(ConnectionError):
+        await inside(shared_server, lambda: ask("aba"), session)
+    is_up, before, ids = True, ids, []
+    await inside(shared_server, lambda: ask("baa"), session)
+    assert sorted(ids) == sorted(before)
 
 
 async def test_drift_of_agents_with_one_name_that_start_in_another_order_says_what_to_do(shared_server: Server) -> None:

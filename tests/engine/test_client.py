@@ -8,12 +8,14 @@ import math
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_server import EngineServer, engine_server, is_full
 from harness import nexum_server
+from server_thread import server_thread
 
 from nexum_engine.client import NexumClient
 from nexum_engine.embedded import EmbeddedNexum
@@ -61,6 +63,37 @@ async def test_wait_is_longer_than_the_wait_of_one_request(
         assert not waiting.done()
         await client.cancel_execution(started.execution_id)
         assert (await asyncio.wait_for(waiting, SOON)).execution.status is ExecutionStatus.CANCELLED
+
+
+async def test_wait_continues_while_the_server_is_restarted(tmp_path: Path) -> None:
+    with ExitStack() as first_server:
+        address = first_server.enter_context(server_thread(tmp_path)).address
+        async with NexumClient(address) as client:
+            await client.register_workflow(ONE)
+            started = await client.start_execution(ONE, {})
+            waiting = asyncio.create_task(client.get_execution(started.execution_id, wait=SOON, patience=SOON))
+            await asyncio.sleep(0.1)
+            await asyncio.to_thread(first_server.close)  # the ending server answers that the execution is running
+            with server_thread(tmp_path, listen=address):
+                await asyncio.sleep(0.1)
+                assert not waiting.done()
+                await client.cancel_execution(started.execution_id)
+                assert (await waiting).execution.status is ExecutionStatus.CANCELLED
+
+
+@pytest.mark.parametrize("wait", [math.nan, "3", None])
+async def test_wait_that_is_no_number_is_refused(server: EngineServer, wait: Any) -> None:
+    async with NexumClient(server.address) as client:
+        with pytest.raises(InvalidRequest, match=f"wait is {wait!r}: give a number of seconds"):
+            await client.get_execution("x", wait=wait)
+
+
+async def test_negative_wait_does_not_wait(server: EngineServer) -> None:
+    async with NexumClient(server.address) as client:
+        await client.register_workflow(ONE)
+        started = await client.start_execution(ONE, {})
+        observed = await client.get_execution(started.execution_id, wait=-math.inf)
+    assert observed.execution.status is ExecutionStatus.RUNNING
 
 
 async def test_text_with_a_lone_surrogate_is_refused_before_the_call(server: EngineServer) -> None:

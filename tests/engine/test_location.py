@@ -25,6 +25,7 @@ from nexum_engine.location import (
     database_url,
     last_server,
     place_of,
+    place_of_url,
     read_address,
     read_process,
     write_address,
@@ -264,6 +265,7 @@ async def test_run_on_postgresql_uses_no_embedded_server_of_another_database(
 ) -> None:
     enter(tmp_path / "own", default_port)
     default_port.setenv("DATABASE_URL", postgres_url)
+    default_port.setenv("NEXUM_TLS_CERT", "missing.pem")  # a run uses no TLS for a server that it starts
     async with serving(tmp_path / "other.db", embedded=True) as taken:
         for module in ("connection", "host"):
             default_port.setattr(f"nexum_engine.{module}.DEFAULT_ADDRESS", taken)
@@ -280,6 +282,26 @@ async def test_run_on_postgresql_uses_no_embedded_server_of_another_database(
                     assert await opened_by(searching) == (database, True)
         opened = f"this program opened the database and listens on {nexum.address} ({database})"
         assert told == [f"{taken} is in use: {opened}"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("postgresql://u:p@h/one?application_name=app@x", "postgresql://u:p@h/two?application_name=app@x"),
+        ("postgresql://one:p@h/db", "postgresql://two:p@h/db"),  # each user may have a schema
+    ],
+)
+def test_urls_of_different_databases_are_different_places(one: str, other: str) -> None:
+    assert place_of_url(one) != place_of_url(other)
+
+
+def test_place_of_url_depends_on_the_variables_that_complete_it_and_not_on_the_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = place_of_url("postgresql://u:one@h/db")
+    assert place_of_url("postgresql://u:two@h/db") == here
+    monkeypatch.setenv("PGOPTIONS", "-csearch_path=other")
+    assert place_of_url("postgresql://u:one@h/db") != here
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows can't rename the folder of an open file")
@@ -355,7 +377,7 @@ async def test_wait_of_any_size_is_refused_in_words_or_limited(tmp_path: Path, w
     async with serving(tmp_path / "nexum.db") as address, NexumClient(address) as client:
         await client.register_workflow(one)
         if wait != wait:
-            with pytest.raises(InvalidRequest, match="wait is not a number"):
+            with pytest.raises(InvalidRequest, match="wait is nan: give a number"):
                 await client.start_execution(one, {}, wait=wait)
         else:
             starting = asyncio.create_task(client.start_execution(one, {}, wait=wait))
