@@ -166,7 +166,7 @@ def test_two_demos_at_once_in_one_folder_share_every_execution(tmp_path: Path) -
         for code, output in ended
     ]
     assert [code for code, _ in ended] == [0, 0]
-    (said,) = {answer(output) for _, output in ended}
+    (said,) = {answer(output).replace("\n", "") for _, output in ended}
     assert said
     outcomes = [[attempt["outcome"] for attempt in attempts(execution)] for execution in recorded(tmp_path)]
     assert [one[-1] for one in outcomes] == ["COMPLETED"] * 4

@@ -93,9 +93,13 @@ def demo(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) ->
 def answer(output: str) -> str:
     """Return the final answer in the demo's output.
 
-    Leave out lines about the server that the demo has logged between two streamed pieces of the answer.
+    Leave out lines about the server that the demo has logged between two streamed pieces of the answer. Such a line may
+    divide a line of the answer in two.
     """
-    return re.sub(r"(?<!\n)\[Nexum\] .*\n", "", output.partition("\n\n")[2]).partition("\n[Nexum] ")[0]
+    lines = output.partition("\n\n")[2].splitlines()
+    while lines and lines[-1].startswith(("[Nexum] ", "[demo] ")):
+        lines.pop()
+    return "\n".join(line for line in lines if not line.startswith("[Nexum] "))
 
 
 def counting_worker(folder: Path, address: str) -> AbstractContextManager[Process]:
