@@ -61,7 +61,7 @@ from nexum_engine.wire.request import request_of
 from nexum_engine.wire.status import CUT_OFF
 from nexum_engine.workflow import Workflow
 
-_FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution or that end
+_FAST_POLL, _SLOW_POLL, _FAST_FOR = 0.05, 0.2, 2.0  # seconds, for servers without GetExecution, and for ending ones
 PAGE = 100  # executions that `all_executions` reads at a time
 
 logger = logging.getLogger(__name__)

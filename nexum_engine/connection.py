@@ -338,7 +338,8 @@ def server_info_of(answer: pb.ServerInfo) -> ServerInfo:
 
 def _is_host(text: str) -> bool:
     try:
-        return text.encode("idna") != b"" and "/" not in text
+        is_ipv6 = text.startswith("[") and text.endswith("]")
+        return text.encode("idna") != b"" and "/" not in text and (is_ipv6 or ":" not in text)
     except UnicodeError:  # a part of the name is empty or has more than 63 characters
         return False
 

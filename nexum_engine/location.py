@@ -26,7 +26,7 @@ DEFAULT_FOLDER = ".nexum"
 DEFAULT_DATABASE_URL = f"sqlite:///{DEFAULT_FOLDER}/local.db"
 _REPLACE_TRIES, _REPLACE_INTERVAL = 20, 0.01  # tries to replace an address file, and seconds between two tries
 MAX_ADDRESS_BYTES = 1000
-_COMPLETING = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGOPTIONS", "PGSERVICE", "PGSERVICEFILE")
+_PG_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGUSER", "PGOPTIONS", "PGSERVICE", "PGSERVICEFILE")
 """The environment variables from which PostgreSQL takes what the URL of a database doesn't say."""
 _ADDRESS = re.compile(r"(127\.\d+\.\d+\.\d+|\[::1\]):[1-9]\d{0,4}")
 
@@ -116,7 +116,7 @@ def place_of_url(url: str) -> bytes:
     count, too, because they complete the URL.
     """
     named = re.sub(r"^(\w+://[^/?#:@]*):[^/?#]*@", r"\1@", url)
-    parts = [named, *(os.environ.get(name, "") for name in _COMPLETING)]
+    parts = [named, *(os.environ.get(name, "") for name in _PG_VARIABLES)]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).digest()
 
 

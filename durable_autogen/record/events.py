@@ -14,10 +14,11 @@ scope     writer/reply/3/tool/2             the address; if a changed program's 
 digest    9f86...                           the hash of tool and arguments; only a tool's call has one
 call id   s1/writer/reply/3/tool/2/9f86...  session, scope and digest: the same when the call is made again, so that a
                                             service recognizes it
-key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and the hash
-                                            of the fingerprint, which is the digest, or also has a number (see
-                                            `unnumbered_hash`); if n events of the address are revoked, with /again/n
-                                            after the address
+key       s1/writer/reply/3/tool/2/9f86...  the idempotency key of the event's execution: session, address and digest;
+                                            if n events of the address are revoked, with /again/n after the address
+
+If an agent makes equal calls of several objects, the keys of the later ones have another hash in place of the digest
+(see `Requested.unnumbered_hash`).
 
 An event also has a number (`seq`). Every run delivers the events in the order of their numbers.
 """
@@ -262,16 +263,16 @@ class Requested(Addressed):
 
     @property
     def hash(self) -> str | None:
-        """The hash in the fingerprint; None if it has none, as that of a mark."""
+        """The hash in the fingerprint; None if the fingerprint has none, as with a mark."""
         found: str | None = self.request.get("hash")
         return found
 
     @property
     def unnumbered_hash(self) -> str | None:
-        """The hash without the number of the called object: equal calls of several objects have the same.
+        """The hash without the number of the called object. Equal calls of several objects have the same one.
 
-        The number only tells simultaneous calls apart. A program may also make them in another order, and a fork's
-        program may call other objects.
+        The number only tells simultaneous calls apart. Drift and ids don't depend on it: a program may make these calls
+        in another order, and a fork's program may call other objects.
         """
         found: str | None = self.request.get("unnumbered", self.hash)
         return found
@@ -302,8 +303,8 @@ class EventInput(Addressed, Frozen):
     tool: str = ""
     """The tool's name; empty for other calls."""
     digest: str = ""
-    """The hash in the fingerprint of a tool's call, which may have a number, unlike the call's digest; empty for other
-    calls."""
+    """The hash in the fingerprint of a tool's call: its digest or, for equal calls of several objects, a hash with the
+    object's number. Empty for other calls."""
     accepted: ClassVar[bool] = False
     """Only an event, which has a result, is copied into a fork."""
 

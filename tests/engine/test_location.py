@@ -203,7 +203,11 @@ async def test_link_names_the_same_database(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://localhost:50051", "nonsense", "localhost:0", ":1", "localhost:99999", f"{'x' * 64}:1"]
+    "address",
+    [
+        *("http://localhost:50051", "nonsense", "localhost:0", ":1", "localhost:99999", f"{'x' * 64}:1"),
+        *("localhost:1:2", "::1:5"),
+    ],
 )
 async def test_bad_address_is_refused(address: str) -> None:
     with pytest.raises(InvalidRequest, match="is not the address of a server"):
