@@ -18,8 +18,8 @@ class StillRunning(Exception):
 
 
 @dataclass(frozen=True)
-class _Ended:
-    """What the function returned or raised."""
+class _Outcome:
+    """What a function returned or raised."""
 
     value: object = None
     error: BaseException | None = None
@@ -31,7 +31,7 @@ async def run_contained(function: Callable[[], object], name: str, deadline: Dea
     When a limit of `deadline` is exceeded, abandon the function and raise StillRunning. A BaseException from the
     function becomes a RuntimeError, so that a tool's CancelledError or SystemExit doesn't cancel or end the worker.
     """
-    running: asyncio.Future[_Ended]
+    running: asyncio.Future[_Outcome]
     if inspect.iscoroutinefunction(_innermost(function)):
         running = asyncio.ensure_future(_awaited(function))
     else:
@@ -43,40 +43,40 @@ async def run_contained(function: Callable[[], object], name: str, deadline: Dea
         running.cancel()
     if not done:
         raise StillRunning
-    ended = running.result()
-    match ended.error:
+    outcome = running.result()
+    match outcome.error:
         case None:
-            return ended.value
+            return outcome.value
         case Exception() as error:
             raise error
         case error:
             raise RuntimeError(f"{name} raised {type(error).__name__}: {error}") from error
 
 
-async def _awaited(function: Callable[[], object]) -> _Ended:
+async def _awaited(function: Callable[[], object]) -> _Outcome:
     try:
         result = function()
         assert isinstance(result, Awaitable)
-        return _Ended(value=await result)
+        return _Outcome(value=await result)
     except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
-        return _Ended(error=error)
+        return _Outcome(error=error)
 
 
-def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Ended]:
+def _in_thread(function: Callable[[], object], name: str) -> asyncio.Future[_Outcome]:
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[_Ended] = loop.create_future()
+    future: asyncio.Future[_Outcome] = loop.create_future()
     context = contextvars.copy_context()
 
-    def deliver(ended: _Ended) -> None:
+    def deliver(outcome: _Outcome) -> None:
         if not future.done():
-            future.set_result(ended)
+            future.set_result(outcome)
 
     def body() -> None:
         try:
-            ended = _Ended(value=context.run(function))
+            outcome = _Outcome(value=context.run(function))
         except BaseException as error:  # noqa: BLE001  (handed to the caller, as run_contained says)
-            ended = _Ended(error=error)
-        call_in(loop, deliver, ended)  # if the loop is closed, no caller waits for the ended
+            outcome = _Outcome(error=error)
+        call_in(loop, deliver, outcome)  # if the loop is closed, no caller waits for the outcome
 
     # Start a daemon thread instead of using a pool: a hung call must not keep the process alive or block other calls.
     threading.Thread(target=body, name=f"tool {name}", daemon=True).start()
